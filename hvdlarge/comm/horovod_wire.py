@@ -1,0 +1,94 @@
+"""The tensor wire over Horovod: the only file that knows Horovod. Lines that exist because of it say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import horovod.torch as hvd
+import torch
+
+from hvdlarge.comm.gradients import fill_missing_gradients
+from hvdlarge.comm.world import ControlWire, WrongWorld
+
+
+class HorovodTensors:
+    """Sums and broadcasts over Horovod's MPI form."""
+
+    def __init__(self, control: ControlWire) -> None:
+        """Start Horovod on the MPI that the control wire has started. Every rank calls this together.
+
+        Raises:
+            WrongWorld: if Horovod was built without MPI or sees other ranks than the control wire.
+        """
+        if not hvd.mpi_built():
+            raise WrongWorld("this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI")
+        hvd.init()
+        if (hvd.size(), hvd.rank()) != (control.size, control.rank):
+            raise WrongWorld(
+                f"Horovod sees rank {hvd.rank()} of {hvd.size()}, MPI sees rank {control.rank} of {control.size}: Horovod "
+                "and mpi4py use two MPIs, or Horovod runs over Gloo; build both with docker/install-horovod.sh and start "
+                "with mpirun or horovodrun --mpi"
+            )
+        self.local_rank: int = hvd.local_rank()
+        self.local_size: int = hvd.local_size()
+
+    def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
+        handles = []
+        for name, tensor in tensors:
+            if tensor.dtype in _CARRIED_AS:  # Horovod's MPI collectives refuse these types
+                carried = tensor.to(_CARRIED_AS[tensor.dtype])
+                hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
+                tensor.copy_(carried)
+            else:
+                handles.append(hvd.broadcast_async_(tensor, root_rank=0, name=f"broadcast.{name}"))
+        for handle in handles:
+            hvd.synchronize(handle)
+
+    def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum of `tensor` over all workers, on every rank. Every rank calls this together."""
+        return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
+
+    def summed_update(
+        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+    ) -> HorovodUpdate:
+        """Put Horovod's allreduce in front of `optimizer`, which must not have any state yet."""
+        return HorovodUpdate(optimizer, named_parameters)
+
+
+_CARRIED_AS = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}
+
+
+class HorovodUpdate:
+    """`hvd.DistributedOptimizer` with its order of calls: begin, backward passes, reduce, apply.
+
+    Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does op=Sum over the workers;
+    the step scales each micro-batch's loss by its share of the global batch instead. That is exact for uneven workers too,
+    where an average of averages is not.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+    ) -> None:
+        if optimizer.state:
+            raise ValueError("the optimizer has state already; Horovod would drop it")
+        # Horovod re-creates the optimizer's class from its param_groups: nothing may wrap or subclass the result, and
+        # whatever is not in the groups is lost. It is therefore the last thing done to an optimizer.
+        self.optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named_parameters, op=hvd.Sum)
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Drop the old gradients and expect so many backward passes on this worker."""
+        self.optimizer.zero_grad()
+        # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A worker without any
+        # takes part all the same, with zeros that `synchronize` submits for it.
+        self.optimizer.set_backward_passes_per_step(max(1, num_micro_batches))
+
+    def reduce(self) -> None:
+        """Wait until each gradient is the sum over all workers. Every rank calls this together."""
+        self.optimizer.synchronize()
+        fill_missing_gradients(self.optimizer)  # with one worker Horovod registers no hooks and leaves them missing
+
+    def apply(self) -> None:
+        """Move the weights with the reduced gradients."""
+        with self.optimizer.skip_synchronize():
+            self.optimizer.step()

@@ -1,0 +1,82 @@
+"""What a launcher told this process through its environment, and what the process sets in it before MPI starts.
+
+Source:   the variables that Open MPI, MPICH's and Intel's Hydra, PMIx under Slurm, Slurm itself and Horovod's own launcher
+          set for each process.
+Contract: reads the environment only; needs neither Horovod nor MPI, so it also works where both are missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process of a launch, as its launcher described it."""
+
+    launcher: str
+    rank: int
+    size: int  # workers
+    local_rank: int
+    local_size: int  # workers on this host
+
+    @property
+    def speaks_for_host(self) -> bool:
+        """Whether this is the one process of its host that reports what is wrong with the host."""
+        return self.local_rank == 0
+
+
+# (launcher, rank, size, local rank, local size); the first whose rank and size are both there counts.
+_FAMILIES = (
+    ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+     "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("horovodrun --gloo", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)  # fmt: skip
+
+
+def detect(environ: Mapping[str, str]) -> Launch | None:
+    """The launch that this process belongs to, or None for a plain `python -m hvdlarge.train`.
+
+    >>> detect({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"})
+    Launch(launcher='Open MPI', rank=3, size=8, local_rank=3, local_size=8)
+    >>> detect({"HOME": "/home/ada"}) is None
+    True
+    """
+    for launcher, rank_name, size_name, local_rank_name, local_size_name in _FAMILIES:
+        if rank_name in environ and size_name in environ:
+            # A Slurm batch script carries such variables too; only a step of more than one task is a launch.
+            if launcher == "srun" and int(environ[size_name]) < 2:
+                continue
+            rank, size = int(environ[rank_name]), int(environ[size_name])
+            local_rank = int(environ.get(local_rank_name, rank))
+            local_size = environ.get(local_size_name, str(size))
+            return Launch(launcher, rank, size, local_rank, _leading_number(local_size, size))
+    return None
+
+
+def _leading_number(text: str, default: int) -> int:
+    """The 4 of '4(x2)', Slurm's way of writing tasks per node."""
+    digits = text.split("(")[0].split(",")[0]
+    return int(digits) if digits.isdigit() else default
+
+
+def cores_per_worker(local_size: int) -> int:
+    """Cores that this worker has for itself: those it is bound to, or its share of the host where it is not bound."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(bound, (os.cpu_count() or 1) // local_size))
+
+
+def starting_settings(environ: Mapping[str, str], launch: Launch, cores: int) -> dict[str, str]:
+    """Environment variables to set before MPI and Horovod start; those that the user has set already are left alone.
+
+    HOROVOD_FUSION_THRESHOLD=0: fused buffers change from run to run with the timing, and with them the order of the sums.
+    OMPI_MCA_mpi_yield_when_idle=1, with one core a worker: a waiting rank otherwise keeps the core from a computing one.
+    """
+    settings = {"HOROVOD_FUSION_THRESHOLD": "0"}
+    if cores == 1:
+        settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    return {name: value for name, value in settings.items() if name not in environ}

@@ -1,0 +1,75 @@
+"""The control wire over MPI: the only file that knows mpi4py.
+
+An mpi4py broadcast of a fixed record costs 0.002 to 0.04 ms where a Horovod broadcast waits one cycle (1 to 2 ms).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import mpi4py
+
+from hvdlarge.comm.launcher import Launch
+from hvdlarge.comm.world import WrongWorld
+
+mpi4py.rc.initialize = False  # MPI starts when the wire is opened, after the environment has been settled
+from mpi4py import MPI  # noqa: E402
+
+
+class MpiControl:
+    """Decisions and verdicts over a communicator of their own, so that Horovod's messages never meet them."""
+
+    def __init__(self, launch: Launch) -> None:
+        """Start MPI. Every rank calls this together.
+
+        Raises:
+            WrongWorld: if MPI sees another number of workers than the launcher started, or cannot serve two threads.
+        """
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        if MPI.COMM_WORLD.size != launch.size:
+            raise WrongWorld(
+                f"{launch.launcher} started {launch.size} workers, but MPI sees {MPI.COMM_WORLD.size}: "
+                "start the run with the launcher of the MPI that mpi4py uses "
+                f"({MPI.Get_library_version().splitlines()[0].split(', package')[0].rstrip()})"
+            )
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise WrongWorld("this MPI does not allow calls from two threads (MPI_THREAD_MULTIPLE), which Horovod needs")
+        self._comm = MPI.COMM_WORLD.Dup()
+        self.rank: int = self._comm.rank
+        self.size: int = self._comm.size
+
+    def broadcast(self, record: bytes | None, length: int) -> bytes:
+        """Rank 0's `record` of exactly `length` bytes, on every rank. Every rank calls this together."""
+        buffer = bytearray(length)
+        if self.rank == 0:
+            if record is None or len(record) != length:
+                raise ValueError(f"rank 0 must give a record of {length} bytes")
+            buffer[:] = record
+        self._comm.Bcast([buffer, MPI.BYTE], root=0)
+        return bytes(buffer)
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, in the order of the ranks. Every rank calls this together."""
+        lengths = bytearray(8 * self.size)
+        self._comm.Allgather([len(message).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE])
+        counts = [int.from_bytes(lengths[8 * r : 8 * r + 8], "little") for r in range(self.size)]
+        gathered = bytearray(sum(counts))
+        self._comm.Allgatherv([message, MPI.BYTE], [gathered, counts, MPI.BYTE])
+        limits = [0]
+        for count in counts:
+            limits.append(limits[-1] + count)
+        return [bytes(gathered[start:stop]) for start, stop in zip(limits, limits[1:], strict=False)]
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here. Every rank calls this together."""
+        self._comm.Barrier()
+
+    def abort(self, code: int) -> NoReturn:
+        """End every process of the run with this exit code, at once. Any single rank may call it."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(code)
+        os._exit(code)  # MPI's abort does not return; this is for the reader and the type checker

@@ -1,0 +1,78 @@
+"""Both wires for a single worker: no Horovod, no MPI, the same calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn
+
+from hvdlarge.comm.gradients import fill_missing_gradients
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SoloControl:
+    """A world of one: what rank 0 says is what it hears."""
+
+    rank = 0
+    size = 1
+
+    def broadcast(self, record: bytes | None, length: int) -> bytes:
+        """`record` itself."""
+        if record is None or len(record) != length:
+            raise ValueError(f"rank 0 must give a record of {length} bytes")
+        return record
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """The one message."""
+        return [message]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def abort(self, code: int) -> NoReturn:
+        """End this process with this exit code, at once."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class SoloTensors:
+    """A world of one: every sum has one term."""
+
+    local_rank = 0
+    local_size = 1
+
+    def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Rank 0's tensors are these."""
+
+    def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """A copy of `tensor`."""
+        return tensor.clone()
+
+    def summed_update(
+        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+    ) -> SoloUpdate:
+        """`optimizer` behind the calls that the step makes."""
+        return SoloUpdate(optimizer)
+
+
+class SoloUpdate:
+    """A plain optimizer with the calls of a summed one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Drop the old gradients."""
+        self.optimizer.zero_grad()
+
+    def reduce(self) -> None:
+        """The gradients of one worker are the sum already."""
+        fill_missing_gradients(self.optimizer)
+
+    def apply(self) -> None:
+        """Move the weights."""
+        self.optimizer.step()

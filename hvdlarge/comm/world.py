@@ -1,0 +1,124 @@
+"""The door to the other workers: what the rest of the engine may ask of them, and how that door is opened.
+
+Two wires (DESIGN of this project, section 4): tensors go over Horovod, decisions over MPI. Both have a solo form, so the
+code behind the door never asks whether it runs alone. Only `horovod_wire.py` knows Horovod and only `mpi_wire.py` mpi4py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+from hvdlarge.comm.launcher import Launch
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WrongWorld(Exception):
+    """The environment cannot carry this run: a part is missing, or the parts disagree about the world (exit code 3)."""
+
+
+class ControlWire(Protocol):
+    """Small messages of bytes. Every method but `abort` is collective: every rank calls it together, in one order."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, record: bytes | None, length: int) -> bytes:
+        """Rank 0's `record` of exactly `length` bytes, on every rank (the others pass None)."""
+        ...
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, in the order of the ranks, on every rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        ...
+
+    def abort(self, code: int) -> NoReturn:
+        """End every process of the run with this exit code, at once. Any single rank may call it."""
+        ...
+
+
+class SummedUpdate(Protocol):
+    """An optimizer whose gradients are summed over all workers before it moves the weights."""
+
+    optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Drop the old gradients and expect so many backward passes on this worker (0 for an idle one).
+
+        Called before the first backward pass of each step.
+        """
+        ...
+
+    def reduce(self) -> None:
+        """Wait until each gradient is the sum over all workers' micro-batches. Every rank calls this together."""
+        ...
+
+    def apply(self) -> None:
+        """Move the weights with the reduced gradients. Called after `reduce`; needs no other worker."""
+        ...
+
+
+class TensorWire(Protocol):
+    """Tensors between workers. Every method is collective: every rank calls it together, in one order."""
+
+    local_rank: int
+    local_size: int
+
+    def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite each named tensor by rank 0's, in place. Names, shapes and types are the same on every rank."""
+        ...
+
+    def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum of `tensor` over all workers, as a new tensor of the same shape on every rank."""
+        ...
+
+    def summed_update(
+        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+    ) -> SummedUpdate:
+        """Put the sum over workers in front of `optimizer`, which must not have any state yet."""
+        ...
+
+
+def open_control(launch: Launch | None) -> ControlWire:
+    """Open the wire for decisions. Every rank calls this together; it needs no torch.
+
+    Raises:
+        WrongWorld: if a launcher started this process and MPI is missing or sees another number of workers.
+    """
+    if launch is None:
+        from hvdlarge.comm.solo import SoloControl
+
+        return SoloControl()
+    try:
+        from hvdlarge.comm.mpi_wire import MpiControl
+    except ImportError as error:
+        raise WrongWorld(
+            f"started by {launch.launcher} with {launch.size} workers, but mpi4py does not load here ({error}); "
+            "docker/install-horovod.sh installs it together with Horovod"
+        ) from error
+    return MpiControl(launch)
+
+
+def open_tensors(launch: Launch | None, control: ControlWire) -> TensorWire:
+    """Open the wire for tensors. Every rank calls this together, after `open_control`.
+
+    Raises:
+        WrongWorld: if a launcher started this process and Horovod is missing or sees another number of workers.
+    """
+    if launch is None:
+        from hvdlarge.comm.solo import SoloTensors
+
+        return SoloTensors()
+    try:
+        from hvdlarge.comm.horovod_wire import HorovodTensors
+    except ImportError as error:
+        raise WrongWorld(
+            f"started by {launch.launcher} with {launch.size} workers, but horovod.torch does not load here ({error}); "
+            "docker/install-horovod.sh builds and installs it"
+        ) from error
+    return HorovodTensors(control)

@@ -1,0 +1,90 @@
+"""Running statistics of batch normalisation, the same on any number of workers.
+
+Formula:  running ← (1 − m)·running + m·batch, once for each micro-batch of a step, in the order of the step.
+          This is linear. So with rank 0 starting from the running buffers and the other ranks from zero, each rank updates
+          with its own block of micro-batches and multiplies by (1 − m)^(others before it), (1 − m)^(others behind it); the
+          sum over ranks is exactly what one worker would have.
+Source:   DESIGN of this project, section 5.
+Contract: costs no message in a step; `gather` (a sum over ranks) is called by every rank together, whenever somebody wants
+          to read the buffers, and `scatter` before training goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class RunningStatistics:
+    """The running means and variances of a model's batch normalisation layers.
+
+    Args:
+        model: the model; its buffers are changed in place.
+        rank: this worker.
+
+    Raises:
+        ValueError: for a layer with momentum=None, whose cumulative average depends on counts that one worker lacks.
+    """
+
+    def __init__(self, model: nn.Module, rank: int) -> None:
+        self._rank = rank
+        self._layers: list[tuple[str, _BatchNorm, float]] = []
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                if module.momentum is None:
+                    raise ValueError(f"batch normalisation {name!r} has momentum=None; give it a number such as 0.1")
+                self._layers.append((name, module, module.momentum))
+        self._scattered = False
+        self._micro_batches = 0  # of all workers, since the last scatter
+
+    def begin_step(self, others_before: int) -> None:
+        """Make room for the micro-batches that other workers process before this worker's block."""
+        self._decay(others_before)
+
+    def end_step(self, others_behind: int, num_micro_batches: int) -> None:
+        """Make room for those behind this worker's block; the step had `num_micro_batches` in all."""
+        self._decay(others_behind)
+        self._micro_batches += num_micro_batches
+
+    def scatter(self) -> None:
+        """Before training: rank 0 keeps the running statistics, the others go on from zero."""
+        if self._rank != 0:
+            for buffer in self._buffers():
+                buffer.zero_()
+        self._start_counts = [_count(layer) for _, layer, _ in self._layers]
+        self._micro_batches = 0
+        self._scattered = True
+
+    def gather(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+        """Give every rank the full running statistics. Every rank calls this together.
+
+        Args:
+            total: the sum of a tensor over all ranks, given a name for it.
+        """
+        if not self._scattered:
+            return
+        for number, buffer in enumerate(self._buffers()):
+            buffer.copy_(total(buffer, f"running_statistics.{number}"))
+        for (_, layer, _), start in zip(self._layers, self._start_counts, strict=True):
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(start + self._micro_batches)
+        self._scattered = False
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [buffer for _, layer, _ in self._layers for buffer in (layer.running_mean, layer.running_var)]
+
+    def _decay(self, micro_batches: int) -> None:
+        if micro_batches == 0:
+            return
+        for _, layer, momentum in self._layers:
+            kept = (1 - momentum) ** micro_batches
+            layer.running_mean.mul_(kept)
+            layer.running_var.mul_(kept)
+
+
+def _count(layer: _BatchNorm) -> int:
+    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)

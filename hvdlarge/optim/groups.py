@@ -1,0 +1,91 @@
+"""Which parameters are adapted and decayed, and which are not.
+
+Source:   the LARS paper (2017) adapts and decays every tensor; each later reference (TensorFlow's TPU code, MLPerf) leaves
+          out biases and normalisation parameters, and so do we by default. They are told by the kind of their module, not by
+          a guess from their shape, and by name patterns that a job adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+_NORMALISATION = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    not_adapted: Sequence[str] = (),
+    adapt_everything: bool = False,
+    not_adapted_lr_factor: float = 1.0,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` in at most two groups: adapted and decayed, and neither.
+
+    Args:
+        model: parameters that do not require a gradient are left out.
+        weight_decay: β of the adapted group; the other one has none.
+        not_adapted: patterns with `*` and `?`; a parameter whose full name matches one is not adapted.
+        adapt_everything: the paper's reading; biases and normalisation parameters are adapted and decayed too.
+        not_adapted_lr_factor: what multiplies the rate of the parameters that are not adapted.
+
+    Returns:
+        Groups with the keys params, names, adapt, weight_decay and lr_factor.
+
+    Raises:
+        ValueError: if nothing is trainable, or a pattern matches no parameter.
+    """
+    apart = {name for name, _ in _bias_and_normalisation(model)} if not adapt_everything else set()
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameter")
+    for pattern in not_adapted:
+        matching = {name for name, _ in trainable if fnmatchcase(name, pattern)}
+        if not matching:
+            names = ", ".join(name for name, _ in trainable[:8])
+            raise ValueError(f"the pattern {pattern!r} matches no trainable parameter; the first names are: {names}")
+        apart |= matching
+
+    groups = []
+    for adapt in (True, False):
+        members = [(name, parameter) for name, parameter in trainable if (name not in apart) == adapt]
+        if members:
+            groups.append(
+                {
+                    "params": [parameter for _, parameter in members],
+                    "names": [name for name, _ in members],
+                    "adapt": adapt,
+                    "weight_decay": weight_decay if adapt else 0.0,
+                    "lr_factor": 1.0 if adapt else not_adapted_lr_factor,
+                }
+            )
+    return groups
+
+
+def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter of the groups with its full name."""
+    return [
+        (name, parameter) for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)
+    ]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of the coming update in every group; a group's own `lr_factor` multiplies it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def _bias_and_normalisation(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, _NORMALISATION) or name.startswith("bias") or name.endswith("_bias"):
+                yield (f"{module_name}.{name}" if module_name else name), parameter

@@ -1,0 +1,84 @@
+"""Growth of the global batch during a run.
+
+Formula:  global_batch(epoch) = min(max, round(initial · factor^n)),  n = growth marks reached at `epoch`
+Source:   AdaBatch: Devarakonda, Naumov, Garland, "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks"
+          (2017), section 3: at fixed epoch marks the batch is multiplied by beta (2 in the main experiments).
+Contract: pure; epochs are floats; a mark acts on the first step that starts at or after it, and only between steps.
+          The rate that goes with a growth is in scaling.py and warmup.py, the decay that goes with it in decay.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from hvdlarge.schedule.progress import check_marks, marks_reached, next_mark
+
+
+@dataclass(frozen=True)
+class NoGrowth:
+    """One batch for the whole run."""
+
+    policy: Literal["none"] = "none"
+
+    def global_batch(self, initial: int, epoch: float) -> int:
+        """Samples per update at `epoch`: `initial`, always."""
+        return initial
+
+    def next_mark(self, initial: int, epoch: float) -> float | None:
+        """No growth is ahead."""
+        return None
+
+
+@dataclass(frozen=True)
+class AdaBatchGrowth:
+    """AdaBatch: the batch is multiplied by `factor` at each mark, up to `max`.
+
+    Args:
+        factor: what a growth multiplies the batch by, > 1.
+        every_epochs: a growth every so many epochs; or
+        at_epochs: a growth at each of these epochs.
+        max: the largest batch, in samples; None for no limit.
+
+    Raises:
+        ValueError: for values that cannot be followed.
+
+    >>> growth = AdaBatchGrowth(factor=2, every_epochs=20, max=2048)
+    >>> [growth.global_batch(128, epoch) for epoch in (0, 19.99, 20, 40, 60, 80, 100)]
+    [128, 128, 256, 512, 1024, 2048, 2048]
+    """
+
+    policy: Literal["adabatch"] = "adabatch"
+    factor: float = 2.0
+    every_epochs: float | None = None
+    at_epochs: tuple[float, ...] | None = None
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor > 1):
+            raise ValueError(f"factor must be a number above 1, got {self.factor}")
+        if self.max is not None and self.max < 1:
+            raise ValueError(f"max must be at least 1 sample, got {self.max}")
+        check_marks(self.every_epochs, self.at_epochs, ("every_epochs", "at_epochs"))
+
+    def global_batch(self, initial: int, epoch: float) -> int:
+        """Samples per update at `epoch`, for a run that began with `initial` samples."""
+        return self._after(initial, marks_reached(epoch, self.every_epochs, self.at_epochs))
+
+    def next_mark(self, initial: int, epoch: float) -> float | None:
+        """The epoch of the next growth that changes the batch, or None."""
+        mark = next_mark(epoch, self.every_epochs, self.at_epochs)
+        if mark is None or self.global_batch(initial, mark) == self.global_batch(initial, epoch):
+            return None
+        return mark
+
+    def _after(self, initial: int, growths: int) -> int:
+        try:
+            grown = round(initial * self.factor**growths)
+        except OverflowError:  # more than any data set; the last step of a run is cut to what is left of it
+            grown = 2**62
+        return grown if self.max is None else max(initial, min(grown, self.max))
+
+
+Growth = NoGrowth | AdaBatchGrowth

@@ -1,0 +1,44 @@
+"""The learning rate of one step, put together from scaling, warmup and decay.
+
+Formula:  lr = base_lr · multiplier(epoch at the step's end) · decay(epoch at the step's start)
+Source:   DESIGN of this project, section 6. Warmup is read at the end of a step, so the first step moves and the first
+          full-rate step is the one that completes the warmup; decay is read at its start, so the first step is undecayed.
+Contract: pure; `stages` holds the stages begun so far, including the one that the step belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hvdlarge.schedule.decay import ConstantDecay, Decay
+from hvdlarge.schedule.scaling import Scaling
+from hvdlarge.schedule.warmup import NoWarmup, StageStart, Warmup, multiplier
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """How the learning rate of a run comes about.
+
+    Args:
+        base: the rate tuned for the base batch (`base_lr`).
+        scaling: how the rate follows the batch.
+        warmup: how it rises at the start and at growths.
+        decay: how it falls over the run.
+    """
+
+    base: float
+    scaling: Scaling = "none"
+    warmup: Warmup = field(default_factory=NoWarmup)
+    decay: Decay = field(default_factory=ConstantDecay)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.base) and self.base > 0):
+            raise ValueError(f"base must be a positive rate, got {self.base}")
+
+    def lr(self, stages: Sequence[StageStart], start: float, end: float, epochs: float) -> float:
+        """The rate of the step that goes from epoch `start` to epoch `end` in a run of `epochs` epochs."""
+        warmup_end = self.warmup.length(stages[0].batch_factor)
+        rise = multiplier(self.warmup, self.scaling, stages, end)
+        return self.base * rise * self.decay.factor(start, warmup_end, epochs)
