@@ -55,6 +55,10 @@ class HorovodTensors:
         """Put Horovod's allreduce in front of `optimizer`, which must not have any state yet."""
         return HorovodUpdate(optimizer, named_parameters)
 
+    def close(self) -> None:
+        """Stop Horovod. Every rank calls this together, before the control wire is closed."""
+        hvd.shutdown()
+
 
 _CARRIED_AS = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}
 
@@ -67,9 +71,7 @@ class HorovodUpdate:
     where an average of averages is not.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         if optimizer.state:
             raise ValueError("the optimizer has state already; Horovod would drop it")
         # Horovod re-creates the optimizer's class from its param_groups: nothing may wrap or subclass the result, and

@@ -32,6 +32,9 @@ class SoloControl:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
+    def close(self) -> None:
+        """Nothing to leave."""
+
     def abort(self, code: int) -> NoReturn:
         """End this process with this exit code, at once."""
         sys.stdout.flush()
@@ -57,6 +60,9 @@ class SoloTensors:
     ) -> SoloUpdate:
         """`optimizer` behind the calls that the step makes."""
         return SoloUpdate(optimizer)
+
+    def close(self) -> None:
+        """Nothing to stop."""
 
 
 class SoloUpdate:

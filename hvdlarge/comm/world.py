@@ -37,6 +37,10 @@ class ControlWire(Protocol):
         """Wait until every rank has come here."""
         ...
 
+    def close(self) -> None:
+        """Leave in order, after the tensor wire is closed; a rank that left without this would end the others' run badly."""
+        ...
+
     def abort(self, code: int) -> NoReturn:
         """End every process of the run with this exit code, at once. Any single rank may call it."""
         ...
@@ -81,6 +85,10 @@ class TensorWire(Protocol):
         self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
     ) -> SummedUpdate:
         """Put the sum over workers in front of `optimizer`, which must not have any state yet."""
+        ...
+
+    def close(self) -> None:
+        """Stop, before the control wire is closed."""
         ...
 
 

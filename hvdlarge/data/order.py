@@ -1,7 +1,7 @@
 """The order of the data: one stream of shuffled epochs, of which a step takes the next `global_batch` samples.
 
 Formula:  sample s of a run (s = 0, 1, 2, …) is data-set index permute(seed, s // N, s % N) of a set of N samples;
-          permute = a Feistel network of `_ROUNDS` rounds on the numbers of ⌈log2 N⌉ bits (at least 6), walked until it falls below N
+          permute = a Feistel network of `_ROUNDS` rounds on the numbers of max(6, ⌈log2 N⌉) bits, walked until below N
 Source:   DESIGN of this project, section 5; Feistel with cycle walking: Black, Rogaway, "Ciphers with Arbitrary Finite
           Domains" (2002), section 4.
 Contract: pure; for every seed, epoch and N a bijection on 0 … N − 1; time and memory grow with the indices asked for and
@@ -19,9 +19,7 @@ _ROUNDS = 8
 _LEAST_BITS = 6  # fewer would shuffle very small sets unevenly; their places are found among 64 numbers instead
 
 
-def permute(
-    seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.int64], size: int
-) -> NDArray[np.int64]:
+def permute(seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Where each place of a shuffled epoch lies in the data set.
 
     Args:

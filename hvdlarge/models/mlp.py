@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -18,13 +19,11 @@ class MLP(nn.Module):
         dropout: probability behind each hidden layer.
     """
 
-    def __init__(
-        self, inputs: int = 64, hidden: Sequence[int] = (64, 64), classes: int = 10, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, inputs: int = 64, hidden: Sequence[int] = (64, 64), classes: int = 10, dropout: float = 0.0) -> None:
         super().__init__()
         widths = [inputs, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 

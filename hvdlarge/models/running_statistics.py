@@ -75,15 +75,21 @@ class RunningStatistics:
         self._scattered = False
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [buffer for _, layer, _ in self._layers for buffer in (layer.running_mean, layer.running_var)]
+        return [buffer for _, layer, _ in self._layers for buffer in _averages(layer)]
 
     def _decay(self, micro_batches: int) -> None:
         if micro_batches == 0:
             return
         for _, layer, momentum in self._layers:
             kept = (1 - momentum) ** micro_batches
-            layer.running_mean.mul_(kept)
-            layer.running_var.mul_(kept)
+            for buffer in _averages(layer):
+                buffer.mul_(kept)
+
+
+def _averages(layer: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    assert layer.running_mean is not None  # RunningStatistics takes layers that track them
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 def _count(layer: _BatchNorm) -> int:

@@ -73,9 +73,7 @@ def parameter_groups(
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Parameter]]:
     """Every parameter of the groups with its full name."""
-    return [
-        (name, parameter) for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)
-    ]
+    return [(name, parameter) for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -66,17 +66,6 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             _check(group)
 
-    def __repr__(self) -> str:
-        groups = ", ".join(
-            f"{sum(p.numel() for p in group['params']):,} {'adapted' if group['adapt'] else 'not adapted'}"
-            for group in self.param_groups
-        )
-        first = self.param_groups[0]
-        return (
-            f"LARS(momentum={first['momentum']}, weight_decay={first['weight_decay']}, "
-            f"trust_coefficient={first['trust_coefficient']}; weights: {groups})"
-        )
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move the weights once, with the gradients in `.grad`, already averaged over all workers.

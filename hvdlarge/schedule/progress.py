@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 # A mark such as 3 × 0.1 epochs is not exactly a float; a progress this close to it (relative) has reached it.
 _TOLERANCE = 1e-12
@@ -97,7 +98,7 @@ def check_marks(every_epochs: float | None, at_epochs: Sequence[float] | None, n
     if every_epochs is not None and not (math.isfinite(every_epochs) and every_epochs > 0):
         raise ValueError(f"{every_name} must be a positive number of epochs, got {every_epochs}")
     if at_epochs is not None:
-        if not at_epochs or at_epochs[0] <= 0 or any(b <= a for a, b in zip(at_epochs, at_epochs[1:], strict=False)):
+        if not at_epochs or at_epochs[0] <= 0 or any(b <= a for a, b in pairwise(at_epochs)):
             raise ValueError(f"{at_name} must be rising positive epochs, got {list(at_epochs)}")
         if not all(math.isfinite(mark) for mark in at_epochs):
             raise ValueError(f"{at_name} must be finite epochs, got {list(at_epochs)}")

@@ -1,0 +1,58 @@
+# make demo    set up, then train the main job on two workers
+# make test    set up, then run every test
+# make lint    style, types
+# make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
+
+PYTHON ?= python3
+VENV ?= .venv
+# The release that the figures of the README were measured with; any torch >= 2.10 works. On Linux the package index gives
+# the CUDA build; for a CPU build point pip at the index that has it and say TORCH=torch==2.13.0+cpu.
+TORCH ?= torch==2.13.0
+NP ?= 2
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.installed
+pip := $(bin)/python -m pip --disable-pip-version-check
+# Open MPI refuses root unless told twice; containers and CI machines often have no other user.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+# mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
+mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
+
+.PHONY: help install demo test test-single test-parallel test-integration lint clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+install: $(stamp)
+
+$(stamp): setup.cfg setup.py docker/install-system.sh docker/install-horovod.sh
+	docker/install-system.sh $(PYTHON)
+	[ -x $(bin)/python ] || $(PYTHON) -m venv $(VENV)
+	$(pip) install --quiet '$(TORCH)' 'setuptools>=77' wheel
+	$(pip) install --quiet --no-build-isolation -e '.[test,lint]'
+	docker/install-horovod.sh $(bin)/python
+	touch $@
+
+demo: $(stamp)
+	PATH="$(CURDIR)/$(bin):$$PATH" horovodrun -np $(NP) python -m hvdlarge.train jobs/digits.yaml
+
+test: test-single test-parallel test-integration
+
+test-single: $(stamp)
+	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge
+
+test-parallel: $(stamp)
+	$(mpirun) -np 2 $(bin)/python -m pytest tests/parallel
+	$(mpirun) -np 3 $(bin)/python -m pytest tests/parallel
+
+test-integration: $(stamp)
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration
+
+lint: $(stamp)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

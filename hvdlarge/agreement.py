@@ -1,0 +1,70 @@
+"""How the ranks come to one mind before training: one verdict, one job, one set of versions.
+
+Every function here is collective over the control wire: every rank calls it together. What fails on one rank is told to all,
+so that all leave with one message and one exit code instead of one leaving and the others waiting for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from hvdlarge.comm.world import ControlWire
+from hvdlarge.exits import RanksDisagree, RunEnds
+
+Result = TypeVar("Result")
+
+
+def all_or_none(control: ControlWire, action: Callable[[], Result]) -> Result:
+    """What `action` returns on this rank, if it worked on every rank. Every rank calls this together.
+
+    Raises:
+        RunEnds: on every rank alike, if `action` raised one on any: with the code of the lowest such rank, the message naming
+            the ranks unless it was all of them.
+    """
+    problem, result = None, None
+    try:
+        result = action()
+    except RunEnds as error:
+        problem = error
+    mine = "" if problem is None else f"{problem.code} {problem}"
+    heard = [message.decode() for message in control.allgather(mine.encode())]
+    for text in heard:
+        if text:
+            ranks = [str(rank) for rank, other in enumerate(heard) if other == text]
+            code, _, message = text.partition(" ")
+            end = RunEnds(message if len(ranks) == len(heard) else f"on rank {', '.join(ranks)}: {message}")
+            end.code = int(code)
+            raise end
+    return result  # type: ignore[return-value]
+
+
+def same_everywhere(control: ControlWire, facts: Mapping[str, Any], what: str) -> None:
+    """Hold the same facts against each other on all ranks. Every rank calls this together.
+
+    Args:
+        control: the wire.
+        facts: JSON values under the names that the user knows, nested as deep as they come.
+        what: what they are about, for the message.
+
+    Raises:
+        RanksDisagree: on every rank alike, naming the first differing fact, two ranks and both values.
+    """
+    mine = json.dumps(facts, sort_keys=True).encode()
+    heard = control.allgather(mine)
+    for rank, message in enumerate(heard):
+        if message != heard[0]:
+            name, ours, theirs = _first_difference(json.loads(heard[0]), json.loads(message))
+            raise RanksDisagree(
+                f"the ranks do not have the same {what}: {name} is {json.dumps(ours)} on rank 0 and "
+                f"{json.dumps(theirs)} on rank {rank}"
+            )
+
+
+def _first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                return _first_difference(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+    return name, ours, theirs

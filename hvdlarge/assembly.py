@@ -1,0 +1,164 @@
+"""From the sections of a job to the objects of a run. Each function takes the sections it reads, and does one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvdlarge import job as sections
+from hvdlarge import named
+from hvdlarge.comm.world import ControlWire, TensorWire
+from hvdlarge.controller import Controller, DecisionFeed, Plan
+from hvdlarge.data import seeds
+from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
+from hvdlarge.evaluate import Evaluation
+from hvdlarge.exits import JobError
+from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.optim.build import build_optimizer
+from hvdlarge.optim.groups import named_parameters
+from hvdlarge.schedule.decision import Decision
+from hvdlarge.step import Learner
+
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The GPU of this worker's number on its host, or the CPU of a host without GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def load_data(data: sections.Data) -> tuple[Any, Any]:
+    """The training set and the test set (or None) that a job names.
+
+    Raises:
+        JobError: for a name that is not there, or something that is no pair of map-style sets.
+    """
+    try:
+        found = named.build("data.name", data.name, data.args, named.DATA)
+    except ModuleNotFoundError as error:
+        raise JobError(f"data.name: {data.name}: {error}") from None
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise JobError(f"data.name: {data.name} must return a pair (training set, test set or None), not {_kind(found)}")
+    for what, dataset in zip(("training set", "test set"), found, strict=True):
+        if dataset is None and what == "test set":
+            continue
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise JobError(f"data.name: the {what} of {data.name} has no length or no items; it is {_kind(dataset)}")
+        if len(dataset) == 0:
+            raise JobError(f"data.name: the {what} of {data.name} is empty")
+    return found
+
+
+def plan_run(job: sections.Job, dataset_size: int, world_size: int) -> Plan:
+    """What the controller follows.
+
+    Raises:
+        JobError: for a run without a sample in it.
+    """
+    try:
+        return job.plan(dataset_size, world_size)
+    except ValueError as error:
+        raise JobError(f"epochs: {error}") from None
+
+
+def build_learning(
+    model: sections.Model,
+    loss: sections.Loss,
+    optimizer: sections.Optimizer,
+    precision: str,
+    seed: int,
+    device: torch.device,
+) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], torch.optim.Optimizer]:
+    """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on the seed only.
+
+    Raises:
+        JobError: for names that are not there, arguments that do not fit, or a model that cannot be trained.
+    """
+    torch.manual_seed(seeds.key(seed, seeds.WEIGHTS))
+    net = named.build("model.name", model.name, model.args, named.MODELS)
+    if not isinstance(net, torch.nn.Module):
+        raise JobError(f"model.name: {model.name} must give a torch.nn.Module, not {_kind(net)}")
+    net.to(device=device, dtype=_DTYPES[precision])
+    measure = named.build("loss.name", loss.name, loss.arguments, named.LOSSES)
+    if isinstance(measure, torch.nn.Module):
+        measure.to(device=device, dtype=_DTYPES[precision])
+    try:
+        RunningStatistics(net, rank=0)  # says whether the engine can keep this model's statistics
+        return net, measure, build_optimizer(net, **optimizer.model_dump())
+    except ValueError as error:
+        raise JobError(f"model.name: {model.name}: {error}") from None
+
+
+def join_learning(
+    model: torch.nn.Module,
+    loss: Callable[[Any, Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    tensors: TensorWire,
+    device: torch.device,
+    seed: int,
+    rank: int,
+) -> Learner:
+    """Give every worker rank 0's weights and put the sum over workers before the update. Every rank calls this together."""
+    tensors.broadcast_(list(model.state_dict().items()))
+    update = tensors.summed_update(optimizer, named_parameters(optimizer.param_groups))
+    dtype = next(model.parameters()).dtype
+    return Learner(
+        model=model,
+        loss=loss,
+        update=update,
+        statistics=RunningStatistics(model, rank),
+        to_device=lambda batch: _moved(batch, device, dtype),
+        seed=seed,
+        rank=rank,
+    )
+
+
+def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
+    """The loader for a training set: direct for one that holds tensors, torch's DataLoader for every other."""
+    fetch = Fetch(training_set, seed, shuffled=True)
+    if isinstance(training_set, InMemory):
+        return TensorLoader(fetch)
+    return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
+
+
+def build_evaluation(
+    data: sections.Data, evaluate: sections.Evaluate, test_set: Any, rank: int, world_size: int
+) -> Evaluation | None:
+    """The evaluation of a test set; None without one."""
+    if test_set is None:
+        return None
+    num_workers = 0 if isinstance(test_set, InMemory) else data.num_workers
+    return Evaluation(test_set, len(test_set), evaluate.micro_batch, rank, world_size, num_workers, data.prefetch_factor)
+
+
+def build_feed(data: sections.Data, plan: Plan, control: ControlWire, loader: Loader) -> DecisionFeed:
+    """The decisions of a run, as many steps ahead as the loader can use."""
+    ahead = data.prefetch_steps or max(1, data.num_workers * data.prefetch_factor)
+
+    def announce(decision: Decision) -> None:
+        mine = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
+        loader.announce(mine, decision.is_last)
+
+    return DecisionFeed(control, Controller(plan) if control.rank == 0 else None, ahead, announce)
+
+
+def _moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A batch on the device, its floats in the run's precision; tensors inside lists, tuples and dicts too."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device=device, dtype=dtype if batch.is_floating_point() else batch.dtype)
+    if isinstance(batch, dict):
+        return {key: _moved(value, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_moved(value, device, dtype) for value in batch)
+    return batch
+
+
+def _kind(found: Any) -> str:
+    return f"a {type(found).__name__}"

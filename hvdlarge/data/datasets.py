@@ -1,0 +1,72 @@
+"""What a data set is to the engine, and the one that ships with it: real handwritten digits.
+
+A job's `data.name` names a callable that returns a pair (training set, test set or None). A set is map-style: it has a
+length and gives the pair (input, target) of an index; `__getitems__(indices)`, where it exists, gives the pairs of many
+indices at once. A set that holds its samples as tensors is an `InMemory` and is indexed without any loader process.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hvdlarge.data.order import permute
+
+
+class InMemory(Dataset):
+    """Samples kept as tensors.
+
+    Args:
+        inputs: shape (n, …).
+        targets: shape (n, …).
+
+    Raises:
+        ValueError: if the two differ in length.
+    """
+
+    def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} inputs and {len(targets)} targets")
+        self.inputs = inputs
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the samples `indices`, shape (n,)."""
+        return self.inputs[indices], self.targets[indices]
+
+
+_TEST_SAMPLES = 360
+_SPLIT_SEED = 1998  # the year in which the digits were published; any fixed number does
+
+
+def digits() -> tuple[InMemory, InMemory]:
+    """1797 handwritten digits of 8×8 pixels: 1437 for training and 360 for testing, always the same.
+
+    Source: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (1998), as carried
+    by scikit-learn.
+
+    Returns:
+        Training and test set; inputs (n, 1, 8, 8) float32 in [0, 1], targets (n,) int64.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn, naming the extra to install.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the digits are carried by scikit-learn, which is not installed: pip install 'hvdlarge[digits]'"
+        ) from error
+    pixels, labels = load_digits(return_X_y=True)
+    inputs = torch.from_numpy(pixels.astype(np.float32) / 16.0).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    order = torch.from_numpy(permute(_SPLIT_SEED, 0, np.arange(len(targets)), len(targets)))
+    test, train = order[:_TEST_SAMPLES], order[_TEST_SAMPLES:]
+    return InMemory(inputs[train], targets[train]), InMemory(inputs[test], targets[test])

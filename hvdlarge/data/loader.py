@@ -1,0 +1,185 @@
+"""From decided micro-batches to tensors in memory, in the order of the step.
+
+Two forms with the same calls: `TensorLoader` for sets that hold tensors, and `WorkerLoader`, torch's `DataLoader` with its
+worker processes, for every other map-style set. A rank fetches its own micro-batches only.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from hvdlarge.data import order, seeds
+from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.layout import MicroBatch
+
+
+class Loaded(NamedTuple):
+    """A micro-batch with its tensors."""
+
+    micro_batch: MicroBatch
+    inputs: Any  # a tensor (n, …), or whatever the set's inputs collate to
+    targets: Any  # a tensor (n, …), likewise
+
+
+class Loader(Protocol):
+    """What the loop asks of a loader."""
+
+    def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+        """Take note of this worker's micro-batches of a coming step; `is_last` when no step follows it."""
+        ...
+
+    def fetch(self, count: int) -> Iterator[Loaded]:
+        """The next `count` announced micro-batches, in order; each is waited for when it is asked for."""
+        ...
+
+
+class Fetch(Dataset):
+    """A data set whose indices are micro-batches: what a loader process runs.
+
+    Args:
+        dataset: map-style, of pairs (input, target).
+        seed: of the run.
+        shuffled: whether a micro-batch counts samples of the run's stream (training) or of the set itself (evaluation).
+    """
+
+    def __init__(self, dataset: Any, seed: int, shuffled: bool) -> None:
+        self._dataset = dataset
+        self._size = len(dataset)
+        self._seed = seed
+        self._shuffled = shuffled
+
+    def __getitem__(self, micro_batch: MicroBatch | None) -> Loaded | None:
+        if micro_batch is None:  # a hole: nothing was known to be fetched when this place in the queue came up
+            return None
+        indices = self.indices(micro_batch)
+        if isinstance(self._dataset, InMemory):
+            return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
+        if hasattr(self._dataset, "__getitems__"):
+            self._seed_by_sample(micro_batch.start)
+            pairs = self._dataset.__getitems__(indices.tolist())
+        else:
+            pairs = []
+            for sample, index in enumerate(indices.tolist(), start=micro_batch.start):
+                self._seed_by_sample(sample)
+                pairs.append(self._dataset[index])
+        inputs, targets = default_collate(pairs)
+        return Loaded(micro_batch, inputs, targets)
+
+    def indices(self, micro_batch: MicroBatch) -> np.ndarray:
+        """Data-set indices of a micro-batch's samples, shape (n,)."""
+        if self._shuffled:
+            return order.samples(self._seed, self._size, micro_batch.start, micro_batch.stop)
+        return np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
+
+    def _seed_by_sample(self, sample: int) -> None:
+        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it.
+        key = seeds.key(self._seed, seeds.SAMPLE, sample)
+        torch.manual_seed(key)
+        random.seed(key)
+        np.random.seed(key % 2**32)
+
+
+class TensorLoader:
+    """Indexes a set of tensors when a micro-batch is asked for."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+        self._announced: deque[MicroBatch] = deque()
+
+    def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+        """Remember these micro-batches."""
+        self._announced.extend(micro_batches)
+
+    def fetch(self, count: int) -> Iterator[Loaded]:
+        """The next `count` announced micro-batches, in order."""
+        for _ in range(count):
+            loaded = self._fetch[self._announced.popleft()]
+            assert loaded is not None
+            yield loaded
+
+
+class _Announced:
+    """The live list of micro-batches that torch's DataLoader reads ahead of the training.
+
+    It must never wait: a worker that waited here for a decision could hold up the very allreduce that rank 0 is waiting in
+    before it decides. Where nothing is known yet it gives a hole, which costs nothing and is passed over.
+    """
+
+    def __init__(self) -> None:
+        self.micro_batches: deque[MicroBatch] = deque()
+        self.complete = False
+
+    def __iter__(self) -> Iterator[MicroBatch | None]:
+        while self.micro_batches or not self.complete:
+            yield self.micro_batches.popleft() if self.micro_batches else None
+
+
+class WorkerLoader:
+    """torch's DataLoader over announced micro-batches.
+
+    Args:
+        fetch: the set.
+        num_workers: loader processes; 0 loads in this process.
+        prefetch_factor: micro-batches in hand for each loader process.
+    """
+
+    def __init__(self, fetch: Fetch, num_workers: int, prefetch_factor: int) -> None:
+        self._announced = _Announced()
+        self._loader = make_dataloader(fetch, self._announced, num_workers, prefetch_factor)
+        self._loaded: Iterator[Loaded | None] | None = None
+
+    def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+        """Put these micro-batches into the queue of the loader processes."""
+        self._announced.micro_batches.extend(micro_batches)
+        self._announced.complete = is_last
+
+    def fetch(self, count: int) -> Iterator[Loaded]:
+        """The next `count` announced micro-batches, in order; waits for the loader processes."""
+        if self._loaded is None:
+            self._loaded = iter(self._loader)
+        while count:
+            loaded = next(self._loaded)
+            if loaded is not None:
+                yield loaded
+                count -= 1
+
+
+def make_loader(fetch: Fetch, num_workers: int, prefetch_factor: int, holds_tensors: bool) -> Loader:
+    """The loader for a set: direct for one that holds tensors, torch's DataLoader otherwise."""
+    return TensorLoader(fetch) if holds_tensors else WorkerLoader(fetch, num_workers, prefetch_factor)
+
+
+def make_dataloader(fetch: Fetch, micro_batches: Any, num_workers: int, prefetch_factor: int) -> DataLoader:
+    """A torch DataLoader whose items are micro-batches as they are; `micro_batches` gives the indices."""
+    return DataLoader(
+        fetch,
+        batch_size=None,
+        sampler=micro_batches,
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        # A process that has started MPI must not be forked: InfiniBand's pinned pages and MPI's locks do not survive it.
+        multiprocessing_context="forkserver" if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _start_worker(number: int) -> None:
+    # A launcher forwards these to whole process groups; they are for the training process, which stops in order.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    torch.set_num_threads(1)

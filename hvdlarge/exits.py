@@ -1,0 +1,45 @@
+"""How a run ends: the exit codes, and the one way in which every rank leaves together.
+
+Source:   DESIGN of this project, section 8. Under MPI a rank that leaves alone makes the launcher's code a race, so there
+          are two ways only: all ranks raise the same `RunEnds`, or one rank aborts the whole run with a code.
+"""
+
+from __future__ import annotations
+
+FINISHED = 0
+WRONG_JOB = 2
+WRONG_ENVIRONMENT = 3
+INTERNAL_ERROR = 70
+RANKS_DISAGREE = 71
+DIVERGED = 73
+CANNOT_SAVE = 74
+
+
+class RunEnds(Exception):
+    """The run ends here, on every rank alike; the message is for the user, in one piece."""
+
+    code = INTERNAL_ERROR
+
+
+class JobError(RunEnds):
+    """The job file or the command line is wrong."""
+
+    code = WRONG_JOB
+
+
+class RanksDisagree(RunEnds):
+    """The ranks do not run the same thing."""
+
+    code = RANKS_DISAGREE
+
+
+class Diverged(RunEnds):
+    """Training is no longer finite."""
+
+    code = DIVERGED
+
+
+class CannotSave(RunEnds):
+    """A checkpoint could not be written."""
+
+    code = CANNOT_SAVE

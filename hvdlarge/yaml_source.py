@@ -1,0 +1,141 @@
+"""Reads a YAML text into plain values and remembers where each key stands.
+
+Numbers and booleans follow YAML 1.2: `1e-3` is a number, `on` and `no` are words, `010` is ten, a date is text. A key that
+stands twice, an alias, a tag and a second document are errors, because each of them is a mistake in a job file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+Path = tuple[str | int, ...]
+_MAX_BYTES = 1_000_000
+_MAX_DEPTH = 40
+
+
+class SourceError(Exception):
+    """The text is not what a job file may be; the message says why, `line` where (from 1, or None)."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass
+class Source:
+    """Values and the lines they stand on."""
+
+    values: Any
+    lines: dict[Path, int] = field(default_factory=dict)
+
+    def line(self, path: Path) -> int | None:
+        """The line (from 1) of the longest part of `path` that stands in the text."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def read(text: bytes | str) -> Source:
+    """The values of one YAML document, with the line of each key.
+
+    Raises:
+        SourceError: for anything that is not one plain document.
+
+    >>> read("lr: 1e-3").values
+    {'lr': 0.001}
+    """
+    if isinstance(text, bytes):
+        if len(text) > _MAX_BYTES:
+            raise SourceError(f"the file has {len(text):,} bytes; a job file has at most {_MAX_BYTES:,}")
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(f"the file is not UTF-8 text (byte {error.start})") from None
+    try:
+        _refuse_depth(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return Source(None)
+            lines: dict[Path, int] = {}
+            _record(node, (), lines)
+            return Source(loader.construct_document(node), lines)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise SourceError(f"not valid YAML: {what}", mark.line + 1 if mark else None) from None
+    except yaml.YAMLError as error:
+        raise SourceError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _refuse_depth(text: str) -> None:
+    # Over the token stream, because PyYAML's composer would recurse as deep as the text does.
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise SourceError(f"the alias *{event.anchor} is not allowed; write the values out", _line_of(event))
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise SourceError(f"nested deeper than {_MAX_DEPTH} levels", _line_of(event))
+
+
+def _line_of(event: yaml.Event) -> int:
+    return 1 if event.start_mark is None else event.start_mark.line + 1
+
+
+def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise SourceError("a key must be a word", line)
+            if key in seen:
+                raise SourceError(f"the key {key!r} stands twice, on lines {seen[key]} and {line}", line)
+            seen[key] = line
+            lines[path + (key,)] = line
+            _record(value_node, path + (key,), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            lines[path + (number,)] = item.start_mark.line + 1
+            _record(item, path + (number,), lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the plain types of YAML 1.2 and no tags."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+def _resolve(tag: str, pattern: str, first: str) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
+_resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
+_resolve("null", "~|null|Null|NULL|", "~nN\0")
+_resolve("int", "[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789")
+_resolve("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+         "-+.0123456789")  # fmt: skip
+_Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers.pop("\0")
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value.lstrip("+")
+    base = 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10
+    try:
+        return int(text, base)
+    except ValueError as error:  # Python refuses numbers of thousands of digits
+        raise SourceError(str(error), node.start_mark.line + 1) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
