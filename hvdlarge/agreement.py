@@ -20,7 +20,7 @@ def all_or_none(control: ControlWire, action: Callable[[], Result]) -> Result:
     """What `action` returns on this rank, if it worked on every rank. Every rank calls this together.
 
     Raises:
-        RunEnds: on every rank alike, if `action` raised one on any: with the code of the lowest such rank, the message naming
+        RunEnds: on every rank alike, if `action` raised one on any: with the lowest such rank's code, the message naming
             the ranks unless it was all of them.
     """
     problem, result = None, None

@@ -139,7 +139,7 @@ class RunLog:
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
     def finish(self, results: Mapping[str, float], weights: Mapping[str, Any]) -> None:
-        """Write the last checkpoint and the summary, close the logs and say how the run ended.
+        """Write the last checkpoint and the summary, and say how the run ended.
 
         Raises:
             CannotSave: if the checkpoint cannot be written.
@@ -163,13 +163,16 @@ class RunLog:
             "samples_per_second": samples_seen / seconds,
         }
         write_json(self.folder / "summary.json", summary)
-        self._metrics.close()
-        self._decisions.close()
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         say(
             f"done: {accuracy}loss {results['loss']:.4f} after {progress['epoch']:g} epochs, {last.step + 1:,} steps and "
             f"{_duration(seconds)} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
+
+    def close(self) -> None:
+        """Flush and close the logs, however the run ended."""
+        self._metrics.close()
+        self._decisions.close()
 
 
 def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:

@@ -161,8 +161,12 @@ def _train(
         say(f"folder   {log.folder}" + (f" (an earlier run is now in {log.set_aside})" if log.set_aside else ""))
 
     cadence = Cadence(job.log.every_steps, job.evaluate.every_epochs)
-    results = train(feed, plan, loader, learner, tensors, evaluation, cadence, log)
-    all_or_none(control, lambda: log.finish(results, model.state_dict()) if log is not None else None)
+    try:
+        results = train(feed, plan, loader, learner, tensors, evaluation, cadence, log)
+        all_or_none(control, lambda: log.finish(results, model.state_dict()) if log is not None else None)
+    finally:
+        if log is not None:
+            log.close()
 
 
 def _host(cores: int) -> dict[str, Any]:

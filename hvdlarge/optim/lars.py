@@ -103,8 +103,8 @@ class LARS(torch.optim.Optimizer):
 def trust_ratio(weight_norm: float, grad_norm: float, group: dict[str, Any]) -> float:
     """λ for the norms of a tensor and of its mean gradient (both L2, unit 1; the gradient's is above 0).
 
-    >>> round(trust_ratio(5.0, 1.0, {"trust_coefficient": 0.001, "weight_decay": 0.0005}), 18)
-    0.00498753117206983
+    >>> trust_ratio(5.0, 1.0, {"trust_coefficient": 0.001, "weight_decay": 0.0005})
+    0.004987531172069826
     """
     if weight_norm == 0:
         return 1.0

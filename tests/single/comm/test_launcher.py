@@ -1,0 +1,40 @@
+import os
+
+import pytest
+
+from hvdlarge.comm.launcher import Launch, cores_per_worker, detect, starting_settings
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+         Launch("Open MPI", 1, 4, 0, 1)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "4"}, Launch("Hydra", 2, 4, 2, 4)),
+        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"}, Launch("horovodrun --gloo", 0, 2, 0, 2)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, Launch("srun", 5, 8, 1, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, None),  # a batch script, not a launch
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"}, None),
+    ],
+)  # fmt: skip
+def test_launchers_are_told_by_their_variables(environ, expected):
+    assert detect(environ) == expected
+
+
+def test_cores_are_those_of_the_binding_or_a_share_of_the_host():
+    total = os.cpu_count()
+    assert cores_per_worker(1) == len(os.sched_getaffinity(0))
+    assert cores_per_worker(10 * total) == 1
+    kept = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(kept)})
+        assert cores_per_worker(1) == 1
+    finally:
+        os.sched_setaffinity(0, kept)
+
+
+def test_settings_never_replace_the_users():
+    launch = Launch("Open MPI", 0, 2, 0, 2)
+    assert starting_settings({}, launch, 1) == {"HOROVOD_FUSION_THRESHOLD": "0", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    assert starting_settings({"HOROVOD_FUSION_THRESHOLD": "1"}, launch, 4) == {}

@@ -1,0 +1,119 @@
+"""Both loaders give the announced micro-batches, in order, whatever is known when."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from hvdlarge.data.datasets import InMemory, digits
+from hvdlarge.data.layout import BatchLayout, MicroBatch
+from hvdlarge.data.loader import Fetch, TensorLoader, WorkerLoader
+from hvdlarge.data.order import samples
+
+
+class Numbers(Dataset):
+    """Item i is (i, what the random generators draw for it)."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        return torch.tensor(index), torch.tensor([torch.rand(()).item(), random.random(), np.random.random()])
+
+
+class ManyNumbers(Numbers):
+    """The same, many at once."""
+
+    def __getitems__(self, indices):
+        drawn = torch.rand(len(indices))
+        return [(torch.tensor(index), drawn[number]) for number, index in enumerate(indices)]
+
+
+def steps_of(sizes, micro=8):
+    start, steps = 0, []
+    for size in sizes:
+        steps.append(BatchLayout(size, micro, 2).of_rank(1, start) if size else [])
+        start += size
+    return steps
+
+
+def run(loader, steps, ahead):
+    """Announce `ahead` steps before they are fetched, as the decision feed does."""
+    fetched, announced = [], 0
+    for number, step in enumerate(steps):
+        while announced < min(len(steps), number + ahead + 1):
+            loader.announce(steps[announced], announced == len(steps) - 1)
+            announced += 1
+        fetched.append([loaded.micro_batch for loaded in loader.fetch(len(step))])
+    return fetched
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_worker_loader_follows_growing_steps_and_idle_ones(num_workers, ahead):
+    steps = steps_of([16, 16, 8, 8, 64, 3, 200, 31])
+    loader = WorkerLoader(Fetch(Numbers(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
+    assert run(loader, steps, ahead) == steps
+
+
+def test_both_loaders_give_the_stream():
+    steps = steps_of([16, 40, 120])
+    inputs = torch.arange(100)
+    direct = TensorLoader(Fetch(InMemory(inputs, inputs), seed=3, shuffled=True))
+    worker = WorkerLoader(Fetch(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
+    for loader in (direct, worker):
+        for number, step in enumerate(steps):
+            loader.announce(step, number == 2)
+        for step in steps:
+            for micro, loaded in zip(step, loader.fetch(len(step)), strict=True):
+                assert loaded.inputs.tolist() == samples(3, 100, micro.start, micro.stop).tolist()
+
+
+@pytest.mark.parametrize("dataset", [Numbers, ManyNumbers])
+def test_what_is_drawn_for_a_sample_belongs_to_it_and_not_to_the_process(dataset):
+    drawn = []
+    for num_workers in (0, 1, 2):
+        loader = WorkerLoader(Fetch(dataset(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
+        step = BatchLayout(48, 8, 1).of_rank(0, 0)
+        loader.announce(step, True)
+        drawn.append(torch.cat([loaded.targets for loaded in loader.fetch(6)]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert len(drawn[0].unique(dim=0)) == 48
+
+
+def test_evaluation_counts_the_set_itself():
+    fetch = Fetch(Numbers(), seed=0, shuffled=False)
+    assert fetch[MicroBatch(0, 5, 9)].inputs.tolist() == [5, 6, 7, 8]
+    assert fetch[None] is None
+
+
+def test_digits_are_real_and_split_once_and_for_all():
+    train, test = digits()
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.inputs.shape == (1437, 1, 8, 8)
+    assert 0 <= train.inputs.min() < train.inputs.max() <= 1
+    together = torch.cat([train.inputs, test.inputs]).flatten(1)
+    assert len(together) == 1797
+    assert torch.bincount(torch.cat([train.targets, test.targets])).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
+    assert torch.bincount(test.targets, minlength=10).min() > 20
+    again = digits()[1]
+    assert torch.equal(again.inputs, test.inputs)
+
+
+def test_sets_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="3 inputs and 2 targets"):
+        InMemory(torch.zeros(3), torch.zeros(2))

@@ -1,0 +1,54 @@
+"""AdaBatch's batches: FACTS of the paper, sections 6.A.2, 6.A.4, 6.A.5 and 6.A.9."""
+
+import math
+
+import pytest
+
+from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+
+
+def test_the_paper_doubles_128_to_2048():
+    growth = AdaBatchGrowth(factor=2, at_epochs=(20, 40, 60, 80))
+    assert [growth.global_batch(128, epoch) for epoch in (0, 20, 40, 60, 80)] == [128, 256, 512, 1024, 2048]
+
+
+def test_imagenet_with_factor_8():
+    growth = AdaBatchGrowth(factor=8, every_epochs=30)
+    assert [growth.global_batch(8192, epoch) for epoch in (0, 30, 60)] == [8192, 65536, 524288]
+
+
+def test_a_mark_at_20_changes_epoch_20_and_not_epoch_19():
+    growth = AdaBatchGrowth(factor=2, every_epochs=20)
+    assert growth.global_batch(128, 19.9999) == 128
+    assert growth.global_batch(128, 20.0) == 256
+
+
+def test_update_counts_of_the_paper_with_incomplete_batches_dropped():
+    growth = AdaBatchGrowth(factor=2, every_epochs=20, max=2048)
+    updates = sum(50_000 // growth.global_batch(128, epoch) for epoch in range(100))
+    assert updates == 15_080
+    assert sum(50_000 // NoGrowth().global_batch(128, epoch) for epoch in range(100)) == 39_000
+    assert sum(50_000 // 2048 for _ in range(100)) == 2_400
+
+
+def test_max_caps_and_never_shrinks():
+    growth = AdaBatchGrowth(factor=3, every_epochs=1, max=100)
+    assert [growth.global_batch(10, epoch) for epoch in range(5)] == [10, 30, 90, 100, 100]
+    assert growth.next_mark(10, 2.5) == 3
+    assert growth.next_mark(10, 3) is None
+    assert AdaBatchGrowth(every_epochs=1, max=5).global_batch(10, 3) == 10
+
+
+def test_factors_need_not_be_whole():
+    growth = AdaBatchGrowth(factor=1.5, every_epochs=1)
+    assert [growth.global_batch(10, epoch) for epoch in range(4)] == [10, 15, 22, 34]
+
+
+def test_growth_without_limit_does_not_overflow():
+    assert AdaBatchGrowth(factor=10, every_epochs=0.001).global_batch(10, 90) >= 2**62
+
+
+@pytest.mark.parametrize("factor", [1, 0.5, 0, -2, math.nan, math.inf])
+def test_a_factor_that_does_not_grow_is_refused(factor):
+    with pytest.raises(ValueError, match="factor"):
+        AdaBatchGrowth(factor=factor, every_epochs=1)

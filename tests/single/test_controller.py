@@ -1,0 +1,124 @@
+"""The controller against the stream law, its outline on paper, and the wire."""
+
+import itertools
+
+import pytest
+
+from hvdlarge.comm.solo import SoloControl
+from hvdlarge.controller import Controller, DecisionFeed, Plan
+from hvdlarge.introduction import growth_line, stage_table, stages_of
+from hvdlarge.job import read_job
+from hvdlarge.schedule.decay import MultistepDecay, PolynomialDecay
+from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+from hvdlarge.schedule.progress import Clock
+from hvdlarge.schedule.rate import RateSchedule
+from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
+
+
+def all_of(plan):
+    controller = Controller(plan)
+    return list(iter(controller.decide, None))
+
+
+def make_plan(size=203, epochs=7.3, initial=20, growth=None, rate=None, micro=8, world_size=3):
+    return Plan(
+        clock=Clock(size, epochs),
+        base_batch=20,
+        initial_batch=initial,
+        micro_batch=micro,
+        growth=growth or AdaBatchGrowth(factor=2.5, every_epochs=2, max=400),
+        rate=rate or RateSchedule(0.5, "sqrt", LegwWarmup(epochs=0.7), PolynomialDecay()),
+        world_size=world_size,
+    )
+
+
+PLANS = {
+    "grows past the data set": make_plan(),
+    "no growth": make_plan(growth=NoGrowth(), epochs=3),
+    "one step": make_plan(initial=5000, epochs=1),
+    "jump": make_plan(rate=RateSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
+    "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
+    "no warmup": make_plan(rate=RateSchedule(1, "linear", NoWarmup())),
+    "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
+    "digits_lstm.yaml": read_job("jobs/digits_lstm.yaml").plan(1437, 2),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_steps_follow_each_other_without_gap_and_end_with_the_last_sample(plan):
+    decisions = all_of(plan)
+    seen = 0
+    for number, decision in enumerate(decisions):
+        assert decision.step == number
+        assert decision.samples_seen == seen
+        assert decision.epoch == seen / plan.clock.dataset_size
+        assert decision.is_last == (number == len(decisions) - 1)
+        assert decision.global_batch == decision.stage_batch or decision.is_last
+        assert decision.lr >= 0
+        seen += decision.global_batch
+    assert seen == plan.clock.total_samples
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_outline_on_paper_is_what_the_controller_does(plan):
+    decisions = all_of(plan)
+    stages = stages_of(plan)
+    for stage, group in itertools.groupby(decisions, lambda decision: decision.stage):
+        steps, paper = list(group), stages[stage]
+        assert (paper.stage, paper.steps) == (stage, len(steps))
+        assert paper.start == steps[0].epoch
+        assert paper.global_batch == steps[0].stage_batch
+        assert paper.last_batch == steps[-1].global_batch
+        assert paper.first_lr == steps[0].lr
+        assert paper.last_lr == steps[-1].lr
+        highest = max(decision.lr for decision in steps)
+        assert paper.highest_lr <= highest
+        assert paper.highest_lr == pytest.approx(highest, rel=0.02)
+    assert len(stages) == decisions[-1].stage + 1
+
+
+def test_batch_and_rate_change_in_the_same_step_under_adabatch():
+    plan = make_plan(
+        size=1000, epochs=6, initial=20, growth=AdaBatchGrowth(factor=2, every_epochs=2),
+        rate=RateSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=2)),
+    )  # fmt: skip
+    pairs = sorted({(decision.stage_batch, round(decision.lr, 12)) for decision in all_of(plan)})
+    assert pairs == [(20, 0.1), (40, 0.075), (80, 0.05625)]
+
+
+def test_a_million_steps_are_outlined_without_taking_them():
+    plan = make_plan(size=10**9, epochs=90, initial=1024, growth=AdaBatchGrowth(every_epochs=20, max=16384))
+    assert sum(stage.steps for stage in stages_of(plan)) > 10**7
+
+
+def test_auto_shares_a_step_evenly():
+    plan = make_plan(micro=None, world_size=3)
+    assert {decision.micro_batch for decision in all_of(plan) if decision.global_batch == 20} == {7}
+
+
+def test_the_feed_announces_each_decision_once_and_ahead():
+    plan, announced = PLANS["grows past the data set"], []
+    feed = DecisionFeed(SoloControl(), Controller(plan), ahead=4, announce=announced.append)
+    followed = []
+    while (decision := feed.next()) is not None:
+        followed.append(decision)
+        ahead = [known.step - decision.step for known in announced][-1]
+        assert ahead == min(4, len(all_of(plan)) - 1 - decision.step)
+    assert followed == announced == all_of(plan)
+    assert feed.next() is None
+
+
+def test_only_rank_0_has_a_controller():
+    with pytest.raises(ValueError, match="rank 0"):
+        DecisionFeed(SoloControl(), None, ahead=1, announce=print)
+
+
+def test_the_lines_for_the_user_say_the_arithmetic():
+    plan = PLANS["digits.yaml"]
+    table = stage_table(plan)
+    assert "32 = 16 × 1 × 2" in table[1]
+    assert "512 = 16 × 16 × 2" in table[5]
+    decisions = all_of(plan)
+    first = next(decision for decision in decisions if decision.stage == 1)
+    line = growth_line(plan, decisions[first.step - 1], first)
+    assert line.startswith("epoch 6.01: the global batch grows from 32 to 64 = 16 × 2 × 2; lr ")

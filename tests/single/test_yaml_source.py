@@ -1,0 +1,49 @@
+import pytest
+
+from hvdlarge.yaml_source import SourceError, read
+
+
+def test_numbers_and_words_follow_yaml_1_2():
+    text = "a: 1e-3\nb: on\nc: 010\nd: 2020-01-01\ne: true\nf: ~\ng:\nh: .5\ni: -1.e3\nk: 0x10\nl: 1_000\nm: 1:30\nn: no\no: 0o17\n"
+    assert read(text).values == {
+        "a": 0.001, "b": "on", "c": 10, "d": "2020-01-01", "e": True, "f": None, "g": None, "h": 0.5, "i": -1000.0, "k": 16,
+        "l": "1_000", "m": "1:30", "n": "no", "o": 15,
+    }  # fmt: skip
+
+
+def test_lines_are_remembered():
+    source = read("a: 1\nb:\n  c:\n    - 5\n    - 6\n")
+    assert source.line(("b", "c", 1)) == 5
+    assert source.line(("b", "c", 9)) == 3
+    assert source.line(("z",)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("a: 1\nb: 2\na: 3", "'a' stands twice, on lines 1 and 3", 3),
+        ("a: &x [1]\nb: *x", r"alias \*x", 2),
+        ("a: !!python/object/apply:os.system ['touch hacked']", "constructor for the tag", 1),
+        ("a: [1, 2", "not valid YAML", 1),
+        ("a: 1\n\tb: 2", "not valid YAML", 2),
+        ("a: 1\n---\nb: 2", "expected a single document", 2),
+        ("[" * 3000, "nested deeper than 40 levels", 1),
+        ("? [a]\n: b", "a key must be a word", 1),
+        ("a: " + "9" * 5000, "digits", 1),
+        (b"a: \xff", "not UTF-8", None),
+        (b"a: 1\n" * 300_000, "at most 1,000,000", None),
+        (b"a: \x00", "not valid YAML", None),
+    ],
+)
+def test_what_is_no_plain_document_is_refused(text, message, line):
+    with pytest.raises(SourceError, match=message) as raised:
+        read(text)
+    assert raised.value.line == line
+
+
+def test_a_bomb_of_aliases_ends_before_it_grows():
+    bomb = "a: &a [1,1]\n" + "\n".join(
+        f"{new}: &{new} [*{old},*{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=False)
+    )
+    with pytest.raises(SourceError, match="alias"):
+        read(bomb)
