@@ -1,0 +1,62 @@
+"""Whole runs as users start them: by python, by mpirun and by horovodrun, in an empty folder of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# More ranks than cores are meant here; root needs to be allowed, as containers have no other user.
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]
+TRAIN = [sys.executable, "-m", "hvdlarge.train"]
+
+
+@dataclass
+class Ended:
+    """A run that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self):
+        """The engine's own error lines."""
+        return [line for line in (self.out + self.err).splitlines() if "hvdlarge: error:" in line]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder):
+    def run(command, timeout=120, **environ):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, **environ}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def train(start):
+    """Run a job: train(2, "jobs/digits.yaml", …) on two workers by mpirun, train(None, …) without a launcher."""
+
+    def run(workers, *arguments, launcher=None, timeout=120, **environ):
+        launch = [] if workers is None else (launcher or [*MPIRUN, "-np", str(workers)])
+        return start([*launch, *TRAIN, *arguments], timeout, **environ)
+
+    return run
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

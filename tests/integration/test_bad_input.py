@@ -1,0 +1,139 @@
+"""Wrong jobs end in one message and exit code 2 on all ranks; a wrong environment in 3; ranks that differ in 71."""
+
+import sys
+
+import pytest
+from conftest import MPIRUN, TRAIN
+
+JOBS = {
+    "missing": (None, "no such job file"),
+    "empty": ("", "the job file is empty"),
+    "not YAML": ("name: [digits\n", "not valid YAML"),
+    "unknown key": ("name: a\nepochz: 3\n", "unknown key 'epochz'; did you mean 'epochs'?"),
+    "binary": ("\x00\x01", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("workers", [None, 2, 3])
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_wrong_job_file(train, folder, kind, workers):
+    text, message = JOBS[kind]
+    if text is not None:
+        (folder / "bad.yaml").write_text(text)
+    ended = train(workers, "bad.yaml")
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert message in ended.err
+    assert "Traceback" not in ended.out + ended.err
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.name=convnt", "did you mean 'convnet'"),
+        ("model.args={widht: 3}", "do not fit"),
+        ("data.name=nowhere:thing", "there is no module 'nowhere'"),
+        ("optimizer.not_adapted=[encoder.*]", "matches no trainable parameter"),
+        ("epochs=0.0001", "has no sample in it"),
+        ("lr.bas=3", "unknown key 'lr.bas'"),
+        ("lr.base", "not of the form key.sub=value"),
+    ],
+)
+def test_a_job_that_cannot_run(train, folder, change, message):
+    ended = train(2, "jobs/digits.yaml", change)
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert message in ended.err
+    assert not (folder / "runs").exists()
+
+
+def test_a_command_line_without_a_job(train):
+    ended = train(2)
+    assert ended.code == 2
+    assert ended.err.count("the following arguments are required") == 1
+
+
+def test_a_job_file_that_only_one_host_lacks(start, folder):
+    """Rank 1 runs in another folder, as on a host where the file was not copied."""
+    (folder / "elsewhere").mkdir()
+    ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "1", "-wdir", str(folder / "elsewhere"), *TRAIN, "jobs/digits.yaml"])
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert "on rank 1: jobs/digits.yaml: no such job file" in ended.err
+
+
+def test_a_worker_with_another_job_is_refused(start, folder):
+    (folder / "other.yaml").write_text((folder / "jobs/digits.yaml").read_text().replace("max: 512", "max: 256"))
+    ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "2", *TRAIN, "other.yaml"])
+    assert ended.code == 71
+    assert len(ended.errors) == 1
+    assert "batch.growth.max is 512 on rank 0 and 256 on rank 1" in ended.err
+    assert not (folder / "runs").exists()
+
+
+def test_a_folder_of_something_else_is_not_touched(train, folder):
+    (folder / "runs/digits").mkdir(parents=True)
+    (folder / "runs/digits/thesis.tex").write_text("years of work")
+    ended = train(2, "jobs/digits.yaml")
+    assert ended.code == 2
+    assert "holds no run" in ended.err
+    assert (folder / "runs/digits/thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_that_diverges_says_so_on_all_ranks(train):
+    ended = train(2, "jobs/digits.yaml", "optimizer.name=sgd", "lr.base=1e9")
+    assert ended.code == 73
+    assert len(ended.errors) == 1
+    assert "lower lr.base" in ended.err
+
+
+@pytest.mark.parametrize("package", ["horovod", "mpi4py"])
+def test_a_launch_without_a_part_is_never_many_solo_runs(train, folder, package):
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text("raise ImportError('made to fail')")
+    ended = train(2, "jobs/digits.yaml", PYTHONPATH=str(folder))
+    assert ended.code == 3
+    assert len(ended.errors) == 1
+    assert "install-horovod.sh" in ended.err
+    assert not (folder / "runs").exists()
+    assert train(None, "jobs/digits.yaml", "epochs=1", PYTHONPATH=str(folder)).code == 0  # alone, neither is needed
+
+
+def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
+    """What `horovodrun --gloo` and a launcher of another MPI look like: two processes that each see a world of one."""
+    ended = train(None, "jobs/digits.yaml", HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2")
+    assert ended.code == 3
+    assert "started 2 workers, but MPI sees 1" in ended.err
+
+
+FAILING = """
+import torch
+from mpi4py import MPI
+
+class Failing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.passes = 0
+
+    def forward(self, images):
+        self.passes += 1
+        if self.passes == 20 and MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
+            raise RuntimeError("made to fail")
+        return self.layer(images.flatten(1))
+"""
+
+
+@pytest.mark.parametrize("workers", [None, 2, 3])
+def test_one_rank_that_fails_ends_the_run_with_one_traceback(train, folder, workers):
+    (folder / "failing.py").write_text(FAILING)
+    ended = train(workers, "jobs/digits.yaml", "model={name: 'failing:Failing'}")
+    assert ended.code == 70
+    assert len(ended.errors) == 1
+    assert f"internal error on rank {(workers or 1) - 1} of {workers or 1}" in ended.err
+    assert ended.err.count("RuntimeError: made to fail") == 1
+
+
+def test_python_of_the_tests_is_the_one_that_trains():
+    assert TRAIN[0] == sys.executable

@@ -1,0 +1,113 @@
+"""Whole runs in this process: every rank's decisions are rank 0's, and the world law holds for what the engine has."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hvdlarge import assembly
+from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.controller import Controller, DecisionFeed
+from hvdlarge.data.datasets import InMemory
+from hvdlarge.job import parse_job
+from hvdlarge.loop import Cadence, train
+
+JOB = """
+name: law
+epochs: 5.3
+precision: fp64
+data: {name: digits}
+model: {name: convnet, args: {width: 4, dropout: 0.3}}
+batch: {base: 20, micro: 8, growth: {policy: adabatch, factor: 3, every_epochs: 1, max: 500}}
+lr: {base: 4, scaling: sqrt, warmup: {policy: legw, epochs: 0.1}, decay: {policy: polynomial}}
+optimizer: {name: lars, weight_decay: 1e-4}
+evaluate: {every_epochs: 2, micro_batch: 50}
+"""
+
+
+class Listed(torch.utils.data.Dataset):
+    """The same samples behind a plain map-style set, so that torch's DataLoader carries them."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+def run(job, control, tensors, wrap=lambda dataset: dataset):
+    """Train a job on 203 digits; returns the weights and the results."""
+    train_set, test_set = assembly.load_data(job.data)
+    small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
+    plan = job.plan(len(small), control.size)
+    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, torch.device("cpu"))
+    learner = assembly.join_learning(model, loss, optimizer, tensors, torch.device("cpu"), job.seed, control.rank)
+    loader = assembly.build_loader(job.data, small, job.seed)
+    evaluation = assembly.build_evaluation(job.data, job.evaluate, wrap(test_set), control.rank, control.size)
+    feed = assembly.build_feed(job.data, plan, control, loader)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    results = train(feed, plan, loader, learner, tensors, evaluation, Cadence(5, job.evaluate.every_epochs), None)
+    after = model.state_dict()
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+    assert all(torch.isfinite(value).all() for value in after.values())
+    return after, results
+
+
+def distance(ours, theirs):
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-3)).item() for name in ours if ours[name].is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["batch.micro=3"],
+        ["optimizer.name=sgd", "lr.base=0.02"],
+        ["model={name: row_lstm}", "lr.base=2"],
+        ["model={name: mlp, args: {dropout: 0.5}}"],
+        ["epochs=0.05"],
+    ],
+    ids=lambda changes: " ".join(changes) or "as it stands",
+)
+def test_the_world_law(control, tensors, changes):
+    """Batch norm, dropout, growths up to twice the data set, idle workers, a short last step, evaluation."""
+    job = parse_job(JOB, "law", changes)
+    weights, results = run(job, control, tensors)
+    alone, expected = run(job, SoloControl(), SoloTensors())
+    assert distance(weights, alone) < 1e-12
+    assert results == pytest.approx(expected, rel=1e-9)
+    for name, value in weights.items():
+        if name.endswith("num_batches_tracked"):
+            assert value == alone[name]
+    assert len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values())))) == 1
+
+
+def test_the_world_law_in_float32(control, tensors):
+    job = parse_job(JOB, "law", ["precision=fp32"])
+    weights, _ = run(job, control, tensors)
+    alone, _ = run(job, SoloControl(), SoloTensors())
+    assert distance(weights, alone) < 1e-5
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_processes_change_nothing(control, tensors, num_workers):
+    job = parse_job(JOB, "law", [f"data.num_workers={num_workers}", "epochs=3"])
+    weights, results = run(job, control, tensors, wrap=Listed)
+    alone, expected = run(parse_job(JOB, "law", ["epochs=3"]), SoloControl(), SoloTensors())
+    assert distance(weights, alone) < 1e-12
+    assert results == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_worker_follows_rank_0_whatever_it_believes(control):
+    """The workers' own schedules are wrong on purpose; nobody asks them."""
+    job = parse_job(JOB, "law", [] if control.rank == 0 else ["lr.base=77", "batch.base=7", "batch.micro=2"])
+    plan = job.plan(203, control.size)
+    heard = []
+    feed = DecisionFeed(control, Controller(plan) if control.rank == 0 else None, 3, heard.append)
+    followed = list(iter(feed.next, None))
+    truth = list(iter(Controller(parse_job(JOB, "law").plan(203, control.size)).decide, None))
+    assert followed == heard == truth
+    assert all(dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True))

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.exits import CannotSave, JobError, RanksDisagree, RunEnds
+
+
+def test_every_rank_hears_rank_0(control):
+    for length in (1, 61, 5000):
+        record = bytes(number % 251 for number in range(length))
+        assert control.broadcast(record if control.rank == 0 else None, length) == record
+
+
+def test_every_rank_hears_every_rank_also_what_is_empty(control):
+    for factor in (0, 1, 1000):
+        messages = [bytes([rank]) * (rank * factor) for rank in range(control.size)]
+        assert control.allgather(messages[control.rank]) == messages
+
+
+def test_sums_and_broadcasts_of_every_type(control, tensors):
+    rank, size = control.rank, control.size
+    total = size * (size + 1) / 2
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        found = tensors.sum(torch.full((3, 2), rank + 1, dtype=dtype), f"test.{dtype}")
+        assert torch.equal(found, torch.full((3, 2), total, dtype=dtype))
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.float16, torch.uint8):
+        whole = torch.tensor([[1, 0], [1, 1]]).to(dtype)
+        mine = whole.clone() if rank == 0 else torch.zeros_like(whole)
+        tensors.broadcast_([("matrix", mine)])
+        assert torch.equal(mine, whole)
+    scalar = torch.tensor(7 if rank == 0 else 0)
+    tensors.broadcast_([("scalar", scalar)])
+    assert scalar.item() == 7
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(control):
+    def action():
+        if control.rank == control.size - 1:
+            raise CannotSave("the disk of this one is full")
+        return 5
+
+    with pytest.raises(RunEnds, match=f"on rank {control.size - 1}: the disk") as raised:
+        all_or_none(control, action)
+    assert raised.value.code == 74
+
+    def wrong():
+        raise JobError("the same everywhere")
+
+    with pytest.raises(RunEnds, match="^the same everywhere$"):
+        all_or_none(control, wrong)
+    assert all_or_none(control, lambda: control.rank) == control.rank
+
+
+def test_a_difference_between_ranks_is_named_on_all(control):
+    same_everywhere(control, {"a": 1, "b": {"c": [1, 2]}}, "job")
+    with pytest.raises(RanksDisagree, match=f"same job: batch.max is 512 on rank 0 and 256 on rank {control.size - 1}"):
+        same_everywhere(control, {"name": "x", "batch": {"max": 256 if control.rank == control.size - 1 else 512}}, "job")
