@@ -10,6 +10,7 @@ import torch
 
 from hvdlarge.comm.world import SummedUpdate
 from hvdlarge.data import seeds
+from hvdlarge.data.draws import seed_torch
 from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.loader import Loaded
 from hvdlarge.measure.timers import PhaseTimers
@@ -45,7 +46,7 @@ def train_step(
     learner.statistics.begin_step(others_before=mine.start)
     for micro_batch, inputs, targets in fetched:
         # Dropout belongs to the micro-batch, named by its first sample: not to the worker that happens to process it.
-        torch.manual_seed(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
+        seed_torch(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
         with timed("forward"):
             outputs = learner.model(learner.to_device(inputs))
             share = learner.loss(outputs, learner.to_device(targets)) * (micro_batch.size / decision.global_batch)

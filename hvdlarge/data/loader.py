@@ -6,7 +6,6 @@ worker processes, for every other map-style set. A rank fetches its own micro-ba
 
 from __future__ import annotations
 
-import random
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hvdlarge.data import order, seeds
 from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import MicroBatch
 
 
@@ -62,13 +62,15 @@ class Fetch(Dataset):
         indices = self.indices(micro_batch)
         if isinstance(self._dataset, InMemory):
             return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
+        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it.
+        keys = self._keys(micro_batch)
         if hasattr(self._dataset, "__getitems__"):
-            self._seed_by_sample(micro_batch.start)
+            seed_all(keys[0])
             pairs = self._dataset.__getitems__(indices.tolist())
         else:
             pairs = []
-            for sample, index in enumerate(indices.tolist(), start=micro_batch.start):
-                self._seed_by_sample(sample)
+            for key, index in zip(keys, indices.tolist(), strict=True):
+                seed_all(key)
                 pairs.append(self._dataset[index])
         inputs, targets = default_collate(pairs)
         return Loaded(micro_batch, inputs, targets)
@@ -79,12 +81,9 @@ class Fetch(Dataset):
             return order.samples(self._seed, self._size, micro_batch.start, micro_batch.stop)
         return np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
 
-    def _seed_by_sample(self, sample: int) -> None:
-        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it.
-        key = seeds.key(self._seed, seeds.SAMPLE, sample)
-        torch.manual_seed(key)
-        random.seed(key)
-        np.random.seed(key % 2**32)
+    def _keys(self, micro_batch: MicroBatch) -> list[int]:
+        samples = np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
+        return (seeds.keys(self._seed, seeds.SAMPLE, samples) >> np.uint64(1)).tolist()
 
 
 class TensorLoader:
