@@ -43,8 +43,9 @@ test-single: $(stamp)
 	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge
 
 test-parallel: $(stamp)
-	$(mpirun) -np 2 $(bin)/python -m pytest tests/parallel
-	$(mpirun) -np 3 $(bin)/python -m pytest tests/parallel
+	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel
+	$(mpirun) -np 3 $(bin)/python -m pytest --color=no tests/parallel
+	$(mpirun) -np 4 $(bin)/python -m pytest --color=no tests/parallel
 
 test-integration: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration

@@ -9,7 +9,8 @@
 # kept in a cache whose key holds everything they depend on, so that a second installation takes seconds.
 #
 #   HVDLARGE_WHEEL_CACHE   where built wheels are kept      (default: ~/.cache/hvdlarge/wheels)
-#   HOROVOD_ARCHIVE        a copy of the source release, for a machine without a package index
+#   PIP_FIND_LINKS         a folder of archives and wheels, for a machine without a package index (with PIP_NO_INDEX=1): put
+#                          Horovod's source release, mpi4py's wheel and what they need into it with `pip download`
 #   HOROVOD_*              Horovod's own build variables pass through, e.g. HOROVOD_GPU_OPERATIONS=NCCL
 #   MAKEFLAGS              compile jobs                     (default: -j<cores>)
 #
@@ -57,13 +58,12 @@ horovod_wheel() { ls "$wheels"/horovod-*.whl 2>/dev/null | head -n 1; }
 mpi4py_wheel() { ls "$wheels"/mpi4py-*.whl 2>/dev/null | head -n 1; }
 
 build_horovod() {
-    local work=$1 archive=${HOROVOD_ARCHIVE:-} file
-    if [ -z "$archive" ]; then
-        say "fetching the source release of Horovod $horovod_version"
-        pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$work/archive" "horovod==$horovod_version"
-        archive=$work/archive/horovod-$horovod_version.tar.gz
-    fi
-    [ -f "$archive" ] || die "no such file: $archive"
+    local work=$1 archive=$1/archive/horovod-$horovod_version.tar.gz file
+    say "fetching the source release of Horovod $horovod_version"
+    # pip holds the archive against the hash before it runs anything in it.
+    echo "horovod==$horovod_version --hash=sha256:$horovod_sha256" > "$work/horovod.txt"
+    pip download --quiet --no-deps --no-build-isolation --no-binary :all: --require-hashes -d "$work/archive" \
+        -r "$work/horovod.txt" || die "the source release of Horovod $horovod_version could not be fetched"
     echo "$horovod_sha256  $archive" | sha256sum --check --quiet - ||
         die "$archive is not the release of Horovod $horovod_version: its SHA-256 is not $horovod_sha256"
     tar -xzf "$archive" -C "$work"
@@ -109,6 +109,7 @@ install_wheels() {
     pip install --quiet --force-reinstall --no-deps "$(horovod_wheel)" "$(mpi4py_wheel)"
 }
 
+# Exit code 9: mpi4py does not fit, and building it here may help; 1: Horovod itself does not work.
 one_mpi() {
     "$python" - <<'PY'
 import os, re, sys
@@ -116,11 +117,16 @@ import horovod.torch as hvd
 assert hvd.mpi_built(), "Horovod was built without MPI"
 import mpi4py
 mpi4py.rc.initialize = False
-from mpi4py import MPI
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:
+    print("install-horovod: mpi4py does not load:", error)
+    sys.exit(9)
 maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
 libraries = {os.path.realpath(path) for path in re.findall(r"\S*/libmpi\.so\S*", maps)}
 if len(libraries) > 1:
-    sys.exit(f"Horovod and mpi4py load two MPIs: {', '.join(sorted(libraries))}")
+    print(f"install-horovod: Horovod and mpi4py load two MPIs: {', '.join(sorted(libraries))}")
+    sys.exit(9)
 print("install-horovod: Horovod and mpi4py share", MPI.Get_library_version().split(",")[0].split("\n")[0])
 PY
 }
@@ -150,13 +156,21 @@ else
 fi
 
 install_wheels
-if ! one_mpi; then
-    say "mpi4py's binary wheel does not fit: building it from source"
+code=0
+one_mpi || code=$?
+if [ $code = 9 ] && [ ! -e "$wheels/mpi4py-from-source" ]; then
+    say "mpi4py's binary wheel does not fit this MPI: building it from source"
     work=${work:-$(mktemp -d)}
     trap 'rm -rf "$work"' EXIT
     rm -f "$wheels"/mpi4py-*.whl "$work"/wheel/mpi4py-*.whl
     get_mpi4py "$work" source
     keep_wheels "$work"
+    touch "$wheels/mpi4py-from-source"
     install_wheels
-    one_mpi || die "Horovod is installed but does not work in this Python; the lines above say why"
+    code=0
+    one_mpi || code=$?
+fi
+if [ $code != 0 ]; then
+    rm -f "$wheels"/*.whl "$wheels/mpi4py-from-source"  # the next try builds anew
+    die "Horovod is installed but does not work in this Python; the lines above say why"
 fi

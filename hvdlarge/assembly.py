@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan
 from hvdlarge.data import seeds
 from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.draws import seed_all
 from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, WrongEnvironment
 from hvdlarge.models.running_statistics import RunningStatistics
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.groups import named_parameters
@@ -25,26 +27,46 @@ from hvdlarge.step import Learner
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-def choose_device(local_rank: int) -> torch.device:
-    """The GPU of this worker's number on its host, or the CPU of a host without GPUs."""
+def choose_device(tensors: TensorWire) -> torch.device:
+    """The GPU of this worker's number on its host, or the CPU of a host without GPUs.
+
+    Raises:
+        WrongEnvironment: if Horovod cannot use the GPUs, or there are fewer of them than workers on this host.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if not tensors.carries_gpu_tensors:
+        raise WrongEnvironment(
+            f"this host has {gpus} GPUs, but its Horovod was built without CUDA: build it again with CUDA_HOME set (and "
+            "HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    # A launcher that gives each worker a GPU of its own shows it that one alone.
+    own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if gpus < tensors.local_size and not own:
+        raise WrongEnvironment(
+            f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU"
+        )
+    # fp32 means 23 bits of mantissa: torch's default lets convolutions use TF32, with 10.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.device("cuda", tensors.local_rank % gpus)
     torch.cuda.set_device(device)
     return device
 
 
-def load_data(data: sections.Data) -> tuple[Any, Any]:
-    """The training set and the test set (or None) that a job names.
+def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
+    """The training set and the test set (or None) that a job names; what they draw at random depends on the seed only.
 
     Raises:
         JobError: for a name that is not there, or something that is no pair of map-style sets.
     """
+    seed_all(seeds.key(seed, seeds.DATA))
     try:
         found = named.build("data.name", data.name, data.args, named.DATA)
     except ModuleNotFoundError as error:
         raise JobError(f"data.name: {data.name}: {error}") from None
-    if not (isinstance(found, tuple) and len(found) == 2):
+    if not (isinstance(found, (tuple, list)) and len(found) == 2):
         raise JobError(f"data.name: {data.name} must return a pair (training set, test set or None), not {_kind(found)}")
     for what, dataset in zip(("training set", "test set"), found, strict=True):
         if dataset is None and what == "test set":
@@ -53,7 +75,7 @@ def load_data(data: sections.Data) -> tuple[Any, Any]:
             raise JobError(f"data.name: the {what} of {data.name} has no length or no items; it is {_kind(dataset)}")
         if len(dataset) == 0:
             raise JobError(f"data.name: the {what} of {data.name} is empty")
-    return found
+    return found[0], found[1]
 
 
 def plan_run(job: sections.Job, dataset_size: int, world_size: int) -> Plan:
@@ -81,7 +103,7 @@ def build_learning(
     Raises:
         JobError: for names that are not there, arguments that do not fit, or a model that cannot be trained.
     """
-    torch.manual_seed(seeds.key(seed, seeds.WEIGHTS))
+    seed_all(seeds.key(seed, seeds.WEIGHTS))
     net = named.build("model.name", model.name, model.args, named.MODELS)
     if not isinstance(net, torch.nn.Module):
         raise JobError(f"model.name: {model.name} must give a torch.nn.Module, not {_kind(net)}")
@@ -90,6 +112,9 @@ def build_learning(
     if isinstance(measure, torch.nn.Module):
         measure.to(device=device, dtype=_DTYPES[precision])
     try:
+        for name, parameter in net.named_parameters():
+            if not parameter.is_contiguous():
+                raise ValueError(f"the parameter {name!r} is not contiguous, which Horovod does not carry")
         RunningStatistics(net, rank=0)  # says whether the engine can keep this model's statistics
         return net, measure, build_optimizer(net, **optimizer.model_dump())
     except ValueError as error:
@@ -156,7 +181,8 @@ def _moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(batch, dict):
         return {key: _moved(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_moved(value, device, dtype) for value in batch)
+        moved = [_moved(value, device, dtype) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 

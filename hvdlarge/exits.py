@@ -27,6 +27,12 @@ class JobError(RunEnds):
     code = WRONG_JOB
 
 
+class WrongEnvironment(RunEnds):
+    """The machine cannot carry the run."""
+
+    code = WRONG_ENVIRONMENT
+
+
 class RanksDisagree(RunEnds):
     """The ranks do not run the same thing."""
 

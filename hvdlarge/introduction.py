@@ -73,6 +73,26 @@ def stage_table(plan: Plan) -> list[str]:
     return _columns(rows)
 
 
+def notes(plan: Plan, micro_is_auto: bool, model: Any) -> list[str]:
+    """What the user may not expect of this plan with this torch model, a line each."""
+    lines = []
+    normalises = any("BatchNorm" in type(module).__name__ for module in model.modules())
+    if micro_is_auto and normalises:
+        lines.append("note     batch.micro is auto: batch statistics and dropout follow the number of workers")
+    elif micro_is_auto:
+        lines.append("note     batch.micro is auto: dropout, where there is any, follows the number of workers")
+    stages = stages_of(plan)
+    batches = {stage.global_batch for stage in stages if stage.steps > 1} | {stages[-1].last_batch}
+    single = sorted(batch for batch in batches if batch % plan.micro_batch_of(batch) == 1)
+    if normalises and single:
+        layout = _layout(plan, single[0])
+        lines.append(
+            f"note     {layout.equation()}: a micro-batch of one sample; batch normalisation without further dimensions "
+            "(BatchNorm1d) refuses it"
+        )
+    return lines
+
+
 def growth_line(plan: Plan, before: Decision, after: Decision) -> str:
     """One line in words about a growth of the batch."""
     layout = BatchLayout(after.stage_batch, after.micro_batch, plan.world_size)

@@ -105,15 +105,26 @@ class LearningRate(Section):
 
 
 class Optimizer(Section):
-    """Which optimizer, and which parameters it adapts and decays."""
+    """What every optimizer has: momentum, and which parameters are adapted and decayed."""
 
-    name: Literal["lars", "sgd"] = "lars"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 0.0
-    trust_coefficient: Positive = 0.001
     adapt_everything: bool = False  # the LARS paper's reading: biases and normalisation parameters too
     not_adapted: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
     not_adapted_lr_factor: NotNegative = 1.0  # their own rate, as a factor
+
+
+class Lars(Optimizer):
+    """LARS, the paper's form."""
+
+    name: Literal["lars"] = "lars"
+    trust_coefficient: Positive = 0.001
+
+
+class Sgd(Optimizer):
+    """torch's SGD with momentum."""
+
+    name: Literal["sgd"] = "sgd"
 
 
 class Evaluate(Section):
@@ -142,7 +153,7 @@ class Job(Section):
     loss: Loss = Loss()
     batch: Batch
     lr: LearningRate
-    optimizer: Optimizer = Optimizer()
+    optimizer: Annotated[Lars | Sgd, Field(discriminator="name")] = Lars()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
 
@@ -246,10 +257,10 @@ def _describe(problem: Any, source: yaml_source.Source, path: str) -> str:
     if kind == "missing":
         return f"  {place}: the key {name!r} is missing"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        known = _known_policies(problem["loc"])
+        known, tag = _known_policies(problem["loc"]), problem["ctx"]["discriminator"].strip("'")
         if kind == "union_tag_not_found":
-            return f"  {place}: the key {name + '.policy'!r} is missing; it is one of {', '.join(known)}"
-        return f"  {place}: {name}.policy is {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
+            return f"  {place}: the key {f'{name}.{tag}'!r} is missing; it is one of {', '.join(known)}"
+        return f"  {place}: {name}.{tag} is {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(value, (dict, list)) and kind == "value_error":
         return f"  {place}: {name}: {message}"
@@ -279,7 +290,7 @@ def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
         elif isinstance(values, dict) and part in values:
             path.append(part)
             values = values[part]
-        elif isinstance(values, dict) and is_last and part != values.get("policy"):
+        elif isinstance(values, dict) and is_last and part not in (values.get("policy"), values.get("name")):
             path.append(part)  # a key that is missing
     return tuple(path)
 

@@ -12,7 +12,7 @@ from hvdlarge.comm.world import TensorWire
 from hvdlarge.controller import DecisionFeed, Plan
 from hvdlarge.data.loader import Loaded, Loader
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import Diverged
+from hvdlarge.exits import Diverged, JobError
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.runlog import RunLog
 from hvdlarge.schedule.progress import marks_reached
@@ -54,7 +54,7 @@ def train(
         with timed("decide"):
             decision = feed.next()
         if decision is None:
-            learner.statistics.gather(tensors.sum)
+            gather(learner, tensors)
             return results
         if log is not None:
             log.decision(decision)
@@ -82,7 +82,7 @@ def train(
         if evaluation is not None and (decision.is_last or marks > evaluated):
             evaluated = marks
             with timed("measure"):
-                learner.statistics.gather(tensors.sum)
+                gather(learner, tensors)
                 found = evaluation.run(learner, tensors)
                 if not decision.is_last:
                     learner.statistics.scatter()
@@ -90,6 +90,21 @@ def train(
             if log is not None:
                 log.metrics({"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found)
                 log.evaluated(found)
+            if not math.isfinite(found["test_loss"]):
+                loss = found["test_loss"]
+                raise Diverged(f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer")
+
+
+def gather(learner: Learner, tensors: TensorWire) -> None:
+    """Give every rank the full running statistics. Every rank calls this together.
+
+    Raises:
+        JobError: on every rank alike, for a model whose statistics do not follow the micro-batches.
+    """
+    try:
+        learner.statistics.gather(tensors.sum)
+    except ValueError as error:
+        raise JobError(f"model.name: {error}") from None
 
 
 def timed_fetch(loader: Loader, count: int, timed: PhaseTimers) -> Iterator[Loaded]:

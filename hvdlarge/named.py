@@ -49,6 +49,8 @@ def _find(key: str, name: str, built_in: dict[str, str]) -> Any:
         hint = f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(built_in))}"
         raise JobError(f"{key}: unknown name {name!r}; {hint} An own one is written package.module:attribute")
     module_name, _, attribute = built_in.get(name, name).partition(":")
+    if not (module_name and attribute and all(module_name.split("."))):
+        raise JobError(f"{key}: {name!r} is not of the form package.module:attribute")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `python -m` does this, a console script does not
     try:

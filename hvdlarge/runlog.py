@@ -6,8 +6,11 @@ checkpoints/last.pt.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -35,6 +38,33 @@ def complain(text: str) -> None:
     sys.stderr.flush()
 
 
+class FolderLock:
+    """Keeps a second run out of a run folder for as long as this process lives; the system frees it with the process.
+
+    Raises:
+        JobError: if another run holds it, naming host and process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise JobError(f"run_dir: {folder} is in use by {holder}; wait for it, or name another run_dir") from None
+        except OSError:  # a file system without locks: nothing to hold, and nothing to claim
+            pass
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others in."""
+        self._file.close()
+
+
 def make_run_folder(folder: Path) -> str | None:
     """Make an empty run folder; an earlier run in its place is set aside under a new name, never overwritten.
 
@@ -53,6 +83,7 @@ def make_run_folder(folder: Path) -> str | None:
             while folder.with_name(f"{folder.name}.{number}").exists():
                 number += 1
             aside = folder.with_name(f"{folder.name}.{number}")
+            FolderLock(folder).release()  # refuses a folder in which a run is going on
             folder.rename(aside)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir()
@@ -64,7 +95,7 @@ def make_run_folder(folder: Path) -> str | None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON file, whole or not at all."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -75,12 +106,14 @@ class RunLog:
         folder: the run folder, made already.
         plan: what the run follows.
         set_aside: where an earlier run of the same folder is now, or None.
+        lock: on the folder, held until the logs are closed.
     """
 
-    def __init__(self, folder: Path, plan: Plan, set_aside: str | None) -> None:
+    def __init__(self, folder: Path, plan: Plan, set_aside: str | None, lock: FolderLock) -> None:
         self.folder = folder
         self.set_aside = set_aside
         self._plan = plan
+        self._lock = lock
         self._metrics: IO[str] = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._decisions: IO[str] = (folder / "decisions.jsonl").open("w", encoding="utf-8")
         self._began = self._last_line = time.monotonic()
@@ -97,10 +130,11 @@ class RunLog:
             JobError: if the folder cannot be made or something that is no run is in its place.
         """
         set_aside = make_run_folder(folder)
+        lock = FolderLock(folder)
         (folder / "job.yaml").write_bytes(job_file.read_bytes())
         (folder / "job.resolved.yaml").write_text(resolved, encoding="utf-8")
         write_json(folder / "environment.json", environment)
-        return cls(folder, plan, set_aside)
+        return cls(folder, plan, set_aside, lock)
 
     def decision(self, decision: Decision) -> None:
         """Record what was ordered for a step; the first step of a larger batch also says what it `grew_from`."""
@@ -173,10 +207,18 @@ class RunLog:
         """Flush and close the logs, however the run ended."""
         self._metrics.close()
         self._decisions.close()
+        self._lock.release()
 
 
 def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(record) + "\n")
+    file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with what is not finite as a word: JSON has no such numbers."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def _duration(seconds: float) -> str:

@@ -21,9 +21,9 @@ from typing import Any
 
 from hvdlarge import __version__, exits
 from hvdlarge.agreement import all_or_none, same_everywhere
-from hvdlarge.comm.launcher import Launch, cores_per_worker, detect, starting_settings
+from hvdlarge.comm.launcher import Launch, bound_cores, cores_per_worker, detect, starting_settings
 from hvdlarge.comm.world import ControlWire, TensorWire, WrongWorld, open_control, open_tensors
-from hvdlarge.introduction import batch_line, model_line, stage_table, update_line, world_line
+from hvdlarge.introduction import batch_line, model_line, notes, stage_table, update_line, world_line
 from hvdlarge.job import Job, read_job
 from hvdlarge.runlog import RunLog, complain, say
 
@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launch = detect(os.environ)
     try:
         options = _parse(arguments, speaks=launch is None or launch.rank == 0)
-        settings, cores = _settle_environment(launch)
+        settings = _settle_environment(launch)
         control = open_control(launch)
     except WrongWorld as error:
         return _wrong_world(error, launch)
     rank = control.rank
     try:
-        code = _run(options, launch, control, settings, cores)
+        code = _run(options, launch, control, settings)
         control.close()
         return code
     except exits.RunEnds as end:  # raised by every rank alike
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time.sleep(0 if launch is None or launch.speaks_for_host else 2)  # let the message out before the run ends
         control.abort(code)
     except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
+        time.sleep(0 if rank == 0 else 1)  # where all ranks fail alike, one traceback is enough
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
         complain(f"{name} on rank {rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
         control.abort(exits.INTERNAL_ERROR)
@@ -77,12 +78,11 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
         return parser.parse_args(arguments)
 
 
-def _settle_environment(launch: Launch | None) -> tuple[dict[str, str], int]:
-    """Set what MPI and Horovod read when they start; returns it with the cores of this worker."""
-    cores = cores_per_worker(1 if launch is None else launch.local_size)
-    settings = {} if launch is None else starting_settings(os.environ, launch, cores)
+def _settle_environment(launch: Launch | None) -> dict[str, str]:
+    """Set what MPI and Horovod read when they start; returns what was set."""
+    settings = {} if launch is None else starting_settings(os.environ, launch.local_size, len(bound_cores()))
     os.environ.update(settings)
-    return settings, cores
+    return settings
 
 
 def _wrong_world(error: WrongWorld, launch: Launch | None) -> int:
@@ -91,16 +91,14 @@ def _wrong_world(error: WrongWorld, launch: Launch | None) -> int:
     return exits.WRONG_ENVIRONMENT
 
 
-def _run(
-    options: argparse.Namespace, launch: Launch | None, control: ControlWire, settings: dict[str, str], cores: int
-) -> int:
+def _run(options: argparse.Namespace, launch: Launch | None, control: ControlWire, settings: dict[str, str]) -> int:
     """Agree on the job, then train it between the opening and the closing of the tensor wire."""
     job = all_or_none(control, lambda: read_job(options.job, options.overrides))
     same_everywhere(control, job.resolved(), "job")
     same_everywhere(control, _versions(), "versions")
     tensors = open_tensors(launch, control)
     try:
-        _train(job, Path(options.job), launch, control, tensors, settings, cores)
+        _train(job, Path(options.job), launch, control, tensors, settings)
     except exits.RunEnds:  # raised by every rank alike; what one rank raises alone must not wait for the others here
         tensors.close()
         raise
@@ -115,7 +113,6 @@ def _train(
     control: ControlWire,
     tensors: TensorWire,
     settings: dict[str, str],
-    cores: int,
 ) -> None:
     """Put the objects of the run together, in the order in which they depend on each other, and follow the decisions."""
     import torch
@@ -124,10 +121,14 @@ def _train(
     from hvdlarge.loop import Cadence, train
 
     rank, world_size = control.rank, control.size
+    hosts = [json.loads(message) for message in control.allgather(json.dumps(_host()).encode())]
+    cores = cores_per_worker([(worker["host"], worker["cores"]) for worker in hosts], rank)
     torch.set_num_threads(cores)
-    device = assembly.choose_device(tensors.local_rank)
+    device = all_or_none(control, lambda: assembly.choose_device(tensors))
 
-    training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data))
+    training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
+    sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
+    same_everywhere(control, sizes | {"device": device.type}, "data and devices")
     plan = all_or_none(control, lambda: assembly.plan_run(job, len(training_set), world_size))
     model, loss, optimizer = all_or_none(
         control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, device)
@@ -137,7 +138,6 @@ def _train(
     evaluation = assembly.build_evaluation(job.data, job.evaluate, test_set, rank, world_size)
     feed = assembly.build_feed(job.data, plan, control, loader)
 
-    hosts = [json.loads(message) for message in control.allgather(json.dumps(_host(cores)).encode())]
     environment = {
         "command": [sys.executable, *sys.orig_argv[1:]],
         "launcher": None if launch is None else launch.launcher,
@@ -157,7 +157,7 @@ def _train(
         say(f"model    {job.model.name}: {model_line(model)}")
         say(f"update   {update_line(optimizer)}")
         say(f"batch    {batch_line(plan)}")
-        say("\n".join(["schedule", *stage_table(plan)]))
+        say("\n".join(["schedule", *stage_table(plan), *notes(plan, job.batch.micro == "auto", model)]))
         say(f"folder   {log.folder}" + (f" (an earlier run is now in {log.set_aside})" if log.set_aside else ""))
 
     cadence = Cadence(job.log.every_steps, job.evaluate.every_epochs)
@@ -169,9 +169,9 @@ def _train(
             log.close()
 
 
-def _host(cores: int) -> dict[str, Any]:
-    """What the run folder keeps about each worker."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "cores": cores}
+def _host() -> dict[str, Any]:
+    """What the run folder keeps about each worker; `cores` are the numbers of those it may run on."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "cores": bound_cores()}
 
 
 def _versions() -> dict[str, str | None]:

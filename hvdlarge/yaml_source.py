@@ -56,7 +56,7 @@ def read(text: bytes | str) -> Source:
         except UnicodeDecodeError as error:
             raise SourceError(f"the file is not UTF-8 text (byte {error.start})") from None
     try:
-        _refuse_depth(text)
+        _refuse_what_is_not_plain(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -75,12 +75,16 @@ def read(text: bytes | str) -> Source:
         raise SourceError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _refuse_depth(text: str) -> None:
+def _refuse_what_is_not_plain(text: str) -> None:
     # Over the token stream, because PyYAML's composer would recurse as deep as the text does.
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             raise SourceError(f"the alias *{event.anchor} is not allowed; write the values out", _line_of(event))
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag != "!":
+            short = tag.replace("tag:yaml.org,2002:", "!!")
+            raise SourceError(f"the tag {short} is not allowed; write plain values", _line_of(event))
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import horovod.torch as hvd
 import torch
 
-from hvdlarge.comm.gradients import fill_missing_gradients
 from hvdlarge.comm.world import ControlWire, WrongWorld
 
 
@@ -31,13 +30,14 @@ class HorovodTensors:
             )
         self.local_rank: int = hvd.local_rank()
         self.local_size: int = hvd.local_size()
+        self.carries_gpu_tensors: bool = bool(hvd.cuda_built() or hvd.rocm_built())
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
         handles = []
         for name, tensor in tensors:
-            if tensor.dtype in _CARRIED_AS:  # Horovod's MPI collectives refuse these types
-                carried = tensor.to(_CARRIED_AS[tensor.dtype])
+            if tensor.dtype in _CARRIED_AS or not tensor.is_contiguous():  # Horovod refuses these
+                carried = tensor.to(_CARRIED_AS.get(tensor.dtype, tensor.dtype)).contiguous()
                 hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
                 tensor.copy_(carried)
             else:
@@ -88,7 +88,6 @@ class HorovodUpdate:
     def reduce(self) -> None:
         """Wait until each gradient is the sum over all workers. Every rank calls this together."""
         self.optimizer.synchronize()
-        fill_missing_gradients(self.optimizer)  # with one worker Horovod registers no hooks and leaves them missing
 
     def apply(self) -> None:
         """Move the weights with the reduced gradients."""

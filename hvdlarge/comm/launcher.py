@@ -8,7 +8,7 @@ Contract: reads the environment only; needs neither Horovod nor MPI, so it also 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -64,19 +64,41 @@ def _leading_number(text: str, default: int) -> int:
     return int(digits) if digits.isdigit() else default
 
 
-def cores_per_worker(local_size: int) -> int:
-    """Cores that this worker has for itself: those it is bound to, or its share of the host where it is not bound."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(bound, (os.cpu_count() or 1) // local_size))
+def bound_cores() -> list[int]:
+    """The cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def starting_settings(environ: Mapping[str, str], launch: Launch, cores: int) -> dict[str, str]:
+def cores_per_worker(bindings: Sequence[tuple[str, Sequence[int]]], rank: int) -> int:
+    """Cores that a worker has for itself: those it is bound to, shared with the workers bound to the same ones.
+
+    Args:
+        bindings: the host and the cores of each worker, in the order of the ranks.
+        rank: the worker asked about.
+
+    >>> cores_per_worker([("a", (0, 1)), ("a", (0, 1)), ("b", (0, 1))], rank=0)
+    1
+    >>> cores_per_worker([("a", (0, 1)), ("a", (2, 3))], rank=1)
+    2
+    """
+    host, cores = bindings[rank]
+    sharing = sum(other_host == host and list(other) == list(cores) for other_host, other in bindings)
+    return max(1, len(cores) // sharing)
+
+
+def starting_settings(environ: Mapping[str, str], local_size: int, cores: int) -> dict[str, str]:
     """Environment variables to set before MPI and Horovod start; those that the user has set already are left alone.
 
     HOROVOD_FUSION_THRESHOLD=0: fused buffers change from run to run with the timing, and with them the order of the sums.
-    OMPI_MCA_mpi_yield_when_idle=1, with one core a worker: a waiting rank otherwise keeps the core from a computing one.
+    OMPI_MCA_mpi_yield_when_idle=1, where there may be less than two cores for each worker: a waiting rank, or Horovod's own
+    thread, otherwise keeps a core from a rank that computes.
+
+    Args:
+        environ: the environment as it is.
+        local_size: workers on this host.
+        cores: that this process may run on.
     """
     settings = {"HOROVOD_FUSION_THRESHOLD": "0"}
-    if cores == 1:
+    if cores < 2 * local_size:
         settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return {name: value for name, value in settings.items() if name not in environ}

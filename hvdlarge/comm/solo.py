@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
-from hvdlarge.comm.gradients import fill_missing_gradients
-
 if TYPE_CHECKING:
     import torch
 
@@ -47,6 +45,7 @@ class SoloTensors:
 
     local_rank = 0
     local_size = 1
+    carries_gpu_tensors = True
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Rank 0's tensors are these."""
@@ -77,7 +76,6 @@ class SoloUpdate:
 
     def reduce(self) -> None:
         """The gradients of one worker are the sum already."""
-        fill_missing_gradients(self.optimizer)
 
     def apply(self) -> None:
         """Move the weights."""

@@ -72,6 +72,7 @@ class TensorWire(Protocol):
 
     local_rank: int
     local_size: int
+    carries_gpu_tensors: bool
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite each named tensor by rank 0's, in place. Names, shapes and types are the same on every rank."""
@@ -104,7 +105,7 @@ def open_control(launch: Launch | None) -> ControlWire:
         return SoloControl()
     try:
         from hvdlarge.comm.mpi_wire import MpiControl
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but finds no MPI library
         raise WrongWorld(
             f"started by {launch.launcher} with {launch.size} workers, but mpi4py does not load here ({error}); "
             "docker/install-horovod.sh installs it together with Horovod"

@@ -6,14 +6,17 @@ worker processes, for every other map-style set. A rank fetches its own micro-ba
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from hvdlarge.data import order, seeds
 from hvdlarge.data.datasets import InMemory
@@ -51,18 +54,23 @@ class Fetch(Dataset):
     """
 
     def __init__(self, dataset: Any, seed: int, shuffled: bool) -> None:
-        self._dataset = dataset
         self._size = len(dataset)
+        self._chosen: list[Sequence[int]] = []
+        while isinstance(dataset, Subset):  # its own way to many samples would draw for the micro-batch
+            self._chosen.append(dataset.indices)
+            dataset = dataset.dataset
+        self._dataset = dataset
         self._seed = seed
         self._shuffled = shuffled
 
     def __getitem__(self, micro_batch: MicroBatch | None) -> Loaded | None:
         if micro_batch is None:  # a hole: nothing was known to be fetched when this place in the queue came up
             return None
-        indices = self.indices(micro_batch)
+        indices = self._through_subsets(self.indices(micro_batch))
         if isinstance(self._dataset, InMemory):
             return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
-        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it.
+        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it. A set
+        # that gives many samples at once draws for the micro-batch.
         keys = self._keys(micro_batch)
         if hasattr(self._dataset, "__getitems__"):
             seed_all(keys[0])
@@ -80,6 +88,11 @@ class Fetch(Dataset):
         if self._shuffled:
             return order.samples(self._seed, self._size, micro_batch.start, micro_batch.stop)
         return np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
+
+    def _through_subsets(self, indices: np.ndarray) -> np.ndarray:
+        for chosen in self._chosen:
+            indices = np.array([chosen[index] for index in indices], dtype=np.int64)
+        return indices
 
     def _keys(self, micro_batch: MicroBatch) -> list[int]:
         samples = np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
@@ -151,11 +164,6 @@ class WorkerLoader:
                 count -= 1
 
 
-def make_loader(fetch: Fetch, num_workers: int, prefetch_factor: int, holds_tensors: bool) -> Loader:
-    """The loader for a set: direct for one that holds tensors, torch's DataLoader otherwise."""
-    return TensorLoader(fetch) if holds_tensors else WorkerLoader(fetch, num_workers, prefetch_factor)
-
-
 def make_dataloader(fetch: Fetch, micro_batches: Any, num_workers: int, prefetch_factor: int) -> DataLoader:
     """A torch DataLoader whose items are micro-batches as they are; `micro_batches` gives the indices."""
     return DataLoader(
@@ -182,3 +190,12 @@ def _start_worker(number: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    # torch looks for a new parent to see that the training process is gone; under forkserver the parent stays the same.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

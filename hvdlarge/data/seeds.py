@@ -17,7 +17,7 @@ _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 
 # What a key is for; the numbers are part of every run's result and must never change.
-ORDER, WEIGHTS, MICRO_BATCH, SAMPLE = 1, 2, 3, 4
+ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA = 1, 2, 3, 4, 5
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -6,7 +6,8 @@ Formula:  running ← (1 − m)·running + m·batch, once for each micro-batch o
           sum over ranks is exactly what one worker would have.
 Source:   DESIGN of this project, section 5.
 Contract: costs no message in a step; `gather` (a sum over ranks) is called by every rank together, whenever somebody wants
-          to read the buffers, and `scatter` before training goes on.
+          to read the buffers, and `scatter` before training goes on. Layers in evaluation mode keep their statistics. Each
+          training layer must be used once in each forward pass: `gather` holds the counts of all ranks against that.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module, rank: int) -> None:
         self._rank = rank
-        self._layers: list[tuple[str, _BatchNorm, float]] = []
+        self._tracking: list[tuple[str, _BatchNorm, float]] = []
+        self._layers: list[tuple[str, _BatchNorm, float]] = []  # of those, the ones that train
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 if module.momentum is None:
                     raise ValueError(f"batch normalisation {name!r} has momentum=None; give it a number such as 0.1")
-                self._layers.append((name, module, module.momentum))
+                if module.num_batches_tracked is None:
+                    raise ValueError(f"batch normalisation {name!r} does not count its batches")
+                self._tracking.append((name, module, module.momentum))
+            elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+                raise ValueError(f"{name!r}: instance normalisation with running statistics is not supported")
         self._scattered = False
         self._micro_batches = 0  # of all workers, since the last scatter
 
@@ -52,6 +58,7 @@ class RunningStatistics:
 
     def scatter(self) -> None:
         """Before training: rank 0 keeps the running statistics, the others go on from zero."""
+        self._layers = [(name, layer, momentum) for name, layer, momentum in self._tracking if layer.training]
         if self._rank != 0:
             for buffer in self._buffers():
                 buffer.zero_()
@@ -64,14 +71,23 @@ class RunningStatistics:
 
         Args:
             total: the sum of a tensor over all ranks, given a name for it.
+
+        Raises:
+            ValueError: on every rank alike, if a layer was not used exactly once for each micro-batch.
         """
-        if not self._scattered:
+        if not self._scattered or not self._layers:
             return
+        counted = [_count(layer) - start for (_, layer, _), start in zip(self._layers, self._start_counts, strict=True)]
+        used = total(torch.tensor(counted, dtype=torch.int64), "running_statistics.used").tolist()
+        for (name, layer, _), times, start in zip(self._layers, used, self._start_counts, strict=True):
+            if times != self._micro_batches:
+                raise ValueError(
+                    f"batch normalisation {name!r} was used {times} times for {self._micro_batches} micro-batches; with "
+                    "running statistics it must be used once in each forward pass, and its mode must not change"
+                )
+            layer.num_batches_tracked.fill_(start + self._micro_batches)  # type: ignore[union-attr]
         for number, buffer in enumerate(self._buffers()):
             buffer.copy_(total(buffer, f"running_statistics.{number}"))
-        for (_, layer, _), start in zip(self._layers, self._start_counts, strict=True):
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(start + self._micro_batches)
         self._scattered = False
 
     def _buffers(self) -> list[torch.Tensor]:
@@ -93,4 +109,5 @@ def _averages(layer: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _count(layer: _BatchNorm) -> int:
-    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+    assert layer.num_batches_tracked is not None  # likewise
+    return int(layer.num_batches_tracked)

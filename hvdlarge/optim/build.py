@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from hvdlarge.optim.groups import parameter_groups
 from hvdlarge.optim.lars import LARS
+from hvdlarge.optim.sgd import SGD
+
+_CLASSES = {"lars": LARS, "sgd": SGD}
 
 
 def build_optimizer(
     model: torch.nn.Module,
     name: str,
-    momentum: float,
     weight_decay: float,
-    trust_coefficient: float,
     adapt_everything: bool = False,
     not_adapted: Sequence[str] = (),
     not_adapted_lr_factor: float = 1.0,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer `name` over the trainable parameters of `model`; the rate is set at each step.
 
+    Args:
+        model: its parameters are put into groups (groups.py says what the next three are).
+        name: lars or sgd.
+        weight_decay: of the adapted parameters.
+        adapt_everything: see groups.py.
+        not_adapted: see groups.py.
+        not_adapted_lr_factor: see groups.py.
+        **options: the optimizer's own, e.g. momentum.
+
     Raises:
-        ValueError: for an unknown name, or patterns that match nothing.
+        ValueError: for patterns that match nothing, or a model without trainable parameters.
     """
     groups = parameter_groups(model, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
-    if name == "lars":
-        return LARS(groups, momentum=momentum, trust_coefficient=trust_coefficient)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
-    raise ValueError(f"unknown optimizer {name!r}; known are lars, sgd")
+    return _CLASSES[name](groups, **options)

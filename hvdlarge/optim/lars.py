@@ -3,10 +3,9 @@
 Formula:  for every adapted tensor, with mean gradient g, weights w, weight decay β, trust coefficient η, momentum m:
               λ = η‖w‖ / (‖g‖ + β‖w‖);    v ← m·v + lr·λ·(g + β·w);    w ← w − v
           λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move; a tensor that is not adapted has λ = 1 always.
-          A tensor whose gradient is zero throughout is left alone in that step: weights, momentum and decay.
+          A tensor whose gradient is zero throughout is left alone in that step (norms.py): weights, momentum and decay.
 Source:   You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), Algorithm 1. The fallback λ = 1 is
-          that of the MLPerf and TensorFlow forms. Horovod turns a missing gradient into zeros, hence the last rule, which is
-          what torch's own optimizers do for a gradient that is None.
+          that of the MLPerf and TensorFlow forms; the last rule is what torch's own optimizers do for a gradient of None.
 Contract: the rate stands inside the momentum buffer. Called after the gradients have been averaged over all workers, so
           every rank computes the same ratio. Every hyper-parameter lives in the parameter groups and every constructor
           argument has a default, because Horovod re-creates the class from its groups.
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hvdlarge.optim.norms import norms
+from hvdlarge.optim.norms import measure_gradients, norms
 
 
 class LARS(torch.optim.Optimizer):
@@ -76,14 +75,10 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("LARS takes no closure: its gradients would not be averaged over the workers")
         self._ratios = {}
+        grad_norms = measure_gradients(self)  # and takes away those that are zero
         moving = [(group, w, w.grad) for group in self.param_groups for w in group["params"] if w.grad is not None]
-        if any(grad.is_sparse for _, _, grad in moving):
-            raise ValueError("LARS cannot use a sparse gradient: build the embedding with sparse=False")
-        weight_norms, grad_norms = norms([w for _, w, _ in moving]), norms([grad for _, _, grad in moving])
-        for (group, weight, grad), weight_norm, grad_norm in zip(moving, weight_norms, grad_norms, strict=True):
-            # Not finite is not zero: such a step must be seen by whoever watches the weights, not be skipped here.
-            if grad_norm == 0:
-                continue
+        for (group, weight, grad), weight_norm in zip(moving, norms([w for _, w, _ in moving]), strict=True):
+            grad_norm = grad_norms[weight]
             ratio = trust_ratio(weight_norm, grad_norm, group) if group["adapt"] else 1.0
             self._ratios[weight] = ratio
             state = self.state[weight]

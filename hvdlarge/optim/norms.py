@@ -24,6 +24,23 @@ def norm(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.cat(rows) if len(rows) > 1 else rows[0], dtype=torch.float64)
 
 
+def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, float]:
+    """L2 norm of each parameter's mean gradient; a gradient that is zero throughout is taken away.
+
+    Horovod submits zeros for a gradient that is missing on every worker. Without this rule an optimizer would decay such a
+    parameter, and move it by its momentum, on several workers and leave it alone on one.
+    """
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    held = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+    if any(grad.is_sparse for _, grad in held):
+        raise ValueError("sparse gradients cannot be averaged and measured: build the embedding with sparse=False")
+    measured = {weight: size for (weight, _), size in zip(held, norms([grad for _, grad in held]), strict=True)}
+    for weight, size in measured.items():
+        if size == 0:
+            weight.grad = None
+    return {weight: size for weight, size in measured.items() if size != 0}
+
+
 def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     """L2 norms of many tensors, as Python floats: one wait for the device in all."""
     return torch.stack([norm(tensor) for tensor in tensors]).tolist() if tensors else []

@@ -68,9 +68,12 @@ class AdaBatchGrowth:
 
     def next_mark(self, initial: int, epoch: float) -> float | None:
         """The epoch of the next growth that changes the batch, or None."""
-        mark = next_mark(epoch, self.every_epochs, self.at_epochs)
-        if mark is None or self.global_batch(initial, mark) == self.global_batch(initial, epoch):
+        now = self.global_batch(initial, epoch)
+        if self.max is not None and now >= self.max:
             return None
+        mark = next_mark(epoch, self.every_epochs, self.at_epochs)
+        while mark is not None and self.global_batch(initial, mark) == now:  # a small factor may round to no change
+            mark = next_mark(mark, self.every_epochs, self.at_epochs)
         return mark
 
     def _after(self, initial: int, growths: int) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from hvdlarge.schedule.scaling import Scaling, scale
 
@@ -41,7 +41,7 @@ class NoWarmup:
     """The full rate from the first step on."""
 
     policy: Literal["none"] = "none"
-    on_growth: OnGrowth = "jump"
+    on_growth: ClassVar[OnGrowth] = "jump"  # there is nothing to ramp over
 
     def length(self, batch_factor: float) -> float:
         """Warmup length in epochs: 0."""

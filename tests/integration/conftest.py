@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # More ranks than cores are meant here; root needs to be allowed, as containers have no other user.
-MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]
+MPIRUN = [
+    "mpirun",
+    "--allow-run-as-root",
+    "--oversubscribe",
+    "--mca",
+    "oob_tcp_if_include",
+    "lo",
+    "--mca",
+    "btl_tcp_if_include",
+    "lo",
+]
 TRAIN = [sys.executable, "-m", "hvdlarge.train"]
 
 

@@ -1,6 +1,7 @@
 """Wrong jobs end in one message and exit code 2 on all ranks; a wrong environment in 3; ranks that differ in 71."""
 
-import sys
+import os
+import time
 
 import pytest
 from conftest import MPIRUN, TRAIN
@@ -57,7 +58,22 @@ def test_a_command_line_without_a_job(train):
 def test_a_job_file_that_only_one_host_lacks(start, folder):
     """Rank 1 runs in another folder, as on a host where the file was not copied."""
     (folder / "elsewhere").mkdir()
-    ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "1", "-wdir", str(folder / "elsewhere"), *TRAIN, "jobs/digits.yaml"])
+    ended = start(
+        [
+            *MPIRUN,
+            "-np",
+            "1",
+            *TRAIN,
+            "jobs/digits.yaml",
+            ":",
+            "-np",
+            "1",
+            "-wdir",
+            str(folder / "elsewhere"),
+            *TRAIN,
+            "jobs/digits.yaml",
+        ]
+    )
     assert ended.code == 2
     assert len(ended.errors) == 1
     assert "on rank 1: jobs/digits.yaml: no such job file" in ended.err
@@ -102,7 +118,9 @@ def test_a_launch_without_a_part_is_never_many_solo_runs(train, folder, package)
 
 def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
     """What `horovodrun --gloo` and a launcher of another MPI look like: two processes that each see a world of one."""
-    ended = train(None, "jobs/digits.yaml", HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2")
+    ended = train(
+        None, "jobs/digits.yaml", HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2"
+    )
     assert ended.code == 3
     assert "started 2 workers, but MPI sees 1" in ended.err
 
@@ -135,5 +153,80 @@ def test_one_rank_that_fails_ends_the_run_with_one_traceback(train, folder, work
     assert ended.err.count("RuntimeError: made to fail") == 1
 
 
-def test_python_of_the_tests_is_the_one_that_trains():
-    assert TRAIN[0] == sys.executable
+EVERYWHERE = """
+import torch
+
+class Everywhere(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(7, 10)  # the digits have 64 pixels
+"""
+
+
+def test_a_mistake_on_every_rank_is_told_once(train, folder):
+    (folder / "everywhere.py").write_text(EVERYWHERE)
+    ended = train(3, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere'}")
+    assert ended.code == 70
+    assert len(ended.errors) == 1
+    assert "internal error on rank 0 of 3" in ended.err
+    assert ended.err.count("Traceback") == 1
+
+
+OTHER_SIZES = """
+import torch
+from hvdlarge.data.datasets import InMemory
+from mpi4py import MPI
+
+def data():
+    size = 1000 - 10 * MPI.COMM_WORLD.rank
+    return InMemory(torch.randn(size, 64), torch.randint(0, 10, (size,))), None
+"""
+
+
+def test_hosts_with_other_data_are_refused(train, folder):
+    (folder / "sizes.py").write_text(OTHER_SIZES)
+    ended = train(2, "jobs/digits.yaml", "model={name: mlp}", "data={name: 'sizes:data'}")
+    assert ended.code == 71
+    assert len(ended.errors) == 1
+    assert "training samples is 1000 on rank 0 and 990 on rank 1" in ended.err
+
+
+WORKERS = """
+import os, time
+import torch
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 500
+    def __getitem__(self, index):
+        with open("pids", "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        return torch.ones(64), 1
+
+class Failing(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+    def forward(self, x):
+        raise RuntimeError("made to fail")
+
+def data():
+    return Slow(), None
+"""
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_loader_processes_end_with_a_run_that_fails(train, folder, workers):
+    (folder / "slow_parts.py").write_text(WORKERS)
+    ended = train(
+        workers,
+        "jobs/digits.yaml",
+        "model={name: 'slow_parts:Failing'}",
+        "data={name: 'slow_parts:data', num_workers: 2}",
+        timeout=60,
+    )
+    assert ended.code == 70
+    pids = {int(line) for line in (folder / "pids").read_text().split()}
+    assert pids
+    deadline = time.monotonic() + 10
+    while (left := {pid for pid in pids if os.path.exists(f"/proc/{pid}")}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left

@@ -18,7 +18,12 @@ def test_the_readmes_own_model_and_data_set_run_alike_on_any_world(train, folder
     for name, text in example_of_the_readme().items():
         (folder / name).write_text(text)
     weights = []
-    for workers, extra in ((None, []), (2, []), (2, ["data.num_workers=2"]), (3, ["data.num_workers=1", "data.prefetch_steps=1"])):
+    for workers, extra in (
+        (None, []),
+        (2, []),
+        (2, ["data.num_workers=2"]),
+        (3, ["data.num_workers=1", "data.prefetch_steps=1"]),
+    ):
         run = f"runs/{workers}{len(weights)}"
         ended = train(workers, "my_job.yaml", "precision=fp64", f"run_dir={run}", *extra)
         assert ended.code == 0, ended.err

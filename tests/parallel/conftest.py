@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from hvdlarge.comm.launcher import cores_per_worker, detect, starting_settings
+from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
 from hvdlarge.comm.world import open_control, open_tensors
 
 LAUNCH = detect(os.environ)
@@ -26,7 +26,7 @@ def pytest_configure(config):
 def control():
     if LAUNCH is None:
         pytest.fail("start these tests with mpirun, e.g. make test-parallel")
-    os.environ.update(starting_settings(os.environ, LAUNCH, cores_per_worker(LAUNCH.local_size)))
+    os.environ.update(starting_settings(os.environ, LAUNCH.local_size, len(bound_cores())))
     return open_control(LAUNCH)
 
 

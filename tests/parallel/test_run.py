@@ -40,10 +40,12 @@ class Listed(torch.utils.data.Dataset):
 
 def run(job, control, tensors, wrap=lambda dataset: dataset):
     """Train a job on 203 digits; returns the weights and the results."""
-    train_set, test_set = assembly.load_data(job.data)
+    train_set, test_set = assembly.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = job.plan(len(small), control.size)
-    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, torch.device("cpu"))
+    model, loss, optimizer = assembly.build_learning(
+        job.model, job.loss, job.optimizer, job.precision, job.seed, torch.device("cpu")
+    )
     learner = assembly.join_learning(model, loss, optimizer, tensors, torch.device("cpu"), job.seed, control.rank)
     loader = assembly.build_loader(job.data, small, job.seed)
     evaluation = assembly.build_evaluation(job.data, job.evaluate, wrap(test_set), control.rank, control.size)
@@ -57,7 +59,11 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
 
 
 def distance(ours, theirs):
-    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-3)).item() for name in ours if ours[name].is_floating_point())
+    return max(
+        ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-3)).item()
+        for name in ours
+        if ours[name].is_floating_point()
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,4 +116,6 @@ def test_a_worker_follows_rank_0_whatever_it_believes(control):
     followed = list(iter(feed.next, None))
     truth = list(iter(Controller(parse_job(JOB, "law").plan(203, control.size)).decide, None))
     assert followed == heard == truth
-    assert all(dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True))
+    assert all(
+        dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True)
+    )

@@ -38,6 +38,7 @@ PLANS = {
     "one step": make_plan(initial=5000, epochs=1),
     "jump": make_plan(rate=RateSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
     "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
+    "growth too small for the rounding at first": make_plan(initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)),
     "no warmup": make_plan(rate=RateSchedule(1, "linear", NoWarmup())),
     "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
     "digits_lstm.yaml": read_job("jobs/digits_lstm.yaml").plan(1437, 2),

@@ -32,7 +32,9 @@ def test_a_job_is_read_with_its_defaults():
 
 def test_the_resolved_job_is_the_same_job():
     job = parse_job(
-        GOOD, "job.yaml", ["optimizer.not_adapted=[a.*, b]", "model.args={width: 4}", "lr.decay={policy: polynomial}"]
+        GOOD,
+        "job.yaml",
+        ["optimizer={name: sgd, not_adapted: [a.*, b]}", "model.args={width: 4}", "lr.decay={policy: polynomial}"],
     )
     assert parse_job(job.to_yaml(), "resolved") == job
     assert parse_job(job.to_yaml(), "resolved").fingerprint() == job.fingerprint()

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     log.close()
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "job.yaml", "job.resolved.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "summary.json", "checkpoints",
+        ".lock", "job.yaml", "job.resolved.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "summary.json", "checkpoints",
     }  # fmt: skip
     lines = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     assert len(lines) == len(decisions)
@@ -48,6 +49,23 @@ def test_an_earlier_run_is_set_aside_and_never_overwritten(tmp_path, plan):
         (tmp_path / "run" / "mark").write_text(str(number))
         assert log.set_aside == (None if number == 0 else str(tmp_path / f"run.{number}"))
     assert [(tmp_path / name / "mark").read_text() for name in ("run.1", "run.2", "run")] == ["0", "1", "2"]
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes_on(tmp_path, plan):
+    log = begin(tmp_path / "run", plan)
+    with pytest.raises(JobError, match=f"in use by process {os.getpid()} on "):
+        begin(tmp_path / "run", plan)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given.yaml", "run"]
+    log.metrics({"step": 0})
+    log.close()
+    begin(tmp_path / "run", plan).close()
+
+
+def test_what_is_not_finite_is_still_json(tmp_path, plan):
+    log = begin(tmp_path / "run", plan)
+    log.metrics({"step": 0, "loss": float("nan"), "lr": float("inf")})
+    log.close()
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text()) == {"step": 0, "loss": "nan", "lr": "inf"}
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -23,7 +23,10 @@ def test_lines_are_remembered():
     [
         ("a: 1\nb: 2\na: 3", "'a' stands twice, on lines 1 and 3", 3),
         ("a: &x [1]\nb: *x", r"alias \*x", 2),
-        ("a: !!python/object/apply:os.system ['touch hacked']", "constructor for the tag", 1),
+        ("a: !!python/object/apply:os.system ['touch hacked']", "the tag !!python/object/apply:os.system is not allowed", 1),
+        ("a: !!float abc", "tag !!float", 1),
+        ("a: 1\nb: !!timestamp x", "tag !!timestamp", 2),
+        ("a: !own {x: 1}", "tag !own", 1),
         ("a: [1, 2", "not valid YAML", 1),
         ("a: 1\n\tb: 2", "not valid YAML", 2),
         ("a: 1\n---\nb: 2", "expected a single document", 2),

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hvdlarge.comm.launcher import Launch, cores_per_worker, detect, starting_settings
+from hvdlarge.comm.launcher import Launch, bound_cores, cores_per_worker, detect, starting_settings
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,16 @@ def test_launchers_are_told_by_their_variables(environ, expected):
     assert detect(environ) == expected
 
 
-def test_cores_are_those_of_the_binding_or_a_share_of_the_host():
-    total = os.cpu_count()
-    assert cores_per_worker(1) == len(os.sched_getaffinity(0))
-    assert cores_per_worker(10 * total) == 1
-    kept = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(kept)})
-        assert cores_per_worker(1) == 1
-    finally:
-        os.sched_setaffinity(0, kept)
+def test_cores_are_those_of_the_binding_shared_with_the_workers_of_the_same_binding():
+    assert bound_cores() == sorted(os.sched_getaffinity(0))
+    one_host = [("a", range(8))] * 4
+    assert [cores_per_worker(one_host, rank) for rank in range(4)] == [2, 2, 2, 2]
+    assert cores_per_worker([("a", [0]), ("a", [1])], 1) == 1
+    assert cores_per_worker([("a", range(8)), ("b", range(8))], 1) == 8  # two hosts share nothing
+    assert cores_per_worker([("a", [3])] * 16, 5) == 1
 
 
 def test_settings_never_replace_the_users():
-    launch = Launch("Open MPI", 0, 2, 0, 2)
-    assert starting_settings({}, launch, 1) == {"HOROVOD_FUSION_THRESHOLD": "0", "OMPI_MCA_mpi_yield_when_idle": "1"}
-    assert starting_settings({"HOROVOD_FUSION_THRESHOLD": "1"}, launch, 4) == {}
+    assert starting_settings({}, 2, 2) == {"HOROVOD_FUSION_THRESHOLD": "0", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    assert starting_settings({}, 4, 64) == {"HOROVOD_FUSION_THRESHOLD": "0"}
+    assert starting_settings({"HOROVOD_FUSION_THRESHOLD": "1"}, 4, 64) == {}

@@ -51,18 +51,44 @@ def test_any_number_of_ranks_gives_what_one_gives(world_size):
         order = iter([sum(getattr(model[layer], name) for model in models)
                       for layer in (0, 2) for name in ("running_mean", "running_var")])  # fmt: skip
         sums[rank] = list(order)
+    used = sum(model[0].num_batches_tracked.item() - 7 for model in models)
+    assert used == alone[0].num_batches_tracked.item() - 7
     for rank, model in enumerate(models):
-        pieces = iter(sums[rank])
+        pieces = iter([torch.tensor([used, used]), *sums[rank]])
         statistics[rank].gather(lambda tensor, name, pieces=pieces: next(pieces))
         assert model[0].num_batches_tracked.item() == alone[0].num_batches_tracked.item()
         assert torch.allclose(model[2].running_var, alone[2].running_var, rtol=1e-12)
+
+
+def test_a_layer_that_does_not_train_keeps_its_statistics():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
+    model[0].eval()
+    model[0].running_mean.fill_(5.0)
+    statistics = RunningStatistics(model, rank=1)
+    statistics.scatter()
+    statistics.begin_step(3)
+    model(torch.randn(4, 2))
+    statistics.end_step(0, 4)
+    assert model[0].running_mean.tolist() == [5.0, 5.0]
+    assert statistics._buffers()[0] is model[1].running_mean
+
+
+def test_a_layer_used_twice_in_a_forward_pass_is_refused():
+    layer = torch.nn.BatchNorm1d(2)
+    statistics = RunningStatistics(torch.nn.ModuleList([layer]), rank=0)
+    statistics.scatter()
+    statistics.begin_step(0)
+    layer(layer(torch.randn(4, 2)))
+    statistics.end_step(0, 1)
+    with pytest.raises(ValueError, match="used 2 times for 1 micro-batches"):
+        statistics.gather(lambda tensor, name: tensor)
 
 
 def test_gathering_twice_does_nothing_the_second_time():
     model = torch.nn.BatchNorm1d(2)
     statistics = RunningStatistics(model, 0)
     statistics.scatter()
-    statistics.gather(lambda tensor, name: tensor + 1)
+    statistics.gather(lambda tensor, name: tensor + tensor.is_floating_point())
     before = model.running_mean.clone()
     statistics.gather(lambda tensor, name: tensor + 1)
     assert torch.equal(model.running_mean, before)
@@ -71,4 +97,6 @@ def test_gathering_twice_does_nothing_the_second_time():
 def test_a_cumulative_average_is_refused_and_layers_without_statistics_pass():
     with pytest.raises(ValueError, match="momentum=None"):
         RunningStatistics(torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=None)), 0)
+    with pytest.raises(ValueError, match="instance normalisation"):
+        RunningStatistics(torch.nn.InstanceNorm1d(2, track_running_stats=True), 0)
     RunningStatistics(torch.nn.BatchNorm1d(2, track_running_stats=False, momentum=None), 0)

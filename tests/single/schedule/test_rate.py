@@ -103,7 +103,7 @@ POLICIES = [
     for policy in (LinearWarmup, LegwWarmup)
     for length in (0.0, 0.25, 3.0)
     for on_growth in ("ramp", "jump")
-] + [NoWarmup(), NoWarmup(on_growth="ramp")]
+] + [NoWarmup()]
 RUNS = [
     stages((0, 1)),
     stages((0, 8)),
