@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time.sleep(0 if launch is None or launch.speaks_for_host else 2)  # let the message out before the run ends
         control.abort(code)
     except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
-        time.sleep(0 if rank == 0 else 1)  # where all ranks fail alike, one traceback is enough
+        time.sleep(min(5.0, 0.25 * rank))  # where many ranks fail alike, one traceback is enough: the lowest rank's
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
         complain(f"{name} on rank {rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
         control.abort(exits.INTERNAL_ERROR)
