@@ -35,7 +35,7 @@ $(stamp): setup.cfg setup.py docker/install-system.sh docker/install-horovod.sh
 	touch $@
 
 demo: $(stamp)
-	PATH="$(CURDIR)/$(bin):$$PATH" horovodrun -np $(NP) python -m hvdlarge.train jobs/digits.yaml
+	PATH="$(CURDIR)/$(bin):$$PATH" horovodrun -np $(NP) python -m hvdlarge.train jobs/digits.yaml --fresh
 
 test: test-single test-parallel test-integration
 

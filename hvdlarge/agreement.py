@@ -62,6 +62,18 @@ def same_everywhere(control: ControlWire, facts: Mapping[str, Any], what: str) -
             )
 
 
+def disagreement(control: ControlWire, name: str, value: float) -> RanksDisagree:
+    """The error to raise when the ranks differ in `name`, with every rank's value. Every rank calls this together."""
+    by_value: dict[float, list[int]] = {}
+    for rank, message in enumerate(control.allgather(json.dumps(value).encode())):
+        by_value.setdefault(json.loads(message), []).append(rank)
+    parts = [
+        f"{'nothing' if value == float('-inf') else f'{value:.17g}'} on rank {', '.join(map(str, ranks))}"
+        for value, ranks in by_value.items()
+    ]
+    return RanksDisagree(f"the ranks disagree about the {name}: {' and '.join(parts)}")
+
+
 def _first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):

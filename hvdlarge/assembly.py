@@ -10,19 +10,27 @@ import torch
 
 from hvdlarge import job as sections
 from hvdlarge import named
-from hvdlarge.comm.world import ControlWire, TensorWire
+from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.comm.exact import ExactUpdate
+from hvdlarge.comm.world import ControlWire, SummedUpdate, TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan
 from hvdlarge.data import seeds
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
+from hvdlarge.data.tree import depth_of
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, WrongEnvironment
+from hvdlarge.models.exact_statistics import ExactStatistics
 from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.nonfinite import RollbackPolicy, SkipPolicy, StopPolicy
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.groups import named_parameters
+from hvdlarge.run_state import RunState
+from hvdlarge.saver import Saver
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.step import Learner
+from hvdlarge.schedule.progress import Clock
+from hvdlarge.step import Learner, NotFinitePolicy
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -44,9 +52,7 @@ def choose_device(tensors: TensorWire) -> torch.device:
     # A launcher that gives each worker a GPU of its own shows it that one alone.
     own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     if gpus < tensors.local_size and not own:
-        raise WrongEnvironment(
-            f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU"
-        )
+        raise WrongEnvironment(f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU")
     # fp32 means 23 bits of mantissa: torch's default lets convolutions use TF32, with 10.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -82,8 +88,10 @@ def plan_run(job: sections.Job, dataset_size: int, world_size: int) -> Plan:
     """What the controller follows.
 
     Raises:
-        JobError: for a run without a sample in it.
+        JobError: for a run without a sample in it, or a number of workers that exact mode cannot serve.
     """
+    if job.reduction == "exact" and depth_of(world_size) is None:
+        raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
     try:
         return job.plan(dataset_size, world_size)
     except ValueError as error:
@@ -125,23 +133,43 @@ def join_learning(
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
     optimizer: torch.optim.Optimizer,
+    control: ControlWire,
     tensors: TensorWire,
     device: torch.device,
     seed: int,
-    rank: int,
+    exact: bool,
 ) -> Learner:
-    """Give every worker rank 0's weights and put the sum over workers before the update. Every rank calls this together."""
+    """Give every worker rank 0's weights and put the sum over workers before the update. Every rank calls this together.
+
+    Args:
+        model: as built on this worker.
+        loss: a mean over samples.
+        optimizer: plain, without state.
+        control: tells the rank.
+        tensors: the wire of the sum.
+        device: of the model.
+        seed: of the run.
+        exact: the sum of exact mode; the number of workers is a power of two then.
+    """
     tensors.broadcast_(list(model.state_dict().items()))
-    update = tensors.summed_update(optimizer, named_parameters(optimizer.param_groups))
+    named = named_parameters(optimizer.param_groups)
     dtype = next(model.parameters()).dtype
+    update: SummedUpdate
+    if exact:
+        update = ExactUpdate(optimizer, tensors.gather, control.rank, control.size)
+        statistics: RunningStatistics = ExactStatistics(model, control.rank, tensors.gather)
+    else:
+        update = tensors.summed_update(optimizer, named)
+        statistics = RunningStatistics(model, control.rank)
     return Learner(
         model=model,
         loss=loss,
         update=update,
-        statistics=RunningStatistics(model, rank),
+        statistics=statistics,
         to_device=lambda batch: _moved(batch, device, dtype),
+        names={weight: name for name, weight in named},
         seed=seed,
-        rank=rank,
+        rank=control.rank,
     )
 
 
@@ -163,15 +191,54 @@ def build_evaluation(
     return Evaluation(test_set, len(test_set), evaluate.micro_batch, rank, world_size, num_workers, data.prefetch_factor)
 
 
-def build_feed(data: sections.Data, plan: Plan, control: ControlWire, loader: Loader) -> DecisionFeed:
-    """The decisions of a run, as many steps ahead as the loader can use."""
+def build_feed(
+    data: sections.Data, plan: Plan, control: ControlWire, controller: Controller | None, loader: Loader
+) -> DecisionFeed:
+    """The decisions of a run, as many steps ahead as the loader can use; `controller` is rank 0's."""
     ahead = data.prefetch_steps or max(1, data.num_workers * data.prefetch_factor)
 
     def announce(decision: Decision) -> None:
         mine = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
         loader.announce(mine, decision.is_last)
 
-    return DecisionFeed(control, Controller(plan) if control.rank == 0 else None, ahead, announce)
+    return DecisionFeed(control, controller, ahead, announce)
+
+
+def build_saver(
+    cadence: sections.Checkpoint,
+    control: ControlWire,
+    tensors: TensorWire,
+    learner: Learner,
+    controller: Controller | None,
+    folder: CheckpointFolder | None,
+    clock: Clock,
+    facts: dict[str, Any],
+    log_offsets: Callable[[], dict[str, int]],
+) -> Saver:
+    """What writes checkpoints at the job's cadence; controller and folder are rank 0's."""
+    return Saver(
+        control,
+        tensors,
+        learner,
+        controller,
+        folder,
+        clock,
+        every_epochs=cadence.epochs,
+        every_steps=cadence.every_steps,
+        every_minutes=cadence.every_minutes,
+        best_by=cadence.best,
+        facts=facts,
+        log_offsets=log_offsets,
+    )
+
+
+def build_policy(not_finite: Any, state: RunState) -> NotFinitePolicy:
+    """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
+    if isinstance(not_finite, sections.SkipWhenNotFinite):
+        return SkipPolicy(not_finite.limit, state.skipped)
+    if isinstance(not_finite, sections.RollbackWhenNotFinite):
+        return RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
+    return StopPolicy()
 
 
 def _moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:

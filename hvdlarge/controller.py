@@ -8,8 +8,9 @@ can load data across a growth or an epoch's end without a bubble. No rank recomp
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from hvdlarge.comm.world import ControlWire
 from hvdlarge.data.layout import BatchLayout
@@ -41,18 +42,77 @@ class Plan:
         return BatchLayout(decision.global_batch, decision.micro_batch, self.world_size)
 
 
-class Controller:
-    """Decides one step after the other, from the first sample to the last."""
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands between two steps: all that the controller needs to go on from there."""
 
-    def __init__(self, plan: Plan) -> None:
+    step: int = 0  # steps taken
+    samples_seen: int = 0  # samples
+    stages: tuple[StageStart, ...] = ()  # begun so far
+    stage_batch: int = 0  # samples per update of the last of them
+    lr_factor: float = 1.0  # what rollbacks have made of the rate
+    ahead: tuple[Decision, ...] = ()  # decided already, not yet followed
+
+    def to_plain(self) -> dict[str, Any]:
+        """As builtins, for a checkpoint."""
+        return {
+            **{name: getattr(self, name) for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
+            "stages": [[stage.epoch, stage.batch_factor] for stage in self.stages],
+            "ahead": [asdict(decision) for decision in self.ahead],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Position:
+        """The position that `to_plain` wrote down."""
+        return cls(
+            **{name: plain[name] for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
+            stages=tuple(StageStart(*stage) for stage in plain["stages"]),
+            ahead=tuple(Decision(**decision) for decision in plain["ahead"]),
+        )
+
+
+class Controller:
+    """Decides one step after the other, from a position to the last sample of the run."""
+
+    def __init__(self, plan: Plan, position: Position | None = None) -> None:
+        position = position or Position()
         self._plan = plan
-        self._step = 0
-        self._samples_seen = 0
-        self._stages: list[StageStart] = []
-        self._stage_batch = 0
+        self._step = position.step
+        self._samples_seen = position.samples_seen
+        self._stages = list(position.stages)
+        self._stage_batch = position.stage_batch
+        self._lr_factor = position.lr_factor
+        self._replay = deque(position.ahead)
+        self._given: deque[Decision] = deque()  # decided, and perhaps not yet followed
 
     def decide(self) -> Decision | None:
         """The next step's decision; None when the run is complete."""
+        decision = self._decide_anew()
+        if decision is not None and self._replay:
+            # What was decided before an interruption stays decided; how it is cut may follow a new number of workers.
+            decision = replace(self._replay.popleft(), micro_batch=decision.micro_batch)
+        if decision is not None:
+            self._given.append(decision)
+        return decision
+
+    def position_after(self, followed: Decision) -> Position:
+        """Where the run stands once `followed`, a decision given earlier, has been acted on."""
+        while self._given and self._given[0].step <= followed.step:
+            self._given.popleft()
+        return Position(
+            step=followed.step + 1,
+            samples_seen=followed.samples_seen + followed.global_batch,
+            stages=tuple(self._stages[: followed.stage + 1]),
+            stage_batch=followed.stage_batch,
+            lr_factor=self._lr_factor,
+            ahead=tuple(self._given),
+        )
+
+    def final_position(self) -> Position:
+        """Where the run stands when everything that was decided has been followed."""
+        return Position(self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor)
+
+    def _decide_anew(self) -> Decision | None:
         plan, clock = self._plan, self._plan.clock
         left = clock.total_samples - self._samples_seen
         if left == 0:
@@ -72,7 +132,7 @@ class Controller:
             stage_batch=stage_batch,
             global_batch=global_batch,
             micro_batch=plan.micro_batch_of(global_batch),
-            lr=plan.rate.lr(self._stages, epoch, end, clock.epochs),
+            lr=plan.rate.lr(self._stages, epoch, end, clock.epochs) * self._lr_factor,
             is_last=global_batch == left,
         )
         self._step += 1

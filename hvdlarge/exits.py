@@ -11,8 +11,12 @@ WRONG_JOB = 2
 WRONG_ENVIRONMENT = 3
 INTERNAL_ERROR = 70
 RANKS_DISAGREE = 71
+HANGS = 72
 DIVERGED = 73
 CANNOT_SAVE = 74
+STOPPED = 75
+LOST_RANK = 76
+BAD_CHECKPOINT = 77
 
 
 class RunEnds(Exception):
@@ -49,3 +53,15 @@ class CannotSave(RunEnds):
     """A checkpoint could not be written."""
 
     code = CANNOT_SAVE
+
+
+class Stopped(RunEnds):
+    """The run was asked to stop and left a checkpoint: the same command goes on with it."""
+
+    code = STOPPED
+
+
+class BadCheckpoint(RunEnds):
+    """A checkpoint is damaged or belongs to another job."""
+
+    code = BAD_CHECKPOINT

@@ -93,13 +93,11 @@ def notes(plan: Plan, micro_is_auto: bool, model: Any) -> list[str]:
     return lines
 
 
-def growth_line(plan: Plan, before: Decision, after: Decision) -> str:
+def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: Decision) -> str:
     """One line in words about a growth of the batch."""
     layout = BatchLayout(after.stage_batch, after.micro_batch, plan.world_size)
-    return (
-        f"epoch {after.epoch:.2f}: the global batch grows from {before.stage_batch} to {layout.equation()}{_idle(layout)}; "
-        f"lr {before.lr:.4g} becomes {after.lr:.4g}"
-    )
+    lr = f"lr {after.lr:.4g}" if lr_before is None else f"lr {lr_before:.4g} becomes {after.lr:.4g}"
+    return f"epoch {after.epoch:.2f}: the global batch grows from {batch_before} to {layout.equation()}{_idle(layout)}; {lr}"
 
 
 def _layout(plan: Plan, global_batch: int) -> BatchLayout:

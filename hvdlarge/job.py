@@ -134,6 +134,54 @@ class Evaluate(Section):
     micro_batch: Count = 256  # samples in one forward pass on one worker
 
 
+class Checkpoint(Section):
+    """When the state of a run is written down; stops and the end of a run always write it."""
+
+    every_epochs: Positive | None = None  # default: 1, unless one of the other two is given
+    every_steps: Count | None = None
+    every_minutes: Positive | None = None
+    keep: Count = 3  # of the newest
+    best: Literal["accuracy", "test_loss"] | None = None  # which result best.pt goes by; default: accuracy where there is one
+
+    @property
+    def epochs(self) -> float | None:
+        """The interval in epochs; None where only another one was asked for."""
+        if self.every_epochs is None and self.every_steps is None and self.every_minutes is None:
+            return 1.0
+        return self.every_epochs
+
+
+class StopWhenNotFinite(Section):
+    """A gradient that is not finite ends the run."""
+
+    policy: Literal["stop"] = "stop"
+
+
+class SkipWhenNotFinite(Section):
+    """A step whose gradients are not finite is left out on every rank."""
+
+    policy: Literal["skip"] = "skip"
+    limit: Count = 10  # such steps in a run
+
+
+class RollbackWhenNotFinite(Section):
+    """The run goes back to its last checkpoint and on from there with a lower rate."""
+
+    policy: Literal["rollback"] = "rollback"
+    limit: Count = 3  # rollbacks in a run
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5  # what multiplies the rate after each
+
+
+class Timeouts(Section):
+    """How long one phase may last before the run is taken to hang."""
+
+    start_seconds: Positive = 300.0
+    step_seconds: Positive = 300.0
+    fetch_seconds: Positive = 600.0
+    evaluate_seconds: Positive = 3600.0
+    save_seconds: Positive = 3600.0
+
+
 class Log(Section):
     """What is written down how often."""
 
@@ -148,6 +196,8 @@ class Job(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     epochs: Positive
     precision: Literal["fp32", "fp64"] = "fp32"
+    reduction: Literal["fast", "exact"] = "fast"  # exact: bit-identical weights on 1, 2, 4, … workers
+    deterministic: bool = False  # bit-identical from run to run on the same number of workers
     data: Data
     model: Model
     loss: Loss = Loss()
@@ -156,6 +206,13 @@ class Job(Section):
     optimizer: Annotated[Lars | Sgd, Field(discriminator="name")] = Lars()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+    on_nonfinite: Annotated[StopWhenNotFinite | SkipWhenNotFinite | RollbackWhenNotFinite, Field(discriminator="policy")] = (
+        StopWhenNotFinite()
+    )
+    compare_every_steps: Count = 100  # a digest of weights, buffers and optimizer state is compared across the ranks
+    stop_after_minutes: Positive | None = None  # a time limit: stop with a checkpoint, exit code 75
+    timeouts: Timeouts = Timeouts()
 
     @property
     def run_folder(self) -> Path:
@@ -182,9 +239,32 @@ class Job(Section):
         """The job with every default written out; reading it gives the same job."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
+    def mathematics(self) -> dict[str, Any]:
+        """What decides the weights: two jobs that agree in it give the same run."""
+        return {key: value for key, value in self.resolved().items() if key not in _NOT_MATHEMATICS} | {
+            "data": {"name": self.data.name, "args": self.data.args}
+        }
+
     def fingerprint(self) -> str:
         """SHA-256 over every key and value."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+# May change between the parts of a run: where things go, how often they are looked at, how failures are met.
+_NOT_MATHEMATICS = frozenset(
+    [
+        "name",
+        "run_dir",
+        "log",
+        "evaluate",
+        "checkpoint",
+        "on_nonfinite",
+        "compare_every_steps",
+        "stop_after_minutes",
+        "timeouts",
+    ]
+    + ["deterministic", "data"]
+)
 
 
 def read_job(path: str, overrides: Sequence[str] = ()) -> Job:

@@ -1,4 +1,4 @@
-"""The training loop: decisions in, steps taken, logs and evaluations out."""
+"""The training loop: decisions in, steps taken, logs, evaluations and checkpoints out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
-from hvdlarge.comm.world import TensorWire
-from hvdlarge.controller import DecisionFeed, Plan
+from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.comm.world import ControlWire, TensorWire
+from hvdlarge.controller import DecisionFeed, Plan, Position
 from hvdlarge.data.loader import Loaded, Loader
+from hvdlarge.digest import combined, named_state, tensor_digests
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import Diverged, JobError
+from hvdlarge.exits import Diverged, JobError, Stopped
 from hvdlarge.measure.timers import PhaseTimers
+from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog
+from hvdlarge.saver import Saver
+from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.progress import marks_reached
-from hvdlarge.step import Learner, train_step
+from hvdlarge.step import Learner, NotFinitePolicy, train_step
+from hvdlarge.step_agreement import StepAgreement
+from hvdlarge.stopping import StopRequest
+from hvdlarge.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -25,74 +33,148 @@ class Cadence:
 
     log_every_steps: int
     evaluate_every_epochs: float
+    compare_every_steps: int
 
 
-def train(
-    feed: DecisionFeed,
-    plan: Plan,
-    loader: Loader,
-    learner: Learner,
-    tensors: TensorWire,
-    evaluation: Evaluation | None,
-    cadence: Cadence,
-    log: RunLog | None,
-) -> dict[str, float]:
-    """Follow every decision to the end of the run. Every rank calls this together; `log` is rank 0's, None elsewhere.
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a run, on one rank."""
 
-    Returns:
-        `loss` of the last step and the last evaluation's results; the same on every rank.
+    control: ControlWire
+    tensors: TensorWire
+    plan: Plan
+    feed: DecisionFeed
+    loader: Loader
+    learner: Learner
+    evaluation: Evaluation | None
+    agreement: StepAgreement
+    policy: NotFinitePolicy
+    saver: Saver
+    stop: StopRequest
+    watchdog: Watchdog
+    cadence: Cadence
+    log: RunLog | None  # rank 0's; None elsewhere
+
+
+def train(parts: Parts, state: RunState) -> None:
+    """Follow every decision to the end of the run. Every rank calls this together.
+
+    Args:
+        parts: the run's objects; the running statistics are scattered already.
+        state: results so far; changed in place, and the same on every rank.
 
     Raises:
-        Diverged: on every rank alike, when a recorded loss is not finite.
+        Stopped: on every rank alike, when a stop was asked for; a checkpoint is on disk.
+        Diverged, RanksDisagree, CannotSave, JobError: on every rank alike.
+        RollBack: on every rank alike, by the job's policy.
     """
     timed = PhaseTimers()
-    learner.model.train()
-    learner.statistics.scatter()
-    evaluated = 0  # evaluation marks passed
-    results: dict[str, float] = {}
+    parts.learner.model.train()
     while True:
         with timed("decide"):
-            decision = feed.next()
+            decision = parts.feed.next()
         if decision is None:
-            gather(learner, tensors)
-            return results
-        if log is not None:
-            log.decision(decision)
-        layout = plan.layout(decision)
-        fetched = timed_fetch(loader, len(layout.numbers_of_rank(learner.rank)), timed)
-        loss_share = train_step(decision, layout, fetched, learner, timed)
+            return
+        parts.watchdog.progress("step", decision.step)
+        if parts.log is not None:
+            parts.log.decision(decision)
+        layout = parts.plan.layout(decision)
+        fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
+        compare = decision.step % parts.cadence.compare_every_steps == 0
+        digest = combined(digests(parts.learner)) if compare else None
+        outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
+        if outcome.verdict.failed:  # rank 0 knows why the last checkpoint could not be written
+            all_or_none(parts.control, parts.saver.finish)
+        if not outcome.applied:
+            state.skipped += 1
 
-        samples_seen = decision.samples_seen + decision.global_batch
-        epoch = plan.clock.epoch(samples_seen)
-        if decision.is_last or (decision.step + 1) % cadence.log_every_steps == 0:
-            with timed("measure"):
-                loss = tensors.sum(loss_share, "loss").item()
-            if log is not None:
-                progress = {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen}
-                step = {"global_batch": decision.global_batch, "lr": decision.lr, "loss": loss}
-                log.metrics(progress | step | trust_ratios(learner.update.optimizer) | timed.read())
-                log.progress(decision, samples_seen, loss)
-            results["loss"] = loss
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"the training loss is {loss} at step {decision.step} (epoch {epoch:.2f}, global batch "
-                    f"{decision.global_batch}, lr {decision.lr:.4g}): lower lr.base or warm up longer"
-                )
-        marks = marks_reached(epoch, cadence.evaluate_every_epochs, None)
-        if evaluation is not None and (decision.is_last or marks > evaluated):
-            evaluated = marks
-            with timed("measure"):
-                gather(learner, tensors)
-                found = evaluation.run(learner, tensors)
-                if not decision.is_last:
-                    learner.statistics.scatter()
-            results |= found
-            if log is not None:
-                log.metrics({"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found)
-                log.evaluated(found)
-            if not math.isfinite(found["test_loss"]):
-                loss = found["test_loss"]
-                raise Diverged(f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer")
+        record(parts, state, decision, outcome.loss_share, timed)
+        best = evaluate(parts, state, decision, timed)
+        due = best or parts.saver.is_due(decision)
+        if due or outcome.verdict.save or outcome.verdict.stop:
+            with timed("save"), parts.watchdog.during("save"):
+                position, cut = parts.saver.position_behind(decision), decision.global_batch < decision.stage_batch
+                save(parts, state, position, cut, best, in_cadence=due, wait=outcome.verdict.stop or decision.is_last)
+        if outcome.verdict.stop and not decision.is_last:
+            reasons = {message.decode() for message in parts.control.allgather((parts.stop.reason or "").encode())} - {""}
+            raise Stopped(
+                f"stopped behind step {decision.step} (epoch {decision.epoch:.2f}) as asked by {' and '.join(sorted(reasons))}; "
+                "the checkpoint is written: the same command goes on from here"
+            )
+
+
+def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.Tensor, timed: PhaseTimers) -> None:
+    """Measure and write down the step's loss where the cadence asks for it. Every rank calls this together."""
+    if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
+        return
+    with timed("measure"):
+        loss = parts.tensors.sum(loss_share, "loss").item()
+    samples_seen = decision.samples_seen + decision.global_batch
+    if parts.log is not None:
+        progress = {"step": decision.step, "epoch": parts.plan.clock.epoch(samples_seen), "samples_seen": samples_seen}
+        step = {"global_batch": decision.global_batch, "lr": decision.lr, "loss": loss}
+        parts.log.metrics(progress | step | trust_ratios(parts.learner.update.optimizer) | timed.read())
+        parts.log.progress(decision, samples_seen, loss)
+    state.results["loss"] = loss
+
+
+def evaluate(parts: Parts, state: RunState, decision: Decision, timed: PhaseTimers) -> bool:
+    """Evaluate where the cadence asks for it. Every rank calls this together.
+
+    Returns:
+        Whether this is the best evaluation so far; the same on every rank.
+    """
+    samples_seen = decision.samples_seen + decision.global_batch
+    epoch, every = parts.plan.clock.epoch(samples_seen), parts.cadence.evaluate_every_epochs
+    passed = marks_reached(epoch, every, None) > marks_reached(decision.epoch, every, None)
+    if parts.evaluation is None or not (passed or decision.is_last):
+        return False
+    with timed("measure"), parts.watchdog.during("evaluate"):
+        gather(parts.learner, parts.tensors)
+        found = parts.evaluation.run(parts.learner, parts.tensors)
+        parts.learner.statistics.scatter()
+    state.results.update(found)
+    if parts.log is not None:
+        parts.log.metrics({"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found)
+        parts.log.evaluated(found)
+    if not math.isfinite(found["test_loss"]):
+        loss = found["test_loss"]
+        raise Diverged(f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer")
+    return parts.saver.is_best(state, decision, found)
+
+
+def save(parts: Parts, state: RunState, position: Position | None, cut: bool, best: bool, in_cadence: bool, wait: bool) -> None:
+    """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank calls this together.
+
+    Args and errors are those of `Saver.save`; further:
+
+    Raises:
+        RanksDisagree, Diverged: on every rank alike.
+    """
+    compare_states(parts.control, parts.learner)
+    not_finite = [name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()]
+    if not_finite:
+        raise Diverged(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
+    if parts.log is not None:
+        state.train_seconds = parts.log.seconds
+    all_or_none(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait))
+
+
+def digests(learner: Learner) -> dict[str, int]:
+    """A digest of each tensor that must be the same on every rank."""
+    return tensor_digests(named_state(learner.model, learner.update.optimizer))
+
+
+def compare_states(control: ControlWire, learner: Learner) -> None:
+    """Hold the states of all ranks against each other. Every rank calls this together.
+
+    Raises:
+        RanksDisagree: on every rank alike, naming the first differing tensor.
+    """
+    mine = digests(learner)
+    heard = control.allgather(combined(mine).to_bytes(8, "little"))
+    if len(set(heard)) > 1:
+        same_everywhere(control, mine, "weights and optimizer state (by digest)")
 
 
 def gather(learner: Learner, tensors: TensorWire) -> None:
@@ -107,12 +189,14 @@ def gather(learner: Learner, tensors: TensorWire) -> None:
         raise JobError(f"model.name: {error}") from None
 
 
-def timed_fetch(loader: Loader, count: int, timed: PhaseTimers) -> Iterator[Loaded]:
+def timed_fetch(parts: Parts, count: int, timed: PhaseTimers) -> Iterator[Loaded]:
     """The loader's next `count` micro-batches; the time spent waiting for them counts as the phase fetch."""
-    fetched = loader.fetch(count)
+    fetched = parts.loader.fetch(count)
     for _ in range(count):
+        parts.watchdog.progress("fetch")
         with timed("fetch"):
             loaded = next(fetched)
+        parts.watchdog.progress("step")
         yield loaded
 
 

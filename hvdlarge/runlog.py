@@ -13,14 +13,15 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from hvdlarge.controller import Plan
+from hvdlarge.controller import Plan, Position
 from hvdlarge.exits import JobError
 from hvdlarge.introduction import growth_line
+from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
@@ -65,37 +66,82 @@ class FolderLock:
         self._file.close()
 
 
-def make_run_folder(folder: Path) -> str | None:
-    """Make an empty run folder; an earlier run in its place is set aside under a new name, never overwritten.
-
-    Returns:
-        Where the earlier run is now, or None.
+def holds_run(folder: Path) -> bool:
+    """Whether an earlier run is in this folder.
 
     Raises:
-        JobError: if the folder cannot be made or something else is in its place.
+        JobError: if something else is.
     """
-    aside = None
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            if not (folder / "job.resolved.yaml").exists():
-                raise JobError(f"run_dir: {folder} is not empty and holds no run; name another folder")
-            number = 1
-            while folder.with_name(f"{folder.name}.{number}").exists():
-                number += 1
-            aside = folder.with_name(f"{folder.name}.{number}")
-            FolderLock(folder).release()  # refuses a folder in which a run is going on
-            folder.rename(aside)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir()
+        if not folder.is_dir() or not any(not path.name.startswith(".") for path in folder.iterdir()):
+            return False
     except OSError as error:
-        raise JobError(f"run_dir: {folder} cannot be made: {error.strerror}") from None
-    return None if aside is None else str(aside)
+        raise JobError(f"run_dir: {folder} cannot be read: {error.strerror}") from None
+    if not (folder / "job.resolved.yaml").exists():
+        raise JobError(f"run_dir: {folder} is not empty and holds no run; name another folder")
+    return True
+
+
+def set_aside(folder: Path) -> Path:
+    """Give an earlier run's folder a new name; returns it.
+
+    Raises:
+        JobError: if a run is going on in it, or it cannot be renamed.
+    """
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    aside = folder.with_name(f"{folder.name}.{number}")
+    FolderLock(folder).release()
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise JobError(f"run_dir: {folder} cannot be set aside as {aside}: {error.strerror}") from None
+    return aside
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        JobError: if it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise JobError(f"run_dir: {folder} cannot be made or written to: {error.strerror}") from None
+
+
+def write_documents(
+    folder: Path,
+    job_file: Path,
+    resolved: str,
+    environment: Mapping[str, Any],
+    position: Position,
+    notes: Sequence[str],
+) -> None:
+    """Write down what runs, and that it has been started (again)."""
+    # First and whole: a folder with this file in it is a run, whatever else a sudden end has left out.
+    _write_whole(folder / "job.resolved.yaml", resolved)
+    if not (folder / "job.yaml").exists():  # as it was first given
+        _write_whole(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
+    write_json(folder / "environment.json", environment)
+    started = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": position.step, "world_size": environment["world_size"]}
+    with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**started, "versions": environment["versions"], "notes": list(notes)}) + "\n")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON file, whole or not at all."""
+    _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -105,51 +151,47 @@ class RunLog:
     Args:
         folder: the run folder, made already.
         plan: what the run follows.
-        set_aside: where an earlier run of the same folder is now, or None.
         lock: on the folder, held until the logs are closed.
+        offsets: where each log goes on, by its name; what stands behind is of steps that will be taken again.
+        position: where the run begins or goes on.
+        before: what it had come to.
     """
 
-    def __init__(self, folder: Path, plan: Plan, set_aside: str | None, lock: FolderLock) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, lock: FolderLock, offsets: Mapping[str, int], position: Position, before: RunState
+    ) -> None:
         self.folder = folder
-        self.set_aside = set_aside
         self._plan = plan
         self._lock = lock
-        self._metrics: IO[str] = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._decisions: IO[str] = (folder / "decisions.jsonl").open("w", encoding="utf-8")
+        self._files = {name: _open_at(folder / f"{name}.jsonl", offsets.get(name, 0)) for name in ("metrics", "decisions")}
         self._began = self._last_line = time.monotonic()
+        self._before_seconds = before.train_seconds
         self._pause = _FIRST_LINE_SECONDS
-        self._samples_at_last_line = 0
-        self._last_decision: Decision | None = None
-        self._accuracy: float | None = None
-
-    @classmethod
-    def begin(cls, folder: Path, job_file: Path, resolved: str, environment: Mapping[str, Any], plan: Plan) -> RunLog:
-        """Make the run folder, put the documents of the run into it and open its logs.
-
-        Raises:
-            JobError: if the folder cannot be made or something that is no run is in its place.
-        """
-        set_aside = make_run_folder(folder)
-        lock = FolderLock(folder)
-        (folder / "job.yaml").write_bytes(job_file.read_bytes())
-        (folder / "job.resolved.yaml").write_text(resolved, encoding="utf-8")
-        write_json(folder / "environment.json", environment)
-        return cls(folder, plan, set_aside, lock)
+        self._samples_at_last_line = position.samples_seen
+        self._stage_batch = position.stage_batch  # of the step before, and its rate where it is known
+        self._lr: float | None = None
+        self._accuracy = before.results.get("accuracy")
 
     def decision(self, decision: Decision) -> None:
         """Record what was ordered for a step; the first step of a larger batch also says what it `grew_from`."""
-        before, self._last_decision = self._last_decision, decision
         grew: dict[str, int] = {}
-        if before is not None and before.stage != decision.stage:
-            grew["grew_from"] = before.stage_batch
-            say(growth_line(self._plan, before, decision))
-        _write_line(self._decisions, asdict(decision) | grew)
+        if self._stage_batch not in (0, decision.stage_batch):
+            grew["grew_from"] = self._stage_batch
+            say(growth_line(self._plan, self._stage_batch, self._lr, decision))
+        self._stage_batch, self._lr = decision.stage_batch, decision.lr
+        _write_line(self._files["decisions"], asdict(decision) | grew)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
-        _write_line(self._metrics, record)
-        self._metrics.flush()
-        self._decisions.flush()
+        _write_line(self._files["metrics"], record)
+        for file in self._files.values():
+            file.flush()
+
+    def offsets(self) -> dict[str, int]:
+        """Where each log ends now, by its name."""
+        for file in self._files.values():
+            file.flush()
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def evaluated(self, result: Mapping[str, float]) -> None:
         """Show this accuracy in the progress lines from now on."""
@@ -172,42 +214,60 @@ class RunLog:
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
-    def finish(self, results: Mapping[str, float], weights: Mapping[str, Any]) -> None:
-        """Write the last checkpoint and the summary, and say how the run ended.
+    def go_back(self, offsets: Mapping[str, int], position: Position) -> None:
+        """Cut off what was written behind a checkpoint that the run goes back to."""
+        for name, file in self._files.items():
+            file.flush()
+            file.truncate(offsets[name])
+        self._samples_at_last_line, self._last_line = position.samples_seen, time.monotonic()
+        self._stage_batch, self._lr = position.stage_batch, None
 
-        Raises:
-            CannotSave: if the checkpoint cannot be written.
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, in all parts of the run."""
+        return self._before_seconds + time.monotonic() - self._began
+
+    def finish(self, state: RunState, position: Position) -> None:
+        """Write the summary and say how the run ended.
+
+        Args:
+            state: its results.
+            position: behind the last step.
         """
-        last = self._last_decision
-        assert last is not None  # a run has at least one step
-        from hvdlarge.checkpoint import save  # brings torch, which the lines before a run's start do not need
-
-        seconds, samples_seen = time.monotonic() - self._began, last.samples_seen + last.global_batch
-        progress = {"step": last.step, "epoch": self._plan.clock.epoch(samples_seen), "samples_seen": samples_seen}
-        save(self.folder / "checkpoints" / "last.pt", {"model": dict(weights), **progress})
+        seconds, epoch = self.seconds, self._plan.clock.epoch(position.samples_seen)
+        results = state.results
         summary = {
             **results,
-            "steps": last.step + 1,
-            "epochs": progress["epoch"],
-            "samples_seen": samples_seen,
-            "growths": last.stage,
-            "global_batch": last.stage_batch,
+            "steps": position.step,
+            "epochs": epoch,
+            "samples_seen": position.samples_seen,
+            "growths": len(position.stages) - 1,
+            "global_batch": position.stage_batch,
             "world_size": self._plan.world_size,
+            "steps_left_out": state.skipped,
+            "rollbacks": state.rolled_back,
             "train_seconds": seconds,
-            "samples_per_second": samples_seen / seconds,
+            "samples_per_second": position.samples_seen / seconds,
         }
         write_json(self.folder / "summary.json", summary)
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         say(
-            f"done: {accuracy}loss {results['loss']:.4f} after {progress['epoch']:g} epochs, {last.step + 1:,} steps and "
+            f"done: {accuracy}loss {results['loss']:.4f} after {epoch:g} epochs, {position.step:,} steps and "
             f"{_duration(seconds)} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
 
     def close(self) -> None:
         """Flush and close the logs, however the run ended."""
-        self._metrics.close()
-        self._decisions.close()
+        for file in self._files.values():
+            file.close()
         self._lock.release()
+
+
+def _open_at(path: Path, offset: int) -> IO[str]:
+    """Open a log to go on at `offset` bytes; what stands behind it is cut off."""
+    file = path.open("a", encoding="utf-8")
+    file.truncate(min(offset, os.fstat(file.fileno()).st_size))
+    return file
 
 
 def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
@@ -216,9 +276,7 @@ def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with what is not finite as a word: JSON has no such numbers."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
 
 
 def _duration(seconds: float) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,7 +17,9 @@ from hvdlarge.data.loader import Loaded
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.models.running_statistics import RunningStatistics
 from hvdlarge.optim.groups import set_rate
+from hvdlarge.optim.norms import measure_gradients
 from hvdlarge.schedule.decision import Decision
+from hvdlarge.step_agreement import StepAgreement, Verdict
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,52 @@ class Learner:
     update: SummedUpdate
     statistics: RunningStatistics
     to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the run's precision
+    names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order
     seed: int
     rank: int
 
 
-def train_step(
-    decision: Decision, layout: BatchLayout, fetched: Iterable[Loaded], learner: Learner, timed: PhaseTimers
-) -> torch.Tensor:
-    """Take the decided step. Every rank calls this together, with its own micro-batches in `fetched`.
+class NotFinitePolicy(Protocol):
+    """What becomes of a step whose mean gradients are not finite."""
 
-    Returns:
-        This worker's share of the mean loss over the global batch, float64, shape (); all workers' shares add up to it.
-    """
+    def before_step(self, learner: Learner) -> None:
+        """Keep what a step that is left out must leave as it was."""
+        ...
+
+    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+        """Whether to apply the update; `not_finite` names the gradients that are not. The same on every rank.
+
+        Raises:
+            RunEnds: on every rank alike, where the run does not go on from here.
+        """
+        ...
+
+
+class StepOutcome(NamedTuple):
+    """What came of a step."""
+
+    loss_share: torch.Tensor  # this worker's share of the mean loss, float64, shape (); all workers' shares add up to it
+    verdict: Verdict  # the same on every rank
+    applied: bool  # whether the weights have moved; the same on every rank
+
+
+def train_step(
+    decision: Decision,
+    layout: BatchLayout,
+    fetched: Iterable[Loaded],
+    learner: Learner,
+    agreement: StepAgreement,
+    digest: int | None,
+    policy: NotFinitePolicy,
+    timed: PhaseTimers,
+) -> StepOutcome:
+    """Take the decided step. Every rank calls this together, with its own micro-batches in `fetched`."""
     mine = layout.numbers_of_rank(learner.rank)
     loss_share = torch.zeros((), dtype=torch.float64, device=next(learner.model.parameters()).device)
-    learner.update.begin(num_micro_batches=len(mine))
+    policy.before_step(learner)
+    learner.update.begin(mine, layout.num_micro_batches)
     learner.statistics.begin_step(others_before=mine.start)
+    got_gradient: list[str] | None = None  # an idle worker has no view of it
     for micro_batch, inputs, targets in fetched:
         # Dropout belongs to the micro-batch, named by its first sample: not to the worker that happens to process it.
         seed_torch(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
@@ -52,11 +85,22 @@ def train_step(
             share = learner.loss(outputs, learner.to_device(targets)) * (micro_batch.size / decision.global_batch)
         with timed("backward"):
             share.backward()
-        loss_share += share.detach()
+            loss_share += share.detach()
+            if micro_batch.number == mine.stop - 1:
+                got_gradient = [name for weight, name in learner.names.items() if weight.grad is not None]
+            learner.update.end_pass()
+            learner.statistics.end_pass()
     learner.statistics.end_step(layout.num_micro_batches - mine.stop, layout.num_micro_batches)
     with timed("allreduce"):
+        agreement.send(decision, got_gradient, digest)
         learner.update.reduce()
-    with timed("update"):  # only now: the trust ratios of LARS are those of the mean gradient
-        set_rate(learner.update.optimizer, decision.lr)
-        learner.update.apply()
-    return loss_share
+        verdict = agreement.hear()
+    with timed("update"):  # only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
+        norms = measure_gradients(learner.update.optimizer)
+        not_finite = [learner.names[weight] for weight, norm in norms.items() if not math.isfinite(norm)]
+        applied = policy.judge(decision, learner, not_finite)
+        if applied:
+            learner.update.optimizer.gradient_norms = norms  # type: ignore[attr-defined]
+            set_rate(learner.update.optimizer, decision.lr)
+            learner.update.apply()
+    return StepOutcome(loss_share, verdict, applied)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -15,17 +16,32 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvdlarge import __version__, exits
 from hvdlarge.agreement import all_or_none, same_everywhere
 from hvdlarge.comm.launcher import Launch, bound_cores, cores_per_worker, detect, starting_settings
-from hvdlarge.comm.world import ControlWire, TensorWire, WrongWorld, open_control, open_tensors
+from hvdlarge.comm.world import (
+    ControlWire,
+    LostRank,
+    RanksMismatch,
+    TensorWire,
+    WrongWorld,
+    open_control,
+    open_tensors,
+)
+from hvdlarge.controller import Controller
 from hvdlarge.introduction import batch_line, model_line, notes, stage_table, update_line, world_line
 from hvdlarge.job import Job, read_job
-from hvdlarge.runlog import RunLog, complain, say
+from hvdlarge.runlog import RunLog, complain, say, write_documents
+from hvdlarge.stopping import StopRequest
+from hvdlarge.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from hvdlarge.saver import Saver
 
 # torch is imported inside the functions that need it: it takes a second, and a wrong job file should be answered at once.
 
@@ -33,31 +49,47 @@ from hvdlarge.runlog import RunLog, complain, say
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
+    options = _parse(arguments, speaks=launch is None or launch.rank == 0)
+    watchdog = Watchdog(0 if launch is None else launch.rank, {"start": 300.0, "step": 300.0})
+    watchdog.start()
+    stop = StopRequest()
+    stop.listen()
+    settings = _settle_environment(launch)
     try:
-        options = _parse(arguments, speaks=launch is None or launch.rank == 0)
-        settings = _settle_environment(launch)
         control = open_control(launch)
     except WrongWorld as error:
         return _wrong_world(error, launch)
-    rank = control.rank
     try:
-        code = _run(options, launch, control, settings)
-        control.close()
-        return code
+        return _leave_together(_run(options, launch, control, settings, watchdog, stop), control, watchdog)
     except exits.RunEnds as end:  # raised by every rank alike
-        if rank == 0:
-            complain(str(end))
-        control.close()
-        return end.code
+        if control.rank == 0:
+            (say if end.code == exits.STOPPED else complain)(str(end))
+        return _leave_together(end.code, control, watchdog)
     except WrongWorld as error:
         code = _wrong_world(error, launch)
         time.sleep(0 if launch is None or launch.speaks_for_host else 2)  # let the message out before the run ends
         control.abort(code)
+    except RanksMismatch as error:
+        time.sleep(min(5.0, 0.25 * control.rank))
+        complain(f"the ranks disagree (seen by rank {control.rank}): {error}")
+        control.abort(exits.RANKS_DISAGREE)
+    except LostRank:
+        # The rank that is gone, or the launcher, knows better why: it has some seconds to say so and to set the exit code.
+        time.sleep(3.0)
+        complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank")
+        os._exit(exits.LOST_RANK)
     except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
-        time.sleep(min(5.0, 0.25 * rank))  # where many ranks fail alike, one traceback is enough: the lowest rank's
+        time.sleep(min(5.0, 0.25 * control.rank))  # where many ranks fail alike, one traceback is enough: the lowest rank's
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
-        complain(f"{name} on rank {rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
+        complain(f"{name} on rank {control.rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
         control.abort(exits.INTERNAL_ERROR)
+
+
+def _leave_together(code: int, control: ControlWire, watchdog: Watchdog) -> int:
+    """Close the control wire and return the code. Every rank calls this together."""
+    control.close()
+    watchdog.stop()
+    return code
 
 
 def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
@@ -66,10 +98,12 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
         description="Train a job with LARS, AdaBatch and LEGW, alone or on many workers.",
         epilog="Many workers: horovodrun -np 64 python -m hvdlarge.train job.yaml (or mpirun). "
         "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 internal error, 71 the ranks "
-        "disagree, 73 diverged.",
+        "disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint could not be written, 75 stopped on request: run it again, "
+        "76 a rank was lost, 77 a checkpoint is damaged or of another job.",
     )
     parser.add_argument("job", help="the job file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key of the job, e.g. lr.base=0.2")
+    parser.add_argument("--fresh", action="store_true", help="begin anew; an earlier run of the folder is set aside")
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
     if speaks:
         return parser.parse_args(arguments)
@@ -91,14 +125,22 @@ def _wrong_world(error: WrongWorld, launch: Launch | None) -> int:
     return exits.WRONG_ENVIRONMENT
 
 
-def _run(options: argparse.Namespace, launch: Launch | None, control: ControlWire, settings: dict[str, str]) -> int:
+def _run(
+    options: argparse.Namespace,
+    launch: Launch | None,
+    control: ControlWire,
+    settings: dict[str, str],
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> int:
     """Agree on the job, then train it between the opening and the closing of the tensor wire."""
     job = all_or_none(control, lambda: read_job(options.job, options.overrides))
     same_everywhere(control, job.resolved(), "job")
     same_everywhere(control, _versions(), "versions")
+    watchdog.set_limits({key.removesuffix("_seconds"): value for key, value in job.timeouts.model_dump().items()})
     tensors = open_tensors(launch, control)
     try:
-        _train(job, Path(options.job), launch, control, tensors, settings)
+        _train(job, options, launch, control, tensors, settings, watchdog, stop)
     except exits.RunEnds:  # raised by every rank alike; what one rank raises alone must not wait for the others here
         tensors.close()
         raise
@@ -108,22 +150,28 @@ def _run(options: argparse.Namespace, launch: Launch | None, control: ControlWir
 
 def _train(
     job: Job,
-    job_file: Path,
+    options: argparse.Namespace,
     launch: Launch | None,
     control: ControlWire,
     tensors: TensorWire,
     settings: dict[str, str],
+    watchdog: Watchdog,
+    stop: StopRequest,
 ) -> None:
     """Put the objects of the run together, in the order in which they depend on each other, and follow the decisions."""
     import torch
 
-    from hvdlarge import assembly
-    from hvdlarge.loop import Cadence, train
+    from hvdlarge import assembly, resume
+    from hvdlarge.checkpoint import CheckpointFolder
+    from hvdlarge.loop import Cadence, Parts, save, train
+    from hvdlarge.nonfinite import RollBack
+    from hvdlarge.step_agreement import StepAgreement
 
-    rank, world_size = control.rank, control.size
+    rank, world_size, folder = control.rank, control.size, job.run_folder
     hosts = [json.loads(message) for message in control.allgather(json.dumps(_host()).encode())]
     cores = cores_per_worker([(worker["host"], worker["cores"]) for worker in hosts], rank)
-    torch.set_num_threads(cores)
+    torch.set_num_threads(1 if job.reduction == "exact" else cores)  # more threads would add up in another order
+    torch.use_deterministic_algorithms(job.deterministic)
     device = all_or_none(control, lambda: assembly.choose_device(tensors))
 
     training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
@@ -133,10 +181,21 @@ def _train(
     model, loss, optimizer = all_or_none(
         control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, device)
     )
-    learner = assembly.join_learning(model, loss, optimizer, tensors, device, job.seed, rank)
-    loader = assembly.build_loader(job.data, training_set, job.seed)
-    evaluation = assembly.build_evaluation(job.data, job.evaluate, test_set, rank, world_size)
-    feed = assembly.build_feed(job.data, plan, control, loader)
+
+    facts = {"job": job.mathematics(), "data": sizes, "versions": _versions(), "world_size": world_size}
+    keeper = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep) if rank == 0 else None
+    length_may_grow = job.lr.decay.policy in ("constant", "multistep")
+    start = all_or_none(
+        control,
+        lambda: None if keeper is None else resume.enter(folder, options.fresh, keeper, facts, length_may_grow, model),
+    )
+    learner = assembly.join_learning(model, loss, optimizer, control, tensors, device, job.seed, job.reduction == "exact")
+    learner.model.train()
+    position, state = resume.share(start.found if start is not None else None, learner, control, tensors)
+    if position.samples_seen >= plan.clock.total_samples:
+        if rank == 0:
+            say(f"already finished: {folder} holds this run, complete; --fresh sets it aside and begins anew")
+        return
 
     environment = {
         "command": [sys.executable, *sys.orig_argv[1:]],
@@ -147,26 +206,84 @@ def _train(
         "settings": settings,
         "workers": hosts,
     }
-    log = all_or_none(
-        control,
-        lambda: RunLog.begin(job.run_folder, job_file, job.to_yaml(), environment, plan) if rank == 0 else None,
-    )
-    if log is not None:
+    log = None
+    if start is not None:
+        offsets = {} if start.found is None else start.found.log_offsets
+        write_documents(folder, Path(options.job), job.to_yaml(), environment, position, start.notes)
+        log = RunLog(folder, plan, start.lock, offsets, position, state)
         say(world_line(environment, cores))
         say(f"data     {job.data.name}: {len(training_set):,} samples for training, {len(test_set or ()):,} for testing")
         say(f"model    {job.model.name}: {model_line(model)}")
         say(f"update   {update_line(optimizer)}")
         say(f"batch    {batch_line(plan)}")
         say("\n".join(["schedule", *stage_table(plan), *notes(plan, job.batch.micro == "auto", model)]))
-        say(f"folder   {log.folder}" + (f" (an earlier run is now in {log.set_aside})" if log.set_aside else ""))
+        say(f"folder   {folder}")
+        for note in start.notes:
+            say(f"note     {note}")
+    watchdog.take_notes(folder / "progress")
+    stop.look(folder / "STOP" if rank == 0 else None, job.stop_after_minutes)
 
-    cadence = Cadence(job.log.every_steps, job.evaluate.every_epochs)
+    fingerprint = int(job.fingerprint()[:8], 16)
+    evaluation = assembly.build_evaluation(job.data, job.evaluate, test_set, rank, world_size)
+    cadence = Cadence(job.log.every_steps, job.evaluate.every_epochs, job.compare_every_steps)
     try:
-        results = train(feed, plan, loader, learner, tensors, evaluation, cadence, log)
-        all_or_none(control, lambda: log.finish(results, model.state_dict()) if log is not None else None)
+        while True:
+            controller = Controller(plan, position) if rank == 0 else None
+            loader = assembly.build_loader(job.data, training_set, job.seed)
+            log_offsets = log.offsets if log is not None else dict
+            saver = assembly.build_saver(
+                job.checkpoint, control, tensors, learner, controller, keeper, plan.clock, facts, log_offsets
+            )
+            asks = functools.partial(_wishes, stop, saver)
+            parts = Parts(
+                control=control,
+                tensors=tensors,
+                plan=plan,
+                feed=assembly.build_feed(job.data, plan, control, controller, loader),
+                loader=loader,
+                learner=learner,
+                evaluation=evaluation,
+                agreement=StepAgreement(tensors, control, fingerprint, asks),
+                policy=assembly.build_policy(job.on_nonfinite, state),
+                saver=saver,
+                stop=stop,
+                watchdog=watchdog,
+                cadence=cadence,
+                log=log,
+            )
+            if job.on_nonfinite.policy == "rollback" and (position.step == 0 or state.rolled_back):
+                # Something to go back to; and after going back, the lower rate must outlive an interruption.
+                here = position if rank == 0 else None
+                save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
+            try:
+                train(parts, state)
+                break
+            except RollBack as reason:
+                all_or_none(control, saver.finish)
+                found = all_or_none(control, lambda: None if keeper is None else resume.go_back(keeper, model))
+                tensors.broadcast_(list(model.state_dict().items()))
+                rolled_back = state.rolled_back + 1
+                position, state = resume.share(found, learner, control, tensors)
+                position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())
+                state.rolled_back = rolled_back
+                if log is not None and found is not None:
+                    log.go_back(found.log_offsets, position)
+                    say(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
+        all_or_none(control, saver.finish)
+        if log is not None:
+            assert controller is not None
+            log.finish(state, controller.final_position())
+    except exits.Stopped:
+        stop.consume_file()
+        raise
     finally:
         if log is not None:
             log.close()
+
+
+def _wishes(stop: StopRequest, saver: Saver) -> dict[str, bool]:
+    """What this rank asks of all, in each step."""
+    return {"stop": stop.wanted(), "save": saver.wants_save(), "failed": saver.failed()}
 
 
 def _host() -> dict[str, Any]:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
-from hvdlarge.comm.world import ControlWire, WrongWorld
+from hvdlarge.comm.world import ControlWire, LostRank, RanksMismatch, WrongWorld
+
+
+@contextmanager
+def _with_the_others() -> Iterator[None]:
+    """Tell a rank that is gone from ranks that do not fit together; Horovod has one exception for both."""
+    try:
+        yield
+    except HorovodInternalError as error:
+        text = str(error)
+        if "ismatched" in text:
+            raise RanksMismatch(text) from None
+        raise LostRank("another rank is gone") from None
 
 
 class HorovodTensors:
@@ -36,18 +50,37 @@ class HorovodTensors:
         """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
         handles = []
         for name, tensor in tensors:
+            # Every name is given: Horovod would make one from the type, and two ranks could then wait for each other.
             if tensor.dtype in _CARRIED_AS or not tensor.is_contiguous():  # Horovod refuses these
                 carried = tensor.to(_CARRIED_AS.get(tensor.dtype, tensor.dtype)).contiguous()
-                hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
+                with _with_the_others():
+                    hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
                 tensor.copy_(carried)
             else:
                 handles.append(hvd.broadcast_async_(tensor, root_rank=0, name=f"broadcast.{name}"))
-        for handle in handles:
-            hvd.synchronize(handle)
+        with _with_the_others():
+            for handle in handles:
+                hvd.synchronize(handle)
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of `tensor` over all workers, on every rank. Every rank calls this together."""
-        return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
+        with _with_the_others():
+            return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
+
+    def start_max(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Begin to find the largest of each value over all workers. Every rank calls this together, and later the result."""
+        handle = hvd.allreduce_async(tensor, op=hvd.Max, name=f"max.{name}")
+
+        def wait() -> torch.Tensor:
+            with _with_the_others():
+                return hvd.synchronize(handle)
+
+        return wait
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Every worker's tensor, stacked in the order of the ranks. Every rank calls this together."""
+        with _with_the_others():
+            return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"gather.{name}")
 
     def summed_update(
         self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
@@ -78,16 +111,20 @@ class HorovodUpdate:
         # whatever is not in the groups is lost. It is therefore the last thing done to an optimizer.
         self.optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named_parameters, op=hvd.Sum)
 
-    def begin(self, num_micro_batches: int) -> None:
-        """Drop the old gradients and expect so many backward passes on this worker."""
+    def begin(self, mine: range, num_micro_batches: int) -> None:
+        """Drop the old gradients and expect a backward pass for each of this worker's micro-batches."""
         self.optimizer.zero_grad()
         # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A worker without any
         # takes part all the same, with zeros that `synchronize` submits for it.
-        self.optimizer.set_backward_passes_per_step(max(1, num_micro_batches))
+        self.optimizer.set_backward_passes_per_step(max(1, len(mine)))
+
+    def end_pass(self) -> None:
+        """Nothing to do: Horovod's hooks have counted the pass."""
 
     def reduce(self) -> None:
         """Wait until each gradient is the sum over all workers. Every rank calls this together."""
-        self.optimizer.synchronize()
+        with _with_the_others():
+            self.optimizer.synchronize()
 
     def apply(self) -> None:
         """Move the weights with the reduced gradients."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ class SoloTensors:
         """A copy of `tensor`."""
         return tensor.clone()
 
+    def start_max(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """The largest is the only one."""
+        return tensor.clone
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The one tensor, stacked."""
+        return tensor.clone().unsqueeze(0)
+
     def summed_update(
         self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
     ) -> SoloUpdate:
@@ -70,9 +78,12 @@ class SoloUpdate:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    def begin(self, num_micro_batches: int) -> None:
+    def begin(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients."""
         self.optimizer.zero_grad()
+
+    def end_pass(self) -> None:
+        """Autograd has added the pass to the gradients."""
 
     def reduce(self) -> None:
         """The gradients of one worker are the sum already."""

@@ -6,7 +6,7 @@ code behind the door never asks whether it runs alone. Only `horovod_wire.py` kn
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from hvdlarge.comm.launcher import Launch
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 class WrongWorld(Exception):
     """The environment cannot carry this run: a part is missing, or the parts disagree about the world (exit code 3)."""
+
+
+class LostRank(Exception):
+    """Another rank is gone: a call that needs it cannot be answered (exit code 76)."""
+
+
+class RanksMismatch(Exception):
+    """Ranks called with tensors of other names, shapes or types (exit code 71)."""
 
 
 class ControlWire(Protocol):
@@ -51,11 +59,19 @@ class SummedUpdate(Protocol):
 
     optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
 
-    def begin(self, num_micro_batches: int) -> None:
-        """Drop the old gradients and expect so many backward passes on this worker (0 for an idle one).
+    def begin(self, mine: range, num_micro_batches: int) -> None:
+        """Drop the old gradients and expect a backward pass for each of this worker's micro-batches.
 
         Called before the first backward pass of each step.
+
+        Args:
+            mine: their numbers; empty for an idle worker.
+            num_micro_batches: of all workers together.
         """
+        ...
+
+    def end_pass(self) -> None:
+        """A backward pass of this worker has ended."""
         ...
 
     def reduce(self) -> None:
@@ -80,6 +96,14 @@ class TensorWire(Protocol):
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of `tensor` over all workers, as a new tensor of the same shape on every rank."""
+        ...
+
+    def start_max(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Begin to find the largest of each value over all workers; what is returned waits for it and gives it."""
+        ...
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Every worker's tensor, of one shape on all, stacked in the order of the ranks."""
         ...
 
     def summed_update(

@@ -13,11 +13,21 @@ Contract: costs no message in a step; `gather` (a sum over ranks) is called by e
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Kept(NamedTuple):
+    """What RunningStatistics can go back to."""
+
+    partials: torch.Tensor
+    counts: list[torch.Tensor]
+    micro_batches: int
+    scattered: bool
 
 
 class RunningStatistics:
@@ -56,15 +66,38 @@ class RunningStatistics:
         self._decay(others_behind)
         self._micro_batches += num_micro_batches
 
+    def end_pass(self) -> None:
+        """Nothing to do: the layers have followed the micro-batch themselves."""
+
     def scatter(self) -> None:
         """Before training: rank 0 keeps the running statistics, the others go on from zero."""
-        self._layers = [(name, layer, momentum) for name, layer, momentum in self._tracking if layer.training]
+        self._choose_layers()
         if self._rank != 0:
             for buffer in self._buffers():
                 buffer.zero_()
-        self._start_counts = [_count(layer) for _, layer, _ in self._layers]
-        self._micro_batches = 0
         self._scattered = True
+
+    def partials(self) -> torch.Tensor:
+        """A copy of this rank's part of the running statistics, as one vector."""
+        return torch.cat([buffer.reshape(-1) for buffer in self._buffers()]) if self._layers else torch.empty(0)
+
+    def restore_partials(self, partials: torch.Tensor) -> None:
+        """Put `partials`, of an earlier moment, back in place."""
+        parts = partials.split([buffer.numel() for buffer in self._buffers()]) if self._layers else ()
+        for buffer, part in zip(self._buffers(), parts, strict=True):
+            buffer.copy_(part)
+
+    def keep(self) -> Kept:
+        """All that changes in a step, to come back to with `restore`."""
+        counts = [layer.num_batches_tracked.clone() for _, layer, _ in self._layers]  # type: ignore[union-attr]
+        return Kept(self.partials(), counts, self._micro_batches, self._scattered)
+
+    def restore(self, kept: Kept) -> None:
+        """Go back to what `keep` has kept."""
+        self.restore_partials(kept.partials)
+        for (_, layer, _), count in zip(self._layers, kept.counts, strict=True):
+            layer.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+        self._micro_batches, self._scattered = kept.micro_batches, kept.scattered
 
     def gather(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
         """Give every rank the full running statistics. Every rank calls this together.
@@ -75,8 +108,21 @@ class RunningStatistics:
         Raises:
             ValueError: on every rank alike, if a layer was not used exactly once for each micro-batch.
         """
-        if not self._scattered or not self._layers:
+        if not self._scattered:
             return
+        self._scattered = False
+        if not self._layers:
+            return
+        self._gather_counts(total)
+        for number, buffer in enumerate(self._buffers()):
+            buffer.copy_(total(buffer, f"running_statistics.{number}"))
+
+    def _choose_layers(self) -> None:
+        self._layers = [(name, layer, momentum) for name, layer, momentum in self._tracking if layer.training]
+        self._start_counts = [_count(layer) for _, layer, _ in self._layers]
+        self._micro_batches = 0
+
+    def _gather_counts(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
         counted = [_count(layer) - start for (_, layer, _), start in zip(self._layers, self._start_counts, strict=True)]
         used = total(torch.tensor(counted, dtype=torch.int64), "running_statistics.used").tolist()
         for (name, layer, _), times, start in zip(self._layers, used, self._start_counts, strict=True):
@@ -86,9 +132,6 @@ class RunningStatistics:
                     "running statistics it must be used once in each forward pass, and its mode must not change"
                 )
             layer.num_batches_tracked.fill_(start + self._micro_batches)  # type: ignore[union-attr]
-        for number, buffer in enumerate(self._buffers()):
-            buffer.copy_(total(buffer, f"running_statistics.{number}"))
-        self._scattered = False
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for _, layer, _ in self._layers for buffer in _averages(layer)]

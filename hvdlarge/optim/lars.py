@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from hvdlarge.optim.norms import measure_gradients, norms
+from hvdlarge.optim.norms import MeasuresGradients, norms
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(MeasuresGradients, torch.optim.Optimizer):
     """Stochastic gradient descent with momentum and one trust ratio for each tensor.
 
     Args:
@@ -75,7 +75,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("LARS takes no closure: its gradients would not be averaged over the workers")
         self._ratios = {}
-        grad_norms = measure_gradients(self)  # and takes away those that are zero
+        grad_norms = self.take_gradient_norms()  # gradients that are zero have been taken away
         moving = [(group, w, w.grad) for group in self.param_groups for w in group["params"] if w.grad is not None]
         for (group, weight, grad), weight_norm in zip(moving, norms([w for _, w, _ in moving]), strict=True):
             grad_norm = grad_norms[weight]

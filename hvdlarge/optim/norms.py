@@ -41,6 +41,17 @@ def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Paramet
     return {weight: size for weight, size in measured.items() if size != 0}
 
 
+class MeasuresGradients:
+    """For an optimizer: uses the norms that the step has measured, or measures them itself when nobody has."""
+
+    gradient_norms: dict[torch.nn.Parameter, float] | None = None
+
+    def take_gradient_norms(self) -> dict[torch.nn.Parameter, float]:
+        """The norms of this step's gradients, for one use."""
+        measured, self.gradient_norms = self.gradient_norms, None
+        return measure_gradients(self) if measured is None else measured  # type: ignore[arg-type]
+
+
 def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     """L2 norms of many tensors, as Python floats: one wait for the device in all."""
     return torch.stack([norm(tensor) for tensor in tensors]).tolist() if tensors else []

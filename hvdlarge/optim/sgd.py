@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from hvdlarge.optim.norms import measure_gradients
+from hvdlarge.optim.norms import MeasuresGradients
 
 
-class SGD(torch.optim.SGD):
+class SGD(MeasuresGradients, torch.optim.SGD):
     """Stochastic gradient descent with momentum.
 
     Args:
@@ -37,5 +37,5 @@ class SGD(torch.optim.SGD):
         """
         if closure is not None:
             raise ValueError("SGD takes no closure: its gradients would not be averaged over the workers")
-        measure_gradients(self)
+        self.take_gradient_norms()
         super().step()

@@ -118,9 +118,7 @@ def test_a_launch_without_a_part_is_never_many_solo_runs(train, folder, package)
 
 def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
     """What `horovodrun --gloo` and a launcher of another MPI look like: two processes that each see a world of one."""
-    ended = train(
-        None, "jobs/digits.yaml", HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2"
-    )
+    ended = train(None, "jobs/digits.yaml", HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2")
     assert ended.code == 3
     assert "started 2 workers, but MPI sees 1" in ended.err
 

@@ -9,8 +9,13 @@ from hvdlarge import assembly
 from hvdlarge.comm.solo import SoloControl, SoloTensors
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.datasets import InMemory
+from hvdlarge.exits import JobError
 from hvdlarge.job import parse_job
-from hvdlarge.loop import Cadence, train
+from hvdlarge.loop import Cadence, Parts, gather, train
+from hvdlarge.run_state import RunState
+from hvdlarge.step_agreement import StepAgreement
+from hvdlarge.stopping import StopRequest
+from hvdlarge.watchdog import Watchdog
 
 JOB = """
 name: law
@@ -42,20 +47,39 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     """Train a job on 203 digits; returns the weights and the results."""
     train_set, test_set = assembly.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
-    plan = job.plan(len(small), control.size)
-    model, loss, optimizer = assembly.build_learning(
-        job.model, job.loss, job.optimizer, job.precision, job.seed, torch.device("cpu")
-    )
-    learner = assembly.join_learning(model, loss, optimizer, tensors, torch.device("cpu"), job.seed, control.rank)
+    plan = assembly.plan_run(job, len(small), control.size)
+    cpu = torch.device("cpu")
+    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, cpu)
+    exact = job.reduction == "exact"
+    learner = assembly.join_learning(model, loss, optimizer, control, tensors, cpu, job.seed, exact)
+    model.train()
+    learner.statistics.scatter()
+    controller = Controller(plan) if control.rank == 0 else None
     loader = assembly.build_loader(job.data, small, job.seed)
-    evaluation = assembly.build_evaluation(job.data, job.evaluate, wrap(test_set), control.rank, control.size)
-    feed = assembly.build_feed(job.data, plan, control, loader)
+    parts = Parts(
+        control=control,
+        tensors=tensors,
+        plan=plan,
+        feed=assembly.build_feed(job.data, plan, control, controller, loader),
+        loader=loader,
+        learner=learner,
+        evaluation=assembly.build_evaluation(job.data, job.evaluate, wrap(test_set), control.rank, control.size),
+        agreement=StepAgreement(tensors, control, 7, dict),
+        policy=assembly.build_policy(job.on_nonfinite, RunState()),
+        saver=assembly.build_saver(job.checkpoint, control, tensors, learner, controller, None, plan.clock, {}, dict),
+        stop=StopRequest(),
+        watchdog=Watchdog(control.rank, {"start": 100, "step": 100}),
+        cadence=Cadence(5, job.evaluate.every_epochs, 3),
+        log=None,
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    results = train(feed, plan, loader, learner, tensors, evaluation, Cadence(5, job.evaluate.every_epochs), None)
+    state = RunState()
+    train(parts, state)
+    gather(learner, tensors)
     after = model.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())
-    return after, results
+    return after, state.results
 
 
 def distance(ours, theirs):
@@ -71,7 +95,7 @@ def distance(ours, theirs):
     [
         [],
         ["batch.micro=3"],
-        ["optimizer.name=sgd", "lr.base=0.02"],
+        ["optimizer={name: sgd}", "lr.base=0.02"],
         ["model={name: row_lstm}", "lr.base=2"],
         ["model={name: mlp, args: {dropout: 0.5}}"],
         ["epochs=0.05"],
@@ -116,6 +140,20 @@ def test_a_worker_follows_rank_0_whatever_it_believes(control):
     followed = list(iter(feed.next, None))
     truth = list(iter(Controller(parse_job(JOB, "law").plan(203, control.size)).decide, None))
     assert followed == heard == truth
-    assert all(
-        dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True)
-    )
+    assert all(dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True))
+
+
+@pytest.mark.parametrize("changes", [[], ["model={name: row_lstm}", "lr.base=2"], ["batch.micro=3", "precision=fp32"]], ids=str)
+def test_exact_mode_is_bit_identical_to_one_worker(control, tensors, changes):
+    """Weights, and running statistics too."""
+    job = parse_job(JOB, "law", ["reduction=exact", *changes])
+    if control.size & (control.size - 1):
+        with pytest.raises(JobError, match="exact needs 1, 2, 4"):
+            run(job, control, tensors)
+        return
+    weights, _ = run(job, control, tensors)
+    alone, _ = run(job, SoloControl(), SoloTensors())
+    for name, value in weights.items():
+        assert torch.equal(value, alone[name]), name
+    fast, _ = run(parse_job(JOB, "law", changes), SoloControl(), SoloTensors())
+    assert distance(alone, fast) < (1e-5 if "precision=fp32" in changes else 1e-12)

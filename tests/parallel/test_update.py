@@ -31,7 +31,7 @@ def test_the_ratio_is_that_of_the_mean_gradient(control, tensors):
     own = torch.zeros(2, dtype=torch.float64)
     for number in range(2):
         own[number] = float(number % control.size == control.rank)
-    update.begin(1)
+    update.begin(range(1), 1)
     ((model.weight * own).sum() / 2).backward()
     update.reduce()
     assert model.weight.grad.tolist() == [0.5, 0.5]
@@ -68,7 +68,7 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
         }[deal]
         mine = [data[number] for number, owner in enumerate(owners) if owner == rank]
         for network, updating, share in ((model, update, mine), (alone, solo, list(data))):
-            updating.begin(len(share))
+            updating.begin(range(len(share)), micro_batches)
             for batch in share:
                 (network(batch).square().mean() / micro_batches).backward()
             updating.reduce()
@@ -76,9 +76,7 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
             updating.apply()
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13), name
-    moved = max(
-        (ours - start).abs().max().item() for ours, start in zip(model.parameters(), net().parameters(), strict=True)
-    )
+    moved = max((ours - start).abs().max().item() for ours, start in zip(model.parameters(), net().parameters(), strict=True))
     assert moved > 1e-3
 
 
@@ -95,7 +93,7 @@ def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, name
     optimizer = build_optimizer(model, name, weight_decay=0.1, momentum=0.9)
     update = tensors.summed_update(optimizer, named_parameters(optimizer.param_groups))
     for _ in range(3):
-        update.begin(1)
+        update.begin(range(1), 1)
         model.used(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
         update.reduce()
         set_rate(update.optimizer, 0.5)

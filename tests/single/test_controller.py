@@ -1,11 +1,13 @@
 """The controller against the stream law, its outline on paper, and the wire."""
 
+import dataclasses
 import itertools
+import json
 
 import pytest
 
 from hvdlarge.comm.solo import SoloControl
-from hvdlarge.controller import Controller, DecisionFeed, Plan
+from hvdlarge.controller import Controller, DecisionFeed, Plan, Position
 from hvdlarge.introduction import growth_line, stage_table, stages_of
 from hvdlarge.job import read_job
 from hvdlarge.schedule.decay import MultistepDecay, PolynomialDecay
@@ -109,6 +111,53 @@ def test_the_feed_announces_each_decision_once_and_ahead():
     assert feed.next() is None
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_controller_goes_on_from_any_position_as_if_it_had_never_stopped(plan):
+    whole = all_of(plan)
+    for stop in {0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1} & set(range(len(whole))):
+        for ahead in (0, 1, 5):
+            controller = Controller(plan)
+            given = [controller.decide() for _ in range(min(len(whole), stop + 1 + ahead))]
+            position = controller.position_after(given[stop])
+            assert position.samples_seen == whole[stop].samples_seen + whole[stop].global_batch
+            assert len(position.ahead) == len(given) - stop - 1
+            again = Controller(plan, Position.from_plain(json.loads(json.dumps(position.to_plain()))))
+            assert list(iter(again.decide, None)) == whole[stop + 1 :]
+            assert dataclasses.replace(again.final_position(), ahead=()) == controller_at_end(plan)
+
+
+def controller_at_end(plan):
+    controller = Controller(plan)
+    while controller.decide() is not None:
+        pass
+    return controller.final_position()
+
+
+def test_positions_are_kept_at_every_growth():
+    plan = PLANS["grows past the data set"]
+    whole = all_of(plan)
+    for step in range(1, len(whole)):
+        controller = Controller(plan)
+        for _ in range(step):
+            last = controller.decide()
+        again = Controller(plan, controller.position_after(last))
+        assert again.decide() == whole[step]
+
+
+def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
+    plan = PLANS["jump"]
+    whole = all_of(plan)
+    controller = Controller(plan)
+    position = controller.position_after([controller.decide() for _ in range(7)][4])
+    lower = Controller(plan, dataclasses.replace(position, lr_factor=0.25, ahead=()))
+    assert [decision.lr for decision in iter(lower.decide, None)] == [decision.lr * 0.25 for decision in whole[5:]]
+    shared = make_plan(micro=None, world_size=3)
+    controller = Controller(shared)
+    position = controller.position_after(controller.decide())
+    other = Controller(dataclasses.replace(shared, world_size=2), dataclasses.replace(position, ahead=tuple(all_of(shared)[1:4])))
+    assert [other.decide().micro_batch for _ in range(3)] == [-(-d.global_batch // 2) for d in all_of(shared)[1:4]]
+
+
 def test_only_rank_0_has_a_controller():
     with pytest.raises(ValueError, match="rank 0"):
         DecisionFeed(SoloControl(), None, ahead=1, announce=print)
@@ -121,5 +170,5 @@ def test_the_lines_for_the_user_say_the_arithmetic():
     assert "512 = 16 × 16 × 2" in table[5]
     decisions = all_of(plan)
     first = next(decision for decision in decisions if decision.stage == 1)
-    line = growth_line(plan, decisions[first.step - 1], first)
+    line = growth_line(plan, 32, decisions[first.step - 1].lr, first)
     assert line.startswith("epoch 6.01: the global batch grows from 32 to 64 = 16 × 2 × 2; lr ")

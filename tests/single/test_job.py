@@ -41,9 +41,7 @@ def test_the_resolved_job_is_the_same_job():
 
 
 def test_any_change_changes_the_fingerprint():
-    seen = {
-        parse_job(GOOD, "job.yaml", [change]).fingerprint() for change in ("seed=1", "lr.base=0.2", "epochs=3.5", "seed=0")
-    }
+    seen = {parse_job(GOOD, "job.yaml", [change]).fingerprint() for change in ("seed=1", "lr.base=0.2", "epochs=3.5", "seed=0")}
     assert len(seen) == 4
 
 
@@ -53,9 +51,7 @@ def test_the_shipped_jobs_are_read(path):
 
 
 def test_overrides_on_the_command_line():
-    job = parse_job(
-        GOOD, "job.yaml", ["lr.base=2", "batch.growth={policy: none}", "run_dir=elsewhere", "data.num_workers=3"]
-    )
+    job = parse_job(GOOD, "job.yaml", ["lr.base=2", "batch.growth={policy: none}", "run_dir=elsewhere", "data.num_workers=3"])
     assert (job.lr.base, job.batch.growth.policy, str(job.run_folder), job.data.num_workers) == (2.0, "none", "elsewhere", 3)
 
 

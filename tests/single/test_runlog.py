@@ -3,10 +3,11 @@ import os
 
 import pytest
 
-from hvdlarge.controller import Controller
-from hvdlarge.exits import CannotSave, JobError
+from hvdlarge.controller import Controller, Position
+from hvdlarge.exits import JobError
 from hvdlarge.job import read_job
-from hvdlarge.runlog import RunLog, make_run_folder
+from hvdlarge.run_state import RunState
+from hvdlarge.runlog import FolderLock, RunLog, holds_run, make_folder, set_aside, write_documents
 
 
 @pytest.fixture
@@ -14,10 +15,14 @@ def plan():
     return read_job("jobs/digits.yaml").plan(1437, 2)
 
 
-def begin(folder, plan):
+def begin(folder, plan, offsets=None, position=None):
     job = folder.parent / "given.yaml"
     job.write_text("name: given\n")
-    return RunLog.begin(folder, job, "name: resolved\n", {"world_size": 2}, plan)
+    make_folder(folder)
+    lock = FolderLock(folder)
+    position = position or Position()
+    write_documents(folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, position, [])
+    return RunLog(folder, plan, lock, offsets or {}, position, RunState())
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
@@ -27,11 +32,12 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     for decision in decisions:
         log.decision(decision)
     log.metrics({"step": 0, "loss": 1.0})
-    log.finish({"loss": 0.5, "accuracy": 0.99}, {})
+    log.finish(RunState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan))
     log.close()
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "job.yaml", "job.resolved.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "summary.json", "checkpoints",
+        ".lock", "job.yaml", "job.resolved.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "summary.json",
+        "starts.jsonl",
     }  # fmt: skip
     lines = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     assert len(lines) == len(decisions)
@@ -42,12 +48,42 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     assert "accuracy 0.9900" in capsys.readouterr().out
 
 
+def at_end(plan):
+    controller = Controller(plan)
+    while controller.decide() is not None:
+        pass
+    return controller.final_position()
+
+
+def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
+    controller = Controller(plan)
+    log = begin(tmp_path / "run", plan)
+    whole = [controller.decide() for _ in range(400)]
+    for decision in whole[:100]:
+        log.decision(decision)
+        log.metrics({"step": decision.step})
+    offsets = log.offsets()
+    for decision in whole[100:150]:  # of a part that was killed before it was saved
+        log.decision(decision)
+        log.metrics({"step": decision.step})
+    log.close()
+    log = begin(tmp_path / "run", plan, offsets, Controller(plan).position_after(whole[99]))
+    for decision in whole[100:]:
+        log.decision(decision)
+        log.metrics({"step": decision.step})
+    log.close()
+    for name in ("decisions", "metrics"):
+        lines = [json.loads(line) for line in (tmp_path / f"run/{name}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(400))
+    assert len((tmp_path / "run/starts.jsonl").read_text().splitlines()) == 2
+
+
 def test_an_earlier_run_is_set_aside_and_never_overwritten(tmp_path, plan):
     for number in range(3):
-        log = begin(tmp_path / "run", plan)
-        log.close()
+        if number:
+            assert set_aside(tmp_path / "run") == tmp_path / f"run.{number}"
+        begin(tmp_path / "run", plan).close()
         (tmp_path / "run" / "mark").write_text(str(number))
-        assert log.set_aside == (None if number == 0 else str(tmp_path / f"run.{number}"))
     assert [(tmp_path / name / "mark").read_text() for name in ("run.1", "run.2", "run")] == ["0", "1", "2"]
 
 
@@ -55,6 +91,8 @@ def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes_on(tmp_pa
     log = begin(tmp_path / "run", plan)
     with pytest.raises(JobError, match=f"in use by process {os.getpid()} on "):
         begin(tmp_path / "run", plan)
+    with pytest.raises(JobError, match="in use by"):
+        set_aside(tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given.yaml", "run"]
     log.metrics({"step": 0})
     log.close()
@@ -72,13 +110,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     with pytest.raises(JobError, match="holds no run"):
-        make_run_folder(tmp_path / "run")
+        holds_run(tmp_path / "run")
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match="cannot be made"):
-        make_run_folder(tmp_path / "file")
+        make_folder(tmp_path / "file")
     with pytest.raises(JobError, match="cannot be made"):
-        make_run_folder(tmp_path / "file" / "below")
+        make_folder(tmp_path / "file" / "below")
 
 
 def test_progress_lines_are_rate_limited(tmp_path, plan, capsys, monkeypatch):
@@ -94,22 +132,3 @@ def test_progress_lines_are_rate_limited(tmp_path, plan, capsys, monkeypatch):
     assert "samples/s" in lines[0]
     assert lines[0].startswith("epoch ")
     assert lines[0].endswith("left")
-
-
-class Unsaveable:
-    """Stands for a disk that fails in the middle of a file."""
-
-    def __reduce__(self):
-        raise OSError(28, "No space left on device")
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    from hvdlarge.checkpoint import save
-
-    target = tmp_path / "last.pt"
-    save(target, {"model": {}, "step": 1})
-    before = target.read_bytes()
-    with pytest.raises(CannotSave, match="bytes are free"):
-        save(target, {"model": {"weight": Unsaveable()}})
-    assert target.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [target]

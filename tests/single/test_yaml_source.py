@@ -4,7 +4,9 @@ from hvdlarge.yaml_source import SourceError, read
 
 
 def test_numbers_and_words_follow_yaml_1_2():
-    text = "a: 1e-3\nb: on\nc: 010\nd: 2020-01-01\ne: true\nf: ~\ng:\nh: .5\ni: -1.e3\nk: 0x10\nl: 1_000\nm: 1:30\nn: no\no: 0o17\n"
+    text = (
+        "a: 1e-3\nb: on\nc: 010\nd: 2020-01-01\ne: true\nf: ~\ng:\nh: .5\ni: -1.e3\nk: 0x10\nl: 1_000\nm: 1:30\nn: no\no: 0o17\n"
+    )
     assert read(text).values == {
         "a": 0.001, "b": "on", "c": 10, "d": "2020-01-01", "e": True, "f": None, "g": None, "h": 0.5, "i": -1000.0, "k": 16,
         "l": "1_000", "m": "1:30", "n": "no", "o": 15,
@@ -45,8 +47,6 @@ def test_what_is_no_plain_document_is_refused(text, message, line):
 
 
 def test_a_bomb_of_aliases_ends_before_it_grows():
-    bomb = "a: &a [1,1]\n" + "\n".join(
-        f"{new}: &{new} [*{old},*{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=False)
-    )
+    bomb = "a: &a [1,1]\n" + "\n".join(f"{new}: &{new} [*{old},*{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=False))
     with pytest.raises(SourceError, match="alias"):
         read(bomb)

@@ -26,9 +26,7 @@ def run(model, rank, world_size, steps):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
 def test_any_number_of_ranks_gives_what_one_gives(world_size):
     torch.manual_seed(0)
-    start = torch.nn.Sequential(
-        torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3, momentum=0.3)
-    ).double()
+    start = torch.nn.Sequential(torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3, momentum=0.3)).double()
     start[0].running_mean.uniform_()
     start[0].num_batches_tracked.fill_(7)
     steps = [(torch.randn(20, 5, dtype=torch.float64) * number, 4) for number in range(1, 4)]

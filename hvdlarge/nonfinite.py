@@ -1,0 +1,95 @@
+"""What becomes of a step whose mean gradients are not finite: the run stops, the step is left out, or the run goes back.
+
+The gradients are reduced before they are looked at, so every rank sees the same and takes the same branch.
+"""
+
+from __future__ import annotations
+
+from hvdlarge.exits import Diverged
+from hvdlarge.models.running_statistics import Kept
+from hvdlarge.schedule.decision import Decision
+from hvdlarge.step import Learner
+
+
+class RollBack(Exception):
+    """Go back to the last checkpoint and on from there with a lower rate; raised by every rank alike."""
+
+    def __init__(self, reason: str, lr_factor: float) -> None:
+        super().__init__(reason)
+        self.lr_factor = lr_factor
+
+
+class StopPolicy:
+    """The first such step ends the run."""
+
+    def before_step(self, learner: Learner) -> None:
+        """Nothing to keep."""
+
+    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+        """Apply, or raise Diverged."""
+        if not_finite:
+            raise Diverged(_describe(decision, not_finite))
+        return True
+
+
+class SkipPolicy:
+    """Such a step is left out on every rank, weights, momentum and running statistics.
+
+    Args:
+        limit: such steps in a run.
+        skipped: before an interruption.
+    """
+
+    def __init__(self, limit: int, skipped: int = 0) -> None:
+        self.skipped = skipped
+        self._limit = limit
+        self._kept: Kept | None = None
+
+    def before_step(self, learner: Learner) -> None:
+        """Keep the running statistics, which the forward passes change."""
+        self._kept = learner.statistics.keep()
+
+    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+        """Leave the step out, or raise Diverged when too many have been."""
+        if not not_finite:
+            return True
+        self.skipped += 1
+        if self.skipped > self._limit:
+            raise Diverged(f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped already")
+        assert self._kept is not None
+        learner.statistics.restore(self._kept)
+        return False
+
+
+class RollbackPolicy:
+    """The run goes back to its last checkpoint.
+
+    Args:
+        limit: rollbacks in a run.
+        lr_factor: what multiplies the rate after each.
+        rolled_back: so far.
+    """
+
+    def __init__(self, limit: int, lr_factor: float, rolled_back: int = 0) -> None:
+        self._limit = limit
+        self._lr_factor = lr_factor
+        self._rolled_back = rolled_back
+
+    def before_step(self, learner: Learner) -> None:
+        """The checkpoint has everything."""
+
+    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+        """Raise RollBack, or Diverged when it has been done too often."""
+        if not not_finite:
+            return True
+        if self._rolled_back >= self._limit:
+            raise Diverged(f"{_describe(decision, not_finite)}; the run was rolled back {self._limit} times already")
+        raise RollBack(_describe(decision, not_finite), self._lr_factor)
+
+
+def _describe(decision: Decision, not_finite: list[str]) -> str:
+    others = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
+    return (
+        f"the gradient of {not_finite[0]}{others} is not finite at step {decision.step} (epoch {decision.epoch:.2f}, "
+        f"global batch {decision.global_batch}, lr {decision.lr:.4g}): lower lr.base or warm up longer"
+    )

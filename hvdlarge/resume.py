@@ -1,0 +1,254 @@
+"""Finds where a run left off and brings every rank there: the same command goes on with a run that was stopped or killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.comm.world import ControlWire, TensorWire
+from hvdlarge.controller import Position
+from hvdlarge.exits import BadCheckpoint
+from hvdlarge.run_state import RunState
+from hvdlarge.runlog import FolderLock, holds_run, make_folder, set_aside
+from hvdlarge.step import Learner
+
+# What a run may change on its way and still be the same run, beside what is not mathematics at all.
+_LENGTH = "epochs"
+
+
+@dataclass
+class Found:
+    """A run that began earlier, as rank 0 found it."""
+
+    path: Path | None  # the checkpoint; None where the run was killed before its first one
+    content: dict[str, Any] | None
+    notes: list[str]  # what the user should know: damaged checkpoints passed over, what has changed
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands."""
+        return Position() if self.content is None else Position.from_plain(self.content["position"])
+
+    @property
+    def log_offsets(self) -> dict[str, int]:
+        """Where the logs ended at the checkpoint."""
+        return {} if self.content is None else self.content["logs"]
+
+
+@dataclass
+class Start:
+    """How a run begins in its folder, as rank 0 decided."""
+
+    found: Found | None  # None for a new run
+    lock: FolderLock
+    notes: list[str]
+
+
+def enter(
+    folder: Path,
+    fresh: bool,
+    checkpoints: CheckpointFolder,
+    facts: Mapping[str, Any],
+    length_may_grow: bool,
+    model: torch.nn.Module,
+) -> Start:
+    """Take possession of a run folder and find out where the run in it stands. Rank 0 only.
+
+    Args:
+        folder: of the run; made where it is not there.
+        fresh: set an earlier run aside and begin anew.
+        checkpoints: those in the folder.
+        facts: see `find`.
+        length_may_grow: see `find`.
+        model: gets the weights of the checkpoint.
+
+    Raises:
+        JobError: if the folder cannot be used, or a run is going on in it.
+        BadCheckpoint: if it holds another job, or no checkpoint of it is whole.
+    """
+    notes = []
+    if holds_run(folder) and fresh:
+        notes.append(f"the earlier run is now in {set_aside(folder)}")
+    make_folder(folder)
+    lock = FolderLock(folder)
+    if not holds_run(folder):
+        return Start(None, lock, notes)
+    try:
+        found = find(folder, checkpoints, facts, length_may_grow)
+        if found.content is None or found.path is None:
+            return Start(found, lock, ["the earlier start left no checkpoint: from the beginning"])
+        load_model(model, found.content, found.path)
+    except BadCheckpoint:
+        lock.release()
+        raise
+    return Start(found, lock, [*found.notes, f"goes on from {found.path}"])
+
+
+def go_back(checkpoints: CheckpointFolder, model: torch.nn.Module) -> Found:
+    """Load the newest whole checkpoint of the run that is going on. Rank 0 only.
+
+    Raises:
+        BadCheckpoint: if none is whole.
+    """
+    good = checkpoints.newest_good()
+    if good is None:
+        raise BadCheckpoint(f"{checkpoints.folder} has no checkpoint to go back to")
+    path, content, notes = good
+    load_model(model, content, path)
+    return Found(path, content, notes)
+
+
+def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool) -> Found:
+    """The run in `folder`, if it is the one that `facts` describe. Rank 0 only.
+
+    Args:
+        folder: holds a run.
+        checkpoints: those of the run.
+        facts: `job` (what decides the weights) and `data` (sizes) of the run that is being started.
+        length_may_grow: whether the schedule of the job does not depend on its length, so that more epochs may be added.
+
+    Raises:
+        BadCheckpoint: if the folder holds another job, or no checkpoint of it is whole.
+    """
+    good = checkpoints.newest_good()
+    if good is None:
+        written = yaml.safe_load((folder / "job.resolved.yaml").read_text(encoding="utf-8"))
+        known = {key: value for key, value in written.items() if key in facts["job"]}
+        known["data"] = {key: value for key, value in known["data"].items() if key in facts["job"]["data"]}
+        _refuse_another(folder, {"job": known}, {"job": facts["job"]})
+        return Found(None, None, [])
+    path, content, problems = good
+    notes = [f"passed over: {problem}" for problem in problems]
+    there, here = {"job": dict(content["job"]), "data": content["data"]}, {"job": dict(facts["job"]), "data": facts["data"]}
+    before, now = there["job"].get(_LENGTH), here["job"][_LENGTH]
+    passed = content["position"]["samples_seen"] / content["data"]["training samples"]
+    if before != now and length_may_grow and not content["cut"] and now > passed:
+        there["job"].pop(_LENGTH), here["job"].pop(_LENGTH)
+        notes.append(f"epochs changes from {before:g} to {now:g}")
+    _refuse_another(folder, there, here)
+    if content["world_size"] != facts["world_size"]:
+        notes.append(f"the number of workers changes from {content['world_size']} to {facts['world_size']}")
+    return Found(path, content, notes)
+
+
+def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differing = list(_differences(there, here, ""))
+    if differing:
+        lines = [f"  {name} is {json.dumps(theirs)} there and {json.dumps(ours)} here" for name, theirs, ours in differing]
+        raise BadCheckpoint(
+            "\n".join(
+                [
+                    f"{folder} holds another job:",
+                    *lines,
+                    "  --fresh sets it aside and begins anew; run_dir=… names another folder",
+                ]
+            )
+        )
+
+
+def _differences(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            found
+            for key in sorted(there.keys() | here.keys())
+            for found in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if there == here else [(name.removeprefix("job."), there, here)]
+
+
+def load_model(model: torch.nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights and buffers into `model`. Rank 0 only.
+
+    Raises:
+        BadCheckpoint: if names, shapes or types are those of another model; nothing has been changed then.
+    """
+    there, here = content["model"], model.state_dict()
+    for name in sorted(there.keys() | here.keys()):
+        ours, theirs = (_shape(tensors.get(name)) for tensors in (here, there))
+        if ours != theirs:
+            raise BadCheckpoint(f"{path}: the model has {name!r} as {ours}, the checkpoint as {theirs}")
+    model.load_state_dict(there)
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def share(found: Found | None, learner: Learner, control: ControlWire, tensors: TensorWire) -> tuple[Position, RunState]:
+    """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank calls this together.
+
+    Args:
+        found: on rank 0; None elsewhere.
+        learner: whose optimizer state and running statistics are set; these are scattered afterwards.
+        control: the wire for what is small.
+        tensors: the wire for what is large.
+    """
+    content = found.content if found is not None else None
+    message = b"null" if content is None else json.dumps(_small(content)).encode()
+    small = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
+    if small is None:
+        learner.statistics.scatter()
+        return Position(), RunState()
+    _share_optimizer(small["optimizer"], content, learner, tensors)
+    learner.statistics.scatter()
+    if small["parts"] and small["world_size"] == control.size:
+        _share_parts(content, learner, tensors, control)
+    return Position.from_plain(small["position"]), RunState(**small["state"])
+
+
+def _small(content: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a checkpoint but its tensors, and what the tensors of the optimizer are like."""
+    entries: list[Sequence[Any]] = []
+    for name, state in content["optimizer"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                entries.append((name, key, list(value.shape), str(value.dtype).removeprefix("torch.")))
+            else:
+                entries.append((name, key, value, None))
+    return {
+        "position": content["position"],
+        "state": content["state"],
+        "world_size": content["statistics"]["world_size"],
+        "parts": bool(content["statistics"]["parts"]),
+        "optimizer": entries,
+    }
+
+
+def _share_optimizer(
+    entries: Sequence[Sequence[Any]], content: Mapping[str, Any] | None, learner: Learner, tensors: TensorWire
+) -> None:
+    # hvd.broadcast_optimizer_state would take a real step on empty state and move the weights; these are plain tensors.
+    weights = {name: weight for weight, name in learner.names.items()}
+    learner.update.optimizer.state.clear()
+    shared = []
+    for name, key, value, dtype in entries:
+        weight = weights[name]
+        if dtype is None:
+            learner.update.optimizer.state[weight][key] = value
+            continue
+        tensor = torch.zeros(value, dtype=getattr(torch, dtype), device=weight.device)
+        if content is not None:
+            tensor.copy_(content["optimizer"][name][key])
+        learner.update.optimizer.state[weight][key] = tensor
+        shared.append((f"optimizer.{name}.{key}", tensor))
+    tensors.broadcast_(shared)
+
+
+def _share_parts(content: Mapping[str, Any] | None, learner: Learner, tensors: TensorWire, control: ControlWire) -> None:
+    """Give each rank its own part of the running statistics back, so that not even their last bits change."""
+    own = learner.statistics.partials()
+    rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)
+    if content is not None:
+        for rank, part in enumerate(content["statistics"]["parts"]):
+            if part:
+                rows[rank] = torch.frombuffer(bytearray(part), dtype=own.dtype)
+    if own.numel():
+        tensors.broadcast_([("statistics_parts", rows)])
+        learner.statistics.restore_partials(rows[control.rank].to(own.device))

@@ -1,0 +1,16 @@
+"""What a run has come to, beside its weights and its position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds beside weights, optimizer and position."""
+
+    results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation
+    best: dict[str, float] | None = None  # value of the best evaluation, and its step
+    skipped: int = 0  # steps left out as not finite
+    rolled_back: int = 0
+    train_seconds: float = 0.0  # of all parts of the run
