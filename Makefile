@@ -1,5 +1,6 @@
 # make demo    set up, then train the main job on two workers
 # make test    set up, then run every test
+# make test-faults  every fault of the list in the README; make test-kill: the long kill trial
 # make lint    style, types
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -19,7 +20,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -37,7 +38,7 @@ $(stamp): setup.cfg setup.py docker/install-system.sh docker/install-horovod.sh
 demo: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" horovodrun -np $(NP) python -m hvdlarge.train jobs/digits.yaml --fresh
 
-test: test-single test-parallel test-integration
+test: test-single test-parallel test-integration test-faults-short
 
 test-single: $(stamp)
 	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge
@@ -49,6 +50,18 @@ test-parallel: $(stamp)
 
 test-integration: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration
+
+# What goes wrong on purpose: ten of the cases in the default suite, all of them here.
+test-faults-short: $(stamp)
+	$(bin)/python -m pytest tests/faults -m short
+
+test-faults: $(stamp)
+	$(bin)/python -m pytest tests/faults
+
+# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 20 minutes.
+test-kill: $(stamp)
+	$(bin)/python tests/faults/kill_trial.py --runs 51
+	$(bin)/python tests/faults/kill_trial.py --runs 20 --change-workers --seed 1
 
 lint: $(stamp)
 	$(bin)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
 from hvdlarge.data.tree import depth_of
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, WrongEnvironment
+from hvdlarge.introduction import stages_of
 from hvdlarge.models.exact_statistics import ExactStatistics
 from hvdlarge.models.running_statistics import RunningStatistics
 from hvdlarge.nonfinite import RollbackPolicy, SkipPolicy, StopPolicy
@@ -93,9 +95,13 @@ def plan_run(job: sections.Job, dataset_size: int, world_size: int) -> Plan:
     if job.reduction == "exact" and depth_of(world_size) is None:
         raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
     try:
-        return job.plan(dataset_size, world_size)
+        plan = job.plan(dataset_size, world_size)
     except ValueError as error:
         raise JobError(f"epochs: {error}") from None
+    for stage in stages_of(plan):
+        if not math.isfinite(stage.highest_lr):
+            raise JobError(f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch {stage.global_batch})")
+    return plan
 
 
 def build_learning(

@@ -35,7 +35,7 @@ from hvdlarge.comm.world import (
 )
 from hvdlarge.controller import Controller
 from hvdlarge.introduction import batch_line, model_line, notes, stage_table, update_line, world_line
-from hvdlarge.job import Job, read_job
+from hvdlarge.job import Job, Timeouts, read_job
 from hvdlarge.runlog import RunLog, complain, say, write_documents
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
@@ -50,12 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
     options = _parse(arguments, speaks=launch is None or launch.rank == 0)
-    watchdog = Watchdog(0 if launch is None else launch.rank, {"start": 300.0, "step": 300.0})
+    watchdog = Watchdog(0 if launch is None else launch.rank, _limits(options))
     watchdog.start()
     stop = StopRequest()
     stop.listen()
     settings = _settle_environment(launch)
     try:
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            raise WrongWorld("elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more workers instead")
         control = open_control(launch)
     except WrongWorld as error:
         return _wrong_world(error, launch)
@@ -83,6 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
         complain(f"{name} on rank {control.rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
         control.abort(exits.INTERNAL_ERROR)
+
+
+def _limits(options: argparse.Namespace) -> dict[str, float]:
+    """The job's time limits, already before the ranks can talk; a wrong job is reported later, by all together."""
+    try:
+        timeouts = read_job(options.job, options.overrides).timeouts
+    except exits.JobError:
+        timeouts = Timeouts()
+    return {key.removesuffix("_seconds"): value for key, value in timeouts.model_dump().items()}
 
 
 def _leave_together(code: int, control: ControlWire, watchdog: Watchdog) -> int:
@@ -137,7 +148,6 @@ def _run(
     job = all_or_none(control, lambda: read_job(options.job, options.overrides))
     same_everywhere(control, job.resolved(), "job")
     same_everywhere(control, _versions(), "versions")
-    watchdog.set_limits({key.removesuffix("_seconds"): value for key, value in job.timeouts.model_dump().items()})
     tensors = open_tensors(launch, control)
     try:
         _train(job, options, launch, control, tensors, settings, watchdog, stop)

@@ -53,11 +53,6 @@ class Watchdog:
         folder.mkdir(parents=True, exist_ok=True)
         self._notes = folder
 
-    def set_limits(self, limits: Mapping[str, float]) -> None:
-        """Take the job's own limits, once the job is known."""
-        self._limits.update(limits)
-        self._rearm()
-
     def progress(self, phase: str, step: int | None = None) -> None:
         """Note that this rank has come to `phase` (of step `step`); its time starts now."""
         self._phase, self._since = phase, time.monotonic()

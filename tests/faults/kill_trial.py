@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]
+MPIRUN = [
+    "mpirun",
+    "--allow-run-as-root",
+    "--oversubscribe",
+    "--mca",
+    "oob_tcp_if_include",
+    "lo",
+    "--mca",
+    "btl_tcp_if_include",
+    "lo",
+]
 JOB = """
 name: trial
 epochs: 4
@@ -71,7 +81,8 @@ def weights_of(folder):
 
 def distance(ours, theirs):
     return max(
-        (ours[name].double() - theirs[name].double()).norm().item() / max(1e-3, theirs[name].double().norm().item()) for name in ours
+        (ours[name].double() - theirs[name].double()).norm().item() / max(1e-3, theirs[name].double().norm().item())
+        for name in ours
     )
 
 
@@ -130,8 +141,14 @@ def main():
         totals = {"runs": 0, "kills": 0, "kills while a checkpoint was written": 0, "starts": 0, "agree": 0}
         worst = 0.0
         for number in range(options.runs):
-            others = (lambda now: chance.choice([n for n in (1, 2, 3, 4) if n != now])) if options.change_workers else (lambda now: now)
-            kills, in_write, starts, seconds = trial(place / f"run{number}", options.workers, others, longest, number % 3 == 2, chance)
+            others = (
+                (lambda now: chance.choice([n for n in (1, 2, 3, 4) if n != now]))
+                if options.change_workers
+                else (lambda now: now)
+            )
+            kills, in_write, starts, seconds = trial(
+                place / f"run{number}", options.workers, others, longest, number % 3 == 2, chance
+            )
             weights = weights_of(place / f"run{number}")
             if options.change_workers:
                 away = distance(weights, whole)
@@ -143,9 +160,13 @@ def main():
             agree = agree and [line["step"] for line in lines] == list(range(len(lines)))
             for name, value in zip(totals, (1, kills, in_write, starts, int(agree)), strict=True):
                 totals[name] += value
-            print(f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, {'agrees' if agree else 'DIFFERS'}", flush=True)
+            print(
+                f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, {'agrees' if agree else 'DIFFERS'}", flush=True
+            )
             shutil.rmtree(place / f"run{number}")
-        print(", ".join(f"{name} {value}" for name, value in totals.items()) + (f", largest distance {worst:.1e}" if worst else ""))
+        print(
+            ", ".join(f"{name} {value}" for name, value in totals.items()) + (f", largest distance {worst:.1e}" if worst else "")
+        )
         return 0 if totals["agree"] == totals["runs"] == options.runs and totals["kills"] >= options.runs else 1
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hvdlarge"
 FILES = sorted(PACKAGE.rglob("*.py"))
-DOORS = {"train"}
+DOORS = {"train", "launch"}
 ROOMS = {"schedule", "data", "models", "optim", "comm", "measure"}
 PURE = {"schedule", "measure", "data/order.py", "data/layout.py", "data/seeds.py"}
 

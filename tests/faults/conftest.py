@@ -1,0 +1,172 @@
+"""Runs in which something goes wrong on purpose. Each test asserts that the fault happened; none leaves a process behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+MPIRUN = [
+    "mpirun",
+    "--allow-run-as-root",
+    "--oversubscribe",
+    "--mca",
+    "oob_tcp_if_include",
+    "lo",
+    "--mca",
+    "btl_tcp_if_include",
+    "lo",
+]
+TRAIN = [sys.executable, "-m", "hvdlarge.train"]
+
+
+@dataclass
+class Ended:
+    """A run that has ended."""
+
+    code: int
+    text: str
+    seconds: float
+    fired: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self):
+        """The engine's own error lines."""
+        return [line for line in self.text.splitlines() if "hvdlarge: error:" in line]
+
+
+class Bench:
+    """A folder with the faulty job, and the means to run it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.started = []
+
+    def begin(self, workers, *arguments, launch=None, **environ):
+        """Start a run in a session of its own."""
+        launch = launch or ([] if workers is None else [*MPIRUN, "-np", str(workers)])
+        return self.begin_command([*launch, *TRAIN, "job.yaml", *arguments], **environ)
+
+    def begin_command(self, command, **environ):
+        """Start any command in a session of its own."""
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environ}
+        log = (self.folder / f"log{len(self.started)}").open("w+")
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self.started.append((process, log, time.monotonic()))
+        return process
+
+    def end(self, process, timeout=150):
+        """Wait for a run; every process of it must be gone a few seconds later."""
+        _, log, began = next(entry for entry in self.started if entry[0] is process)
+        try:
+            code = process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            states = "\n".join(map(self.state, self.left()))
+            self.stop(process)
+            raise AssertionError(f"still running after {timeout} s\n{states}\n{self.text(log)}") from None
+        seconds = time.monotonic() - began
+        deadline = time.monotonic() + 8
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"left behind: {left}\n{self.text(log)}"
+        return Ended(code, self.text(log), seconds, sorted(path.name for path in self.folder.glob("fired-*")))
+
+    def run(self, workers, *arguments, timeout=150, **options):
+        """Start a run and wait for its end."""
+        return self.end(self.begin(workers, *arguments, **options), timeout)
+
+    def text(self, log):
+        log.flush()
+        return Path(log.name).read_text()
+
+    def left(self):
+        """Processes that work in this bench's folder, zombies left out."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                where = os.readlink(process / "cwd")
+                state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except (OSError, IndexError):
+                continue
+            if state != "Z" and Path(where).is_relative_to(self.folder) and int(process.name) != os.getpid():
+                found.append(int(process.name))
+        return found
+
+    @staticmethod
+    def state(pid):
+        """What a process is doing, for the report of a test that waits in vain."""
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            return f"{pid} {lines[0]} {lines[2]} in {Path(f'/proc/{pid}/wchan').read_text()}"
+        except OSError:
+            return f"{pid} is gone"
+
+    def ranks(self):
+        """Process ids of the ranks that run in this bench's folder, in rising order."""
+        found = []
+        for pid in self.left():
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[1:3] == [b"-m", b"hvdlarge.train"]:
+                found.append(pid)
+        return sorted(found)
+
+    def stop(self, process):
+        for pid in self.left():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+
+    def until(self, condition, timeout=90):
+        """Wait for something to be true."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain\n" + "\n".join(self.text(log) for _, log, _ in self.started)
+            time.sleep(0.02)
+
+    def run_folder(self, name="runs/faults"):
+        return self.folder / name
+
+    def checkpoint(self, name="runs/faults"):
+        """The newest checkpoint, which must be whole."""
+        return torch.load(self.run_folder(name) / "checkpoints" / "last.pt", weights_only=True)
+
+    def has_checkpoint(self, name="runs/faults"):
+        return any((self.run_folder(name) / "checkpoints").glob("step_*.pt"))
+
+
+@pytest.fixture
+def bench(tmp_path):
+    for name in ("faulty.py", "job.yaml"):
+        shutil.copy(HERE / name, tmp_path)
+    made = Bench(tmp_path)
+    yield made
+    for process, log, _ in made.started:
+        made.stop(process)
+        log.close()
+
+
+def same(ours, theirs):
+    """Whether two checkpoints hold the same finite weights, bit for bit."""
+    assert all(torch.isfinite(value).all() for value in ours["model"].values())
+    return all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
+
+
+def distance(ours, theirs):
+    return max(
+        (ours["model"][name].double() - value.double()).norm().item() / max(1e-3, value.double().norm().item())
+        for name, value in theirs["model"].items()
+    )

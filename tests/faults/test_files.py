@@ -1,0 +1,271 @@
+"""Run folders, checkpoints and what befalls them."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HERE, MPIRUN, TRAIN, distance, same
+
+short = pytest.mark.short
+
+
+def newest(bench, name="runs/faults"):
+    return sorted((bench.run_folder(name) / "checkpoints").glob("step_*.pt"))
+
+
+@pytest.fixture
+def stopped(bench):
+    """A run that stopped in its second epoch with some checkpoints."""
+    ended = bench.run(2, FAULT="usr1@1:60")
+    assert ended.fired
+    assert ended.code == 75, ended.text
+    assert len(newest(bench)) == 3
+    return bench
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"hello"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "ten bytes more": lambda path: path.write_bytes(path.read_bytes() + bytes(10)),
+    "one flipped bit": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_51_a_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, damage):
+    DAMAGES[damage](newest(stopped)[-1])
+    before = int(newest(stopped)[-2].stem.removeprefix("step_"))
+    ended = stopped.run(2)
+    assert ended.code == 0, ended.text
+    assert "note     passed over:" in ended.text
+    assert f"goes on from runs/faults/checkpoints/step_{before:09d}.pt" in ended.text
+    assert stopped.run(2, "run_dir=runs/whole", FAULT="").code == 0
+    assert same(stopped.checkpoint(), stopped.checkpoint("runs/whole"))
+
+
+@short
+def test_51_without_any_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(stopped):
+    for path in newest(stopped):
+        flip(path)
+    files = {path: path.read_bytes() for path in newest(stopped)}
+    ended = stopped.run(2)
+    assert ended.code == 77, ended.text
+    assert len(ended.errors) == 1
+    assert ended.text.count("its SHA-256 is not the one in SHA256SUMS") == 3
+    assert {path: path.read_bytes() for path in newest(stopped)} == files
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "foreign"])
+def test_52_the_list_of_digests_is_lost(stopped, kind):
+    listing = stopped.run_folder() / "checkpoints" / "SHA256SUMS"
+    if kind == "missing":
+        listing.unlink()
+    else:
+        listing.write_bytes({"empty": b"", "garbage": b"\xff\x00garbage", "foreign": b"0000  step_000000001.pt\n"}[kind])
+    (stopped.run_folder() / "checkpoints" / "last.pt").unlink()
+    ended = stopped.run(2)
+    assert ended.code == 0, ended.text
+    assert "passed over" not in ended.text
+
+
+def test_52_without_the_list_a_flipped_bit_is_found_all_the_same(stopped):
+    (stopped.run_folder() / "checkpoints" / "SHA256SUMS").unlink()
+    flip(newest(stopped)[-1])
+    ended = stopped.run(2)
+    assert ended.code == 0, ended.text
+    assert "passed over" in ended.text
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch hacked",))
+
+
+def test_53_a_checkpoint_never_runs_code(stopped, monkeypatch):
+    monkeypatch.chdir(stopped.folder)
+    for path in newest(stopped):
+        torch.save({"format": 1, "model": {}, "evil": Evil()}, path)
+    (stopped.run_folder() / "checkpoints" / "SHA256SUMS").unlink()
+    ended = stopped.run(2)
+    assert ended.code == 77, ended.text
+    assert not (stopped.folder / "hacked").exists()
+    torch.load(newest(stopped)[-1], weights_only=False)  # the same file does run code where that is allowed
+    assert os.path.exists("hacked")
+    os.unlink("hacked")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("lr.base=5", "lr.base is 4.0 there and 5.0 here"),
+        ("optimizer={name: sgd}", 'optimizer.name is "lars" there and "sgd" here'),
+        ("batch.growth.max=128", "batch.growth.max is 64 there and 128 here"),
+        ("seed=9", "seed is 0 there and 9 here"),
+        ("model={name: 'faulty:Net', args: {hidden: 16}}", "model.args.hidden is null there and 16 here"),
+        ("data={name: 'faulty:data', args: {size: 1000}}", "data.name is"),
+        ("precision=fp64", 'precision is "fp32" there and "fp64" here'),
+    ],
+)
+def test_54_a_run_of_another_job_is_refused(stopped, change, words):
+    ended = stopped.run(2, change)
+    assert ended.code == 77, ended.text
+    assert len(ended.errors) == 1
+    assert words in ended.text
+    assert stopped.run(2).code == 0
+
+
+def test_54_another_model_behind_the_same_name_is_refused(stopped):
+    source = (stopped.folder / "faulty.py").read_text()
+    (stopped.folder / "faulty.py").write_text(source.replace("hidden=32", "hidden=24"))
+    ended = stopped.run(2)
+    assert ended.code == 77, ended.text
+    assert "the model has" in ended.text
+
+
+def test_66_a_data_set_of_another_size_is_refused(bench):
+    first = bench.run(2, "data={name: 'faulty:data'}", FAULT="usr1@1:60")
+    assert first.code == 75
+    source = (bench.folder / "faulty.py").read_text()
+    (bench.folder / "faulty.py").write_text(source.replace("def data(size=None)", "def data(size=1000)"))
+    ended = bench.run(2, "data={name: 'faulty:data'}")
+    assert ended.code == 77, ended.text
+    assert "training samples is 1437 there and 1000 here" in ended.text
+
+
+def test_what_may_change_is_allowed_and_recorded(stopped):
+    ended = stopped.run(3, "epochs=2.5", "checkpoint.every_steps=20", "log.every_steps=5", "evaluate.every_epochs=0.5")
+    assert ended.code == 0, ended.text
+    starts = (stopped.run_folder() / "starts.jsonl").read_text()
+    assert "epochs changes from 2 to 2.5" in starts
+    assert "the number of workers changes from 2 to 3" in starts
+    ended = stopped.run(3, "epochs=2.5", "checkpoint.every_steps=20")
+    assert ended.code == 0
+    assert "already finished" in ended.text
+
+
+def test_58_a_finished_run_is_left_alone_and_fresh_sets_it_aside(bench):
+    assert bench.run(2, "epochs=0.5").code == 0
+    before = (bench.run_folder() / "summary.json").read_bytes()
+    ended = bench.run(3, "epochs=0.5")
+    assert ended.code == 0
+    assert "already finished" in ended.text
+    assert (bench.run_folder() / "summary.json").read_bytes() == before
+    assert bench.run(2, "epochs=0.5", "--fresh").code == 0
+    assert (bench.folder / "runs/faults.1/summary.json").read_bytes() == before
+
+
+@short
+def test_50_a_disk_that_is_full_leaves_the_last_checkpoint_alone(bench):
+    """A limit on the size of files stands for the full disk: the write fails in its middle."""
+    big = "model={name: 'faulty:Net', args: {hidden: 400}}"
+    ended = bench.run(2, big, FAULT="limit@0:33")
+    assert ended.fired
+    assert ended.code == 74, ended.text
+    assert len(ended.errors) == 1
+    assert "step_000000040.pt could not be written" in ended.text
+    assert "bytes are free there; the last good one is untouched" in ended.text
+    assert "Traceback" not in ended.text
+    assert newest(bench)[-1].name == "step_000000030.pt"
+    assert newest(bench)[-1].stat().st_size > 1_000_000
+    again = bench.run(2, big)
+    assert again.code == 0, again.text
+    assert "goes on from runs/faults/checkpoints/step_000000030.pt" in again.text
+
+
+def test_13_a_run_folder_that_cannot_be_made(bench):
+    (bench.folder / "file").write_text("")
+    ended = bench.run(2, "run_dir=file/below")
+    assert ended.code == 2, ended.text
+    assert len(ended.errors) == 1
+    assert "cannot be" in ended.text
+
+
+@short
+def test_14_a_second_run_of_the_same_folder_is_refused(bench):
+    process = bench.begin(2, "epochs=2000")
+    bench.until(bench.has_checkpoint)
+    ended = bench.run(2, "epochs=2000")
+    assert ended.code == 2, ended.text
+    assert "is in use by process" in ended.text
+    process.send_signal(signal.SIGUSR1)
+    assert bench.end(process).code == 75
+    process = bench.begin(2, "epochs=2000")
+    bench.until(lambda: len((bench.run_folder() / "starts.jsonl").read_text().splitlines()) == 2)
+    bench.stop(process)  # killed: its lock is gone with it
+    assert bench.run(2, "epochs=2000", "stop_after_minutes=0.05").code == 75
+
+
+def test_56_only_rank_0_sees_the_run_folder(bench):
+    """Rank 1 works in another folder, as on a host that does not share the disk."""
+    elsewhere = bench.folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("faulty.py", "job.yaml"):
+        (elsewhere / name).write_bytes((bench.folder / name).read_bytes())
+
+    def launch(*arguments):
+        return [*MPIRUN, "-np", "1", *TRAIN, "job.yaml", *arguments, ":", "-np", "1", "-wdir", str(elsewhere)]
+
+    first = bench.run(1, "epochs=1", launch=launch("epochs=1"), FAULT="usr1@0:30")
+    assert first.code == 75, first.text
+    again = bench.run(1, "epochs=1", launch=launch("epochs=1"), FAULT="")
+    assert again.code == 0, again.text
+    assert not (elsewhere / "runs/faults/checkpoints").exists()
+    assert bench.run(2, "epochs=1", "run_dir=runs/whole").code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_57_resumed_on_another_number_of_workers(bench, workers):
+    arguments = ["precision=fp64"]
+    assert bench.run(4, *arguments, FAULT="usr1@0:10").code == 75
+    ended = bench.run(workers, *arguments)
+    assert ended.code == 0, ended.text
+    assert f"the number of workers changes from 4 to {workers}" in ended.text
+    whole = bench.run(2, "run_dir=runs/whole", *arguments)
+    assert whole.code == 0
+    assert 0 < distance(bench.checkpoint(), bench.checkpoint("runs/whole")) + 1e-300 < 1e-12
+    ours, theirs = ((bench.run_folder(name) / "decisions.jsonl").read_text() for name in ("runs/faults", "runs/whole"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("at", [1, 2, 13, 44, 45, 46, 60])
+def test_58_59_resumed_from_any_step_bit_for_bit_at_three_workers(bench, at):
+    """The first step, inside the warmup, around the growth behind step 45, and the second epoch; three workers are the worst case."""
+    arguments = ["batch.micro=8"]
+    ended = bench.run(3, *arguments, FAULT=f"usr1@1:{at}")
+    assert ended.fired
+    assert ended.code == 75, ended.text
+    assert bench.run(3, *arguments).code == 0
+    assert bench.run(3, "run_dir=runs/whole", *arguments).code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
+@short
+def test_49_the_kill_trial_in_short():
+    done = subprocess.run(
+        [sys.executable, HERE / "kill_trial.py", "--runs", "3", "--seed", "5"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "agree 3" in done.stdout
+
+
+def test_49_the_kill_trial_with_other_workers_in_short():
+    done = subprocess.run(
+        [sys.executable, HERE / "kill_trial.py", "--runs", "3", "--seed", "6", "--change-workers"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

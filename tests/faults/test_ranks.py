@@ -1,0 +1,210 @@
+"""Ranks that die, hang, disagree or compute what is not finite. The numbers are those of the list of cases in the README."""
+
+import os
+import signal
+import time
+
+import pytest
+from conftest import MPIRUN, TRAIN, distance, same
+
+short = pytest.mark.short  # part of `make test`; the others run with `make test-faults`
+
+
+def finished_alike(bench, workers=2, *arguments):
+    """Run the folder's job to its end again; it must come to the weights of an undisturbed run."""
+    again = bench.run(workers, *arguments)
+    assert again.code == 0, again.text
+    whole = bench.run(workers, "run_dir=runs/whole", *arguments, FAULT="", DATA_FAULT="")
+    assert whole.code == 0, whole.text
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
+# --- C: a rank dies
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("kind", "code"), [pytest.param("kill", 137, marks=short), ("segv", 139), ("abort", 134)])
+def test_27_a_rank_is_killed(bench, kind, code, victim):
+    ended = bench.run(2, FAULT=f"{kind}@{victim}:25")
+    assert ended.fired
+    assert ended.code == code, ended.text
+    assert bench.has_checkpoint()
+    if victim == 1:
+        finished_alike(bench)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("raise", "RuntimeError: made to fail"), ("exit0", "SystemExit"), ("memory", "MemoryError")]
+)
+def test_26_28_29_a_rank_raises(bench, kind, words, workers):
+    ended = bench.run(workers, FAULT=f"{kind}@1:25")
+    assert ended.fired
+    assert ended.code == 70, ended.text
+    assert len(ended.errors) == 1, ended.text
+    assert f"internal error on rank 1 of {workers}" in ended.errors[0]
+    assert ended.text.count(words) == 1
+    assert bench.has_checkpoint()
+
+
+def test_28_a_rank_leaves_with_0_in_the_middle(bench):
+    ended = bench.run(2, FAULT="osexit@1:25")
+    assert ended.fired
+    assert ended.code != 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("kind", "words"), [("raise", "sample 77 is corrupt"), ("kill", "")])
+def test_26_66_the_data_set_fails(bench, kind, words, num_workers):
+    if kind == "kill" and num_workers == 0:
+        pytest.skip("that is case 27")
+    ended = bench.run(2, f"data={{name: 'faulty:data', num_workers: {num_workers}}}", DATA_FAULT=kind)
+    assert ended.fired
+    assert ended.code == 70, ended.text
+    assert len(ended.errors) == 1, ended.text
+    assert words in ended.text
+
+
+def test_30_the_launcher_is_killed(bench):
+    process = bench.begin(2, "epochs=50")
+    bench.until(bench.has_checkpoint)
+    ranks = bench.ranks()
+    assert len(ranks) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 6
+    while (left := [pid for pid in ranks if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    assert bench.run(2, "epochs=50", "stop_after_minutes=0.05").code == 75
+
+
+# --- D: a rank hangs
+
+
+@pytest.mark.parametrize("kind", ["sleep", pytest.param("stop", marks=short), "lock"])
+def test_32_33_34_a_rank_hangs(bench, kind):
+    ended = bench.run(2, FAULT=f"{kind}@1:25")
+    assert ended.fired
+    assert ended.code == 72, ended.text
+    assert "the limit is 6 s" in ended.text
+    assert "the stacks of this rank:" in ended.text
+    assert ended.seconds < 25
+
+
+def test_35_the_data_set_blocks(bench):
+    ended = bench.run(2, "data={name: 'faulty:data'}", "epochs=5", DATA_FAULT="block")
+    assert ended.fired
+    assert ended.code == 72, ended.text
+    assert "in phase" in ended.text
+
+
+def test_24_a_rank_never_starts(bench):
+    """One rank sleeps before it comes to MPI; the others wait for it in MPI's own start."""
+    (bench.folder / "sleeper.py").write_text("import time\nopen('fired-sleeper', 'w').close()\ntime.sleep(600)\n")
+    launch = [*MPIRUN, "-np", "1", TRAIN[0], "sleeper.py", ":", "-np", "1"]
+    ended = bench.run(1, "timeouts.start_seconds=8", launch=launch)
+    assert ended.fired
+    assert ended.code == 72, ended.text
+    assert "in phase start" in ended.text
+
+
+def test_25_a_slow_start_is_no_alarm(bench):
+    ended = bench.run(2, "epochs=0.5", FAULT="build-slow@1:0")
+    assert ended.fired
+    assert ended.code == 0, ended.text
+
+
+def test_37_a_pause_of_all_ranks_changes_nothing(bench):
+    ended = bench.run(2, FAULT="freeze@1:25")
+    assert ended.fired
+    assert ended.code == 0, ended.text
+    whole = bench.run(2, "run_dir=runs/whole")
+    assert whole.code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
+# --- E: ranks disagree
+
+
+@short
+def test_40_a_rank_has_no_gradient_for_a_tensor(bench):
+    ended = bench.run(2, FAULT="nograd@1:25")
+    assert ended.fired
+    assert ended.code == 71, ended.text
+    assert len(ended.errors) == 1
+    assert "disagree about the set of gradients" in ended.errors[0]
+    assert bench.has_checkpoint()
+
+
+def test_41_ranks_with_models_of_other_shapes(bench):
+    ended = bench.run(2, "model={name: 'faulty:Net', args: {shape_by_rank: true}}")
+    assert ended.code == 71, ended.text
+    assert len(ended.errors) == 1
+    assert ended.seconds < 15
+
+
+@short
+def test_42_the_weights_of_one_rank_change_silently(bench):
+    ended = bench.run(2, FAULT="drift@1:25")
+    assert ended.fired
+    assert ended.code == 71, ended.text
+    assert len(ended.errors) == 1
+    assert "head.weight" in ended.errors[0]
+    assert bench.checkpoint()["position"]["step"] <= 25  # nothing was saved behind the drift
+
+
+# --- F: numbers
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_44_not_finite_on_one_rank_stops_all(bench, kind):
+    ended = bench.run(2, FAULT=f"{kind}@1:25")
+    assert ended.fired
+    assert ended.code == 73, ended.text
+    assert len(ended.errors) == 1
+    assert "is not finite at step 24" in ended.errors[0]
+    assert bench.checkpoint()["position"]["step"] == 20
+
+
+@short
+def test_44_such_a_step_is_left_out_on_every_rank(bench):
+    ended = bench.run(2, "on_nonfinite={policy: skip, limit: 2}", "precision=fp64", FAULT="nan@1:25 inf@0:31")
+    assert len(ended.fired) == 2
+    assert ended.code == 0, ended.text
+    found = bench.checkpoint()
+    assert found["state"]["skipped"] == 2
+    assert all(value.isfinite().all() for value in found["model"].values())
+    alone = bench.run(None, "on_nonfinite={policy: skip, limit: 2}", "precision=fp64", "run_dir=runs/alone", FAULT="")
+    assert alone.code == 0
+    assert distance(found, bench.checkpoint("runs/alone")) > 1e-6  # the two steps are missing
+
+
+def test_44_too_many_such_steps_end_the_run(bench):
+    ended = bench.run(2, "on_nonfinite={policy: skip, limit: 1}", FAULT="nan@1:25 inf@0:27")
+    assert len(ended.fired) == 2
+    assert ended.code == 73, ended.text
+    assert "1 such steps have been skipped already" in ended.text
+
+
+def test_44_the_run_goes_back_and_on_with_a_lower_rate(bench):
+    ended = bench.run(2, "on_nonfinite={policy: rollback, lr_factor: 0.25}", FAULT="nan@1:25")
+    assert ended.fired
+    assert ended.code == 0, ended.text
+    assert "back to step 20, the rate is multiplied by 0.25" in ended.text
+    found = bench.checkpoint()
+    assert (found["state"]["rolled_back"], found["position"]["lr_factor"]) == (1, 0.25)
+
+
+def test_47_rollbacks_are_bounded(bench):
+    faults = " ".join(f"nan@1:{at}" for at in (25, 30, 36, 43, 50))
+    ended = bench.run(2, "on_nonfinite={policy: rollback, limit: 2}", FAULT=faults)
+    assert len(ended.fired) >= 3
+    assert ended.code == 73, ended.text
+    assert "rolled back 2 times already" in ended.text
+
+
+def test_48_a_rate_that_overflows_is_refused_at_the_start(bench):
+    ended = bench.run(2, "lr.base=1e308", "lr.scaling=linear", "batch.base=1")
+    assert ended.code == 2, ended.text
+    assert "the rate is inf in stage 0" in ended.text

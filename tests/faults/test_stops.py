@@ -1,0 +1,199 @@
+"""Stops on request, and the launcher that goes on."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from conftest import MPIRUN, distance, same
+
+short = pytest.mark.short
+LAUNCH = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", " ".join(MPIRUN)]
+
+
+@pytest.fixture
+def whole(bench):
+    """The weights of the undisturbed run."""
+    assert bench.run(2, "run_dir=runs/whole").code == 0
+    return bench.checkpoint("runs/whole")
+
+
+@pytest.mark.parametrize("kind", ["usr1", "usr2", "term", "twice"])
+def test_60_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind):
+    ended = bench.run(2, FAULT=f"{kind}@1:33")
+    assert ended.fired
+    assert ended.code == 75, ended.text
+    assert not ended.errors
+    assert ended.text.count("stopped behind step 32") == 1
+    assert bench.checkpoint()["position"]["step"] == 33
+    assert bench.run(2).code == 0
+    assert same(bench.checkpoint(), whole)
+
+
+@short
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_60_a_signal_to_mpirun_stops_all_with_a_checkpoint(bench, number):
+    process = bench.begin(2, "epochs=100")
+    bench.until(bench.has_checkpoint)
+    sent = time.monotonic()
+    process.send_signal(number)
+    ended = bench.end(process)
+    assert ended.code == 75, ended.text
+    assert time.monotonic() - sent < 15
+    assert bench.run(2, "epochs=100", "stop_after_minutes=0.02").code == 75
+
+
+def test_60_a_signal_during_evaluation(bench):
+    ended = bench.run(2, "evaluate.every_epochs=0.5", FAULT="eval-usr1@1:23")
+    assert ended.fired
+    assert ended.code == 75, ended.text
+
+
+def test_60_a_signal_while_the_run_starts(bench):
+    process = bench.begin(2, FAULT="build-usr1@0:0")
+    ended = bench.end(process)
+    assert ended.fired
+    assert ended.code == 75, ended.text
+    assert bench.checkpoint()["position"]["step"] == 1
+
+
+def test_61_sigterm_to_mpirun_leaves_a_checkpoint_that_goes_on(bench, whole):
+    process = bench.begin(2)
+    bench.until(bench.has_checkpoint)
+    process.send_signal(signal.SIGTERM)
+    ended = bench.end(process)
+    assert ended.code in (1, 75), ended.text  # Open MPI's own code: it kills the ranks a second later
+    assert bench.run(2).code == 0
+    assert same(bench.checkpoint(), whole)
+
+
+@short
+def test_62_the_file_stop(bench):
+    process = bench.begin(2, "epochs=100")
+    bench.until(bench.has_checkpoint)
+    (bench.run_folder() / "STOP").touch()
+    ended = bench.end(process)
+    assert ended.code == 75, ended.text
+    assert "as asked by the file runs/faults/STOP" in ended.text
+    assert not (bench.run_folder() / "STOP").exists()
+
+
+def test_63_loader_processes_do_not_mind_the_signal(bench):
+    process = bench.begin(2, "data={name: 'faulty:data', num_workers: 2}", "epochs=50")
+    bench.until(bench.has_checkpoint)
+    process.send_signal(signal.SIGUSR1)
+    ended = bench.end(process)
+    assert ended.code == 75, ended.text
+
+
+def test_65_a_stop_is_asked_for_while_a_rank_is_stopped(bench):
+    process = bench.begin(2, "epochs=100")
+    bench.until(bench.has_checkpoint)
+    os.kill(max(bench.ranks()), signal.SIGSTOP)
+    process.send_signal(signal.SIGUSR1)
+    ended = bench.end(process)
+    assert ended.code == 72, ended.text
+
+
+def test_a_time_limit(bench):
+    ended = bench.run(2, "epochs=1000", "stop_after_minutes=0.1")
+    assert ended.code == 75, ended.text
+    assert "the time limit of 0.1 minutes" in ended.text
+
+
+def test_ctrl_c_without_a_launcher(bench):
+    process = bench.begin(None, "epochs=100")
+    bench.until(bench.has_checkpoint)
+    process.send_signal(signal.SIGINT)
+    ended = bench.end(process)
+    assert ended.code == 75, ended.text
+
+
+# --- the launcher
+
+
+def begin_launch(bench, options, **environ):
+    """Start hvdlarge.launch."""
+    return bench.begin_command([*LAUNCH, *options], **environ)
+
+
+@short
+def test_64_a_lost_rank_is_started_again_until_the_end(bench, whole):
+    process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT="kill@1:25 segv@0:50")
+    ended = bench.end(process, timeout=200)
+    assert len(ended.fired) == 2
+    assert ended.code == 0, ended.text
+    assert ended.text.count("restart") == 2
+    assert same(bench.checkpoint(), whole)
+
+
+def test_64_a_hanging_rank_too(bench, whole):
+    process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT="stop@1:25")
+    ended = bench.end(process, timeout=200)
+    assert ended.fired
+    assert ended.code == 0, ended.text
+    assert same(bench.checkpoint(), whole)
+
+
+def test_64_a_run_that_comes_no_further_is_given_up(bench):
+    faults = " ".join(f"kill@1:{at}" for at in range(3, 9))
+    process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT=faults)
+    ended = bench.end(process, timeout=200)
+    assert ended.code == 137, ended.text
+    assert "the last 3 starts came no further" in ended.text
+
+
+def test_64_a_wrong_job_is_not_tried_again(bench):
+    process = begin_launch(bench, ["-np", "2", "job.yaml", "model.name=nothing:here"])
+    ended = bench.end(process)
+    assert ended.code == 2, ended.text
+    assert "restart" not in ended.text
+
+
+@short
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_31_a_signal_to_the_launcher_stops_in_order(bench, number):
+    process = begin_launch(bench, ["-np", "2", "job.yaml", "epochs=100"])
+    bench.until(bench.has_checkpoint)
+    process.send_signal(number)
+    ended = bench.end(process)
+    assert ended.code == 75, ended.text
+    assert "stopped behind step" in ended.text
+
+
+def test_31_the_grace_time_ends(bench):
+    process = begin_launch(
+        bench, ["-np", "2", "--grace-seconds", "1", "job.yaml", "epochs=100", "timeouts.step_seconds=100"], FAULT="sleep@1:25"
+    )
+    bench.until(lambda: list(bench.folder.glob("fired-sleep*")))
+    process.send_signal(signal.SIGTERM)
+    ended = bench.end(process)
+    assert ended.code not in (0, 75), ended.text
+    assert "the grace time is over" in ended.text
+
+
+def test_hosts_that_shrink_from_3_to_2_slots(bench):
+    hosts = bench.folder / "hosts"
+    hosts.write_text("localhost slots=3\n")
+    arguments = ["job.yaml", "precision=fp64"]
+    process = begin_launch(bench, ["-np", "4", "--hosts-file", "hosts", *arguments], FAULT="kill@2:12")
+    bench.until(lambda: list(bench.folder.glob("fired-kill*")))
+    hosts.write_text("localhost:2\n")
+    ended = bench.end(process, timeout=200)
+    assert ended.code == 0, ended.text
+    assert "launch: 3 workers on localhost:3" in ended.text
+    assert "launch: 2 workers on localhost:2" in ended.text
+    starts = [json.loads(line)["world_size"] for line in (bench.run_folder() / "starts.jsonl").read_text().splitlines()]
+    assert starts == [3, 2]
+    assert bench.run(2, "precision=fp64", "run_dir=runs/whole", FAULT="").code == 0
+    assert distance(bench.checkpoint(), bench.checkpoint("runs/whole")) < 1e-12
+
+
+def test_the_launcher_is_killed_and_the_run_stops_in_order(bench):
+    process = begin_launch(bench, ["-np", "2", "job.yaml", "epochs=100"])
+    bench.until(bench.has_checkpoint)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    bench.until(lambda: "stopped behind step" in (bench.folder / "log0").read_text())
