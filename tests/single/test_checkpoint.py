@@ -1,0 +1,127 @@
+"""Checkpoints are whole or not there, and what is not whole is never believed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from hvdlarge.checkpoint import CheckpointFolder, read_checkpoint
+from hvdlarge.exits import BadCheckpoint, CannotSave
+
+
+def content(step):
+    return {"model": {"weight": torch.full((100,), float(step))}, "position": {"step": step}}
+
+
+def save(folder, step, best=False):
+    folder.save(content(step), step, best, wait=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return CheckpointFolder(tmp_path / "checkpoints", keep=3)
+
+
+def test_what_is_saved_is_read_back_and_the_oldest_go(folder):
+    for step in range(10, 60, 10):
+        save(folder, step, best=step == 20)
+    assert [path.name for path in folder.newest_first()] == [f"step_0000000{step}.pt" for step in (50, 40, 30)]
+    path, found, problems = folder.newest_good()
+    assert (path.name, found["position"], problems) == ("step_000000050.pt", {"step": 50}, [])
+    for name, step in (("last.pt", 50), ("best.pt", 20)):  # best.pt outlives the checkpoint it was
+        assert read_checkpoint(folder.folder / name, None)["position"]["step"] == step
+    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": OK") == 3
+    assert not list(folder.folder.glob(".*"))
+
+
+def test_an_empty_folder_has_none(folder):
+    assert folder.newest_good() is None
+
+
+def test_a_checkpoint_that_is_renamed_but_not_listed_yet_counts(folder):
+    save(folder, 1)
+    save(folder, 2)
+    listing = folder.folder / "SHA256SUMS"
+    listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "step_000000001" in line))
+    assert folder.newest_good()[0].name == "step_000000002.pt"
+
+
+def test_another_format_and_another_file_are_named(folder):
+    save(folder, 1)
+    torch.save({"format": 99, "model": {}}, folder.folder / "step_000000002.pt")
+    torch.save({"other": 1}, folder.folder / "step_000000003.pt")
+    path, _, problems = folder.newest_good()
+    assert path.name == "step_000000001.pt"
+    assert "not a checkpoint of this engine" in problems[0]
+    assert "its format is 99" in problems[1]
+
+
+def test_a_failed_write_is_told_at_the_next_call_and_leaves_the_old_one(folder):
+    save(folder, 1)
+    before = (folder.folder / "step_000000001.pt").read_bytes()
+    (folder.folder / ".step_000000002.pt.part").mkdir()  # the write cannot even begin
+    folder.save(content(2), 2, best=False, wait=False)
+    folder._writer.join()
+    assert folder.failed
+    with pytest.raises(CannotSave, match="the last good one is untouched"):
+        folder.finish()
+    assert not folder.failed
+    (folder.folder / ".step_000000002.pt.part").rmdir()
+    assert (folder.folder / "step_000000001.pt").read_bytes() == before
+    save(folder, 3)
+    assert folder.newest_good()[1]["position"]["step"] == 3
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from hvdlarge.checkpoint import CheckpointFolder
+folder = CheckpointFolder(Path(sys.argv[1]), keep=2)
+step = int(sys.argv[2])
+while True:
+    step += 1
+    weights = {"model": {"weight": torch.full((300_000,), float(step))}, "position": {"step": step}}
+    folder.save(weights, step, best=step % 3 == 0, wait=True)
+    print(step, flush=True)
+"""
+
+
+def test_a_writer_killed_at_random_moments_always_leaves_a_whole_one(tmp_path):
+    chance, folder, last = random.Random(3), CheckpointFolder(tmp_path / "checkpoints", keep=2), 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder.folder), str(last)], stdout=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        for _ in range(3):
+            os.kill(process.pid, signal.SIGSTOP)  # several looks at one writer: stopped, it is as good as dead
+            path, found, _ = folder.newest_good()
+            step = found["position"]["step"]
+            assert torch.equal(found["model"]["weight"], torch.full((300_000,), float(step)))
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        written = [int(line) for line in process.communicate()[0].split()] or [last + 1]
+        path, found, problems = folder.newest_good()
+        assert found["position"]["step"] in (written[-1], written[-1] + 1)
+        assert int(path.stem.removeprefix("step_")) == found["position"]["step"]
+        assert len(problems) <= 1
+        last = found["position"]["step"]
+    assert last > 10
+
+
+def test_no_whole_checkpoint_is_an_error_with_every_reason(folder):
+    save(folder, 1)
+    save(folder, 2)
+    for path in folder.newest_first():
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(BadCheckpoint, match="no checkpoint of this run is whole") as raised:
+        folder.newest_good()
+    assert str(raised.value).count("damaged") == 2

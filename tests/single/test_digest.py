@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from hvdlarge.digest import combined, named_state, tensor_digests
+from hvdlarge.optim.lars import LARS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_any_flipped_bit_changes_the_digest(dtype, size):
+    tensor = (torch.arange(size) % 2).to(dtype)
+    before = tensor_digests({"x": tensor})
+    for byte in {0, tensor.nbytes // 2, tensor.nbytes - 1}:
+        changed = tensor.clone()
+        changed.view(torch.uint8)[byte] ^= 1
+        assert tensor_digests({"x": changed}) != before
+    assert tensor_digests({"x": tensor.clone()}) == before
+
+
+def test_names_and_state_belong_to_it():
+    model = torch.nn.Linear(2, 2)
+    optimizer = LARS(model.parameters())
+    alone = combined(tensor_digests(named_state(model, optimizer)))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = named_state(model, optimizer)
+    assert list(state) == ["bias", "bias, momentum_buffer", "weight", "weight, momentum_buffer"]
+    assert 0 <= combined(tensor_digests(state)) < 2**64
+    assert combined(tensor_digests(state)) != alone
+    assert combined({"a": 1, "b": 2}) != combined({"a": 2, "b": 1})

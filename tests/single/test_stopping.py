@@ -1,0 +1,57 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hvdlarge.stopping import StopRequest
+
+
+@pytest.fixture
+def handlers():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_sets_a_flag(handlers, number):
+    stop = StopRequest()
+    stop.listen()
+    assert not stop.wanted()
+    os.kill(os.getpid(), number)
+    assert stop.wanted()
+    assert stop.reason == signal.Signals(number).name
+
+
+def test_the_file_and_the_clock(tmp_path, monkeypatch):
+    (tmp_path / "STOP").touch()
+    stop = StopRequest()
+    stop.look(tmp_path / "STOP", None)
+    assert not stop.wanted()  # one from before does not count, and is gone
+    assert not (tmp_path / "STOP").exists()
+    (tmp_path / "STOP").touch()
+    stop._next_look = 0.0
+    assert stop.wanted()
+    stop.consume_file()
+    assert not (tmp_path / "STOP").exists()
+    limited = StopRequest()
+    limited.look(None, 1.0)
+    assert not limited.wanted()
+    now = time.monotonic()
+    monkeypatch.setattr("hvdlarge.stopping.time.monotonic", lambda: now + 61)
+    assert limited.wanted()
+    assert limited.reason == "the time limit of 1 minutes"
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    program = (
+        "import os, signal, time\nfrom hvdlarge.stopping import StopRequest\n"
+        "stop = StopRequest(); stop.listen()\nos.kill(os.getpid(), signal.SIGINT); print(stop.wanted(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (130, "True\n")

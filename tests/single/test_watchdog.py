@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes, sys, time
+from pathlib import Path
+from hvdlarge.watchdog import Watchdog
+watchdog = Watchdog(3, {"start": 60, "step": 1.0, "save": 60})
+watchdog.start()
+watchdog.take_notes(Path(sys.argv[2]))
+for step in range(4):
+    watchdog.progress("step", step)
+    time.sleep(0.5)
+with watchdog.during("save"):
+    time.sleep(1.8)
+time.sleep(0.5)
+if sys.argv[1] == "hangs":
+    time.sleep(60)
+watchdog.stop()
+time.sleep(1.5)
+print("ended well")
+"""
+
+
+@pytest.mark.parametrize("how", ["hangs", "ends"])
+def test_a_rank_that_hangs_is_ended_and_one_that_goes_on_is_not(tmp_path, how):
+    (tmp_path / "rank_7.json").write_text('{"rank": 7, "step": 1, "phase": "fetch", "time": 0, "host": "far"}')
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how, str(tmp_path)], capture_output=True, text=True, timeout=30)
+    if how == "ends":
+        assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
+        return
+    assert done.returncode == 72
+    assert "in phase step of step 3; the limit is 1 s" in done.stderr
+    assert "rank 7 (far) was last seen" in done.stderr
+    assert 'File "<string>", line' in done.stderr  # the stack of what hangs
+    assert (tmp_path / "rank_3.json").exists()
