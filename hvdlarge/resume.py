@@ -111,7 +111,7 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     Args:
         folder: holds a run.
         checkpoints: those of the run.
-        facts: `job` (what decides the weights) and `data` (sizes) of the run that is being started.
+        facts: of the run that is being started: `job` (what decides the weights), `data` (sizes), `versions`, `world_size`.
         length_may_grow: whether the schedule of the job does not depend on its length, so that more epochs may be added.
 
     Raises:
@@ -135,6 +135,9 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     _refuse_another(folder, there, here)
     if content["world_size"] != facts["world_size"]:
         notes.append(f"the number of workers changes from {content['world_size']} to {facts['world_size']}")
+    for name in sorted(facts["versions"]):
+        if content["versions"].get(name) != facts["versions"][name]:
+            notes.append(f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}")
     return Found(path, content, notes)
 
 

@@ -181,7 +181,9 @@ def _train(
     hosts = [json.loads(message) for message in control.allgather(json.dumps(_host()).encode())]
     cores = cores_per_worker([(worker["host"], worker["cores"]) for worker in hosts], rank)
     torch.set_num_threads(1 if job.reduction == "exact" else cores)  # more threads would add up in another order
-    torch.use_deterministic_algorithms(job.deterministic)
+    if job.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before CUDA starts
+        torch.use_deterministic_algorithms(True)
     device = all_or_none(control, lambda: assembly.choose_device(tensors))
 
     training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))

@@ -48,6 +48,7 @@ class Bench:
     def __init__(self, folder):
         self.folder = folder
         self.started = []
+        self.rows = []  # of the table of cases: exit code, seconds, what was printed
 
     def begin(self, workers, *arguments, launch=None, **environ):
         """Start a run in a session of its own."""
@@ -78,6 +79,7 @@ class Bench:
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left, f"left behind: {left}\n{self.text(log)}"
+        self.rows.append((code, seconds, self.text(log)))
         return Ended(code, self.text(log), seconds, sorted(path.name for path in self.folder.glob("fired-*")))
 
     def run(self, workers, *arguments, timeout=150, **options):
@@ -148,8 +150,15 @@ class Bench:
         return any((self.run_folder(name) / "checkpoints").glob("step_*.pt"))
 
 
+def said(text):
+    """The line that tells the user what happened."""
+    words = ("hvdlarge: error:", "stopped behind", "back to step", "already finished", "passed over", "goes on from", "done:")
+    lines = text.splitlines()
+    return next((line for word in words for line in lines if word in line), "")
+
+
 @pytest.fixture
-def bench(tmp_path):
+def bench(tmp_path, request):
     for name in ("faulty.py", "job.yaml"):
         shutil.copy(HERE / name, tmp_path)
     made = Bench(tmp_path)
@@ -157,6 +166,10 @@ def bench(tmp_path):
     for process, log, _ in made.started:
         made.stop(process)
         log.close()
+    if table := os.environ.get("FAULT_TABLE"):  # where the table of cases is written, a line for each run
+        with open(table, "a") as file:
+            for code, seconds, text in made.rows:
+                file.write(f"{request.node.name}\t{code}\t{seconds:.1f}\t{said(text)}\n")
 
 
 def same(ours, theirs):

@@ -123,6 +123,24 @@ def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
     assert "started 2 workers, but MPI sees 1" in ended.err
 
 
+def test_elastic_horovod_is_refused(train, folder):
+    ended = train(2, "jobs/digits.yaml", HOROVOD_ELASTIC="1")
+    assert ended.code == 3
+    assert len(ended.errors) == 1
+    assert "elastic Horovod is not supported" in ended.err
+
+
+def test_hosts_with_other_versions_are_refused(start, folder):
+    """Rank 1 finds another numpy's metadata first, as on a host with another installation."""
+    (folder / "site/numpy-0.9.dist-info").mkdir(parents=True)
+    (folder / "site/numpy-0.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.9\n")
+    other = ["env", f"PYTHONPATH={folder / 'site'}", *TRAIN, "jobs/digits.yaml"]
+    ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "1", *other])
+    assert ended.code == 71
+    assert len(ended.errors) == 1
+    assert 'and "0.9" on rank 1' in ended.err
+
+
 FAILING = """
 import torch
 from mpi4py import MPI
