@@ -84,16 +84,17 @@ def test_30_the_launcher_is_killed(bench):
 
 @pytest.mark.parametrize("kind", ["sleep", pytest.param("stop", marks=short), "lock"])
 def test_32_33_34_a_rank_hangs(bench, kind):
-    ended = bench.run(2, FAULT=f"{kind}@1:25")
+    ended = bench.run(2, "timeouts.step_seconds=6", FAULT=f"{kind}@1:25")
     assert ended.fired
     assert ended.code == 72, ended.text
     assert "the limit is 6 s" in ended.text
     assert "the stacks of this rank:" in ended.text
-    assert ended.seconds < 25
+    assert ended.seconds < 60
 
 
 def test_35_the_data_set_blocks(bench):
-    ended = bench.run(2, "data={name: 'faulty:data'}", "epochs=5", DATA_FAULT="block")
+    limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=6"]
+    ended = bench.run(2, "data={name: 'faulty:data'}", "epochs=5", *limits, DATA_FAULT="block")
     assert ended.fired
     assert ended.code == 72, ended.text
     assert "in phase" in ended.text
@@ -141,7 +142,7 @@ def test_41_ranks_with_models_of_other_shapes(bench):
     ended = bench.run(2, "model={name: 'faulty:Net', args: {shape_by_rank: true}}")
     assert ended.code == 71, ended.text
     assert len(ended.errors) == 1
-    assert ended.seconds < 15
+    assert ended.seconds < 40
 
 
 @short

@@ -41,7 +41,7 @@ def test_60_a_signal_to_mpirun_stops_all_with_a_checkpoint(bench, number):
     process.send_signal(number)
     ended = bench.end(process)
     assert ended.code == 75, ended.text
-    assert time.monotonic() - sent < 15
+    assert time.monotonic() - sent < 60
     assert bench.run(2, "epochs=100", "stop_after_minutes=0.02").code == 75
 
 
@@ -89,7 +89,7 @@ def test_63_loader_processes_do_not_mind_the_signal(bench):
 
 
 def test_65_a_stop_is_asked_for_while_a_rank_is_stopped(bench):
-    process = bench.begin(2, "epochs=100")
+    process = bench.begin(2, "epochs=100", "timeouts.step_seconds=6")
     bench.until(bench.has_checkpoint)
     os.kill(max(bench.ranks()), signal.SIGSTOP)
     process.send_signal(signal.SIGUSR1)
@@ -130,7 +130,7 @@ def test_64_a_lost_rank_is_started_again_until_the_end(bench, whole):
 
 
 def test_64_a_hanging_rank_too(bench, whole):
-    process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT="stop@1:25")
+    process = begin_launch(bench, ["-np", "2", "job.yaml", "timeouts.step_seconds=6"], FAULT="stop@1:25")
     ended = bench.end(process, timeout=200)
     assert ended.fired
     assert ended.code == 0, ended.text
