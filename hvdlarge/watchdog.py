@@ -38,7 +38,7 @@ class Watchdog:
         self._rank = rank
         self._limits = dict(limits)
         self._phase, self._step = "start", -1
-        self._since = time.monotonic()
+        self._since = self._armed = time.monotonic()
         self._notes: Path | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -56,8 +56,9 @@ class Watchdog:
     def progress(self, phase: str, step: int | None = None) -> None:
         """Note that this rank has come to `phase` (of step `step`); its time starts now."""
         self._phase, self._since = phase, time.monotonic()
-        if step is not None and step != self._step:
+        if step is not None:
             self._step = step
+        if self._since - self._armed > 1.0:  # arming starts a thread in C: not in every step
             self._rearm()
 
     @contextmanager
@@ -81,6 +82,7 @@ class Watchdog:
         return self._limits.get(self._phase, self._limits["step"])
 
     def _rearm(self) -> None:
+        self._armed = time.monotonic()
         faulthandler.dump_traceback_later(self._limit() + _SECOND_LINE_SECONDS, exit=True)
 
     def _watch(self) -> None:

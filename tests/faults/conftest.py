@@ -4,27 +4,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from launching import MPIRUN, TRAIN, environment
 
 HERE = Path(__file__).parent
-MPIRUN = [
-    "mpirun",
-    "--allow-run-as-root",
-    "--oversubscribe",
-    "--mca",
-    "oob_tcp_if_include",
-    "lo",
-    "--mca",
-    "btl_tcp_if_include",
-    "lo",
-]
-TRAIN = [sys.executable, "-m", "hvdlarge.train"]
 
 
 @dataclass
@@ -57,10 +45,9 @@ class Bench:
 
     def begin_command(self, command, **environ):
         """Start any command in a session of its own."""
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environ}
         log = (self.folder / f"log{len(self.started)}").open("w+")
         process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=self.folder, env=environment(**environ), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         self.started.append((process, log, time.monotonic()))
         return process
@@ -170,16 +157,3 @@ def bench(tmp_path, request):
         with open(table, "a") as file:
             for code, seconds, text in made.rows:
                 file.write(f"{request.node.name}\t{code}\t{seconds:.1f}\t{said(text)}\n")
-
-
-def same(ours, theirs):
-    """Whether two checkpoints hold the same finite weights, bit for bit."""
-    assert all(torch.isfinite(value).all() for value in ours["model"].values())
-    return all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
-
-
-def distance(ours, theirs):
-    return max(
-        (ours["model"][name].double() - value.double()).norm().item() / max(1e-3, value.double().norm().item())
-        for name, value in theirs["model"].items()
-    )

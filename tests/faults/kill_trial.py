@@ -21,18 +21,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-MPIRUN = [
-    "mpirun",
-    "--allow-run-as-root",
-    "--oversubscribe",
-    "--mca",
-    "oob_tcp_if_include",
-    "lo",
-    "--mca",
-    "btl_tcp_if_include",
-    "lo",
-]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from launching import MPIRUN, TRAIN
+
 JOB = """
 name: trial
 epochs: 4
@@ -61,7 +52,7 @@ def ranks_of(mpirun):
 
 
 def start(folder, workers, log):
-    command = [*MPIRUN, "-np", str(workers), sys.executable, "-m", "hvdlarge.train", "job.yaml", "run_dir=run"]
+    command = [*MPIRUN, "-np", str(workers), *TRAIN, "job.yaml", "run_dir=run"]
     return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import HERE, MPIRUN, TRAIN, distance, same
+from conftest import HERE, distance, same
+from launching import MPIRUN, TRAIN
 
 short = pytest.mark.short
 

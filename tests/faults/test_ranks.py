@@ -5,7 +5,8 @@ import signal
 import time
 
 import pytest
-from conftest import MPIRUN, TRAIN, distance, same
+from comparing import distance, same
+from launching import MPIRUN, TRAIN
 
 short = pytest.mark.short  # part of `make test`; the others run with `make test-faults`
 

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from conftest import MPIRUN, distance, same
+from comparing import distance, same
+from launching import MPIRUN
 
 short = pytest.mark.short
 LAUNCH = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", " ".join(MPIRUN)]

@@ -1,29 +1,11 @@
 """Whole runs as users start them: by python, by mpirun and by horovodrun, in an empty folder of their own."""
 
-import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-# More ranks than cores are meant here; root needs to be allowed, as containers have no other user.
-MPIRUN = [
-    "mpirun",
-    "--allow-run-as-root",
-    "--oversubscribe",
-    "--mca",
-    "oob_tcp_if_include",
-    "lo",
-    "--mca",
-    "btl_tcp_if_include",
-    "lo",
-]
-TRAIN = [sys.executable, "-m", "hvdlarge.train"]
+from launching import MPIRUN, ROOT, TRAIN, environment
 
 
 @dataclass
@@ -49,9 +31,7 @@ def folder(tmp_path):
 @pytest.fixture
 def start(folder):
     def run(command, timeout=120, **environ):
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, **environ}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, cwd=folder, env=environment(**environ), capture_output=True, text=True, timeout=timeout)
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run
@@ -66,7 +46,3 @@ def train(start):
         return start([*launch, *TRAIN, *arguments], timeout, **environ)
 
     return run
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]

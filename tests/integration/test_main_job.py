@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import read_lines
+from comparing import read_lines
+from launching import MPIRUN, TRAIN
 
 from hvdlarge.controller import Controller
 from hvdlarge.job import read_job
@@ -85,8 +86,6 @@ def test_the_run_folder_says_what_ran(train, folder):
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_help_is_printed_once(start, launcher):
-    from conftest import MPIRUN, TRAIN
-
     launch = [*MPIRUN, "-np", "3"] if launcher == "mpirun" else ["horovodrun", "-np", "2"]
     ended = start([*launch, *TRAIN, "--help"])
     assert ended.code == 0

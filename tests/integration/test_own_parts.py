@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from conftest import ROOT
+from launching import ROOT
 
 
 def example_of_the_readme():
