@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, distance, same
+from comparing import distance, same
 from launching import MPIRUN, TRAIN
 
+HERE = Path(__file__).parent
 short = pytest.mark.short
 
 
