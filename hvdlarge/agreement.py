@@ -16,7 +16,16 @@ from hvdlarge.exits import RanksDisagree, RunEnds
 Result = TypeVar("Result")
 
 
-def all_or_none(control: ControlWire, action: Callable[[], Result]) -> Result:
+def on_rank_0(control: ControlWire, action: Callable[[], Result]) -> Result | None:
+    """What `action` returns on rank 0, which alone runs it; None elsewhere. Every rank calls this together.
+
+    Raises:
+        RunEnds: on every rank alike, if `action` raised one.
+    """
+    return all_or_none(control, action if control.rank == 0 else lambda: None, name_ranks=False)
+
+
+def all_or_none(control: ControlWire, action: Callable[[], Result], name_ranks: bool = True) -> Result:
     """What `action` returns on this rank, if it worked on every rank. Every rank calls this together.
 
     Raises:
@@ -34,7 +43,8 @@ def all_or_none(control: ControlWire, action: Callable[[], Result]) -> Result:
         if text:
             ranks = [str(rank) for rank, other in enumerate(heard) if other == text]
             code, _, message = text.partition(" ")
-            end = RunEnds(message if len(ranks) == len(heard) else f"on rank {', '.join(ranks)}: {message}")
+            everywhere = len(ranks) == len(heard) or not name_ranks
+            end = RunEnds(message if everywhere else f"on rank {', '.join(ranks)}: {message}")
             end.code = int(code)
             raise end
     return result  # type: ignore[return-value]

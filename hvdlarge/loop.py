@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.agreement import all_or_none, on_rank_0, same_everywhere
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import DecisionFeed, Plan, Position
 from hvdlarge.data.loader import Loaded, Loader
@@ -84,7 +84,7 @@ def train(parts: Parts, state: RunState) -> None:
         digest = combined(digests(parts.learner)) if compare else None
         outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
         if outcome.verdict.failed:  # rank 0 knows why the last checkpoint could not be written
-            all_or_none(parts.control, parts.saver.finish)
+            on_rank_0(parts.control, parts.saver.finish)
         if not outcome.applied:
             state.skipped += 1
 
@@ -157,7 +157,7 @@ def save(parts: Parts, state: RunState, position: Position | None, cut: bool, be
         raise Diverged(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
     if parts.log is not None:
         state.train_seconds = parts.log.seconds
-    all_or_none(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait))
+    all_or_none(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait), name_ranks=False)
 
 
 def digests(learner: Learner) -> dict[str, int]:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvdlarge import __version__, exits
-from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.agreement import all_or_none, on_rank_0, same_everywhere
 from hvdlarge.comm.launcher import Launch, bound_cores, cores_per_worker, detect, starting_settings
 from hvdlarge.comm.world import (
     ControlWire,
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time.sleep(0 if launch is None or launch.speaks_for_host else 2)  # let the message out before the run ends
         control.abort(code)
     except RanksMismatch as error:
-        time.sleep(min(5.0, 0.25 * control.rank))
+        _let_lower_ranks_speak(control.rank)
         complain(f"the ranks disagree (seen by rank {control.rank}): {error}")
         control.abort(exits.RANKS_DISAGREE)
     except LostRank:
@@ -81,10 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank")
         os._exit(exits.LOST_RANK)
     except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
-        time.sleep(min(5.0, 0.25 * control.rank))  # where many ranks fail alike, one traceback is enough: the lowest rank's
+        _let_lower_ranks_speak(control.rank)
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
         complain(f"{name} on rank {control.rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
         control.abort(exits.INTERNAL_ERROR)
+
+
+def _let_lower_ranks_speak(rank: int) -> None:
+    """Where many ranks fail alike, one message is enough: the lowest rank's. Its abort ends this one while it waits here."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # mpirun's way to end a rank, about a second after another one's abort
+    time.sleep(min(5.0, 1.25 * rank))
 
 
 def _limits(options: argparse.Namespace) -> dict[str, float]:
@@ -195,12 +202,9 @@ def _train(
     )
 
     facts = {"job": job.mathematics(), "data": sizes, "versions": _versions(), "world_size": world_size}
-    keeper = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep) if rank == 0 else None
+    keeper = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
     length_may_grow = job.lr.decay.policy in ("constant", "multistep")
-    start = all_or_none(
-        control,
-        lambda: None if keeper is None else resume.enter(folder, options.fresh, keeper, facts, length_may_grow, model),
-    )
+    start = on_rank_0(control, lambda: resume.enter(folder, options.fresh, keeper, facts, length_may_grow, model))
     learner = assembly.join_learning(model, loss, optimizer, control, tensors, device, job.seed, job.reduction == "exact")
     learner.model.train()
     position, state = resume.share(start.found if start is not None else None, learner, control, tensors)
@@ -244,7 +248,15 @@ def _train(
             loader = assembly.build_loader(job.data, training_set, job.seed)
             log_offsets = log.offsets if log is not None else dict
             saver = assembly.build_saver(
-                job.checkpoint, control, tensors, learner, controller, keeper, plan.clock, facts, log_offsets
+                job.checkpoint,
+                control,
+                tensors,
+                learner,
+                controller,
+                keeper if rank == 0 else None,
+                plan.clock,
+                facts,
+                log_offsets,
             )
             asks = functools.partial(_wishes, stop, saver)
             parts = Parts(
@@ -271,8 +283,8 @@ def _train(
                 train(parts, state)
                 break
             except RollBack as reason:
-                all_or_none(control, saver.finish)
-                found = all_or_none(control, lambda: None if keeper is None else resume.go_back(keeper, model))
+                on_rank_0(control, saver.finish)
+                found = on_rank_0(control, lambda: resume.go_back(keeper, model))
                 tensors.broadcast_(list(model.state_dict().items()))
                 rolled_back = state.rolled_back + 1
                 position, state = resume.share(found, learner, control, tensors)
@@ -281,7 +293,7 @@ def _train(
                 if log is not None and found is not None:
                     log.go_back(found.log_offsets, position)
                     say(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
-        all_or_none(control, saver.finish)
+        on_rank_0(control, saver.finish)
         if log is not None:
             assert controller is not None
             log.finish(state, controller.final_position())

@@ -98,7 +98,7 @@ def test_a_folder_of_something_else_is_not_touched(train, folder):
 
 
 def test_a_run_that_diverges_says_so_on_all_ranks(train):
-    ended = train(2, "jobs/digits.yaml", "optimizer={name: sgd}", "lr.base=1e9")
+    ended = train(2, "jobs/digits.yaml", "model={name: mlp}", "optimizer={name: sgd}", "lr.base=1e30")
     assert ended.code == 73
     assert len(ended.errors) == 1
     assert "lower lr.base" in ended.err

@@ -68,7 +68,7 @@ def test_the_row_lstm_with_legw(train, folder):
 
 def test_the_run_folder_says_what_ran(train, folder):
     for number in (1, 2):
-        assert train(2, "jobs/digits.yaml", "epochs=1", f"seed={number}").code == 0
+        assert train(2, "jobs/digits.yaml", "epochs=1", f"seed={number}", "--fresh").code == 0
     run, before = folder / "runs/digits", folder / "runs/digits.1"
     assert (run / "job.yaml").read_bytes() == (folder / "jobs/digits.yaml").read_bytes()
     assert read_job(str(run / "job.resolved.yaml")).seed == 2
