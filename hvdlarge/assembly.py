@@ -11,7 +11,6 @@ import torch
 
 from hvdlarge import job as sections
 from hvdlarge import named
-from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.exact import ExactUpdate
 from hvdlarge.comm.world import ControlWire, SummedUpdate, TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan
@@ -29,9 +28,7 @@ from hvdlarge.nonfinite import RollbackPolicy, SkipPolicy, StopPolicy
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.groups import named_parameters
 from hvdlarge.run_state import RunState
-from hvdlarge.saver import Saver
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.schedule.progress import Clock
 from hvdlarge.step import Learner, NotFinitePolicy
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -208,34 +205,6 @@ def build_feed(
         loader.announce(mine, decision.is_last)
 
     return DecisionFeed(control, controller, ahead, announce)
-
-
-def build_saver(
-    cadence: sections.Checkpoint,
-    control: ControlWire,
-    tensors: TensorWire,
-    learner: Learner,
-    controller: Controller | None,
-    folder: CheckpointFolder | None,
-    clock: Clock,
-    facts: dict[str, Any],
-    log_offsets: Callable[[], dict[str, int]],
-) -> Saver:
-    """What writes checkpoints at the job's cadence; controller and folder are rank 0's."""
-    return Saver(
-        control,
-        tensors,
-        learner,
-        controller,
-        folder,
-        clock,
-        every_epochs=cadence.epochs,
-        every_steps=cadence.every_steps,
-        every_minutes=cadence.every_minutes,
-        best_by=cadence.best,
-        facts=facts,
-        log_offsets=log_offsets,
-    )
 
 
 def build_policy(not_finite: Any, state: RunState) -> NotFinitePolicy:

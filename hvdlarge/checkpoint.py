@@ -8,6 +8,7 @@ back to the one before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -99,16 +100,9 @@ class CheckpointFolder:
             self._list({**self.listed(), name: digest})
             self._remove_old()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError that does not name it
-            try:
+            with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
-                free = f"{shutil.disk_usage(self.folder).free:,}"
-            except OSError:
-                free = "an unknown number of"
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._failure = CannotSave(
-                f"the checkpoint {path} could not be written ({reason}); {free} bytes are free there; the last good one is "
-                "untouched"
-            )
+            self._failure = CannotSave.of(f"the checkpoint {path}", self.folder, error, "the last good one is untouched")
 
     def _point(self, name: str, path: Path) -> None:
         """Let `name` be another name of the file, without a moment in which it is missing."""

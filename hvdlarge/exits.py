@@ -6,6 +6,9 @@ Source:   DESIGN of this project, section 8. Under MPI a rank that leaves alone 
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 FINISHED = 0
 WRONG_JOB = 2
 WRONG_ENVIRONMENT = 3
@@ -50,9 +53,26 @@ class Diverged(RunEnds):
 
 
 class CannotSave(RunEnds):
-    """A checkpoint could not be written."""
+    """A checkpoint, or another file of the run, could not be written."""
 
     code = CANNOT_SAVE
+
+    @classmethod
+    def of(cls, what: str, folder: Path, error: Exception, left: str) -> CannotSave:
+        """The end of a run that could not write `what` below `folder`.
+
+        Args:
+            what: with its path.
+            folder: whose disk is looked at.
+            error: an OSError, or torch's RuntimeError in the place of one.
+            left: what the user still has.
+        """
+        try:
+            free = f"{shutil.disk_usage(folder).free:,}"
+        except OSError:
+            free = "an unknown number of"
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        return cls(f"{what} could not be written ({reason}); {free} bytes are free there; {left}")
 
 
 class Stopped(RunEnds):

@@ -83,8 +83,8 @@ def train(parts: Parts, state: RunState) -> None:
         compare = decision.step % parts.cadence.compare_every_steps == 0
         digest = combined(digests(parts.learner)) if compare else None
         outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
-        if outcome.verdict.failed:  # rank 0 knows why the last checkpoint could not be written
-            on_rank_0(parts.control, parts.saver.finish)
+        if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
+            on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:
             state.skipped += 1
 
@@ -158,6 +158,13 @@ def save(parts: Parts, state: RunState, position: Position | None, cut: bool, be
     if parts.log is not None:
         state.train_seconds = parts.log.seconds
     all_or_none(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait), name_ranks=False)
+
+
+def check_files(parts: Parts) -> None:
+    """Raise CannotSave if the last checkpoint or a log could not be written. Rank 0 alone."""
+    parts.saver.finish()
+    if parts.log is not None:
+        parts.log.check()
 
 
 def digests(learner: Learner) -> dict[str, int]:

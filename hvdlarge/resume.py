@@ -78,17 +78,19 @@ def enter(
         notes.append(f"the earlier run is now in {set_aside(folder)}")
     make_folder(folder)
     lock = FolderLock(folder)
+    if not lock.held:
+        notes.append(f"the file system of {folder} has no locks: nothing keeps a second run out of this folder")
     if not holds_run(folder):
         return Start(None, lock, notes)
     try:
         found = find(folder, checkpoints, facts, length_may_grow)
         if found.content is None or found.path is None:
-            return Start(found, lock, ["the earlier start left no checkpoint: from the beginning"])
+            return Start(found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"])
         load_model(model, found.content, found.path)
     except BadCheckpoint:
         lock.release()
         raise
-    return Start(found, lock, [*found.notes, f"goes on from {found.path}"])
+    return Start(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
 
 
 def go_back(checkpoints: CheckpointFolder, model: torch.nn.Module) -> Found:

@@ -6,6 +6,7 @@ checkpoints/last.pt.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -13,13 +14,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from hvdlarge.controller import Plan, Position
-from hvdlarge.exits import JobError
+from hvdlarge.exits import CannotSave, JobError
 from hvdlarge.introduction import growth_line
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
@@ -44,9 +45,11 @@ class FolderLock:
 
     Raises:
         JobError: if another run holds it, naming host and process.
+        CannotSave: if it cannot be written down whose it is.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.held = True  # False on a file system without locks, where nothing keeps a second run out
         self._file = (folder / ".lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,11 +58,14 @@ class FolderLock:
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise JobError(f"run_dir: {folder} is in use by {holder}; wait for it, or name another run_dir") from None
-        except OSError:  # a file system without locks: nothing to hold, and nothing to claim
-            pass
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        except OSError:
+            self.held = False
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+        except OSError as error:
+            raise CannotSave.of(f"the lock of {folder}", folder, error, "nothing was changed") from None
 
     def release(self) -> None:
         """Let others in."""
@@ -123,7 +129,25 @@ def write_documents(
     position: Position,
     notes: Sequence[str],
 ) -> None:
-    """Write down what runs, and that it has been started (again)."""
+    """Write down what runs, and that it has been started (again).
+
+    Raises:
+        CannotSave: if that cannot be written.
+    """
+    try:
+        _write_documents(folder, job_file, resolved, environment, position, notes)
+    except OSError as error:
+        raise CannotSave.of(f"the files in {folder} that say what runs", folder, error, "no step was taken") from None
+
+
+def _write_documents(
+    folder: Path,
+    job_file: Path,
+    resolved: str,
+    environment: Mapping[str, Any],
+    position: Position,
+    notes: Sequence[str],
+) -> None:
     # First and whole: a folder with this file in it is a run, whatever else a sudden end has left out.
     _write_whole(folder / "job.resolved.yaml", resolved)
     if not (folder / "job.yaml").exists():  # as it was first given
@@ -163,7 +187,9 @@ class RunLog:
         self.folder = folder
         self._plan = plan
         self._lock = lock
-        self._files = {name: _open_at(folder / f"{name}.jsonl", offsets.get(name, 0)) for name in ("metrics", "decisions")}
+        self._failure: OSError | None = None
+        with self._told():
+            self._files = {name: _open_at(folder / f"{name}.jsonl", offsets.get(name, 0)) for name in ("metrics", "decisions")}
         self._began = self._last_line = time.monotonic()
         self._before_seconds = before.train_seconds
         self._pause = _FIRST_LINE_SECONDS
@@ -179,19 +205,48 @@ class RunLog:
             grew["grew_from"] = self._stage_batch
             say(growth_line(self._plan, self._stage_batch, self._lr, decision))
         self._stage_batch, self._lr = decision.stage_batch, decision.lr
-        _write_line(self._files["decisions"], asdict(decision) | grew)
+        self._write(lambda: _write_line(self._files["decisions"], asdict(decision) | grew))
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
-        _write_line(self._files["metrics"], record)
+        self._write(lambda: _write_line(self._files["metrics"], record))
+        self._write(self._flush)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be written; `check` says what."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raise CannotSave if something could not be written since the logs were opened."""
+        with self._told():
+            if self._failure is not None:
+                raise self._failure
+
+    def offsets(self) -> dict[str, int]:
+        """Where each log ends now, by its name. Raises CannotSave as `check` does."""
+        self._write(self._flush)
+        self.check()
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def _flush(self) -> None:
         for file in self._files.values():
             file.flush()
 
-    def offsets(self) -> dict[str, int]:
-        """Where each log ends now, by its name."""
-        for file in self._files.values():
-            file.flush()
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+    def _write(self, action: Callable[[], None]) -> None:
+        """Write while that works; rank 0 alone must not leave in the middle of a step, so what fails is told at its end."""
+        if self._failure is None:
+            try:
+                action()
+            except OSError as error:
+                self._failure = error
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CannotSave.of(f"the logs in {self.folder}", self.folder, error, "the checkpoints are untouched") from None
 
     def evaluated(self, result: Mapping[str, float]) -> None:
         """Show this accuracy in the progress lines from now on."""
@@ -233,7 +288,12 @@ class RunLog:
         Args:
             state: its results.
             position: behind the last step.
+
+        Raises:
+            CannotSave: if it cannot be written.
         """
+        self._write(self._flush)
+        self.check()
         seconds, epoch = self.seconds, self._plan.clock.epoch(position.samples_seen)
         results = state.results
         summary = {
@@ -249,7 +309,8 @@ class RunLog:
             "train_seconds": seconds,
             "samples_per_second": position.samples_seen / seconds,
         }
-        write_json(self.folder / "summary.json", summary)
+        with self._told():
+            write_json(self.folder / "summary.json", summary)
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         say(
             f"done: {accuracy}loss {results['loss']:.4f} after {epoch:g} epochs, {position.step:,} steps and "
@@ -259,7 +320,8 @@ class RunLog:
     def close(self) -> None:
         """Flush and close the logs, however the run ended."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                file.close()
         self._lock.release()
 
 

@@ -37,6 +37,8 @@ _FAMILIES = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )  # fmt: skip
 
+_STALL_CHECK_SECONDS = 60  # Horovod's default
+
 
 def detect(environ: Mapping[str, str]) -> Launch | None:
     """The launch that this process belongs to, or None for a plain `python -m hvdlarge.train`.
@@ -92,6 +94,7 @@ def starting_settings(environ: Mapping[str, str], local_size: int, cores: int) -
     HOROVOD_FUSION_THRESHOLD=0: fused buffers change from run to run with the timing, and with them the order of the sums.
     OMPI_MCA_mpi_yield_when_idle=1, where there may be less than two cores for each worker: a waiting rank, or Horovod's own
     thread, otherwise keeps a core from a rank that computes.
+    HOROVOD_STALL_CHECK_TIME_SECONDS, where HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is below it: Horovod would ignore the latter.
 
     Args:
         environ: the environment as it is.
@@ -101,4 +104,8 @@ def starting_settings(environ: Mapping[str, str], local_size: int, cores: int) -
     settings = {"HOROVOD_FUSION_THRESHOLD": "0"}
     if cores < 2 * local_size:
         settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
-    return {name: value for name, value in settings.items() if name not in environ}
+    settings = {name: value for name, value in settings.items() if name not in environ}
+    check, shutdown = (environ.get(f"HOROVOD_STALL_{what}_TIME_SECONDS", "") for what in ("CHECK", "SHUTDOWN"))
+    if shutdown.isdigit() and 0 < int(shutdown) < (int(check) if check.isdigit() else _STALL_CHECK_SECONDS):
+        settings["HOROVOD_STALL_CHECK_TIME_SECONDS"] = shutdown
+    return settings

@@ -43,7 +43,14 @@ def _limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
 
 
+def _slow_disk():
+    """From now on every flush to disk takes 8 s: of the file and of the list, so 16 s for a checkpoint."""
+    flush = os.fsync
+    os.fsync = lambda file: (time.sleep(8), flush(file))[1]
+
+
 ACTIONS = {
+    "slowdisk": _slow_disk,
     "limit": _limit_files,
     "kill": lambda: _die(signal.SIGKILL),
     "segv": lambda: _die(signal.SIGSEGV),

@@ -187,6 +187,63 @@ def test_50_a_disk_that_is_full_leaves_the_last_checkpoint_alone(bench):
     assert "goes on from runs/faults/checkpoints/step_000000030.pt" in again.text
 
 
+@pytest.fixture
+def small_disk(bench):
+    """A file system of its own with some megabytes; only root may make one."""
+    place = bench.folder / "small"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"this user cannot make a small file system: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def fill(place):
+    """Take what is free, up to the last byte."""
+    with (place / "filler").open("wb", buffering=0) as file:
+        for size in (65536, 1):
+            while True:
+                try:
+                    file.write(bytes(size))
+                except OSError:
+                    break
+
+
+def test_50_a_disk_that_fills_up(bench, small_disk):
+    """Logs and checkpoints alike: one message, nothing that was whole is lost, and with room again the run goes on."""
+    arguments = ["epochs=4", "log.every_steps=1", "run_dir=small/run"]
+    whole = bench.run(2, "epochs=4", "log.every_steps=1", "run_dir=runs/whole")
+    assert whole.code == 0, whole.text
+    process = bench.begin(2, *arguments, FAULT="freeze@1:40")  # some seconds in which the disk can be filled
+    bench.until(lambda: list(bench.folder.glob("fired-*")))
+    fill(small_disk)
+    ended = bench.end(process)
+    assert ended.code == 74, ended.text
+    assert len(ended.errors) == 1, ended.text
+    assert "No space left on device); 0 bytes are free there" in ended.text
+    assert "Traceback" not in ended.text
+    again = bench.run(2, *arguments)  # still full
+    assert again.code == 74, again.text
+    assert len(again.errors) == 1, again.text
+    (small_disk / "filler").unlink()
+    last = bench.run(2, *arguments)
+    assert last.code == 0, last.text
+    assert "goes on from small/run/checkpoints/step_" in last.text
+    assert same(bench.checkpoint("small/run"), bench.checkpoint("runs/whole"))
+    lines = [(bench.run_folder(name) / "decisions.jsonl").read_text() for name in ("small/run", "runs/whole")]
+    assert lines[0] == lines[1]
+
+
+def test_36_a_slow_disk_is_no_alarm(bench):
+    """Writing a checkpoint takes three times as long as a step may."""
+    ended = bench.run(2, "timeouts.step_seconds=5", "epochs=1", FAULT="slowdisk@0:25")
+    assert ended.fired
+    assert ended.code == 0, ended.text
+    assert ended.seconds > 15
+    assert not ended.errors
+
+
 def test_13_a_run_folder_that_cannot_be_made(bench):
     (bench.folder / "file").write_text("")
     ended = bench.run(2, "run_dir=file/below")

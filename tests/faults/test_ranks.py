@@ -126,6 +126,22 @@ def test_37_a_pause_of_all_ranks_changes_nothing(bench):
     assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
 
 
+def test_22_exact_mode_does_not_mind_how_horovod_fuses(bench):
+    """The user's own threshold is kept, and does not change a bit."""
+    arguments = ["reduction=exact", "epochs=1"]
+    ended = bench.run(4, *arguments, HOROVOD_FUSION_THRESHOLD="67108864")
+    assert ended.code == 0, ended.text
+    assert "HOROVOD_FUSION_THRESHOLD=0" not in ended.text
+    assert bench.run(None, "run_dir=runs/alone", *arguments).code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/alone"))
+
+
+def test_23_a_stall_shutdown_before_the_stall_check_is_mended_and_said(bench):
+    ended = bench.run(2, "epochs=0.1", HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="40")
+    assert ended.code == 0, ended.text
+    assert "HOROVOD_STALL_CHECK_TIME_SECONDS=40" in ended.text
+
+
 # --- E: ranks disagree
 
 

@@ -141,6 +141,14 @@ def test_hosts_with_other_versions_are_refused(start, folder):
     assert 'and "0.9" on rank 1' in ended.err
 
 
+def test_hosts_with_other_settings_are_refused(start, folder):
+    other = ["env", "HOROVOD_CYCLE_TIME=3", *TRAIN, "jobs/digits.yaml"]
+    ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "1", *other])
+    assert ended.code == 71
+    assert len(ended.errors) == 1
+    assert 'HOROVOD_CYCLE_TIME is null on rank 0 and "3" on rank 1' in ended.err
+
+
 FAILING = """
 import torch
 from mpi4py import MPI

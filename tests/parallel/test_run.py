@@ -11,9 +11,9 @@ from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.exits import JobError
 from hvdlarge.job import parse_job
-from hvdlarge.loop import Cadence, Parts, gather, train
+from hvdlarge.loop import gather, train
+from hvdlarge.run import Ingredients, Worker, join, parts_of
 from hvdlarge.run_state import RunState
-from hvdlarge.step_agreement import StepAgreement
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
 
@@ -26,6 +26,8 @@ model: {name: convnet, args: {width: 4, dropout: 0.3}}
 batch: {base: 20, micro: 8, growth: {policy: adabatch, factor: 3, every_epochs: 1, max: 500}}
 lr: {base: 4, scaling: sqrt, warmup: {policy: legw, epochs: 0.1}, decay: {policy: polynomial}}
 optimizer: {name: lars, weight_decay: 1e-4}
+log: {every_steps: 5}
+compare_every_steps: 3
 evaluate: {every_epochs: 2, micro_batch: 50}
 """
 
@@ -50,30 +52,14 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     plan = assembly.plan_run(job, len(small), control.size)
     cpu = torch.device("cpu")
     model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, cpu)
-    exact = job.reduction == "exact"
-    learner = assembly.join_learning(model, loss, optimizer, control, tensors, cpu, job.seed, exact)
-    model.train()
+    found = Ingredients(cpu, small, wrap(test_set), {}, plan, model, loss, optimizer)
+    learner = join(job, found, control, tensors)
     learner.statistics.scatter()
-    controller = Controller(plan) if control.rank == 0 else None
-    loader = assembly.build_loader(job.data, small, job.seed)
-    parts = Parts(
-        control=control,
-        tensors=tensors,
-        plan=plan,
-        feed=assembly.build_feed(job.data, plan, control, controller, loader),
-        loader=loader,
-        learner=learner,
-        evaluation=assembly.build_evaluation(job.data, job.evaluate, wrap(test_set), control.rank, control.size),
-        agreement=StepAgreement(tensors, control, 7, dict),
-        policy=assembly.build_policy(job.on_nonfinite, RunState()),
-        saver=assembly.build_saver(job.checkpoint, control, tensors, learner, controller, None, plan.clock, {}, dict),
-        stop=StopRequest(),
-        watchdog=Watchdog(control.rank, {"start": 100, "step": 100}),
-        cadence=Cadence(5, job.evaluate.every_epochs, 3),
-        log=None,
-    )
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    worker = Worker(None, {}, control, tensors, Watchdog(control.rank, {"start": 100, "step": 100}), StopRequest())
     state = RunState()
+    controller = Controller(plan) if control.rank == 0 else None
+    parts = parts_of(job, found, worker, learner, controller, None, {}, None, state)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)
     gather(learner, tensors)
     after = model.state_dict()

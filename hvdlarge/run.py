@@ -1,0 +1,275 @@
+"""One run, from an accepted job to its summary: its objects are put together in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdlarge import assembly, resume
+from hvdlarge.agreement import all_or_none, on_rank_0, same_everywhere
+from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.comm.launcher import Launch, cores_per_worker
+from hvdlarge.comm.world import ControlWire, TensorWire
+from hvdlarge.controller import Controller, Plan, Position
+from hvdlarge.environment import host, versions
+from hvdlarge.exits import Stopped
+from hvdlarge.introduction import batch_line, model_line, notes, stage_table, update_line, world_line
+from hvdlarge.job import Job
+from hvdlarge.loop import Cadence, Parts, save, train
+from hvdlarge.nonfinite import RollBack
+from hvdlarge.run_state import RunState
+from hvdlarge.runlog import RunLog, say, write_documents
+from hvdlarge.saver import Saver
+from hvdlarge.step import Learner
+from hvdlarge.step_agreement import StepAgreement
+from hvdlarge.stopping import StopRequest
+from hvdlarge.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What this rank has at hand before it looks at the job."""
+
+    launch: Launch | None  # None without a launcher
+    settings: Mapping[str, str]  # what was set in the environment for MPI and Horovod
+    control: ControlWire
+    tensors: TensorWire
+    watchdog: Watchdog
+    stop: StopRequest
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a job names, built on this rank alone; every rank's are alike."""
+
+    device: torch.device
+    training_set: Any
+    test_set: Any  # or None
+    sizes: Mapping[str, int | None]  # of both, in samples
+    plan: Plan
+    model: torch.nn.Module
+    loss: Callable[[Any, Any], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
+    """Train a job to its end, or to where it is stopped. Every rank calls this together.
+
+    Args:
+        job: the same on every rank.
+        job_file: kept in the run folder.
+        fresh: set an earlier run of the folder aside.
+        worker: this rank.
+
+    Raises:
+        RunEnds: on every rank alike, for every end that has an exit code of its own.
+    """
+    control, folder = worker.control, job.run_folder
+    hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
+    cores = cores_per_worker([(other["host"], other["cores"]) for other in hosts], control.rank)
+    _settle_torch(1 if job.reduction == "exact" else cores, job.deterministic)
+    found = gather_ingredients(job, control, worker.tensors)
+
+    facts = {"job": job.mathematics(), "data": found.sizes, "versions": versions(), "world_size": control.size}
+    checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
+    length_may_grow = job.lr.decay.policy in ("constant", "multistep")
+    start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, found.model))
+    learner = join(job, found, control, worker.tensors)
+    position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
+    if position.samples_seen >= found.plan.clock.total_samples:
+        if control.rank == 0:
+            say(f"already finished: {folder} holds this run, complete; --fresh sets it aside and begins anew")
+        return
+
+    def open_log() -> RunLog:
+        assert start is not None  # rank 0 has it
+        environment = _environment(worker, found.device, hosts)
+        write_documents(folder, job_file, job.to_yaml(), environment, position, start.notes)
+        offsets = {} if start.found is None else start.found.log_offsets
+        log = RunLog(folder, found.plan, start.lock, offsets, position, state)
+        _introduce(job, found, environment, cores, start.notes)
+        return log
+
+    log = on_rank_0(control, open_log)
+    worker.watchdog.take_notes(folder / "progress")
+    worker.stop.look(folder / "STOP" if control.rank == 0 else None, job.stop_after_minutes)
+    try:
+        follow(job, found, worker, learner, checkpoints if control.rank == 0 else None, facts, log, position, state)
+    except Stopped:
+        worker.stop.consume_file()
+        raise
+    finally:
+        if log is not None:
+            log.close()
+
+
+def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> Ingredients:
+    """Build what the job names and hold it against the other ranks'. Every rank calls this together.
+
+    Raises:
+        JobError, WrongEnvironment, RanksDisagree: on every rank alike.
+    """
+    device = all_or_none(control, lambda: assembly.choose_device(tensors))
+    training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
+    sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
+    same_everywhere(control, sizes | {"device": device.type}, "data and devices")
+    plan = all_or_none(control, lambda: assembly.plan_run(job, len(training_set), control.size))
+    model, loss, optimizer = all_or_none(
+        control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, device)
+    )
+    return Ingredients(device, training_set, test_set, sizes, plan, model, loss, optimizer)
+
+
+def join(job: Job, found: Ingredients, control: ControlWire, tensors: TensorWire) -> Learner:
+    """Put the sum over all workers before the update. Every rank calls this together."""
+    exact = job.reduction == "exact"
+    return assembly.join_learning(found.model, found.loss, found.optimizer, control, tensors, found.device, job.seed, exact)
+
+
+def follow(
+    job: Job,
+    found: Ingredients,
+    worker: Worker,
+    learner: Learner,
+    checkpoints: CheckpointFolder | None,
+    facts: Mapping[str, Any],
+    log: RunLog | None,
+    position: Position,
+    state: RunState,
+) -> None:
+    """Follow the decisions from `position` to the end, by way of as many rollbacks as the job allows.
+
+    Every rank calls this together; `checkpoints` and `log` are rank 0's.
+    """
+    while True:
+        controller = Controller(found.plan, position) if worker.control.rank == 0 else None
+        parts = parts_of(job, found, worker, learner, controller, checkpoints, facts, log, state)
+        if job.on_nonfinite.policy == "rollback" and (position.step == 0 or state.rolled_back):
+            # Something to go back to; and after going back, the lower rate must outlive an interruption.
+            here = position if controller is not None else None
+            save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
+        try:
+            train(parts, state)
+        except RollBack as reason:
+            position, state = _go_back(parts, state, found.model, checkpoints, reason)
+        else:
+            break
+    on_rank_0(worker.control, lambda: _finish(parts, state, controller))
+
+
+def _finish(parts: Parts, state: RunState, controller: Controller | None) -> None:
+    """Wait for the last checkpoint and write the summary. Rank 0 alone."""
+    parts.saver.finish()
+    if parts.log is not None and controller is not None:
+        parts.log.finish(state, controller.final_position())
+
+
+def parts_of(
+    job: Job,
+    found: Ingredients,
+    worker: Worker,
+    learner: Learner,
+    controller: Controller | None,
+    checkpoints: CheckpointFolder | None,
+    facts: Mapping[str, Any],
+    log: RunLog | None,
+    state: RunState,
+) -> Parts:
+    """The objects that the loop works with; controller, checkpoints and log are rank 0's."""
+    control, tensors = worker.control, worker.tensors
+    loader = assembly.build_loader(job.data, found.training_set, job.seed)
+    saver = Saver(
+        control,
+        tensors,
+        learner,
+        controller,
+        checkpoints,
+        found.plan.clock,
+        every_epochs=job.checkpoint.epochs,
+        every_steps=job.checkpoint.every_steps,
+        every_minutes=job.checkpoint.every_minutes,
+        best_by=job.checkpoint.best,
+        facts=dict(facts),
+        log_offsets=log.offsets if log is not None else dict,
+    )
+    asks = functools.partial(_wishes, worker.stop, saver, log)
+    return Parts(
+        control=control,
+        tensors=tensors,
+        plan=found.plan,
+        feed=assembly.build_feed(job.data, found.plan, control, controller, loader),
+        loader=loader,
+        learner=learner,
+        evaluation=assembly.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
+        agreement=StepAgreement(tensors, control, int(job.fingerprint()[:8], 16), asks),
+        policy=assembly.build_policy(job.on_nonfinite, state),
+        saver=saver,
+        stop=worker.stop,
+        watchdog=worker.watchdog,
+        cadence=Cadence(job.log.every_steps, job.evaluate.every_epochs, job.compare_every_steps),
+        log=log,
+    )
+
+
+def _go_back(
+    parts: Parts, state: RunState, model: torch.nn.Module, checkpoints: CheckpointFolder | None, reason: RollBack
+) -> tuple[Position, RunState]:
+    """Bring every rank back to the last checkpoint, with a lower rate. Every rank calls this together."""
+    control, tensors, rolled_back = parts.control, parts.tensors, state.rolled_back + 1
+    on_rank_0(control, parts.saver.finish)
+    found = on_rank_0(control, lambda: resume.go_back(checkpoints, model) if checkpoints is not None else None)
+    tensors.broadcast_(list(model.state_dict().items()))
+    position, state = resume.share(found, parts.learner, control, tensors)
+    position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())
+    state.rolled_back = rolled_back
+    if parts.log is not None and found is not None:
+        parts.log.go_back(found.log_offsets, position)
+        say(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
+    return position, state
+
+
+def _settle_torch(threads: int, deterministic: bool) -> None:
+    torch.set_num_threads(threads)  # one in exact mode: more would add up in another order
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before CUDA starts
+        torch.use_deterministic_algorithms(True)
+
+
+def _introduce(job: Job, found: Ingredients, environment: Mapping[str, Any], cores: int, start_notes: Sequence[str]) -> None:
+    """Say what runs, before the first step. Rank 0 only."""
+    say(world_line(environment, cores))
+    say(f"data     {job.data.name}: {len(found.training_set):,} samples for training, {len(found.test_set or ()):,} for testing")
+    say(f"model    {job.model.name}: {model_line(found.model)}")
+    say(f"update   {update_line(found.optimizer)}")
+    say(f"batch    {batch_line(found.plan)}")
+    say("\n".join(["schedule", *stage_table(found.plan), *notes(found.plan, job.batch.micro == "auto", found.model)]))
+    say(f"folder   {job.run_folder}")
+    for note in start_notes:
+        say(f"note     {note}")
+
+
+def _environment(worker: Worker, device: torch.device, hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the run folder keeps about where a run was started."""
+    return {
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "launcher": None if worker.launch is None else worker.launch.launcher,
+        "world_size": worker.control.size,
+        "versions": versions(),
+        "device": str(device),
+        "settings": dict(worker.settings),
+        "workers": list(hosts),
+    }
+
+
+def _wishes(stop: StopRequest, saver: Saver, log: RunLog | None) -> dict[str, bool]:
+    """What this rank asks of all, in each step."""
+    failed = saver.failed() or (log is not None and log.failed)
+    return {"stop": stop.wanted(), "save": saver.wants_save(), "failed": failed}
