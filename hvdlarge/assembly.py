@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +17,8 @@ from hvdlarge.data import seeds
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
-from hvdlarge.data.tree import depth_of
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, WrongEnvironment
-from hvdlarge.introduction import stages_of
 from hvdlarge.models.exact_statistics import ExactStatistics
 from hvdlarge.models.running_statistics import RunningStatistics
 from hvdlarge.nonfinite import RollbackPolicy, SkipPolicy, StopPolicy
@@ -80,25 +77,9 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
             raise JobError(f"data.name: the {what} of {data.name} has no length or no items; it is {_kind(dataset)}")
         if len(dataset) == 0:
             raise JobError(f"data.name: the {what} of {data.name} is empty")
+    if data.samples is not None and len(found[0]) != data.samples:
+        raise JobError(f"data.samples is {data.samples:,}, but the training set of {data.name} has {len(found[0]):,} samples")
     return found[0], found[1]
-
-
-def plan_run(job: sections.Job, dataset_size: int, world_size: int) -> Plan:
-    """What the controller follows.
-
-    Raises:
-        JobError: for a run without a sample in it, or a number of workers that exact mode cannot serve.
-    """
-    if job.reduction == "exact" and depth_of(world_size) is None:
-        raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
-    try:
-        plan = job.plan(dataset_size, world_size)
-    except ValueError as error:
-        raise JobError(f"epochs: {error}") from None
-    for stage in stages_of(plan):
-        if not math.isfinite(stage.highest_lr):
-            raise JobError(f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch {stage.global_batch})")
-    return plan
 
 
 def build_learning(

@@ -7,6 +7,8 @@ can load data across a growth or an epoch's end without a bubble. No rank recomp
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +38,11 @@ class Plan:
     def micro_batch_of(self, global_batch: int) -> int:
         """Samples of one forward/backward pass in a step of `global_batch` samples."""
         return self.micro_batch or -(-global_batch // self.world_size)
+
+    def fingerprint(self) -> str:
+        """What stands for the schedule: 16 hexadecimal digits, the same for the same decisions whatever the number of workers."""
+        plain = {name: value for name, value in asdict(self).items() if name != "world_size"}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def layout(self, decision: Decision) -> BatchLayout:
         """How a decided step is dealt to the workers."""

@@ -7,13 +7,9 @@ from typing import Any
 
 from hvdlarge.controller import Plan
 from hvdlarge.data.layout import BatchLayout
+from hvdlarge.job import Job
+from hvdlarge.planning import layout_of, stages_of
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.schedule.outline import StageOutline, outline
-
-
-def stages_of(plan: Plan) -> list[StageOutline]:
-    """The stages that the plan's controller will go through."""
-    return outline(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.rate)
 
 
 def world_line(environment: Mapping[str, Any], cores: int) -> str:
@@ -48,16 +44,23 @@ def update_line(optimizer: Any) -> str:
 
 def batch_line(plan: Plan) -> str:
     """The batch arithmetic of the first step, with its words."""
-    layout = _layout(plan, min(plan.initial_batch, plan.clock.total_samples))
+    layout = layout_of(plan, min(plan.initial_batch, plan.clock.total_samples))
     line = f"{layout.equation()}   (global batch = micro-batch × accumulation steps × workers)"
     return line + _idle(layout)
 
 
-def stage_table(plan: Plan) -> list[str]:
-    """One line for each stage, under a heading."""
-    rows = [("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")]
+def stage_table(plan: Plan, paper: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+    """One line for each stage, under a heading; with `paper`, the stages of `planning.on_paper`, what else is known of them."""
+    rows: list[tuple[str, ...]] = [("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")]
+    if paper is not None:
+        rows[0] += ("full rate", "samples", "saved") + (("time",) if "seconds" in paper[0] else ())
     for stage in stages_of(plan):
-        layout = _layout(plan, stage.global_batch)
+        more: tuple[str, ...] = ()
+        if paper is not None:
+            row = paper[stage.stage]
+            more = (f"epoch {row['full_rate_epoch']:.4g}", f"{row['samples']:,}", f"{row['checkpoints']:,}")
+            more += (duration(row["seconds"]),) if "seconds" in row else ()
+        layout = layout_of(plan, stage.global_batch)
         idle = f", {layout.idle_workers} idle" if layout.idle_workers else ""
         rows.append(
             (
@@ -68,9 +71,10 @@ def stage_table(plan: Plan) -> list[str]:
                 f"{stage.first_lr:.4g}",
                 f"{stage.highest_lr:.4g}",
                 f"{stage.last_lr:.4g}",
+                *more,
             )
         )
-    return _columns(rows)
+    return columns(rows)
 
 
 def notes(plan: Plan, micro_is_auto: bool, model: Any) -> list[str]:
@@ -85,11 +89,30 @@ def notes(plan: Plan, micro_is_auto: bool, model: Any) -> list[str]:
     batches = {stage.global_batch for stage in stages if stage.steps > 1} | {stages[-1].last_batch}
     single = sorted(batch for batch in batches if batch % plan.micro_batch_of(batch) == 1)
     if normalises and single:
-        layout = _layout(plan, single[0])
+        layout = layout_of(plan, single[0])
         lines.append(
             f"note     {layout.equation()}: a micro-batch of one sample; batch normalisation without further dimensions "
             "(BatchNorm1d) refuses it"
         )
+    return lines
+
+
+def rule_notes(job: Job, plan: Plan) -> list[str]:
+    """What the user may not expect of this schedule, a line each."""
+    lines = []
+    growth, decay, epochs = job.batch.growth, job.lr.decay, plan.clock.epochs
+    if growth.policy == "adabatch" and growth.every_epochs is not None and growth.every_epochs >= epochs:
+        lines.append(
+            f"note     batch.growth.every_epochs is {growth.every_epochs:g}, the run has {epochs:g}: the batch never grows"
+        )
+    if decay.policy == "multistep" and decay.every_epochs is not None and decay.every_epochs >= epochs:
+        lines.append(f"note     lr.decay.every_epochs is {decay.every_epochs:g}, the run has {epochs:g}: the rate never decays")
+    if job.batch.first > plan.clock.dataset_size:
+        epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
+        lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
+    last = stages_of(plan)[-1]
+    if last.full_rate > epochs:
+        lines.append(f"note     the last stage ends before its rate is fully there, which would be at epoch {last.full_rate:.4g}")
     return lines
 
 
@@ -100,8 +123,11 @@ def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: D
     return f"epoch {after.epoch:.2f}: the global batch grows from {batch_before} to {layout.equation()}{_idle(layout)}; {lr}"
 
 
-def _layout(plan: Plan, global_batch: int) -> BatchLayout:
-    return BatchLayout(global_batch, plan.micro_batch_of(global_batch), plan.world_size)
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _idle(layout: BatchLayout) -> str:
@@ -109,6 +135,7 @@ def _idle(layout: BatchLayout) -> str:
     return f"; {idle} of {layout.world_size} workers idle, a smaller batch.micro would use them" if idle else ""
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,26 +1,21 @@
 """The job file: what a run is, as frozen sections whose fields are the keys of the YAML.
 
-A job is strict: whatever is not understood is an error that names the key as written, its line, the value and the nearest
-known key; all problems are reported at once. Nothing is imported and nothing is started before a job is accepted.
+A job is strict: whatever is not understood is an error. `job_file.py` reads it and words the errors, `job_rules.py` holds its
+values against each other. Nothing is imported and nothing is started before a job is accepted.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hvdlarge import yaml_source
 from hvdlarge.controller import Plan
-from hvdlarge.exits import JobError
-from hvdlarge.schedule.decay import ConstantDecay, MultistepDecay, PolynomialDecay
+from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
@@ -44,6 +39,7 @@ class Data(Section):
 
     name: str  # a built-in, or package.module:attribute
     args: Arguments = {}  # for the attribute, which returns (training set, test set or None)
+    samples: Count | None = None  # of the training set: what `plan` counts with; the run holds it against the data
     num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes on each worker
     prefetch_factor: Count = 2  # micro-batches ahead for each loader process
     prefetch_steps: Count | None = None  # decisions ahead; default: what the loader processes can have in hand
@@ -97,7 +93,10 @@ class LearningRate(Section):
     base: Positive  # tuned for batch.base
     scaling: Scaling = "none"
     warmup: Annotated[NoWarmup | LinearWarmup | LegwWarmup, Field(discriminator="policy")] = NoWarmup()
-    decay: Annotated[ConstantDecay | MultistepDecay | PolynomialDecay, Field(discriminator="policy")] = ConstantDecay()
+    decay: Annotated[
+        ConstantDecay | MultistepDecay | ExponentialDecay | PolynomialDecay | CosineDecay | OneCycle,
+        Field(discriminator="policy"),
+    ] = ConstantDecay()
 
     def schedule(self) -> RateSchedule:
         """The pure schedule of these settings."""
@@ -265,133 +264,3 @@ _NOT_MATHEMATICS = frozenset(
     ]
     + ["deterministic", "data"]
 )
-
-
-def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
-    """The job of a YAML file, with `key.sub=value` overrides from the command line.
-
-    Raises:
-        JobError: with one message that holds every problem, each with its line.
-    """
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise JobError(f"{path}: no such job file (looked in {Path.cwd()})") from None
-    except OSError as error:
-        raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from None
-    return parse_job(text, path, overrides)
-
-
-def parse_job(text: bytes | str, path: str, overrides: Sequence[str] = ()) -> Job:
-    """The job in a YAML text; `path` is only for messages. Raises JobError as `read_job` does."""
-    try:
-        source = yaml_source.read(text)
-    except yaml_source.SourceError as error:
-        raise JobError(f"{_place(path, error.line)}: {error}") from None
-    if source.values is None:
-        raise JobError(f"{path}: the job file is empty; the smallest job has name, epochs, data, model, batch and lr")
-    if not isinstance(source.values, dict):
-        raise JobError(f"{path}: a job file is a list of `key: value` pairs, not a {type(source.values).__name__}")
-    for override in overrides:
-        _override(source, override)
-    try:
-        # JSON is the strict mode in which a list may become a tuple and a mapping a section, but "3" never a number.
-        return Job.model_validate_json(json.dumps(source.values), strict=True)
-    except ValidationError as error:
-        problems = [_describe(problem, source, path) for problem in error.errors(include_url=False)]
-        heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise JobError("\n".join([f"{path}: {heading} in the job file", *problems])) from None
-
-
-_COMMAND_LINE = 0  # the "line" of a key that was set on the command line
-
-
-def _place(path: str, line: int | None) -> str:
-    return path if line is None else "command line" if line == _COMMAND_LINE else f"{path}:{line}"
-
-
-def _override(source: yaml_source.Source, override: str) -> None:
-    key, equals, value = override.partition("=")
-    parts = tuple(key.split("."))
-    if not equals or not all(parts):
-        raise JobError(f"command line: {override!r} is not of the form key.sub=value")
-    try:
-        new = yaml_source.read(value).values
-    except yaml_source.SourceError as error:
-        raise JobError(f"command line: {override!r}: {error}") from None
-    section = source.values
-    for number, part in enumerate(parts[:-1]):
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            raise JobError(f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section")
-    section[parts[-1]] = new
-    source.lines[parts] = _COMMAND_LINE
-
-
-def _describe(problem: Any, source: yaml_source.Source, path: str) -> str:
-    keys = _as_written(problem["loc"], source.values)
-    name, place = ".".join(map(str, keys)), _place(path, source.line(keys))
-    kind, value = problem["type"], problem["input"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"  {place}: unknown key {name!r}{_nearest(str(keys[-1]), _known_keys(problem['loc']))}"
-    if kind == "missing":
-        return f"  {place}: the key {name!r} is missing"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        known, tag = _known_policies(problem["loc"]), problem["ctx"]["discriminator"].strip("'")
-        if kind == "union_tag_not_found":
-            return f"  {place}: the key {f'{name}.{tag}'!r} is missing; it is one of {', '.join(known)}"
-        return f"  {place}: {name}.{tag} is {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(value, (dict, list)) and kind == "value_error":
-        return f"  {place}: {name}: {message}"
-    return f"  {place}: {name} is {_show(value)}: {message[0].lower()}{message[1:]}"
-
-
-def _show(value: Any) -> str:
-    text = "nan" if isinstance(value, float) and math.isnan(value) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known here: {', '.join(sorted(known))}" if known else ""
-
-
-def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
-    """Where a problem stands in the YAML: pydantic's location without its names of union members."""
-    path: list[str | int] = []
-    for number, part in enumerate(location):
-        is_last = number == len(location) - 1
-        if isinstance(values, list) and isinstance(part, int):
-            path.append(part)
-            values = values[part] if part < len(values) else None
-        elif isinstance(values, dict) and part in values:
-            path.append(part)
-            values = values[part]
-        elif isinstance(values, dict) and is_last and part not in (values.get("policy"), values.get("name")):
-            path.append(part)  # a key that is missing
-    return tuple(path)
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys that the section of a problem may have, from the schema of the job file."""
-    return list(_schema_of(location[:-1]).get("properties", {}))
-
-
-def _known_policies(location: Sequence[str | int]) -> list[str]:
-    """The policies that a section may follow, from the schema of the job file."""
-    return list(_schema_of(location).get("discriminator", {}).get("mapping", {}))
-
-
-def _schema_of(location: Sequence[str | int]) -> dict[str, Any]:
-    """The part of the job file's JSON Schema that describes the section at pydantic's `location`."""
-    schema = Job.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in location:
-        properties, mapping = node.get("properties", {}), node.get("discriminator", {}).get("mapping", {})
-        node = properties.get(part) or ({"$ref": mapping[part]} if part in mapping else {})
-        while "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    return node

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from hvdlarge import exits
-from hvdlarge.job import read_job
+from hvdlarge.job_file import read_job
 from hvdlarge.runlog import complain, say
 
 # A rank hung or was lost: it, or its host, is worth another try. 134, 137, 139: abort, kill and segmentation fault of a rank.

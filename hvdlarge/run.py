@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,11 @@ from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Controller, Plan, Position
 from hvdlarge.environment import host, versions
 from hvdlarge.exits import Stopped
-from hvdlarge.introduction import batch_line, model_line, notes, stage_table, update_line, world_line
+from hvdlarge.introduction import batch_line, model_line, notes, rule_notes, stage_table, update_line, world_line
 from hvdlarge.job import Job
 from hvdlarge.loop import Cadence, Parts, save, train
 from hvdlarge.nonfinite import RollBack
+from hvdlarge.planning import plan_run
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog, say, write_documents
 from hvdlarge.saver import Saver
@@ -121,7 +123,7 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
     training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
     sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
     same_everywhere(control, sizes | {"device": device.type}, "data and devices")
-    plan = all_or_none(control, lambda: assembly.plan_run(job, len(training_set), control.size))
+    plan = all_or_none(control, lambda: plan_run(job, len(training_set), control.size))
     model, loss, optimizer = all_or_none(
         control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, device)
     )
@@ -162,14 +164,22 @@ def follow(
             position, state = _go_back(parts, state, found.model, checkpoints, reason)
         else:
             break
-    on_rank_0(worker.control, lambda: _finish(parts, state, controller))
+    memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.device)))
+    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory))
 
 
-def _finish(parts: Parts, state: RunState, controller: Controller | None) -> None:
+def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_memory: int) -> None:
     """Wait for the last checkpoint and write the summary. Rank 0 alone."""
     parts.saver.finish()
     if parts.log is not None and controller is not None:
-        parts.log.finish(state, controller.final_position())
+        parts.log.finish(state, controller.final_position(), peak_memory)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most memory that this rank has held so far, in bytes: torch's on its GPU, or the whole process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def parts_of(
@@ -250,7 +260,9 @@ def _introduce(job: Job, found: Ingredients, environment: Mapping[str, Any], cor
     say(f"model    {job.model.name}: {model_line(found.model)}")
     say(f"update   {update_line(found.optimizer)}")
     say(f"batch    {batch_line(found.plan)}")
-    say("\n".join(["schedule", *stage_table(found.plan), *notes(found.plan, job.batch.micro == "auto", found.model)]))
+    say("\n".join([f"schedule {found.plan.fingerprint()}", *stage_table(found.plan)]))
+    for note in [*rule_notes(job, found.plan), *notes(found.plan, job.batch.micro == "auto", found.model)]:
+        say(note)
     say(f"folder   {job.run_folder}")
     for note in start_notes:
         say(f"note     {note}")

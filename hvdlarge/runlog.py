@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from hvdlarge.controller import Plan, Position
 from hvdlarge.exits import CannotSave, JobError
-from hvdlarge.introduction import growth_line
+from hvdlarge.introduction import duration, growth_line
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 
@@ -200,16 +200,15 @@ class RunLog:
 
     def decision(self, decision: Decision) -> None:
         """Record what was ordered for a step; the first step of a larger batch also says what it `grew_from`."""
-        grew: dict[str, int] = {}
-        if self._stage_batch not in (0, decision.stage_batch):
-            grew["grew_from"] = self._stage_batch
+        before = self._stage_batch
+        if before not in (0, decision.stage_batch):
             say(growth_line(self._plan, self._stage_batch, self._lr, decision))
         self._stage_batch, self._lr = decision.stage_batch, decision.lr
-        self._write(lambda: _write_line(self._files["decisions"], asdict(decision) | grew))
+        self._write(lambda: self._put("decisions", decision_line(decision, before)))
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
-        self._write(lambda: _write_line(self._files["metrics"], record))
+        self._write(lambda: self._put("metrics", json.dumps(_plain(record), allow_nan=False)))
         self._write(self._flush)
 
     @property
@@ -228,6 +227,9 @@ class RunLog:
         self._write(self._flush)
         self.check()
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def _put(self, name: str, line: str) -> None:
+        self._files[name].write(line + "\n")
 
     def _flush(self) -> None:
         for file in self._files.values():
@@ -264,7 +266,7 @@ class RunLog:
         say(
             f"epoch {clock.epoch(samples_seen):7.2f} of {clock.epochs:g} | "
             f"step {decision.step + 1:6d} | global batch {decision.global_batch:5d} | lr {decision.lr:.4g} | "
-            f"loss {loss:.4f}{accuracy} | {rate:,.0f} samples/s | {_duration(left)} left"
+            f"loss {loss:.4f}{accuracy} | {rate:,.0f} samples/s | {duration(left)} left"
         )
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
@@ -282,12 +284,13 @@ class RunLog:
         """Seconds of training, in all parts of the run."""
         return self._before_seconds + time.monotonic() - self._began
 
-    def finish(self, state: RunState, position: Position) -> None:
+    def finish(self, state: RunState, position: Position, peak_memory: int) -> None:
         """Write the summary and say how the run ended.
 
         Args:
             state: its results.
             position: behind the last step.
+            peak_memory: of the worker that needed most, in bytes.
 
         Raises:
             CannotSave: if it cannot be written.
@@ -307,6 +310,7 @@ class RunLog:
             "steps_left_out": state.skipped,
             "rollbacks": state.rolled_back,
             "train_seconds": seconds,
+            "peak_memory_bytes": peak_memory,
             "samples_per_second": position.samples_seen / seconds,
         }
         with self._told():
@@ -314,7 +318,7 @@ class RunLog:
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         say(
             f"done: {accuracy}loss {results['loss']:.4f} after {epoch:g} epochs, {position.step:,} steps and "
-            f"{_duration(seconds)} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
+            f"{duration(seconds)} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
 
     def close(self) -> None:
@@ -332,16 +336,17 @@ def _open_at(path: Path, offset: int) -> IO[str]:
     return file
 
 
-def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+def decision_line(decision: Decision, batch_before: int) -> str:
+    """A decision as a line of decisions.jsonl; the first step of a larger batch also says what it `grew_from`.
+
+    Args:
+        decision: of a step.
+        batch_before: the stage's batch of the step before it; 0 for the first step.
+    """
+    grew = {} if batch_before in (0, decision.stage_batch) else {"grew_from": batch_before}
+    return json.dumps(_plain(asdict(decision) | grew), allow_nan=False)
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with what is not finite as a word: JSON has no such numbers."""
     return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

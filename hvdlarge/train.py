@@ -29,7 +29,9 @@ from hvdlarge.comm.world import (
     open_tensors,
 )
 from hvdlarge.environment import shared_settings, versions
-from hvdlarge.job import Timeouts, read_job
+from hvdlarge.job import Timeouts
+from hvdlarge.job_file import read_job
+from hvdlarge.planning import UnknownSamples, plan_run, training_samples
 from hvdlarge.runlog import complain, say
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
     options = _parse(arguments, speaks=launch is None or launch.rank == 0)
+    if options.dry_run:
+        return _dry_run(options, launch)
     watchdog = Watchdog(0 if launch is None else launch.rank, _limits(options))
     watchdog.start()
     stop = StopRequest()
@@ -78,6 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         control.abort(exits.INTERNAL_ERROR)
 
 
+def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
+    """Print the job with every default written out; nothing is started, so every rank leaves with the same code by itself."""
+    speaks = launch is None or launch.rank == 0
+    try:
+        job = read_job(options.job, options.overrides)
+        with contextlib.suppress(UnknownSamples):  # then only the data could tell
+            plan_run(job, training_samples(job), 1 if launch is None else launch.size)
+    except exits.RunEnds as end:
+        if speaks:
+            complain(str(end))
+        return end.code
+    if speaks:
+        say(job.to_yaml().rstrip())
+    return exits.FINISHED
+
+
 def _let_lower_ranks_speak(rank: int) -> None:
     """Where many ranks fail alike, one message is enough: the lowest rank's. Its abort ends this one while it waits here."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # mpirun's way to end a rank, about a second after another one's abort
@@ -112,12 +132,13 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
     parser.add_argument("job", help="the job file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key of the job, e.g. lr.base=0.2")
     parser.add_argument("--fresh", action="store_true", help="begin anew; an earlier run of the folder is set aside")
+    parser.add_argument("--dry-run", action="store_true", help="print the job with every default, and start nothing")
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
     if speaks:
-        return parser.parse_args(arguments)
+        return parser.parse_intermixed_args(arguments)
     # One copy of a usage message is enough; the other ranks leave with the same code.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return parser.parse_args(arguments)
+        return parser.parse_intermixed_args(arguments)
 
 
 def _settle_environment(launch: Launch | None) -> dict[str, str]:

@@ -1,12 +1,16 @@
 """Reads a YAML text into plain values and remembers where each key stands.
 
-Numbers and booleans follow YAML 1.2: `1e-3` is a number, `on` and `no` are words, `010` is ten, a date is text. A key that
-stands twice, an alias, a tag and a second document are errors, because each of them is a mistake in a job file.
+Numbers and booleans follow YAML 1.2: `1e-3` is a number, `on` and `no` are words, a date is text. A key that stands twice, an
+alias, a tag, a second document and a number with a leading zero are errors, because each of them is a mistake in a job file.
+
+`${NAME}` and `${NAME:-default}` in a value stand for a variable of the environment, `$${` for `${` itself. A value without quotes
+then has the type of what stands there (`epochs: ${EPOCHS:-30}` is a number), one in quotes stays text.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +19,7 @@ import yaml
 Path = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 40
+_VARIABLE = re.compile(r"\$(\$\{)|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 
 class SourceError(Exception):
@@ -39,14 +44,20 @@ class Source:
         return self.lines.get(path)
 
 
-def read(text: bytes | str) -> Source:
+def read(text: bytes | str, environ: Mapping[str, str] | None = None) -> Source:
     """The values of one YAML document, with the line of each key.
 
+    Args:
+        text: the document.
+        environ: what `${NAME}` stands for.
+
     Raises:
-        SourceError: for anything that is not one plain document.
+        SourceError: for anything that is not one plain document, and for a variable that is not set and has no default.
 
     >>> read("lr: 1e-3").values
     {'lr': 0.001}
+    >>> read("{name: 'run-${JOB}', seed: 3}", {"JOB": "17"}).values
+    {'name': 'run-17', 'seed': 3}
     """
     if isinstance(text, bytes):
         if len(text) > _MAX_BYTES:
@@ -64,12 +75,15 @@ def read(text: bytes | str) -> Source:
                 return Source(None)
             lines: dict[Path, int] = {}
             _record(node, (), lines)
+            _fill_in(node, (), loader, environ or {})
             return Source(loader.construct_document(node), lines)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
+        if mark and re.search(r"\{.*\$\{", (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]):
+            what += "; inside { } a variable stands in quotes, or its key on a line of its own"
         raise SourceError(f"not valid YAML: {what}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise SourceError(f"not valid YAML: {' '.join(str(error).split())}") from None
@@ -115,6 +129,38 @@ def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
             _record(item, path + (number,), lines)
 
 
+def _fill_in(node: yaml.Node, path: Path, loader: _Loader, environ: Mapping[str, str]) -> None:
+    """Put the environment's values into the nodes of a document."""
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            _fill_in(value_node, (*path, key_node.value), loader, environ)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _fill_in(item, (*path, number), loader, environ)
+    elif isinstance(node, yaml.ScalarNode) and "${" in node.value:
+        try:
+            node.value = _VARIABLE.sub(lambda found: _value_of(found, environ), node.value)
+        except LookupError as error:
+            where = ".".join(map(str, path))
+            raise SourceError(f"{where}: {error.args[0]}" if where else error.args[0], node.start_mark.line + 1) from None
+        if node.style is None:  # not quoted: of the type that it would have had if it had been written here
+            node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+
+
+def _value_of(found: re.Match[str], environ: Mapping[str, str]) -> str:
+    escaped, name, default = found.groups()
+    if escaped:
+        return "${"
+    if name is None:
+        raise LookupError("a variable is written ${NAME} or ${NAME:-default}, and $${ stands for ${ itself")
+    value = environ.get(name) or default  # as in a shell, :- also stands in for one that is set to nothing
+    if value is None:
+        value = environ.get(name)
+    if value is None:
+        raise LookupError(f"the variable {name} is not set; ${{{name}:-default}} would give it a default")
+    return value
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the plain types of YAML 1.2 and no tags."""
 
@@ -135,6 +181,11 @@ _Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers.pop("\0")
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = node.value.lstrip("+")
+    if re.match("-?0[0-9]", text):
+        raise SourceError(
+            f"{node.value} begins with a zero: YAML 1.1 reads it as octal, YAML 1.2 as decimal; write it without the zero",
+            node.start_mark.line + 1,
+        )
     base = 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10
     try:
         return int(text, base)

@@ -1,11 +1,17 @@
 """Decay of the learning rate over a run.
 
 Formula:  constant: 1;   multistep: gamma^(marks reached);
-          polynomial: end + (1 − end)·(1 − x)^power,  x = (epoch − W) / (T − W), W = end of the first warmup, T = the run's
-          length (after_warmup: true, the reading of MLPerf and of the LEGW tables), or x = epoch / T (after_warmup: false)
+          with x = (epoch − W) / (T − W), W = end of the first warmup, T = the run's length (after_warmup: true, the reading of
+          MLPerf and of the LEGW tables), or W = 0 (after_warmup: false):
+          polynomial:  end + (1 − end)·(1 − x)^power;   cosine:  end + (1 − end)·(1 + cos πx) / 2
+          exponential: gamma^((epoch − W) / every_epochs)
+          one_cycle:   with p = peak: linear from start to 1 over x in [0, p], back to start over [p, 2p], then on to end
+                       over [2p, 1]; it holds its own warmup, so the job's must be none and W = 0
 Source:   polynomial, power 2: You, Gitman, Ginsburg, LARS (2017), Algorithm 1; multistep: AdaBatch (2017), where a baseline
-          decay of 0.375 and a batch doubling with linear scaling give the paper's factor 0.75.
-Contract: pure; read at the start of a step; 1 before it begins and never above 1.
+          decay of 0.375 and a batch doubling with linear scaling give the paper's factor 0.75; exponential: one of the
+          schedules that LEGW (2019) was tried with; cosine: Loshchilov and Hutter, SGDR (2017), equation 5 without restarts;
+          one_cycle: Smith and Topin, "Super-Convergence" (2018), section 3, "1cycle".
+Contract: pure; read at the start of a step; 1 before it begins (one_cycle: at its peak) and never above 1.
 """
 
 from __future__ import annotations
@@ -79,16 +85,117 @@ class PolynomialDecay:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.power) and self.power > 0):
             raise ValueError(f"power must be a positive number, got {self.power}")
-        if not 0 <= self.end_factor <= 1:
-            raise ValueError(f"end_factor must lie between 0 and 1, got {self.end_factor}")
+        _check_factor("end_factor", self.end_factor)
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
         """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs` (all in epochs)."""
-        begin = min(warmup_end, epochs) if self.after_warmup else 0.0
-        if epoch <= begin:
-            return 1.0
-        passed = min(1.0, (epoch - begin) / (epochs - begin))
+        passed = _passed(epoch, warmup_end if self.after_warmup else 0.0, epochs)
         return self.end_factor + (1.0 - self.end_factor) * (1.0 - passed) ** self.power
 
 
-Decay = ConstantDecay | MultistepDecay | PolynomialDecay
+@dataclass(frozen=True)
+class CosineDecay:
+    """Half a cosine wave from 1 to `end_factor` at the end of the run.
+
+    Args:
+        end_factor: the decay at the end of the run, in [0, 1].
+        after_warmup: measured from the end of the first warmup (True) or from the start of the run (False).
+
+    >>> decay = CosineDecay()
+    >>> [round(decay.factor(epoch, 10, 110), 9) for epoch in (10, 35, 60, 110)]
+    [1.0, 0.853553391, 0.5, 0.0]
+    """
+
+    policy: Literal["cosine"] = "cosine"
+    end_factor: float = 0.0
+    after_warmup: bool = True
+
+    def __post_init__(self) -> None:
+        _check_factor("end_factor", self.end_factor)
+
+    def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
+        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs` (all in epochs)."""
+        passed = _passed(epoch, warmup_end if self.after_warmup else 0.0, epochs)
+        return self.end_factor + (1.0 - self.end_factor) * 0.5 * (1.0 + math.cos(math.pi * passed))
+
+
+@dataclass(frozen=True)
+class ExponentialDecay:
+    """The rate is multiplied by `gamma` over each stretch of `every_epochs`, smoothly.
+
+    Args:
+        gamma: in (0, 1].
+        every_epochs: the stretch, in epochs.
+        after_warmup: measured from the end of the first warmup (True) or from the start of the run (False).
+
+    >>> decay = ExponentialDecay(gamma=0.5, every_epochs=2)
+    >>> [decay.factor(epoch, 1, 90) for epoch in (0, 1, 3, 5)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+
+    policy: Literal["exponential"] = "exponential"
+    gamma: float = 0.95
+    every_epochs: float = 1.0
+    after_warmup: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
+        if not (math.isfinite(self.every_epochs) and self.every_epochs > 0):
+            raise ValueError(f"every_epochs must be a positive number of epochs, got {self.every_epochs}")
+
+    def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
+        """The decay at `epoch`, for a first warmup that ends at `warmup_end` (both in epochs)."""
+        begin = warmup_end if self.after_warmup else 0.0
+        return self.gamma ** (max(0.0, epoch - begin) / self.every_epochs)
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """One rise and fall of the rate, then its annihilation: super-convergence's schedule.
+
+    Args:
+        peak: where the rate is highest, as a part of the run, in (0, 0.5].
+        start_factor: the rate at the start and at twice the peak, in (0, 1].
+        end_factor: the rate at the end of the run, in [0, start_factor].
+
+    >>> cycle = OneCycle(peak=0.4, start_factor=0.1, end_factor=0.001)
+    >>> [round(cycle.factor(epoch, 0, 100), 9) for epoch in (0, 20, 40, 60, 80, 90, 100)]
+    [0.1, 0.55, 1.0, 0.55, 0.1, 0.0505, 0.001]
+    """
+
+    policy: Literal["one_cycle"] = "one_cycle"
+    peak: float = 0.45
+    start_factor: float = 0.1
+    end_factor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak <= 0.5:
+            raise ValueError(f"peak must lie above 0 and not above 0.5 of the run, got {self.peak}")
+        if not 0 < self.start_factor <= 1:
+            raise ValueError(f"start_factor must be above 0 and at most 1, got {self.start_factor}")
+        if not 0 <= self.end_factor <= self.start_factor:
+            raise ValueError(f"end_factor must lie between 0 and start_factor ({self.start_factor}), got {self.end_factor}")
+
+    def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
+        """The factor at `epoch` of a run of `epochs` (both in epochs); `warmup_end` is 0, since the cycle is its own warmup."""
+        passed = _passed(epoch, 0.0, epochs)
+        if passed <= 2 * self.peak:
+            return 1.0 - (1.0 - self.start_factor) * abs(passed - self.peak) / self.peak
+        left = (1.0 - passed) / (1.0 - 2 * self.peak)
+        return self.end_factor + (self.start_factor - self.end_factor) * left
+
+
+Decay = ConstantDecay | MultistepDecay | ExponentialDecay | PolynomialDecay | CosineDecay | OneCycle
+
+
+def _passed(epoch: float, begin: float, epochs: float) -> float:
+    """The part of the way from `begin` to the end of the run that lies behind `epoch`, in [0, 1]."""
+    if epoch <= begin or begin >= epochs:
+        return 0.0
+    return min(1.0, (epoch - begin) / (epochs - begin))
+
+
+def _check_factor(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}")

@@ -6,8 +6,11 @@ Contract: pure; the stages, step counts and rates are those that the controller 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from hvdlarge.schedule.decay import OneCycle
 from hvdlarge.schedule.growth import Growth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
@@ -32,9 +35,18 @@ class StageOutline:
     full_rate: float  # epoch at which the rate has followed the batch
 
 
-def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule) -> list[StageOutline]:
-    """The stages of a run of `clock` that begins with `initial` samples an update; `base_batch` is where k = 1."""
-    stages: list[StageOutline] = []
+class Stretch(NamedTuple):
+    """One stretch of constant batch, and the rate of each of its steps."""
+
+    first_sample: int
+    steps: int
+    global_batch: int
+    starts: tuple[StageStart, ...]  # of the stages up to this one
+    lr: Callable[[int], float]  # of the step with this number within the stretch
+
+
+def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule) -> Iterator[Stretch]:
+    """The stretches of a run of `clock` that begins with `initial` samples an update; `base_batch` is where k = 1."""
     starts: list[StageStart] = []
     samples, total = 0, clock.total_samples
     while samples < total:
@@ -44,28 +56,50 @@ def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: R
         mark = growth.next_mark(initial, epoch)
         until = total if mark is None else min(total, clock.samples_until(mark))
         steps = -(-(until - samples) // batch)
-        begun, end = tuple(starts), min(total, samples + steps * batch)
 
-        def lr(step: int, begun: tuple[StageStart, ...] = begun, first: int = samples, batch: int = batch) -> float:
+        def lr(step: int, begun: tuple[StageStart, ...] = tuple(starts), first: int = samples, batch: int = batch) -> float:
             start = first + step * batch
             return rate.lr(begun, clock.epoch(start), clock.epoch(min(total, start + batch)), clock.epochs)
 
-        full_rate = full_rate_epoch(rate.warmup, starts)
-        peak = max(0, min(steps - 1, -(-(clock.samples_until(full_rate) - samples) // batch) - 1))
-        probes = {0, steps - 1, peak, *(number * (steps - 1) // _PROBES for number in range(_PROBES))}
+        yield Stretch(samples, steps, batch, tuple(starts), lr)
+        samples = min(total, samples + steps * batch)
+
+
+def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule) -> list[StageOutline]:
+    """The stages of a run; the arguments are those of `stretches`."""
+    stages: list[StageOutline] = []
+    for stretch in stretches(clock, base_batch, initial, growth, rate):
+        first, steps, batch = stretch.first_sample, stretch.steps, stretch.global_batch
+        end = min(clock.total_samples, first + steps * batch)
+        full_rate = full_rate_epoch(rate.warmup, stretch.starts)
+        turns = [full_rate, rate.decay.peak * clock.epochs] if isinstance(rate.decay, OneCycle) else [full_rate]
+        near = {-(-(clock.samples_until(turn) - first) // batch) + aside for turn in turns for aside in (-1, 0)}
+        probes = {0, steps - 1, *(number * (steps - 1) // _PROBES for number in range(_PROBES))}
         stages.append(
             StageOutline(
                 stage=len(stages),
-                start=epoch,
+                start=clock.epoch(first),
                 end=clock.epoch(end),
                 steps=steps,
                 global_batch=batch,
-                last_batch=end - samples - (steps - 1) * batch,
-                first_lr=lr(0),
-                highest_lr=max(lr(step) for step in probes),
-                last_lr=lr(steps - 1),
+                last_batch=end - first - (steps - 1) * batch,
+                first_lr=stretch.lr(0),
+                highest_lr=max(stretch.lr(step) for step in probes | {step for step in near if 0 <= step < steps}),
+                last_lr=stretch.lr(steps - 1),
                 full_rate=full_rate,
             )
         )
-        samples = end
     return stages
+
+
+def curve(
+    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule, points: int = 400
+) -> list[tuple[float, int, float]]:
+    """Epoch, global batch and rate of about `points` steps of each stage, in order, first and last among them."""
+    found = []
+    for stretch in stretches(clock, base_batch, initial, growth, rate):
+        steps = sorted({number * (stretch.steps - 1) // points for number in range(points + 1)})
+        for step in steps:
+            epoch = clock.epoch(stretch.first_sample + step * stretch.global_batch)
+            found.append((epoch, stretch.global_batch, stretch.lr(step)))
+    return found

@@ -36,7 +36,7 @@ def test_a_wrong_job_file(train, folder, kind, workers):
         ("model.args={widht: 3}", "do not fit"),
         ("data.name=nowhere:thing", "there is no module 'nowhere'"),
         ("optimizer.not_adapted=[encoder.*]", "matches no trainable parameter"),
-        ("epochs=0.0001", "has no sample in it"),
+        ("epochs=0.0001", "the warmup takes 0.5 epochs"),
         ("lr.bas=3", "unknown key 'lr.bas'"),
         ("lr.base", "not of the form key.sub=value"),
     ],

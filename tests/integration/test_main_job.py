@@ -1,14 +1,15 @@
 """The main job, end to end."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from comparing import read_lines
-from launching import MPIRUN, TRAIN
+from launching import MPIRUN, ROOT, TRAIN
 
-from hvdlarge.controller import Controller
-from hvdlarge.job import read_job
+from hvdlarge.job_file import parse_job, read_job
 
 
 def weights(folder, run):
@@ -28,14 +29,46 @@ def test_two_workers_by_horovodrun(train, folder):
     assert ended.out.count("done: accuracy") == 1
 
 
-def test_decisions_of_a_run_are_those_on_paper(train, folder):
-    assert train(2, "jobs/digits.yaml", "epochs=7").code == 0
-    job = read_job(str(folder / "jobs/digits.yaml"), ["epochs=7"])
-    paper = list(iter(Controller(job.plan(1437, 2)).decide, None))
-    lines = read_lines(folder / "runs/digits/decisions.jsonl")
-    assert [(line["step"], line["global_batch"], line["lr"], line["samples_seen"]) for line in lines] == [
-        (decision.step, decision.global_batch, decision.lr, decision.samples_seen) for decision in paper
-    ]
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.yaml")))
+def test_a_run_is_its_plan_step_by_step(train, start, folder, job):
+    """Every shipped job, on two workers: the decisions on paper are those of the run, byte for byte."""
+    ended = train(2, f"jobs/{job}")
+    assert ended.code == 0, ended.err
+    planned = start([sys.executable, "-m", "hvdlarge.plan", f"jobs/{job}", "--world-size", "2", "--decisions", "paper.jsonl"])
+    assert planned.code == 0, planned.err
+    run = folder / "runs" / Path(job).stem
+    assert (folder / "paper.jsonl").read_text() == (run / "decisions.jsonl").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    again = start([sys.executable, "-m", "hvdlarge.plan", f"jobs/{job}", "--world-size", "2", "--json", "--measured", str(run)])
+    paper = json.loads(again.out)
+    assert (paper["steps"], paper["samples"], paper["growths"]) == (summary["steps"], summary["samples_seen"], summary["growths"])
+    assert paper["peak_memory_bytes"] == summary["peak_memory_bytes"] > 50e6
+    assert f"schedule {paper['fingerprint']}" in ended.out
+    assert summary["accuracy"] >= 0.97
+
+
+def test_a_dry_run_prints_the_job_and_starts_nothing(train, folder):
+    for workers in (None, 3):
+        ended = train(workers, "jobs/digits.yaml", "--dry-run", "seed=7")
+        assert ended.code == 0, ended.err
+        assert parse_job(ended.out, "printed") == read_job(str(folder / "jobs/digits.yaml"), ["seed=7"])
+    assert not (folder / "runs").exists()
+    ended = train(3, "jobs/digits.yaml", "--dry-run", "reduction=exact")
+    assert (ended.code, len(ended.errors)) == (2, 1)
+
+
+def test_train_and_plan_refuse_in_the_same_words(train, start, folder):
+    ran = train(3, "jobs/digits.yaml", "reduction=exact")
+    planned = start([sys.executable, "-m", "hvdlarge.plan", "jobs/digits.yaml", "reduction=exact", "--world-size", "3"])
+    assert ran.code == planned.code == 2
+    assert ran.errors == planned.errors == ["hvdlarge: error: reduction: exact needs 1, 2, 4, 8, … workers, not 3"]
+    assert not (folder / "runs").exists()
+
+
+def test_data_of_another_size_than_the_job_says_are_refused(train):
+    ended = train(2, "jobs/digits.yaml", "data.samples=1000")
+    assert ended.code == 2
+    assert "data.samples is 1,000, but the training set of digits has 1,437 samples" in ended.err
 
 
 def test_float64_weights_are_those_of_the_job_and_not_of_the_workers(train, folder):
@@ -58,12 +91,6 @@ def test_sixteen_workers_on_few_cores(train, folder):
     assert ended.code == 0, ended.err
     assert json.loads((folder / "runs/digits/summary.json").read_text())["world_size"] == 16
     assert "256 = 16 × 1 × 16" in ended.out
-
-
-def test_the_row_lstm_with_legw(train, folder):
-    ended = train(2, "jobs/digits_lstm.yaml")
-    assert ended.code == 0, ended.err
-    assert json.loads((folder / "runs/digits_lstm/summary.json").read_text())["accuracy"] >= 0.97
 
 
 def test_the_run_folder_says_what_ran(train, folder):

@@ -10,8 +10,9 @@ from hvdlarge.comm.solo import SoloControl, SoloTensors
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.exits import JobError
-from hvdlarge.job import parse_job
+from hvdlarge.job_file import parse_job
 from hvdlarge.loop import gather, train
+from hvdlarge.planning import plan_run
 from hvdlarge.run import Ingredients, Worker, join, parts_of
 from hvdlarge.run_state import RunState
 from hvdlarge.stopping import StopRequest
@@ -49,7 +50,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     """Train a job on 203 digits; returns the weights and the results."""
     train_set, test_set = assembly.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
-    plan = assembly.plan_run(job, len(small), control.size)
+    plan = plan_run(job, len(small), control.size)
     cpu = torch.device("cpu")
     model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, cpu)
     found = Ingredients(cpu, small, wrap(test_set), {}, plan, model, loss, optimizer)
@@ -84,7 +85,7 @@ def distance(ours, theirs):
         ["optimizer={name: sgd}", "lr.base=0.02"],
         ["model={name: row_lstm}", "lr.base=2"],
         ["model={name: mlp, args: {dropout: 0.5}}"],
-        ["epochs=0.05"],
+        ["epochs=0.05", "lr.warmup.epochs=0.02"],
     ],
     ids=lambda changes: " ".join(changes) or "as it stands",
 )

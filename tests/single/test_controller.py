@@ -8,9 +8,10 @@ import pytest
 
 from hvdlarge.comm.solo import SoloControl
 from hvdlarge.controller import Controller, DecisionFeed, Plan, Position
-from hvdlarge.introduction import growth_line, stage_table, stages_of
-from hvdlarge.job import read_job
-from hvdlarge.schedule.decay import MultistepDecay, PolynomialDecay
+from hvdlarge.introduction import growth_line, stage_table
+from hvdlarge.job_file import read_job
+from hvdlarge.planning import stages_of
+from hvdlarge.schedule.decay import CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
@@ -42,6 +43,9 @@ PLANS = {
     "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
     "growth too small for the rounding at first": make_plan(initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)),
     "no warmup": make_plan(rate=RateSchedule(1, "linear", NoWarmup())),
+    "one cycle": make_plan(rate=RateSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
+    "cosine": make_plan(rate=RateSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
+    "exponential": make_plan(rate=RateSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))),
     "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
     "digits_lstm.yaml": read_job("jobs/digits_lstm.yaml").plan(1437, 2),
 }

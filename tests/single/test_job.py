@@ -1,9 +1,15 @@
 """The job file: what is accepted, what every mistake is answered with."""
 
-import pytest
+import json
 
+import jsonschema
+import pytest
+from launching import ROOT
+
+from hvdlarge import yaml_source
 from hvdlarge.exits import JobError
-from hvdlarge.job import parse_job, read_job
+from hvdlarge.job_file import parse_job, read_job
+from hvdlarge.job_schema import job_schema
 from hvdlarge.schedule.growth import AdaBatchGrowth
 from hvdlarge.schedule.warmup import LegwWarmup
 
@@ -119,3 +125,139 @@ def test_files_that_cannot_be_read(tmp_path):
         read_job(str(tmp_path / "none.yaml"))
     with pytest.raises(JobError, match="cannot be read"):
         read_job(str(tmp_path))
+
+
+# --- combinations that cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["batch.micro=64"], "batch.micro: a micro-batch of 64 samples is more than the first global batch of 32"),
+        (["lr.warmup.epochs=4"], "lr.warmup.epochs: the warmup takes 4 epochs (4 × 1, the first batch over the base batch)"),
+        (["batch.initial=320", "lr.warmup.epochs=0.4"], "takes 4 epochs (0.4 × 10,"),
+        (["lr.warmup={policy: linear, epochs: 500}"], "the warmup takes 500 epochs, the run has 3; it is given in epochs, not in steps"),
+        (["lr.decay={policy: multistep, milestones: [1, 2, 3]}"], "lr.decay.milestones: 3 is not before the end of the run at epoch 3"),
+        (["batch.growth={policy: adabatch, at_epochs: [1, 30, 60]}"], "batch.growth.at_epochs: 30, 60 is not before the end"),
+        (["lr.decay={policy: one_cycle}"], "lr.warmup: one_cycle is its own warmup"),
+    ],
+)  # fmt: skip
+def test_impossible_combinations_are_refused(changes, message):
+    with pytest.raises(JobError) as raised:
+        parse_job(GOOD, "job.yaml", changes)
+    assert message in str(raised.value)
+    assert "command line: " in str(raised.value) or "job.yaml:11: " in str(raised.value)
+
+
+def test_all_impossible_combinations_are_told_at_once():
+    with pytest.raises(JobError, match="3 problems"):
+        parse_job(GOOD, "job.yaml", ["batch.micro=64", "lr.warmup.epochs=4", "lr.decay={policy: multistep, milestones: [5]}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("deterministic=on", "write true"), ("deterministic=no", "write false"), ("epochs='3'", "write 3, without quotes"),
+        ("epochs=1_000", "write 1000, without quotes"), ("epochs=90 epochs", "the unit is in the key's name"),
+        ("name=17", "put it in quotes"), ("lr=0.1", "lr is 0.1: it must be a section with the keys base, scaling"),
+        ("lr.decay=cosine", "with a policy or name, one of constant, cosine"), ("optimizer=sgd", "one of lars, sgd"),
+    ],
+)  # fmt: skip
+def test_hints_for_what_was_perhaps_meant(change, message):
+    with pytest.raises(JobError) as raised:
+        parse_job(GOOD, "job.yaml", [change])
+    assert message in str(raised.value)
+
+
+def test_the_optimizer_may_leave_out_its_name():
+    assert parse_job(GOOD + "optimizer: {momentum: 0.8}\n", "job.yaml").optimizer.name == "lars"
+
+
+# --- files that extend others
+
+
+def extended(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return lambda *overrides: read_job(str(folder / "job.yaml"), overrides)
+
+
+def test_a_file_changes_some_keys_of_another(tmp_path):
+    read = extended(tmp_path, base=GOOD, job="extends: base.yaml\nname: other\nbatch: {base: 64}\nlr: {base: 0.2}\n")
+    job = read("seed=5")
+    assert (job.name, job.batch.base, job.batch.micro, job.lr.base, job.lr.warmup.epochs) == ("other", 64, 16, 0.2, 0.2)
+    assert (job.batch.growth.max, job.seed) == (512, 5)
+
+
+def test_a_section_of_another_kind_replaces_the_whole(tmp_path):
+    read = extended(
+        tmp_path,
+        base=GOOD + "optimizer: {name: lars, trust_coefficient: 0.01}\n",
+        job="extends: base.yaml\nbatch: {growth: {policy: none}}\nmodel: {name: mlp}\noptimizer: {name: sgd}\n",
+    )
+    assert (read().batch.growth.policy, read().model.name, read().optimizer.name) == ("none", "mlp", "sgd")
+
+
+def test_chains_of_files_and_folders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/middle.yaml").write_text("extends: ../base.yaml\nseed: 1\nepochs: 4\n")
+    assert extended(tmp_path, base=GOOD, job="extends: deep/middle.yaml\nseed: 2\n")().epochs == 4
+    assert extended(tmp_path, base=GOOD, job="extends: deep/middle.yaml\nseed: 2\n")().seed == 2
+
+
+def test_a_problem_is_told_with_the_file_that_it_stands_in(tmp_path):
+    read = extended(tmp_path, base=GOOD.replace("epochs: 3", "epochs: 0"), job="extends: base.yaml\nlr: {bas: 3}\n")
+    with pytest.raises(JobError) as raised:
+        read()
+    assert f"{tmp_path}/base.yaml:2: epochs is 0" in str(raised.value)
+    assert f"{tmp_path}/job.yaml:2: unknown key 'lr.bas'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: job.yaml\n", "comes back to itself"), ("extends: a.yaml\n", "comes back to itself"),
+        ("extends: none.yaml\n", "no such file to extend"), ("extends: 3\n", "extends is 3: it names another job file"),
+        ("extends: ~\n", "extends is null"), ("extends: empty.yaml\n", "empty.yaml: the job file is empty"),
+        ("extends: .\n", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_extended(tmp_path, text, message):
+    read = extended(tmp_path, a="extends: job.yaml\n", empty="", job=text)
+    with pytest.raises(JobError) as raised:
+        read()
+    assert message in str(raised.value)
+
+
+def test_variables_of_the_environment_are_filled_in(monkeypatch):
+    monkeypatch.setenv("JOB_EPOCHS", "7")
+    monkeypatch.delenv("JOB_LR", raising=False)
+    text = GOOD.replace("epochs: 3\n", "epochs: ${JOB_EPOCHS}\n").replace("1e-1", "${JOB_LR:-0.25}")
+    job = parse_job(text, "job.yaml", ["name=run-${JOB_EPOCHS}"])
+    assert (job.epochs, job.lr.base, job.name) == (7, 0.25, "run-7")
+    with pytest.raises(JobError, match=r"job.yaml:10: lr.base: the variable JOB_LR is not set"):
+        parse_job(text.replace(":-0.25", ""), "job.yaml")
+
+
+# --- the schema for editors
+
+
+def test_the_schema_in_the_repository_is_the_one_of_the_code():
+    assert json.loads((ROOT / "jobs/job.schema.json").read_text()) == job_schema(), (
+        "write it anew: python -m hvdlarge.plan --schema > jobs/job.schema.json"
+    )
+
+
+def test_the_schema_takes_jobs_and_refuses_mistakes():
+    jsonschema.Draft202012Validator.check_schema(job_schema())
+    check = jsonschema.Draft202012Validator(job_schema())
+    for path in sorted((ROOT / "jobs").glob("*.yaml")):
+        check.validate(yaml_source.read(path.read_bytes()).values)
+    good = yaml_source.read(GOOD).values
+    check.validate(good)
+    check.validate(good | {"epochs": "${EPOCHS:-3}", "deterministic": "${D}"})
+    check.validate({"extends": "base.yaml", "seed": 3})
+    check.validate(good | {"optimizer": {"momentum": 0.5}})
+    for wrong in ({"epochs": "3"}, {"epochz": 3}, {"lr": 0.1}, {"batch": {"base": 0, "micro": 1}}, {"optimizer": {"name": "x"}}):
+        assert list(check.iter_errors(good | wrong)), wrong
+    assert list(check.iter_errors({"seed": 3}))

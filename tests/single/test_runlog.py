@@ -5,7 +5,7 @@ import pytest
 
 from hvdlarge.controller import Controller, Position
 from hvdlarge.exits import JobError
-from hvdlarge.job import read_job
+from hvdlarge.job_file import read_job
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import FolderLock, RunLog, holds_run, make_folder, set_aside, write_documents
 
@@ -32,7 +32,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     for decision in decisions:
         log.decision(decision)
     log.metrics({"step": 0, "loss": 1.0})
-    log.finish(RunState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan))
+    log.finish(RunState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000)
     log.close()
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {

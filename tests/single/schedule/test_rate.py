@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hvdlarge.schedule.decay import ConstantDecay, MultistepDecay, PolynomialDecay
+from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import AdaBatchGrowth
 from hvdlarge.schedule.rate import RateSchedule
 from hvdlarge.schedule.scaling import scale
@@ -190,3 +190,69 @@ def test_a_rate_that_is_none_is_refused(base):
 def test_a_decay_that_is_none_is_refused(gamma):
     with pytest.raises(ValueError, match="gamma"):
         MultistepDecay(gamma=gamma, every_epochs=1)
+
+
+# --- the other decays
+
+
+DECAYS = {
+    "constant": ConstantDecay(),
+    "multistep": MultistepDecay(gamma=0.3, every_epochs=7),
+    "exponential": ExponentialDecay(gamma=0.9, every_epochs=1.5),
+    "exponential from the start": ExponentialDecay(gamma=0.9, after_warmup=False),
+    "polynomial": PolynomialDecay(power=1.7, end_factor=0.01),
+    "polynomial from the start": PolynomialDecay(after_warmup=False),
+    "cosine": CosineDecay(end_factor=0.02),
+    "cosine from the start": CosineDecay(after_warmup=False),
+}
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+def test_a_decay_never_rises_and_stays_between_0_and_1(decay):
+    factors = [decay.factor(epoch / 50, 2.0, 30.0) for epoch in range(1501)]
+    assert all(0 <= after <= before <= 1 for before, after in itertools.pairwise(factors))
+    if getattr(decay, "after_warmup", True):
+        assert decay.factor(2.0, 2.0, 30.0) == 1.0
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("warmup", [LinearWarmup(epochs=2), LegwWarmup(epochs=0.5)], ids=["linear", "legw"])
+def test_the_rate_is_continuous_where_the_warmup_ends(decay, warmup):
+    rate, begun = RateSchedule(1.0, "sqrt", warmup, decay), stages((0, 4))
+    before, after = (rate.lr(begun, at, at, 30.0) for at in (2.0 - 1e-9, 2.0 + 1e-9))
+    assert before == pytest.approx(after, rel=1e-7)
+
+
+def test_the_decays_against_independent_forms():
+    """exp and log in place of powers, a sine in place of the cosine."""
+    for epoch in (2.0, 3.7, 11.1, 29.9, 30.0):
+        exponential = math.exp(math.log(0.9) * (epoch - 2) / 1.5)
+        assert DECAYS["exponential"].factor(epoch, 2.0, 30.0) == pytest.approx(exponential, rel=EXACT)
+        cosine = 0.02 + 0.98 * math.sin(math.pi / 2 * (1 - (epoch - 2) / 28)) ** 2
+        assert DECAYS["cosine"].factor(epoch, 2.0, 30.0) == pytest.approx(cosine, rel=EXACT)
+
+
+def test_one_cycle_rises_falls_and_fades():
+    cycle = OneCycle(peak=0.3, start_factor=0.1, end_factor=0.001)
+    factors = [cycle.factor(epoch / 100, 0.0, 10.0) for epoch in range(1001)]
+    peak = factors.index(max(factors))
+    assert (peak, factors[0], factors[peak], factors[2 * peak], factors[-1]) == (
+        300, pytest.approx(0.1), 1.0, pytest.approx(0.1), pytest.approx(0.001),
+    )  # fmt: skip
+    assert all(after >= before for before, after in itertools.pairwise(factors[: peak + 1]))
+    assert all(after <= before for before, after in itertools.pairwise(factors[peak:]))
+    assert max(abs(after - before) for before, after in itertools.pairwise(factors)) < 0.005
+    assert OneCycle(peak=0.5, start_factor=0.1, end_factor=0.1).factor(10.0, 0.0, 10.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ExponentialDecay(gamma=0), lambda: ExponentialDecay(gamma=1.1), lambda: ExponentialDecay(every_epochs=0),
+        lambda: CosineDecay(end_factor=-0.1), lambda: CosineDecay(end_factor=2), lambda: OneCycle(peak=0),
+        lambda: OneCycle(peak=0.6), lambda: OneCycle(start_factor=0), lambda: OneCycle(start_factor=0.1, end_factor=0.2),
+    ],
+)  # fmt: skip
+def test_values_that_no_decay_can_follow_are_refused(make):
+    with pytest.raises(ValueError, match="must"):
+        make()

@@ -1,0 +1,47 @@
+"""What the values of a job must be to each other; each alone is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hvdlarge.job import Job
+
+Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
+
+
+def impossible(job: Job) -> Iterator[Problem]:
+    """Every combination of values that cannot be meant, with the key to look at first."""
+    yield from _batch(job)
+    yield from _warmup(job)
+    decay, growth = job.lr.decay, job.batch.growth
+    if decay.policy == "multistep":
+        yield from _past_the_end(("lr", "decay", "milestones"), decay.milestones, job.epochs)
+    if growth.policy == "adabatch":
+        yield from _past_the_end(("batch", "growth", "at_epochs"), growth.at_epochs, job.epochs)
+
+
+def _batch(job: Job) -> Iterator[Problem]:
+    micro, first = job.batch.micro, job.batch.first
+    if micro != "auto" and micro > first:
+        yield ("batch", "micro"), f"a micro-batch of {micro} samples is more than the first global batch of {first}"
+
+
+def _warmup(job: Job) -> Iterator[Problem]:
+    warmup = job.lr.warmup
+    if job.lr.decay.policy == "one_cycle" and warmup.policy != "none":
+        yield ("lr", "warmup"), "one_cycle is its own warmup: leave lr.warmup out, or set its policy to none"
+    k = job.batch.first / job.batch.base
+    length = warmup.length(k)
+    if length > job.epochs:
+        by_rule = f" ({warmup.epochs:g} × {k:g}, the first batch over the base batch)" if warmup.policy == "legw" else ""
+        yield (
+            ("lr", "warmup", "epochs"),
+            f"the warmup takes {length:g} epochs{by_rule}, the run has {job.epochs:g}; it is given in epochs, not in steps",
+        )
+
+
+def _past_the_end(key: tuple[str, ...], marks: Sequence[float] | None, epochs: float) -> Iterator[Problem]:
+    late = [mark for mark in marks or () if mark >= epochs]
+    if late:
+        shown = ", ".join(f"{mark:g}" for mark in late)
+        yield key, f"{shown} is not before the end of the run at epoch {epochs:g}; marks are given in epochs, not in steps"

@@ -1,0 +1,172 @@
+"""The run on paper: its figures against the controller's, what it refuses, and the door that prints it."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+from launching import ROOT
+
+from hvdlarge.controller import Controller
+from hvdlarge.data.datasets import digits
+from hvdlarge.data.sizes import TRAINING_SAMPLES
+from hvdlarge.exits import JobError
+from hvdlarge.job_file import parse_job, read_job
+from hvdlarge.plan import main
+from hvdlarge.planning import checkpoints_of, curve_of, on_paper, plan_run, stages_of
+from hvdlarge.schedule.progress import marks_reached
+
+IMAGENET = """\
+name: imagenet
+epochs: 90
+data: {name: "mine:imagenet", samples: 1281167}
+model: {name: "mine:resnet50"}
+batch: {base: 1024, initial: 32768, micro: 64}
+lr: {base: 5.656854249492381, scaling: sqrt, warmup: {policy: legw, epochs: 0.3125}, decay: {policy: polynomial}}
+optimizer: {weight_decay: 1e-4}
+"""
+SHIPPED = sorted(path.name for path in (ROOT / "jobs").glob("*.yaml"))
+
+
+def test_the_built_in_data_sets_have_the_sizes_that_a_plan_counts_with():
+    assert {"digits": len(digits()[0])} == TRAINING_SAMPLES
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_paper_holds_the_sums_of_the_controllers_decisions(name, world_size):
+    job = read_job(str(ROOT / "jobs" / name))
+    plan = plan_run(job, 1437, world_size)
+    paper, decisions = on_paper(job, plan, None), list(iter(Controller(plan).decide, None))
+    assert paper["steps"] == len(decisions)
+    assert paper["samples"] == sum(decision.global_batch for decision in decisions)
+    for row, (_, group) in zip(paper["stages"], itertools.groupby(decisions, lambda decision: decision.stage), strict=True):
+        steps = list(group)
+        assert (row["steps"], row["samples"]) == (len(steps), sum(decision.global_batch for decision in steps))
+        assert (row["lr_first"], row["lr_last"]) == (steps[0].lr, steps[-1].lr)
+
+
+@pytest.mark.parametrize("cadence", ["{every_epochs: 1}", "{every_epochs: 0.7}", "{every_epochs: 0.01}", "{every_steps: 7}",
+    "{every_steps: 1}", "{every_epochs: 0.5, every_steps: 10}", "{every_epochs: 0.02, every_steps: 3}", "{every_minutes: 1}"])  # fmt: skip
+def test_checkpoints_are_counted_as_the_run_writes_them(cadence):
+    job = read_job(str(ROOT / "jobs/digits.yaml"), [f"checkpoint={cadence}", "epochs=13.3"])
+    plan = plan_run(job, 1437, 2)
+    written = dict.fromkeys(range(len(stages_of(plan))), 0)
+    for decision in iter(Controller(plan).decide, None):
+        epochs = [plan.clock.epoch(decision.samples_seen + more) for more in (0, decision.global_batch)]
+        every = job.checkpoint.epochs
+        due = decision.is_last or (every and marks_reached(epochs[1], every, None) > marks_reached(epochs[0], every, None))
+        steps = job.checkpoint.every_steps
+        written[decision.stage] += bool(due or (steps and (decision.step + 1) % steps == 0))
+    assert checkpoints_of(job.checkpoint, stages_of(plan), plan.clock) == list(written.values())
+
+
+def test_the_curve_goes_through_the_controllers_decisions():
+    plan = plan_run(read_job(str(ROOT / "jobs/digits.yaml")), 1437, 2)
+    decided = {decision.epoch: (decision.global_batch, decision.lr) for decision in iter(Controller(plan).decide, None)}
+    points = curve_of(plan)
+    assert len(points) > 300
+    assert points == sorted(points)
+    for epoch, batch, lr in points[:-1]:
+        assert decided[epoch] == (batch, lr)
+
+
+def test_the_fingerprint_is_the_schedules_and_not_the_clusters():
+    job = read_job(str(ROOT / "jobs/digits.yaml"))
+    prints = {plan_run(job, 1437, workers).fingerprint() for workers in (1, 2, 64)}
+    assert len(prints) == 1
+    other = read_job(str(ROOT / "jobs/digits.yaml"), ["lr.base=4.000001"])
+    assert plan_run(other, 1437, 1).fingerprint() not in prints
+    assert dataclasses.replace(plan_run(job, 1437, 1), micro_batch=8).fingerprint() not in prints
+
+
+def test_imagenet_comes_out_as_legw_says():
+    paper = on_paper(parse_job(IMAGENET, "imagenet"), plan_run(parse_job(IMAGENET, "imagenet"), 1281167, 64), None)
+    assert (paper["steps"], paper["steps_at_the_base_batch"], paper["warmup_epochs"]) == (3519, 112603, 10.0)
+    assert paper["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
+    assert paper["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"
+
+
+@pytest.mark.parametrize("world_size", [64, 4096])
+def test_the_door_needs_no_torch_horovod_or_mpi(world_size, tmp_path):
+    (tmp_path / "imagenet.yaml").write_text(IMAGENET)
+    blocked = (
+        "import sys\n"
+        "for name in ('torch', 'horovod', 'mpi4py'): sys.modules[name] = None\n"
+        "from hvdlarge.plan import main\n"
+        f"sys.exit(main(['imagenet.yaml', '--world-size', '{world_size}', '--json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    paper = json.loads(done.stdout)
+    assert (paper["world_size"], paper["steps"]) == (world_size, 3519)
+    assert paper["stages"][0]["idle_workers"] == max(0, world_size - 512)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.yaml"], "no such job file"),
+        ([], "name a job file"),
+        (["JOB", "--world-size", "0"], "at least one worker"),
+        (["JOB", "--samples", "0"], "at least one sample"),
+        (["JOB", "reduction=exact", "--world-size", "3"], "exact needs 1, 2, 4, 8"),
+        (["JOB", "data.name=mine:data"], "data.samples: a plan does not load mine:data"),
+        (["JOB", "lr.bas=3"], "unknown key 'lr.bas'"),
+        (["JOB", "--measured", "nowhere"], "not the folder of a finished run"),
+        (["JOB", "--plot", "nowhere/there.png"], "--plot"),
+        (["JOB", "--plot", "there.abc"], "--plot"),
+        (["JOB", "--decisions", "nowhere/there"], "--decisions"),
+        (["JOB", "epochs=1e18"], "longer than can be counted"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, message, capsys):
+    assert main([str(ROOT / "jobs/digits.yaml") if word == "JOB" else word for word in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_in_words_and_side_by_side(capsys):
+    arguments = [str(ROOT / "jobs/digits.yaml"), "--world-size", "2", "--compare", str(ROOT / "jobs/digits_lstm.yaml")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "512 = 16 × 16 × 2" in said
+    assert "524, 2.57 × fewer than the 1,348 of a fixed batch of 32" in said
+    assert "model.name                   convnet           row_lstm" in said
+
+
+def test_a_plan_is_drawn(tmp_path):
+    job = str(ROOT / "jobs/digits.yaml")
+    for name, begins in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml"), ("plan.pdf", b"%PDF")):
+        assert main([job, "--plot", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_figures_of_a_measured_run_give_time_memory_and_disk(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    summary = {"samples_per_second": 4000.0, "world_size": 2, "peak_memory_bytes": 300 * 2**20}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "job.resolved.yaml").write_text("batch: {micro: 16}\n")
+    (run / "checkpoints/last.pt").write_bytes(bytes(2**20))
+    assert main([str(ROOT / "jobs/digits.yaml"), "--world-size", "4", "--measured", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "300 MiB a worker, as measured with micro-batches of 16" in said
+    assert "4.0 MiB for 3 checkpoints and the best" in said
+    job = read_job(str(ROOT / "jobs/digits.yaml"))
+    seconds = sum(-(-decision.global_batch // 64) * 16 / 2000 for decision in iter(Controller(job.plan(1437, 4)).decide, None))
+    assert main([str(ROOT / "jobs/digits.yaml"), "--world-size", "4", "--measured", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(seconds, rel=0.01)
+    assert main([str(ROOT / "jobs/digits.yaml"), "batch.micro=8", "--measured", str(run)]) == 0
+    assert "not measured with this micro-batch" in capsys.readouterr().out
+
+
+def test_what_cannot_run_is_refused():
+    job = parse_job(IMAGENET, "imagenet", ["epochs=1e-9", "lr.warmup={policy: none}"])
+    with pytest.raises(JobError, match="has no sample in it"):
+        plan_run(job, 1281167, 1)
+    with pytest.raises(JobError, match="the rate is inf in stage 0"):
+        plan_run(parse_job(IMAGENET, "imagenet", ["lr.base=1e308", "lr.scaling=linear"]), 1281167, 1)
+    with pytest.raises(JobError, match="not 3"):
+        plan_run(read_job(str(ROOT / "jobs/digits.yaml"), ["reduction=exact"]), 1437, 3)
