@@ -1,0 +1,198 @@
+"""The doctor on this machine as it is, and on set-ups that are broken on purpose: each names its cure."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import MPIRUN, environment
+
+DOCTOR = [sys.executable, "-m", "hvdlarge.doctor"]
+BUILD = "docker/install-horovod.sh python"
+# Packages named in HIDE are not there, as far as any import can tell.
+HIDING = """
+import os, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in os.environ.get("HIDE", "").split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+@pytest.fixture
+def doctor(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(HIDING)
+
+    def examine(before=(), **environ):
+        site = f"{tmp_path / 'site'}{os.pathsep}{environ.pop('PYTHONPATH', '')}"
+        done = subprocess.run(
+            [*before, *DOCTOR, "--json"],
+            cwd=tmp_path,
+            env=environment(PYTHONPATH=site, **environ),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        report = json.loads(done.stdout[done.stdout.index("{") :])
+        found = {finding["name"]: finding for finding in report["findings"]}
+        assert done.returncode == (3 if any(finding["level"] == "error" for finding in found.values()) else 0), done.stderr
+        return found
+
+    return examine
+
+
+def test_nothing_stands_in_the_way_here(doctor):
+    found = doctor()
+    assert not [finding for finding in found.values() if finding["level"] == "error"]
+    assert found["a trial of 2 workers"]["text"] == "Horovod and MPI both see 2"
+    assert found["Horovod"]["text"].startswith("built with mpi")
+
+
+def test_in_words(tmp_path):
+    done = subprocess.run(DOCTOR, cwd=tmp_path, env=environment(HOROVOD_ELASTIC="1"), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 3
+    assert "ERROR    HOROVOD_ELASTIC: elastic Horovod is not supported" in done.stdout
+    assert "mend it: python -m hvdlarge.launch -np N job.yaml" in done.stdout
+    assert "1 in the way of a run" in done.stdout
+
+
+def test_under_a_launcher_one_worker_reports_on_that_launch(doctor):
+    found = doctor([*MPIRUN, "-np", "3"])
+    assert found["3 workers by Open MPI"]["text"] == "Horovod and MPI both see 3"
+
+
+@pytest.mark.parametrize("before", [[], [*MPIRUN, "-np", "2"]], ids=["alone", "launcher without Horovod"])
+def test_1_horovod_is_missing(doctor, before):
+    found = doctor(before, HIDE="horovod")
+    assert found["Horovod"]["level"] == "error"
+    assert "is not installed" in found["Horovod"]["text"]
+    assert found["Horovod"]["cure"] == BUILD
+
+
+def test_2_mpi4py_is_missing(doctor):
+    found = doctor(HIDE="mpi4py")
+    assert "No module named 'mpi4py'" in found["mpi4py"]["text"]
+    assert found["mpi4py"]["cure"] == BUILD
+
+
+def test_3_torch_is_missing(doctor):
+    found = doctor(HIDE="torch")
+    assert "No module named 'torch'" in found["torch"]["text"]
+    assert found["torch"]["cure"] == "python -m pip install torch"
+    assert "Horovod" not in found
+
+
+def test_everything_is_missing(doctor):
+    found = doctor(HIDE="torch horovod mpi4py numpy", PATH=str(Path(sys.executable).parent))
+    assert {name for name, finding in found.items() if finding["level"] == "error"} == {"torch", "mpi4py"}
+
+
+@pytest.fixture
+def own_horovod(tmp_path):
+    """A copy of Horovod that comes before the installed one, to be broken."""
+    import horovod
+
+    shutil.copytree(Path(horovod.__file__).parent, tmp_path / "own/horovod")
+    return tmp_path / "own/horovod"
+
+
+def test_4_horovod_was_built_with_another_torch(doctor, own_horovod):
+    record = own_horovod / "metadata.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"pytorch": "2.5.1"}))
+    found = doctor(PYTHONPATH=str(own_horovod.parent))
+    assert "was built with torch 2.5.1, here is 2." in found["Horovod"]["text"]
+    assert found["Horovod"]["cure"] == BUILD
+
+
+def test_5_horovod_was_installed_without_its_torch_part(doctor, own_horovod):
+    for library in (own_horovod / "torch").glob("mpi_lib*.so"):
+        library.unlink()
+    found = doctor(PYTHONPATH=str(own_horovod.parent))
+    assert found["Horovod"]["text"] == "was installed without its torch part"
+    assert found["Horovod"]["cure"] == BUILD
+
+
+def test_6_horovods_library_misses_a_symbol_of_torch(doctor, own_horovod):
+    """As after a change of torch: one name that Horovod wants of torch is given another spelling."""
+    (library,) = (own_horovod / "torch").glob("mpi_lib*.so")
+    wanted = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()
+    name = next(word for word in wanted if word.startswith("_ZN2at")).encode()
+    content = library.read_bytes()
+    at = content.index(b"\0" + name + b"\0") + 1
+    library.write_bytes(content[:at] + name.replace(b"_ZN2at", b"_ZN2aX") + content[at + len(name) :])
+    found = doctor(PYTHONPATH=str(own_horovod.parent))
+    assert "was built against another torch" in found["Horovod"]["text"]
+    assert found["Horovod"]["cure"] == BUILD
+
+
+def test_7_mpirun_is_missing(doctor):
+    found = doctor(PATH=str(Path(sys.executable).parent))
+    assert "mpirun is not on PATH" in found["MPI launcher"]["text"]
+    assert found["MPI launcher"]["cure"].startswith("docker/install-system.sh python")
+
+
+def test_8_mpirun_is_that_of_another_mpi(doctor, tmp_path):
+    other = tmp_path / "bin/mpirun"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho 'HYDRA build details:'; echo '    Version:      4.2.0'\n")
+    other.chmod(0o755)
+    found = doctor(PATH=f"{other.parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert "uses Open MPI" in found["mpi4py"]["text"]
+    assert "mpirun is that of MPICH 4.2.0" in found["mpi4py"]["text"]
+    assert found["mpi4py"]["cure"].startswith(BUILD)
+
+
+def test_9_two_workers_share_one_core(doctor):
+    core = min(os.sched_getaffinity(0))
+    found = doctor(["taskset", "-c", str(core), *MPIRUN, "-np", "2", "--bind-to", "none"])
+    assert found["cores"]["level"] == "warning"
+    assert found["cores"]["text"].startswith("2 workers share 1 core")
+    assert found["cores"]["cure"].startswith("mpirun")
+
+
+def test_10_a_launch_that_mpi_does_not_know_of(doctor):
+    """As under `horovodrun --gloo`: each worker would be alone."""
+    found = doctor(HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2")
+    (world,) = (finding for name, finding in found.items() if name.startswith("2 workers by horovodrun --gloo"))
+    assert world["level"] == "error"
+    assert "MPI sees 1" in world["text"]
+
+
+def test_11_root_is_not_allowed_to_launch(doctor, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("this user is not root")
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.delenv(name, raising=False)
+    found = doctor()
+    assert found["root"]["cure"] == "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    assert found["a trial of 2 workers"]["level"] == "ok"  # the trial allows it to itself
+
+
+def in_a_namespace(*commands):
+    """Run what follows in a mount and host name namespace of its own, after some commands."""
+    return ["unshare", "--mount", "--uts", "sh", "-c", " && ".join([*commands, 'exec "$@"']), "sh"]
+
+
+def test_12_shared_memory_is_small(doctor):
+    namespace = in_a_namespace("mount -t tmpfs -o size=64m tmpfs /dev/shm")
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this user cannot make a mount namespace")
+    found = doctor(namespace)
+    assert found["/dev/shm"]["text"].startswith("64 MiB")
+    assert "--shm-size" in found["/dev/shm"]["cure"]
+
+
+def test_13_the_host_has_no_address(doctor):
+    namespace = in_a_namespace("hostname nowhere-to-be-found")
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this user cannot give itself another host name")
+    found = doctor(namespace, HIDE="mpi4py")  # without a trial, which would wait for that address
+    assert found["host name"]["level"] == "warning"
+    assert found["host name"]["cure"] == "echo 127.0.1.1 nowhere-to-be-found >> /etc/hosts"
