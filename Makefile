@@ -1,6 +1,6 @@
 # make demo    set up, then train the main job on two workers
 # make test    set up, then run every test
-# make test-faults  every fault of the list in the README; make test-kill: the long kill trial
+# make test-faults  every fault of the list in the README; make test-kill: the long kill trial; make test-laws: whole jobs
 # make lint    style, types
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -20,7 +20,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -62,6 +62,10 @@ test-faults: $(stamp)
 test-kill: $(stamp)
 	$(bin)/python tests/faults/kill_trial.py --runs 51
 	$(bin)/python tests/faults/kill_trial.py --runs 20 --change-workers --seed 1
+
+# The three laws on whole jobs at 1, 2, 3 and 4 workers: about 20 minutes.
+test-laws: $(stamp)
+	$(bin)/python tests/integration/law_trial.py
 
 lint: $(stamp)
 	$(bin)/ruff check .

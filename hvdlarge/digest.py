@@ -8,15 +8,23 @@ Contract: equal states have equal digests; a flipped bit anywhere changes it. On
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 
-def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every trained tensor and every tensor of the optimizer's state, by a name that is the same on all ranks."""
+def named_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, differing: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Every weight, every saved buffer and every tensor of the optimizer's state, by a name that is the same on all ranks.
+
+    Args:
+        model: the model.
+        optimizer: of that model.
+        differing: names of buffers that are not the same on all ranks by their nature.
+    """
     names = {weight: name for name, weight in model.named_parameters()}
-    found = {name: weight.detach() for weight, name in names.items()}
+    found = {name: value.detach() for name, value in model.state_dict().items() if name not in differing}
     for weight, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):

@@ -71,7 +71,8 @@ def _read_file(path: str, extended_by: tuple[Place, ...]) -> Written:
     what = "job file" if not extended_by else "file to extend"
     where = f"{extended_by[-1]}: extends: " if extended_by else ""
     try:
-        text = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            text = file.read(yaml_source.MAX_BYTES + 1)  # whatever is longer is no job file and need not be read to its end
     except FileNotFoundError:
         raise JobError(f"{where}{path}: no such {what} (looked in {Path.cwd()})") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name

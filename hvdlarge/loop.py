@@ -169,7 +169,8 @@ def check_files(parts: Parts) -> None:
 
 def digests(learner: Learner) -> dict[str, int]:
     """A digest of each tensor that must be the same on every rank."""
-    return tensor_digests(named_state(learner.model, learner.update.optimizer))
+    partial = learner.statistics.partial_buffers()
+    return tensor_digests(named_state(learner.model, learner.update.optimizer, partial))
 
 
 def compare_states(control: ControlWire, learner: Learner) -> None:

@@ -2,8 +2,8 @@
 
 Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not see a rank that is frozen as a
 whole. A thread on every rank does: when a phase lasts longer than its limit it prints where this rank stands, who is behind,
-and all stacks, and leaves with exit code 72; the launcher then ends the others. A second line in C, without the interpreter
-lock, stands behind it.
+and all stacks, and leaves with exit code 72; the launcher then ends the others. A second line stands behind it that needs no
+interpreter lock (last_line.py): MPI waits inside its own start for a rank that never comes, and holds that lock.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvdlarge.exits import HANGS
+from hvdlarge.last_line import LastLine
 
 _LOOK_SECONDS = 0.5
 _NOTE_SECONDS = 2.0
-_SECOND_LINE_SECONDS = 30.0
+_SECOND_LINE_SECONDS, _SECOND_LINE_AT_THE_START_SECONDS = 30.0, 2.0
 
 
 class Watchdog:
@@ -40,6 +41,7 @@ class Watchdog:
         self._phase, self._step = "start", -1
         self._since = self._armed = time.monotonic()
         self._notes: Path | None = None
+        self._last_line = LastLine(HANGS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,14 +78,19 @@ class Watchdog:
     def stop(self) -> None:
         """The run has ended; watch no longer."""
         self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
+        self._last_line.disarm()
 
     def _limit(self) -> float:
         return self._limits.get(self._phase, self._limits["step"])
 
     def _rearm(self) -> None:
         self._armed = time.monotonic()
-        faulthandler.dump_traceback_later(self._limit() + _SECOND_LINE_SECONDS, exit=True)
+        after = _SECOND_LINE_AT_THE_START_SECONDS if self._phase == "start" else _SECOND_LINE_SECONDS
+        self._last_line.arm(
+            self._limit() + after,
+            f"rank {self._rank} ({socket.gethostname()}) has not moved for {self._limit():g} s in phase {self._phase}: "
+            "something holds its interpreter: MPI that waits for another rank, or a call into C (timeouts in the job). The stacks:",
+        )
 
     def _watch(self) -> None:
         noted = 0.0

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 Path = tuple[str | int, ...]
-_MAX_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 _MAX_DEPTH = 40
 _VARIABLE = re.compile(r"\$(\$\{)|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
@@ -60,8 +60,8 @@ def read(text: bytes | str, environ: Mapping[str, str] | None = None) -> Source:
     {'name': 'run-17', 'seed': 3}
     """
     if isinstance(text, bytes):
-        if len(text) > _MAX_BYTES:
-            raise SourceError(f"the file has {len(text):,} bytes; a job file has at most {_MAX_BYTES:,}")
+        if len(text) > MAX_BYTES:
+            raise SourceError(f"the file is too long: a job file has at most {MAX_BYTES:,} bytes")
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:

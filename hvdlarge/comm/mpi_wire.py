@@ -20,6 +20,8 @@ from hvdlarge.comm.launcher import Launch
 from hvdlarge.comm.world import WrongWorld
 
 mpi4py.rc.initialize = False  # MPI starts when the wire is opened, after the environment has been settled
+# Nor may it ever start in a loader process whose data set's module imports mpi4py: such a process is no rank.
+os.environ.setdefault("MPI4PY_RC_INITIALIZE", "0")
 from mpi4py import MPI  # noqa: E402
 
 # Most answers are there within microseconds. Who has waited longer gives the core away between two questions, and who has

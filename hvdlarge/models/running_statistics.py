@@ -57,6 +57,12 @@ class RunningStatistics:
         self._scattered = False
         self._micro_batches = 0  # of all workers, since the last scatter
 
+    def partial_buffers(self) -> set[str]:
+        """Names of the buffers of which each rank holds a part of its own while a run trains."""
+        return {
+            f"{name}.{buffer}" if name else buffer for name, layer, _ in self._tracking for buffer, _ in layer.named_buffers()
+        }
+
     def begin_step(self, others_before: int) -> None:
         """Make room for the micro-batches that other workers process before this worker's block."""
         self._decay(others_before)

@@ -82,6 +82,8 @@ def fault(moment, passes):
         kind, _, where = described.partition("@")
         number, _, at = where.partition(":")
         mark = f"fired-{kind}-{number}-{at}"
+        if not moment and kind.startswith(("eval-", "build-")):
+            continue
         if kind.startswith(moment) and int(number) == rank() and int(at) == passes and not os.path.exists(mark):
             with open(mark, "w") as file:
                 file.write(str(os.getpid()))
@@ -103,6 +105,7 @@ class Net(torch.nn.Module):
         )
         self.extra = torch.nn.Linear(width, width)
         self.head = torch.nn.Linear(width, 10)
+        self.register_buffer("gain", torch.ones(()))
         self.passes = 0
 
     def forward(self, images):
@@ -123,9 +126,11 @@ class Net(torch.nn.Module):
         elif kind == "drift":
             with torch.no_grad():
                 self.head.weight += 1e-3
+        elif kind == "bufferdrift":
+            self.gain += 1e-3
         elif kind is not None:
             ACTIONS[kind]()
-        return self.head(features + 0.1 * self.extra(features))
+        return self.head(self.gain * features + 0.1 * self.extra(features))
 
 
 class Slow(torch.utils.data.Dataset):

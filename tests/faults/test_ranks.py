@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 
 import pytest
 from comparing import distance, same
@@ -108,7 +109,9 @@ def test_24_a_rank_never_starts(bench):
     ended = bench.run(1, "timeouts.start_seconds=8", launch=launch)
     assert ended.fired
     assert ended.code == 72, ended.text
-    assert "in phase start" in ended.text
+    assert len(ended.errors) == 1, ended.text
+    assert "has not moved for 8 s in phase start" in ended.text
+    assert ended.seconds < 30
 
 
 def test_25_a_slow_start_is_no_alarm(bench):
@@ -172,6 +175,15 @@ def test_42_the_weights_of_one_rank_change_silently(bench):
     assert bench.checkpoint()["position"]["step"] <= 25  # nothing was saved behind the drift
 
 
+def test_43_a_buffer_of_one_rank_changes_silently(bench):
+    ended = bench.run(2, FAULT="bufferdrift@1:25")
+    assert ended.fired
+    assert ended.code == 71, ended.text
+    assert len(ended.errors) == 1
+    assert "gain" in ended.errors[0]
+    assert bench.checkpoint()["position"]["step"] <= 25
+
+
 # --- F: numbers
 
 
@@ -223,6 +235,27 @@ def test_47_rollbacks_are_bounded(bench):
 
 
 def test_48_a_rate_that_overflows_is_refused_at_the_start(bench):
-    ended = bench.run(2, "lr.base=1e308", "lr.scaling=linear", "batch.base=1")
+    ended = bench.run(2, "lr.base=1e308", "lr.scaling=linear", "batch.base=1", "batch.micro=1")
     assert ended.code == 2, ended.text
-    assert "the rate is inf in stage 0" in ended.text
+    assert "the rate is inf in stage 1 (global batch 2)" in ended.text
+
+
+# --- I: data
+
+
+def test_67_every_sample_is_used_once_in_each_epoch(bench):
+    """Over uneven workers, a growth inside an epoch, a stop and another number of workers."""
+    job = [
+        "data={name: 'faulty:data'}",
+        "epochs=3",
+        "batch.base=50",
+        "batch.growth={policy: adabatch, at_epochs: [1.4], max: 130}",
+    ]
+    job = [*job, "batch.micro=8", "lr.warmup.epochs=0.1", "evaluate.every_epochs=3"]
+    ended = bench.run(3, *job, FAULT="usr1@2:130", LOG_SAMPLES="samples")
+    assert ended.fired
+    assert ended.code == 75, ended.text
+    assert bench.run(2, *job, LOG_SAMPLES="samples").code == 0
+    used = Counter((bench.folder / "samples").read_text().split())
+    assert len(used) == 1437
+    assert set(used.values()) == {3}

@@ -36,3 +36,28 @@ def test_a_rank_that_hangs_is_ended_and_one_that_goes_on_is_not(tmp_path, how):
     assert "rank 7 (far) was last seen" in done.stderr
     assert 'File "<string>", line' in done.stderr  # the stack of what hangs
     assert (tmp_path / "rank_3.json").exists()
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys, time
+from hvdlarge.last_line import LastLine
+line = LastLine(72)
+line.arm(60, "put off")
+line.arm(1.0, "100% stuck %s")
+if sys.argv[1] == "disarmed":
+    line.disarm()
+    time.sleep(2.5)
+    sys.exit("left by itself")
+ctypes.PyDLL(None).sleep(20)  # a call into C that keeps the interpreter lock
+"""
+
+
+@pytest.mark.parametrize("how", ["armed", "disarmed"])
+def test_the_last_line_needs_no_interpreter_lock(how):
+    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, how], capture_output=True, text=True, timeout=15)
+    if how == "disarmed":
+        assert (done.returncode, done.stderr) == (1, "left by itself\n")
+        return
+    assert done.returncode == 72
+    assert "hvdlarge: error: 100% stuck %s\n" in done.stderr
+    assert 'File "<string>", line' in done.stderr
