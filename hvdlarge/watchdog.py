@@ -89,7 +89,7 @@ class Watchdog:
         self._last_line.arm(
             self._limit() + after,
             f"rank {self._rank} ({socket.gethostname()}) has not moved for {self._limit():g} s in phase {self._phase}: "
-            "something holds its interpreter: MPI that waits for another rank, or a call into C (timeouts in the job). The stacks:",
+            "something holds its interpreter, MPI that waits for another rank or a call into C (timeouts in the job). Stacks:",
         )
 
     def _watch(self) -> None:
