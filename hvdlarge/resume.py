@@ -252,8 +252,7 @@ def _share_parts(content: Mapping[str, Any] | None, learner: Learner, tensors: T
     rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)
     if content is not None:
         for rank, part in enumerate(content["statistics"]["parts"]):
-            if part:
-                rows[rank] = torch.frombuffer(bytearray(part), dtype=own.dtype)
+            rows[rank] = part.view(own.dtype)
     if own.numel():
         tensors.broadcast_([("statistics_parts", rows)])
         learner.statistics.restore_partials(rows[control.rank].to(own.device))

@@ -119,7 +119,7 @@ class Saver:
         """
         statistics = self._learner.statistics
         kept = statistics.keep()
-        parts = [] if in_cadence else self._control.allgather(kept.partials.cpu().contiguous().numpy().tobytes())
+        parts = [] if in_cadence else _as_tensors(self._control.allgather(kept.partials.cpu().contiguous().numpy().tobytes()))
         statistics.gather(self._tensors.sum)
         try:
             if self._folder is not None:
@@ -161,3 +161,8 @@ def optimizer_state(learner: Learner) -> dict[str, dict[str, Any]]:
 
 def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _as_tensors(messages: list[bytes]) -> list[torch.Tensor]:
+    """Bytes as tensors: a checkpoint holds nothing that torch.load(weights_only=True) does not know, and bytes are among that."""
+    return [torch.frombuffer(bytearray(message), dtype=torch.uint8) for message in messages] if any(messages) else []
