@@ -108,7 +108,7 @@ def build_learning(
             if not parameter.is_contiguous():
                 raise ValueError(f"the parameter {name!r} is not contiguous, which Horovod does not carry")
         RunningStatistics(net, rank=0)  # says whether the engine can keep this model's statistics
-        return net, measure, build_optimizer(net, **optimizer.model_dump())
+        return net, measure, build_optimizer(net, **optimizer.arguments)
     except ValueError as error:
         raise JobError(f"model.name: {model.name}: {error}") from None
 

@@ -34,11 +34,13 @@ def update_line(optimizer: Any) -> str:
     """A torch optimizer, its settings and what they are for."""
     groups = optimizer.param_groups
     settings = ", ".join(
-        f"{name} {groups[0][name]:g}" for name in ("momentum", "weight_decay", "trust_coefficient") if name in groups[0]
+        f"{name} {_figure(groups[0][name])}"
+        for name in ("momentum", "betas", "alpha", "weight_decay", "trust_coefficient")
+        if name in groups[0]
     )
     adapted = sum(weight.numel() for group in groups if group["adapt"] for weight in group["params"])
     others = sum(weight.numel() for group in groups if not group["adapt"] for weight in group["params"])
-    verb = "adapted and decayed" if "trust_coefficient" in groups[0] else "decayed"
+    verb = "adapted and decayed" if hasattr(optimizer, "trust_ratio_of") else "decayed"
     return f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {verb}, {others:,} (biases, normalisation) not"
 
 
@@ -128,6 +130,10 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _figure(value: Any) -> str:
+    return " and ".join(f"{part:g}" for part in value) if isinstance(value, (tuple, list)) else f"{value:g}"
 
 
 def _idle(layout: BatchLayout) -> str:

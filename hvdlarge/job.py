@@ -104,26 +104,101 @@ class LearningRate(Section):
 
 
 class Optimizer(Section):
-    """What every optimizer has: momentum, and which parameters are adapted and decayed."""
+    """What every optimizer has: which parameters are adapted and decayed."""
 
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 0.0
     adapt_everything: bool = False  # the LARS paper's reading: biases and normalisation parameters too
     not_adapted: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
     not_adapted_lr_factor: NotNegative = 1.0  # their own rate, as a factor
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer is built with."""
+        return self.model_dump()
+
+
+Part = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Lars(Optimizer):
-    """LARS, the paper's form."""
+    """LARS; a preset names a published form, whose options job_file.py puts where the job sets none; the paper's by default."""
 
     name: Literal["lars"] = "lars"
+    preset: Literal["paper", "mlperf", "torch", "larc", "optax"] = "paper"
+    momentum: Part = 0.9
     trust_coefficient: Positive = 0.001
+    rate_in_momentum: bool = True
+    joint_norm: bool = False
+    clip: bool = False
+    nesterov: bool = False
+    eps: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Lars:
+        return _checked_nesterov(self)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer is built with; the preset has done its work."""
+        return self.model_dump(exclude={"preset"})
 
 
 class Sgd(Optimizer):
     """torch's SGD with momentum."""
 
     name: Literal["sgd"] = "sgd"
+    momentum: Part = 0.9
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Sgd:
+        return _checked_nesterov(self)
+
+
+class Lamb(Optimizer):
+    """LAMB: Adam's direction with a trust ratio."""
+
+    name: Literal["lamb"] = "lamb"
+    betas: tuple[Part, Part] = (0.9, 0.999)
+    eps: Positive = 1e-6
+
+
+class Adam(Optimizer):
+    """torch's Adam, the decay added to the gradient."""
+
+    name: Literal["adam"] = "adam"
+    betas: tuple[Part, Part] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class AdamW(Optimizer):
+    """torch's AdamW, the decay apart from the gradient."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[Part, Part] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class Adagrad(Optimizer):
+    """torch's Adagrad."""
+
+    name: Literal["adagrad"] = "adagrad"
+    eps: Positive = 1e-10
+
+
+class RmsProp(Optimizer):
+    """torch's RMSprop."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    alpha: Part = 0.99
+    momentum: Part = 0.0
+    eps: Positive = 1e-8
+
+
+def _checked_nesterov(optimizer: Any) -> Any:
+    if optimizer.nesterov and optimizer.momentum == 0:
+        raise ValueError("nesterov needs a momentum above 0")
+    return optimizer
 
 
 class Evaluate(Section):
@@ -202,7 +277,7 @@ class Job(Section):
     loss: Loss = Loss()
     batch: Batch
     lr: LearningRate
-    optimizer: Annotated[Lars | Sgd, Field(discriminator="name")] = Lars()
+    optimizer: Annotated[Lars | Lamb | Sgd | Adam | AdamW | Adagrad | RmsProp, Field(discriminator="name")] = Lars()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()

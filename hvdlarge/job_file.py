@@ -21,6 +21,7 @@ from hvdlarge import yaml_source
 from hvdlarge.exits import JobError
 from hvdlarge.job import Job
 from hvdlarge.job_rules import impossible
+from hvdlarge.optim.presets import PRESETS
 
 _EXTENDS = "extends"
 # The keys that say what kind a section is of; another kind has other keys, so the section it extends counts for nothing then.
@@ -144,6 +145,9 @@ def _accepted(written: Written, overrides: Sequence[str]) -> Job:
     optimizer = written.values.get("optimizer")
     if isinstance(optimizer, dict):
         optimizer.setdefault("name", "lars")
+        preset = optimizer.get("preset", "paper")
+        if optimizer["name"] == "lars" and isinstance(preset, str):
+            written.values["optimizer"] = {**PRESETS.get(preset, {}), **optimizer}
     try:
         # JSON is the strict mode in which a list may become a tuple and a mapping a section, but "3" never a number.
         job = Job.model_validate_json(json.dumps(written.values), strict=True)

@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 
+from hvdlarge.optim.from_torch import SGD, Adagrad, Adam, AdamW, RMSprop
 from hvdlarge.optim.groups import parameter_groups
+from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
-from hvdlarge.optim.sgd import SGD
 
-_CLASSES = {"lars": LARS, "sgd": SGD}
+_CLASSES: dict[str, Any] = {
+    "lars": LARS,
+    "lamb": LAMB,
+    "sgd": SGD,
+    "adam": Adam,
+    "adamw": AdamW,
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+}
 
 
 def build_optimizer(
@@ -27,7 +36,7 @@ def build_optimizer(
 
     Args:
         model: its parameters are put into groups (groups.py says what the next three are).
-        name: lars or sgd.
+        name: lars, lamb, sgd, adam, adamw, adagrad or rmsprop.
         weight_decay: of the adapted parameters.
         adapt_everything: see groups.py.
         not_adapted: see groups.py.
@@ -35,7 +44,7 @@ def build_optimizer(
         **options: the optimizer's own, e.g. momentum.
 
     Raises:
-        ValueError: for patterns that match nothing, or a model without trainable parameters.
+        ValueError: for patterns that match nothing, a model without trainable parameters, or an option out of its range.
     """
     groups = parameter_groups(model, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
     return _CLASSES[name](groups, **options)

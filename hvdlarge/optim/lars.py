@@ -1,14 +1,19 @@
-"""LARS, layer-wise adaptive rate scaling, in the form of its paper.
+"""LARS, layer-wise adaptive rate scaling, in all its published forms; the paper's is the default.
 
 Formula:  for every adapted tensor, with mean gradient g, weights w, weight decay β, trust coefficient η, momentum m:
-              λ = η‖w‖ / (‖g‖ + β‖w‖);    v ← m·v + lr·λ·(g + β·w);    w ← w − v
+              λ = η‖w‖ / (‖g‖ + β‖w‖ + ε);    u = λ·(g + β·w);    v ← m·v + lr·u;    w ← w − v
+          joint_norm:               λ = η‖w‖ / (‖g + β·w‖ + ε)
+          clip:                     λ ← min(λ / lr, 1)
+          rate_in_momentum: false:  v ← m·v + u;    w ← w − lr·v
+          nesterov:                 the weights move by what v would become in one more step with the same u: w ← w − (m·v + lr·u)
           λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move; a tensor that is not adapted has λ = 1 always.
           A tensor whose gradient is zero throughout is left alone in that step (norms.py): weights, momentum and decay.
 Source:   You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), Algorithm 1. The fallback λ = 1 is
-          that of the MLPerf and TensorFlow forms; the last rule is what torch's own optimizers do for a gradient of None.
-Contract: the rate stands inside the momentum buffer. Called after the gradients have been averaged over all workers, so
-          every rank computes the same ratio. Every hyper-parameter lives in the parameter groups and every constructor
-          argument has a default, because Horovod re-creates the class from its groups.
+          that of the MLPerf and TensorFlow forms; the last rule is what torch's own optimizers do for a gradient of None. The
+          other forms, and who has them, are in presets.py.
+Contract: called after the gradients have been averaged over all workers, so every rank computes the same ratio. Every
+          hyper-parameter lives in the parameter groups and every constructor argument has a default, because Horovod re-creates
+          the class from its groups.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from typing import Any
 
 import torch
 
-from hvdlarge.optim.norms import MeasuresGradients, norms
+from hvdlarge.optim.momentum import momentum_update
+from hvdlarge.optim.norms import MeasuresGradients, norm, norms
 
 
 class LARS(MeasuresGradients, torch.optim.Optimizer):
@@ -31,6 +37,11 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         weight_decay: β, ≥ 0.
         trust_coefficient: η, > 0.
         adapt: whether tensors get a trust ratio.
+        rate_in_momentum: whether the rate stands inside the momentum buffer (the paper's form).
+        joint_norm: whether the decay is added before the gradient's norm is taken.
+        clip: whether λ·lr is held at or below lr (LARC).
+        nesterov: Nesterov's momentum.
+        eps: ε, ≥ 0.
 
     Raises:
         ValueError: for a hyper-parameter out of its range, in any group.
@@ -50,6 +61,11 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
         adapt: bool = True,
+        rate_in_momentum: bool = True,
+        joint_norm: bool = False,
+        clip: bool = False,
+        nesterov: bool = False,
+        eps: float = 0.0,
     ) -> None:
         self._ratios: dict[torch.Tensor, float] = {}
         super().__init__(
@@ -60,6 +76,11 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
                 "weight_decay": weight_decay,
                 "trust_coefficient": trust_coefficient,
                 "adapt": adapt,
+                "rate_in_momentum": rate_in_momentum,
+                "joint_norm": joint_norm,
+                "clip": clip,
+                "nesterov": nesterov,
+                "eps": eps,
             },
         )
         for group in self.param_groups:
@@ -79,16 +100,24 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         moving = [(group, w, w.grad) for group in self.param_groups for w in group["params"] if w.grad is not None]
         for (group, weight, grad), weight_norm in zip(moving, norms([w for _, w, _ in moving]), strict=True):
             grad_norm = grad_norms[weight]
+            if group["joint_norm"] and group["weight_decay"] and group["adapt"]:
+                grad_norm = norm(grad.add(weight, alpha=group["weight_decay"])).item()
             ratio = trust_ratio(weight_norm, grad_norm, group) if group["adapt"] else 1.0
             self._ratios[weight] = ratio
             state = self.state[weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-            velocity = state["momentum_buffer"]
-            velocity.mul_(group["momentum"]).add_(grad, alpha=group["lr"] * ratio)
-            if group["weight_decay"]:
-                velocity.add_(weight, alpha=group["lr"] * ratio * group["weight_decay"])
-            weight.sub_(velocity)
+            momentum_update(
+                weight,
+                grad,
+                state["momentum_buffer"],
+                lr=group["lr"],
+                ratio=ratio,
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                rate_in_momentum=group["rate_in_momentum"],
+                nesterov=group["nesterov"],
+            )
 
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
         """λ of a tensor in the last step (1 for one that is not adapted); None if it was left alone."""
@@ -96,14 +125,21 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
 
 
 def trust_ratio(weight_norm: float, grad_norm: float, group: dict[str, Any]) -> float:
-    """λ for the norms of a tensor and of its mean gradient (both L2, unit 1; the gradient's is above 0).
+    """λ for the norms of a tensor and of its mean gradient, decayed where the norm is a joint one (both L2; the latter above 0).
 
     >>> trust_ratio(5.0, 1.0, {"trust_coefficient": 0.001, "weight_decay": 0.0005})
     0.004987531172069826
     """
     if weight_norm == 0:
         return 1.0
-    return group["trust_coefficient"] * weight_norm / (grad_norm + group["weight_decay"] * weight_norm)
+    decay = 0.0 if group.get("joint_norm") else group["weight_decay"] * weight_norm
+    size = grad_norm + decay + group.get("eps", 0.0)
+    if size == 0:  # a joint norm in which gradient and decay cancel each other
+        return 1.0
+    ratio = group["trust_coefficient"] * weight_norm / size
+    if group.get("clip"):
+        ratio = min(ratio / group["lr"], 1.0) if group["lr"] > 0 else 1.0
+    return ratio
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -115,3 +151,7 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
     if not group["trust_coefficient"] > 0:
         raise ValueError(f"trust_coefficient must be above 0, got {group['trust_coefficient']}")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps must be at least 0, got {group['eps']}")
+    if group["nesterov"] and group["momentum"] == 0:
+        raise ValueError("nesterov needs a momentum above 0")

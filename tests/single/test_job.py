@@ -160,7 +160,7 @@ def test_all_impossible_combinations_are_told_at_once():
         ("deterministic=on", "write true"), ("deterministic=no", "write false"), ("epochs='3'", "write 3, without quotes"),
         ("epochs=1_000", "write 1000, without quotes"), ("epochs=90 epochs", "the unit is in the key's name"),
         ("name=17", "put it in quotes"), ("lr=0.1", "lr is 0.1: it must be a section with the keys base, scaling"),
-        ("lr.decay=cosine", "with a policy or name, one of constant, cosine"), ("optimizer=sgd", "one of lars, sgd"),
+        ("lr.decay=cosine", "with a policy or name, one of constant, cosine"), ("optimizer=sgd", "one of adagrad, adam, adamw, lamb, lars, rmsprop, sgd"),
     ],
 )  # fmt: skip
 def test_hints_for_what_was_perhaps_meant(change, message):

@@ -1,0 +1,121 @@
+"""The momentum update of one tensor with a trust ratio, in few passes over its memory.
+
+Formula:  u = λ·(g + β·w);   rate in the momentum:  v ← m·v + lr·u;  w ← w − v      (nesterov: w ← w − (m·v + lr·u))
+                             rate outside:          v ← m·v + u;     w ← w − lr·v   (nesterov: w ← w − lr·(m·v + u))
+Source:   the forms of LARS; see lars.py.
+Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_update` does the same with torch's own fused SGD in
+          one pass that reads g, w, v and writes w, v: lr = 1 and dampening = 1 − lr·λ (or lr and 1 − λ) make it this update. That
+          call is private to torch, so it is tried once and the reference stands in where it is missing or has changed; and where
+          1 − (1 − lr·λ) would not give lr·λ back to the weights' precision.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def momentum_update(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    velocity: torch.Tensor,
+    *,
+    lr: float,
+    ratio: float,
+    momentum: float,
+    weight_decay: float,
+    rate_in_momentum: bool,
+    nesterov: bool,
+) -> None:
+    """Move one tensor in place, the fastest way that gives the formula.
+
+    Args:
+        weight: w.
+        grad: g, of the shape and type of `weight`.
+        velocity: v, of the same; zeros before the first step.
+        lr: learning rate.
+        ratio: λ.
+        momentum: m.
+        weight_decay: β.
+        rate_in_momentum: whether the rate stands inside v.
+        nesterov: Nesterov's momentum.
+    """
+    # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum: other formulas.
+    able = not nesterov and momentum > 0 and _exact_as_dampening(lr * ratio if rate_in_momentum else ratio, weight.dtype)
+    alike = weight.dtype == grad.dtype == velocity.dtype and weight.stride() == grad.stride() == velocity.stride()
+    if able and alike and _fused_works(weight.device.type):
+        _fused_update(weight, grad, velocity, lr, ratio, momentum, weight_decay, rate_in_momentum)
+    else:
+        reference_update(weight, grad, velocity, lr, ratio, momentum, weight_decay, rate_in_momentum, nesterov)
+
+
+def _exact_as_dampening(factor: float, dtype: torch.dtype) -> bool:
+    """Whether 1 − (1 − factor) is the factor, as far as weights of this type can tell."""
+    return factor > 0 and abs((1.0 - (1.0 - factor)) / factor - 1.0) < torch.finfo(dtype).eps / 8
+
+
+def reference_update(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    velocity: torch.Tensor,
+    lr: float,
+    ratio: float,
+    momentum: float,
+    weight_decay: float,
+    rate_in_momentum: bool,
+    nesterov: bool,
+) -> None:
+    """The formula in plain torch; the arguments are those of `momentum_update`."""
+    inside, outside = (lr * ratio, 1.0) if rate_in_momentum else (ratio, lr)
+    velocity.mul_(momentum).add_(grad, alpha=inside)
+    if weight_decay:
+        velocity.add_(weight, alpha=inside * weight_decay)
+    if nesterov:
+        moved = velocity.mul(momentum).add_(grad, alpha=inside)
+        if weight_decay:
+            moved.add_(weight, alpha=inside * weight_decay)
+        weight.sub_(moved, alpha=outside)
+    else:
+        weight.sub_(velocity, alpha=outside)
+
+
+def _fused_update(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    velocity: torch.Tensor,
+    lr: float,
+    ratio: float,
+    momentum: float,
+    weight_decay: float,
+    rate_in_momentum: bool,
+) -> None:
+    inside, outside = (lr * ratio, 1.0) if rate_in_momentum else (ratio, lr)
+    torch._fused_sgd_(
+        [weight],
+        [grad],
+        [velocity],
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=outside,
+        dampening=1.0 - inside,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+@functools.cache
+def _fused_works(device: str) -> bool:
+    """Whether this torch's fused SGD is there and gives the formula; on a GPU one launch for each tensor would cost more."""
+    if device != "cpu":
+        return False
+    fused, reference = (tuple(torch.tensor([value, 2.0], dtype=torch.float64) for value in (1.0, -3.0, 0.5)) for _ in range(2))
+    weight, grad, velocity = fused
+    try:
+        _fused_update(weight, grad, velocity, 0.7, 0.3, 0.9, 0.1, rate_in_momentum=True)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    weight, grad, velocity = reference
+    reference_update(weight, grad, velocity, 0.7, 0.3, 0.9, 0.1, rate_in_momentum=True, nesterov=False)
+    return all(torch.allclose(ours, theirs, rtol=1e-12, atol=0) for ours, theirs in zip(fused, reference, strict=True))
