@@ -315,6 +315,15 @@ def test_58_59_resumed_from_any_step_bit_for_bit_at_three_workers(bench, at):
     assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
 
 
+@pytest.mark.parametrize("name", ["lamb", "sgd", "adam", "adagrad", "rmsprop"])
+def test_58_every_optimizers_state_comes_back(bench, name):
+    arguments = [f"optimizer={{name: {name}}}", "lr.base=0.002"]
+    assert bench.run(2, *arguments, FAULT="usr1@1:60").code == 75
+    assert bench.run(2, *arguments).code == 0
+    assert bench.run(2, *arguments, "run_dir=runs/whole").code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
 @short
 def test_49_the_kill_trial_in_short():
     done = subprocess.run(
