@@ -163,20 +163,23 @@ class Lamb(Optimizer):
     eps: Positive = 1e-6
 
 
-class Adam(Optimizer):
+class Moments(Optimizer):
+    """What torch's Adam and AdamW have."""
+
+    betas: tuple[Part, Part] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class Adam(Moments):
     """torch's Adam, the decay added to the gradient."""
 
     name: Literal["adam"] = "adam"
-    betas: tuple[Part, Part] = (0.9, 0.999)
-    eps: Positive = 1e-8
 
 
-class AdamW(Optimizer):
+class AdamW(Moments):
     """torch's AdamW, the decay apart from the gradient."""
 
     name: Literal["adamw"] = "adamw"
-    betas: tuple[Part, Part] = (0.9, 0.999)
-    eps: Positive = 1e-8
 
 
 class Adagrad(Optimizer):

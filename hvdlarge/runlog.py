@@ -134,28 +134,17 @@ def write_documents(
     Raises:
         CannotSave: if that cannot be written.
     """
+    started = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": position.step, "world_size": environment["world_size"]}
     try:
-        _write_documents(folder, job_file, resolved, environment, position, notes)
+        # First and whole: a folder with this file in it is a run, whatever else a sudden end has left out.
+        _write_whole(folder / "job.resolved.yaml", resolved)
+        if not (folder / "job.yaml").exists():  # as it was first given
+            _write_whole(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
+        write_json(folder / "environment.json", environment)
+        with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**started, "versions": environment["versions"], "notes": list(notes)}) + "\n")
     except OSError as error:
         raise CannotSave.of(f"the files in {folder} that say what runs", folder, error, "no step was taken") from None
-
-
-def _write_documents(
-    folder: Path,
-    job_file: Path,
-    resolved: str,
-    environment: Mapping[str, Any],
-    position: Position,
-    notes: Sequence[str],
-) -> None:
-    # First and whole: a folder with this file in it is a run, whatever else a sudden end has left out.
-    _write_whole(folder / "job.resolved.yaml", resolved)
-    if not (folder / "job.yaml").exists():  # as it was first given
-        _write_whole(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
-    write_json(folder / "environment.json", environment)
-    started = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": position.step, "world_size": environment["world_size"]}
-    with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**started, "versions": environment["versions"], "notes": list(notes)}) + "\n")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hvdlarge.optim.momentum import momentum_update
+from hvdlarge.optim.momentum import Move, momentum_update
 from hvdlarge.optim.norms import MeasuresGradients, norm, norms
 
 
@@ -107,17 +107,15 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
             state = self.state[weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-            momentum_update(
-                weight,
-                grad,
-                state["momentum_buffer"],
-                lr=group["lr"],
-                ratio=ratio,
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                rate_in_momentum=group["rate_in_momentum"],
-                nesterov=group["nesterov"],
+            move = Move(
+                group["lr"],
+                ratio,
+                group["momentum"],
+                group["weight_decay"],
+                group["rate_in_momentum"],
+                group["nesterov"],
             )
+            momentum_update(weight, grad, state["momentum_buffer"], move)
 
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
         """λ of a tensor in the last step (1 for one that is not adapted); None if it was left alone."""

@@ -12,97 +12,82 @@ Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_u
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
 
-def momentum_update(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    velocity: torch.Tensor,
-    *,
-    lr: float,
-    ratio: float,
-    momentum: float,
-    weight_decay: float,
-    rate_in_momentum: bool,
-    nesterov: bool,
-) -> None:
+class Move(NamedTuple):
+    """How one tensor is to be moved."""
+
+    lr: float
+    ratio: float  # λ
+    momentum: float  # m
+    weight_decay: float  # β
+    rate_in_momentum: bool = True
+    nesterov: bool = False
+
+    @property
+    def into_momentum(self) -> float:
+        """What multiplies g + β·w on its way into v."""
+        return self.lr * self.ratio if self.rate_in_momentum else self.ratio
+
+    @property
+    def out_of_momentum(self) -> float:
+        """What multiplies v on its way into w."""
+        return 1.0 if self.rate_in_momentum else self.lr
+
+
+def momentum_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
     """Move one tensor in place, the fastest way that gives the formula.
 
     Args:
         weight: w.
         grad: g, of the shape and type of `weight`.
         velocity: v, of the same; zeros before the first step.
-        lr: learning rate.
-        ratio: λ.
-        momentum: m.
-        weight_decay: β.
-        rate_in_momentum: whether the rate stands inside v.
-        nesterov: Nesterov's momentum.
+        move: how.
     """
     # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum: other formulas.
-    able = not nesterov and momentum > 0 and _exact_as_dampening(lr * ratio if rate_in_momentum else ratio, weight.dtype)
+    able = not move.nesterov and move.momentum > 0 and _exact_as_dampening(move.into_momentum, weight.dtype)
     alike = weight.dtype == grad.dtype == velocity.dtype and weight.stride() == grad.stride() == velocity.stride()
     if able and alike and _fused_works(weight.device.type):
-        _fused_update(weight, grad, velocity, lr, ratio, momentum, weight_decay, rate_in_momentum)
+        _fused_update(weight, grad, velocity, move)
     else:
-        reference_update(weight, grad, velocity, lr, ratio, momentum, weight_decay, rate_in_momentum, nesterov)
+        reference_update(weight, grad, velocity, move)
+
+
+def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
+    """The formula in plain torch; the arguments are those of `momentum_update`."""
+    inside, decay = move.into_momentum, move.into_momentum * move.weight_decay
+    velocity.mul_(move.momentum).add_(grad, alpha=inside)
+    if decay:
+        velocity.add_(weight, alpha=decay)
+    moved = velocity
+    if move.nesterov:
+        moved = velocity.mul(move.momentum).add_(grad, alpha=inside)
+        if decay:
+            moved.add_(weight, alpha=decay)
+    weight.sub_(moved, alpha=move.out_of_momentum)
+
+
+def _fused_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
+    torch._fused_sgd_(
+        [weight],
+        [grad],
+        [velocity],
+        weight_decay=move.weight_decay,
+        momentum=move.momentum,
+        lr=move.out_of_momentum,
+        dampening=1.0 - move.into_momentum,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def _exact_as_dampening(factor: float, dtype: torch.dtype) -> bool:
     """Whether 1 − (1 − factor) is the factor, as far as weights of this type can tell."""
     return factor > 0 and abs((1.0 - (1.0 - factor)) / factor - 1.0) < torch.finfo(dtype).eps / 8
-
-
-def reference_update(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    velocity: torch.Tensor,
-    lr: float,
-    ratio: float,
-    momentum: float,
-    weight_decay: float,
-    rate_in_momentum: bool,
-    nesterov: bool,
-) -> None:
-    """The formula in plain torch; the arguments are those of `momentum_update`."""
-    inside, outside = (lr * ratio, 1.0) if rate_in_momentum else (ratio, lr)
-    velocity.mul_(momentum).add_(grad, alpha=inside)
-    if weight_decay:
-        velocity.add_(weight, alpha=inside * weight_decay)
-    if nesterov:
-        moved = velocity.mul(momentum).add_(grad, alpha=inside)
-        if weight_decay:
-            moved.add_(weight, alpha=inside * weight_decay)
-        weight.sub_(moved, alpha=outside)
-    else:
-        weight.sub_(velocity, alpha=outside)
-
-
-def _fused_update(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    velocity: torch.Tensor,
-    lr: float,
-    ratio: float,
-    momentum: float,
-    weight_decay: float,
-    rate_in_momentum: bool,
-) -> None:
-    inside, outside = (lr * ratio, 1.0) if rate_in_momentum else (ratio, lr)
-    torch._fused_sgd_(
-        [weight],
-        [grad],
-        [velocity],
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=outside,
-        dampening=1.0 - inside,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
 
 
 @functools.cache
@@ -112,10 +97,11 @@ def _fused_works(device: str) -> bool:
         return False
     fused, reference = (tuple(torch.tensor([value, 2.0], dtype=torch.float64) for value in (1.0, -3.0, 0.5)) for _ in range(2))
     weight, grad, velocity = fused
+    move = Move(lr=0.7, ratio=0.3, momentum=0.9, weight_decay=0.1)
     try:
-        _fused_update(weight, grad, velocity, 0.7, 0.3, 0.9, 0.1, rate_in_momentum=True)
+        _fused_update(weight, grad, velocity, move)
     except (AttributeError, RuntimeError, TypeError):
         return False
     weight, grad, velocity = reference
-    reference_update(weight, grad, velocity, 0.7, 0.3, 0.9, 0.1, rate_in_momentum=True, nesterov=False)
+    reference_update(weight, grad, velocity, move)
     return all(torch.allclose(ours, theirs, rtol=1e-12, atol=0) for ours, theirs in zip(fused, reference, strict=True))

@@ -12,7 +12,7 @@ from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.groups import set_rate
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
-from hvdlarge.optim.momentum import _fused_works, momentum_update, reference_update
+from hvdlarge.optim.momentum import Move, _fused_works, momentum_update, reference_update
 from hvdlarge.optim.presets import PRESETS
 
 FORMS = [
@@ -210,9 +210,9 @@ def test_the_fast_update_is_the_reference(rate_in_momentum, dtype, ratio):
     fast = [torch.randn(33, 77, dtype=dtype) for _ in range(3)]
     slow = [tensor.clone() for tensor in fast]
     for lr in (0.1, 3.2, 25.0, 0.0):
-        options = {"lr": lr, "ratio": ratio, "momentum": 0.9, "weight_decay": 0.01, "rate_in_momentum": rate_in_momentum}
-        momentum_update(*fast, **options, nesterov=False)
-        reference_update(*slow, **options, nesterov=False)
+        move = Move(lr, ratio, momentum=0.9, weight_decay=0.01, rate_in_momentum=rate_in_momentum)
+        momentum_update(*fast, move)
+        reference_update(*slow, move)
     for ours, theirs in zip(fast, slow, strict=True):
         bound = 1e-12 if dtype == torch.float64 else 1e-6
         assert (ours - theirs).norm() <= bound * theirs.norm()
@@ -221,7 +221,5 @@ def test_the_fast_update_is_the_reference(rate_in_momentum, dtype, ratio):
 def test_tensors_of_another_layout_take_the_reference():
     weight = torch.randn(6, 5).T
     grad, velocity, ours = torch.randn(5, 6), torch.zeros(5, 6), weight.clone()
-    momentum_update(
-        weight, grad, velocity, lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0, rate_in_momentum=True, nesterov=False
-    )
+    momentum_update(weight, grad, velocity, Move(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0))
     assert torch.allclose(weight, ours - 0.05 * grad)
