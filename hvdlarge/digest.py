@@ -34,7 +34,9 @@ def named_state(
 
 def tensor_digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """One number for each tensor, 0 … 2^64 − 1."""
-    sums = [_words(tensor).sum(dtype=torch.int64) for tensor in state.values()]
+    # One wait for the device in all; torch keeps some optimizers' counts on the CPU.
+    device = next((tensor.device for tensor in state.values() if tensor.device.type != "cpu"), torch.device("cpu"))
+    sums = [_words(tensor).sum(dtype=torch.int64).to(device) for tensor in state.values()]
     values = torch.stack(sums).tolist() if sums else []
     return {name: value % 2**64 for name, value in zip(state, values, strict=True)}
 

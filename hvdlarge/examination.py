@@ -27,15 +27,16 @@ _SMALL_SHARED_MEMORY = 512 * 2**20
 
 # Imports one module and says what its named functions return and which MPI libraries the process has loaded.
 _LOOK = """
-import importlib, json, sys
+import importlib, json, os, sys
 found = {}
 try:
     module = importlib.import_module(sys.argv[1])
     for name in sys.argv[2:]:
         value = getattr(module, name)
         found[name] = value() if callable(value) else value
-    with open("/proc/self/maps") as maps:
-        found["libraries"] = sorted({line.split()[-1] for line in maps if "libmpi" in line.split("/")[-1]})
+    if os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            found["libraries"] = sorted({line.split()[-1] for line in maps if "libmpi" in line.split("/")[-1]})
 except BaseException as error:
     found["error"] = f"{type(error).__name__}: {error}"
 print("FOUND" + json.dumps(found, default=str))
@@ -43,23 +44,22 @@ print("FOUND" + json.dumps(found, default=str))
 
 # Opens both wires as a run does, and says what each side sees.
 _WORLD = """
-import json, os
+import json, os, socket
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
 from hvdlarge.comm.world import WrongWorld, open_control, open_tensors
 launch = detect(os.environ)
 os.environ.update(starting_settings(os.environ, launch.local_size, len(bound_cores())))
-found = {"cores": bound_cores(), "local_size": launch.local_size, "launcher": launch.launcher}
+found = {"host": socket.gethostname(), "cores": bound_cores()}
 try:
     control = open_control(launch)
     tensors = open_tensors(launch, control)
     found["size"] = control.size
     found["workers"] = [json.loads(text) for text in control.allgather(json.dumps(found).encode())]
     tensors.close()
-    rank = control.rank
     control.close()
 except (WrongWorld, OSError) as error:
-    found["error"], rank = str(error), launch.rank
-if rank == 0:
+    found["error"] = str(error)
+if launch.speaks_for_host:
     print("FOUND" + json.dumps(found))
 """
 
@@ -96,7 +96,7 @@ def examine(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Findi
 
 def look_on(launch: Launch) -> None:
     """What the ranks do that do not report: take part in the trial of the world. Every such rank calls this together."""
-    _ask(_WORLD, environ={})
+    _ask(_WORLD, environ={}, patience=3 * _PATIENCE_SECONDS)  # the one that reports looks at other things first
 
 
 def _python() -> Finding:
@@ -118,7 +118,7 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
         text = "mpirun is not on PATH: only runs on one worker are possible"
         yield Finding("MPI launcher", "warning", text, f"{_SYSTEM}  (on a cluster: module load openmpi)")
     else:
-        said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
+        said = _output(["mpirun", "--version"])
         launcher = _vendor_of(said)
         yield Finding("MPI launcher", "ok", f"{' '.join(launcher) or said.strip()[:80]} ({shutil.which('mpirun')})")
     if "error" in mpi4py:
@@ -130,6 +130,13 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("mpi4py", "error", text, f"{_BUILD}  (with the MPI that you launch with first on PATH)")
     else:
         yield Finding("mpi4py", "ok", f"on {' '.join(library)}")
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not answer ({type(error).__name__})"
 
 
 def _vendor_of(text: str) -> tuple[str, ...]:
@@ -237,13 +244,14 @@ def _world(launch: Launch | None) -> Iterator[Finding]:
 
 def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Iterator[Finding]:
     by_binding: dict[tuple[int, ...], int] = {}
-    for worker in workers:
+    here = [worker for worker in workers if worker["host"] == socket.gethostname()]
+    for worker in here:
         by_binding[tuple(worker["cores"])] = by_binding.get(tuple(worker["cores"]), 0) + 1
     cores, sharing = min(by_binding.items(), key=lambda entry: len(entry[0]) / entry[1])
     one = "1 core" if len(cores) == 1 else f"{len(cores)} cores"
     if sharing > len(cores):
         enough = os.cpu_count() or 1
-        cure = "mpirun --bind-to none …" if enough >= len(workers) else f"mpirun -np {enough} …"
+        cure = "mpirun --bind-to none …" if enough >= len(here) else f"mpirun -np {enough} …"
         yield Finding("cores", "warning", f"{sharing} workers share {one}: each waits for the other", cure)
         return
     yield Finding("cores", "ok", f"{one} for {sharing} {'worker' if sharing == 1 else 'workers'}")
@@ -322,15 +330,21 @@ def _look(module: str, *names: str, **environ: str) -> dict[str, Any]:
     return _ask(_LOOK, environ, arguments=(module, *names))
 
 
-def _ask(script: str, environ: Mapping[str, str], before: Sequence[str] = (), arguments: Sequence[str] = ()) -> dict[str, Any]:
+def _ask(
+    script: str,
+    environ: Mapping[str, str],
+    before: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    patience: float = _PATIENCE_SECONDS,
+) -> dict[str, Any]:
     """What a script finds in a process of its own; `error` where it finds nothing."""
     command = [*before, sys.executable, "-c", script, *arguments]
     try:
         done = subprocess.run(
-            command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
+            command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=patience, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"did not answer within {_PATIENCE_SECONDS} s"}
+        return {"error": f"did not answer within {patience:g} s"}
     for line in done.stdout.splitlines():
         if line.startswith("FOUND"):
             return json.loads(line.removeprefix("FOUND"))

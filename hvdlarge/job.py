@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hvdlarge import yaml_source
 from hvdlarge.controller import Plan
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
@@ -314,7 +314,7 @@ class Job(Section):
 
     def to_yaml(self) -> str:
         """The job with every default written out; reading it gives the same job."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return yaml_source.write(self.resolved())
 
     def mathematics(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""

@@ -26,6 +26,7 @@ from hvdlarge.optim.presets import PRESETS
 _EXTENDS = "extends"
 # The keys that say what kind a section is of; another kind has other keys, so the section it extends counts for nothing then.
 _KINDS = ("policy", "name")
+_USUAL_KINDS = {("optimizer",): "lars", ("loss",): "cross_entropy"}  # of sections that need not name theirs
 
 
 class Place(NamedTuple):
@@ -125,7 +126,7 @@ def _extend(
     for key, value in own.items():
         here, before = (*path, key), base.get(key)
         places[here] = own_places[here]
-        if isinstance(value, dict) and isinstance(before, dict) and not _of_another_kind(before, value):
+        if isinstance(value, dict) and isinstance(before, dict) and not _of_another_kind(before, value, here):
             _extend(before, value, here, places, own_places)
             continue
         for other in [other for other in places if len(other) > len(here) and other[: len(here)] == here]:
@@ -134,7 +135,9 @@ def _extend(
         base[key] = value
 
 
-def _of_another_kind(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+def _of_another_kind(before: Mapping[str, Any], after: Mapping[str, Any], path: yaml_source.Path) -> bool:
+    usual = {"name": _USUAL_KINDS[path]} if path in _USUAL_KINDS else {}
+    before = {**usual, **before}
     return any(kind in after and kind in before and after[kind] != before[kind] for kind in _KINDS)
 
 
@@ -199,7 +202,9 @@ def _describe(problem: Any, written: Written) -> str:
         known, tag = _known_policies(problem["loc"]), problem["ctx"]["discriminator"].strip("'")
         if kind == "union_tag_not_found":
             return f"  {place}: the key {f'{name}.{tag}'!r} is missing; it is one of {', '.join(known)}"
-        return f"  {place}: {name}.{tag} is {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
+        return (
+            f"  {written.place((*keys, tag))}: {name}.{tag} is {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
+        )
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         keys_there, policies = _known_keys((*problem["loc"], "")), _known_policies(problem["loc"])
         inside = f" with the keys {', '.join(keys_there)}" if keys_there else ""

@@ -182,7 +182,7 @@ def compare_states(control: ControlWire, learner: Learner) -> None:
     mine = digests(learner)
     heard = control.allgather(combined(mine).to_bytes(8, "little"))
     if len(set(heard)) > 1:
-        same_everywhere(control, mine, "weights and optimizer state (by digest)")
+        same_everywhere(control, mine, "weights, buffers and optimizer state (by digest)")
 
 
 def gather(learner: Learner, tensors: TensorWire) -> None:

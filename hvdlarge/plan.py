@@ -90,7 +90,11 @@ def _plan_of(job: Job, options: argparse.Namespace) -> Plan:
 def in_words(job: Job, plan: Plan, paper: Mapping[str, Any], measured: Measured | None) -> list[str]:
     """The plan of one job as lines for a reader."""
     fixed = paper["steps_at_the_base_batch"]
-    less = f", {fixed / paper['steps']:.3g} × fewer than" if fixed > paper["steps"] else ", as many as"
+    steps = paper["steps"]
+    if steps == fixed:
+        less = ", as many as"
+    else:
+        less = f", {fixed / steps:.3g} × fewer than" if fixed > steps else f", {steps / fixed:.3g} × more than"
     workers = f"{plan.world_size} {'worker' if plan.world_size == 1 else 'workers'}"
     lines = [
         f"plan     {job.name}: {paper['epochs']:g} epochs of {paper['training_samples']:,} samples on {workers}",

@@ -238,7 +238,8 @@ def _share_optimizer(
         if dtype is None:
             learner.update.optimizer.state[weight][key] = value
             continue
-        tensor = torch.zeros(value, dtype=getattr(torch, dtype), device=weight.device)
+        # A tensor of no dimension is a count, which torch's optimizers keep on the CPU.
+        tensor = torch.zeros(value, dtype=getattr(torch, dtype), device=weight.device if value else "cpu")
         if content is not None:
             tensor.copy_(content["optimizer"][name][key])
         learner.update.optimizer.state[weight][key] = tensor

@@ -82,7 +82,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
 
     facts = {"job": job.mathematics(), "data": found.sizes, "versions": versions(), "world_size": control.size}
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
-    length_may_grow = job.lr.decay.policy in ("constant", "multistep")
+    length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
     start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, found.model))
     learner = join(job, found, control, worker.tensors)
     position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
@@ -240,8 +240,9 @@ def _go_back(
     position, state = resume.share(found, parts.learner, control, tensors)
     position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())
     state.rolled_back = rolled_back
-    if parts.log is not None and found is not None:
-        parts.log.go_back(found.log_offsets, position)
+    log = parts.log
+    on_rank_0(control, lambda: log.go_back(found.log_offsets, position) if log is not None and found is not None else None)
+    if log is not None:
         say(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
     return position, state
 

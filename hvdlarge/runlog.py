@@ -261,10 +261,12 @@ class RunLog:
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
     def go_back(self, offsets: Mapping[str, int], position: Position) -> None:
-        """Cut off what was written behind a checkpoint that the run goes back to."""
-        for name, file in self._files.items():
-            file.flush()
-            file.truncate(offsets[name])
+        """Cut off what was written behind a checkpoint that the run goes back to. Raises CannotSave as `check` does."""
+        self.check()
+        with self._told():
+            for name, file in self._files.items():
+                file.flush()
+                file.truncate(offsets[name])
         self._samples_at_last_line, self._last_line = position.samples_seen, time.monotonic()
         self._stage_batch, self._lr = position.stage_batch, None
 
@@ -303,7 +305,7 @@ class RunLog:
             "samples_per_second": position.samples_seen / seconds,
         }
         with self._told():
-            write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / "summary.json", _plain(summary))
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         say(
             f"done: {accuracy}loss {results['loss']:.4f} after {epoch:g} epochs, {position.step:,} steps and "

@@ -52,7 +52,10 @@ class Watchdog:
 
     def take_notes(self, folder: Path) -> None:
         """From now on note this rank's place in `folder` every few seconds, for the others and for an operator to read."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a note is a help, not a duty: a full disk must not end the run here
+            return
         self._notes = folder
 
     def progress(self, phase: str, step: int | None = None) -> None:
@@ -116,7 +119,7 @@ class Watchdog:
             aside.write_text(json.dumps(note))
             aside.replace(self._notes / f"rank_{self._rank}.json")
         except OSError:
-            pass  # a note is a help, not a duty: a full disk must not end the run here
+            pass  # likewise
 
     def _leave(self, seconds: float) -> None:
         lines = [

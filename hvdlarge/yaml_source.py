@@ -19,6 +19,7 @@ import yaml
 Path = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 _MAX_DEPTH = 40
+_TEXT = "tag:yaml.org,2002:str"
 _VARIABLE = re.compile(r"\$(\$\{)|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 
@@ -118,6 +119,8 @@ def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise SourceError("a key must be a word", line)
+            if key_node.tag != _TEXT:
+                raise SourceError(f"the key {key!r} is read as a number or the like: put it in quotes", line)
             if key in seen:
                 raise SourceError(f"the key {key!r} stands twice, on lines {seen[key]} and {line}", line)
             seen[key] = line
@@ -194,3 +197,26 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes whatever `read` would not take for text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write(values: Any) -> str:
+    """Plain values as a text that `read` gives back as they are, whatever the environment.
+
+    >>> write({"name": "1e3", "place": "${HOME}", "on": True}).splitlines()
+    ["name: '1e3'", 'place: $${HOME}', 'on: true']
+    """
+    return yaml.dump(_escaped(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _escaped(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _escaped(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_escaped(value) for value in values]
+    return values.replace("${", "$${") if isinstance(values, str) else values

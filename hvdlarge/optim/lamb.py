@@ -67,9 +67,11 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
         self._ratios = {}
         self.take_gradient_norms()  # gradients that are zero have been taken away
         moving = [(group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None]
+        if not moving:
+            return
         directions = [self._direction(group, weight) for group, weight in moving]
         sizes = torch.stack([norm(tensor) for (_, weight), r in zip(moving, directions, strict=True) for tensor in (weight, r)])
-        numbers = sizes.tolist() if moving else []
+        numbers = sizes.tolist()
         for place, ((group, weight), direction) in enumerate(zip(moving, directions, strict=True)):
             weight_norm, size = numbers[2 * place], numbers[2 * place + 1]
             ratio = weight_norm / size if group["adapt"] and weight_norm > 0 and size > 0 else 1.0

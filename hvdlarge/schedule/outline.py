@@ -6,13 +6,13 @@ Contract: pure; the stages, step counts and rates are those that the controller 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hvdlarge.schedule.decay import OneCycle
+from hvdlarge.schedule.decay import Decay, MultistepDecay, OneCycle
 from hvdlarge.schedule.growth import Growth
-from hvdlarge.schedule.progress import Clock
+from hvdlarge.schedule.progress import Clock, next_mark
 from hvdlarge.schedule.rate import RateSchedule
 from hvdlarge.schedule.warmup import StageStart, full_rate_epoch
 
@@ -72,9 +72,8 @@ def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: R
         first, steps, batch = stretch.first_sample, stretch.steps, stretch.global_batch
         end = min(clock.total_samples, first + steps * batch)
         full_rate = full_rate_epoch(rate.warmup, stretch.starts)
-        turns = [full_rate, rate.decay.peak * clock.epochs] if isinstance(rate.decay, OneCycle) else [full_rate]
+        turns = [full_rate, *_turns(rate.decay, clock.epochs, full_rate)]
         near = {-(-(clock.samples_until(turn) - first) // batch) + aside for turn in turns for aside in (-1, 0)}
-        probes = {0, steps - 1, *(number * (steps - 1) // _PROBES for number in range(_PROBES))}
         stages.append(
             StageOutline(
                 stage=len(stages),
@@ -84,12 +83,37 @@ def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: R
                 global_batch=batch,
                 last_batch=end - first - (steps - 1) * batch,
                 first_lr=stretch.lr(0),
-                highest_lr=max(stretch.lr(step) for step in probes | {step for step in near if 0 <= step < steps}),
+                highest_lr=_highest(stretch, [step for step in near if 0 <= step < steps]),
                 last_lr=stretch.lr(steps - 1),
                 full_rate=full_rate,
             )
         )
     return stages
+
+
+def _turns(decay: Decay, epochs: float, full_rate: float) -> list[float]:
+    """Epochs at which a rate may turn from rising to falling, beside the end of its warmup."""
+    if isinstance(decay, OneCycle):
+        return [decay.peak * epochs]
+    marks: list[float] = []
+    if isinstance(decay, MultistepDecay):  # marks inside a warmup
+        mark = next_mark(0.0, decay.every_epochs, decay.milestones)
+        while mark is not None and mark <= full_rate and len(marks) < _PROBES:
+            marks.append(mark)
+            mark = next_mark(mark, decay.every_epochs, decay.milestones)
+    return marks
+
+
+def _highest(stretch: Stretch, near: Sequence[int]) -> float:
+    """The highest rate of a stretch: that of its turns, or of a search that closes in on the highest of evenly spaced steps."""
+    low, high = 0, stretch.steps - 1
+    while True:
+        probes = sorted({low + number * (high - low) // _PROBES for number in range(_PROBES + 1)})
+        rates = [stretch.lr(step) for step in probes]
+        best = rates.index(max(rates))
+        if high - low <= _PROBES:
+            return max(rates[best], *(stretch.lr(step) for step in near), stretch.lr(0), stretch.lr(stretch.steps - 1))
+        low, high = probes[max(0, best - 1)], probes[min(len(probes) - 1, best + 1)]
 
 
 def curve(

@@ -158,6 +158,14 @@ def test_what_may_change_is_allowed_and_recorded(stopped):
     assert "already finished" in ended.text
 
 
+def test_a_run_with_exponential_decay_may_be_lengthened(bench):
+    arguments = ["lr.decay={policy: exponential}"]
+    assert bench.run(2, *arguments, FAULT="usr1@1:60").code == 75
+    ended = bench.run(2, *arguments, "epochs=2.5")
+    assert ended.code == 0, ended.text
+    assert "epochs changes from 2 to 2.5" in ended.text
+
+
 def test_58_a_finished_run_is_left_alone_and_fresh_sets_it_aside(bench):
     assert bench.run(2, "epochs=0.5").code == 0
     before = (bench.run_folder() / "summary.json").read_bytes()

@@ -46,6 +46,12 @@ PLANS = {
     "one cycle": make_plan(rate=RateSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
     "cosine": make_plan(rate=RateSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
     "exponential": make_plan(rate=RateSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))),
+    "decay inside the warmup": make_plan(
+        rate=RateSchedule(1, "linear", LinearWarmup(epochs=5), MultistepDecay(gamma=0.3, every_epochs=1.3)), growth=NoGrowth()
+    ),
+    "a peak that moves": make_plan(
+        rate=RateSchedule(1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)), growth=NoGrowth()
+    ),
     "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
     "digits_lstm.yaml": read_job("jobs/digits_lstm.yaml").plan(1437, 2),
 }
@@ -80,7 +86,7 @@ def test_the_outline_on_paper_is_what_the_controller_does(plan):
         assert paper.last_lr == steps[-1].lr
         highest = max(decision.lr for decision in steps)
         assert paper.highest_lr <= highest
-        assert paper.highest_lr == pytest.approx(highest, rel=0.02)
+        assert paper.highest_lr == pytest.approx(highest, rel=1e-3)
     assert len(stages) == decisions[-1].stage + 1
 
 

@@ -40,7 +40,13 @@ def test_the_resolved_job_is_the_same_job():
     job = parse_job(
         GOOD,
         "job.yaml",
-        ["optimizer={name: sgd, not_adapted: [a.*, b]}", "model.args={width: 4}", "lr.decay={policy: polynomial}"],
+        [
+            "run_dir='$${HOME}/1e3'",
+            "name='1e3'",
+            "optimizer={name: sgd, not_adapted: [a.*, b]}",
+            "model.args={width: 4}",
+            "lr.decay={policy: polynomial}",
+        ],
     )
     assert parse_job(job.to_yaml(), "resolved") == job
     assert parse_job(job.to_yaml(), "resolved").fingerprint() == job.fingerprint()
@@ -196,6 +202,14 @@ def test_a_section_of_another_kind_replaces_the_whole(tmp_path):
         job="extends: base.yaml\nbatch: {growth: {policy: none}}\nmodel: {name: mlp}\noptimizer: {name: sgd}\n",
     )
     assert (read().batch.growth.policy, read().model.name, read().optimizer.name) == ("none", "mlp", "sgd")
+
+
+def test_a_kind_that_was_left_to_its_default_counts(tmp_path):
+    base = GOOD + "optimizer: {trust_coefficient: 0.01}\nloss: {label_smoothing: 0.1}\n"
+    read = extended(tmp_path, base=base, job="extends: base.yaml\noptimizer: {name: sgd}\nloss: {name: mse}\n")
+    assert (read().optimizer.name, read().loss.label_smoothing) == ("sgd", None)
+    read = extended(tmp_path, base=base, job="extends: base.yaml\noptimizer: {name: lars, momentum: 0.8}\n")
+    assert (read().optimizer.trust_coefficient, read().optimizer.momentum) == (0.01, 0.8)
 
 
 def test_chains_of_files_and_folders(tmp_path):

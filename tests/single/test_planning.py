@@ -136,6 +136,11 @@ def test_a_plan_in_words_and_side_by_side(capsys):
     assert "model.name                   convnet           row_lstm" in said
 
 
+def test_a_first_batch_below_the_base_takes_more_steps(capsys):
+    assert main([str(ROOT / "jobs/digits_lstm.yaml"), "batch.base=1024", "lr.warmup.epochs=1"]) == 0
+    assert "× more than the 127 of a fixed batch of 1024" in capsys.readouterr().out
+
+
 def test_a_plan_is_drawn(tmp_path):
     job = str(ROOT / "jobs/digits.yaml")
     for name, begins in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml"), ("plan.pdf", b"%PDF")):

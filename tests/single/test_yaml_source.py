@@ -1,6 +1,6 @@
 import pytest
 
-from hvdlarge.yaml_source import SourceError, read
+from hvdlarge.yaml_source import SourceError, read, write
 
 
 def test_numbers_and_words_follow_yaml_1_2():
@@ -35,6 +35,8 @@ def test_lines_are_remembered():
         ("[" * 3000, "nested deeper than 40 levels", 1),
         ("? [a]\n: b", "a key must be a word", 1),
         ("a: " + "9" * 5000, "digits", 1),
+        ("a: {0: x}", "the key '0' is read as a number or the like", 1),
+        ("true: 1", "the key 'true' is read as", 1),
         ("a: 010", "010 begins with a zero", 1),
         ("a: -07", "-07 begins with a zero", 1),
         ("a: 1\nb: ${NOT_SET}", "the variable NOT_SET is not set; ${NOT_SET:-default} would", 2),
@@ -73,3 +75,9 @@ def test_variables_of_the_environment(text, value):
             read(f"a: {text}", environ)
         return
     assert read(f"a: {text}", environ).values == {"a": value}
+
+
+def test_what_is_written_is_read_back():
+    words = ["1e3", "010", "on", "null", "", "a: b", "${HOME}", "$${X}", "~", "0x10", "true", "- x", "é", "1_000", "1:30", "x\ny"]
+    values = {"words": words, "numbers": [1, -0.5, 1e-300, 1e300], "none": None, "yes": True, "deep": {"empty": {}, "1": []}}
+    assert read(write(values), {"HOME": "elsewhere"}).values == values

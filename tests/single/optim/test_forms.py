@@ -123,6 +123,14 @@ def test_lamb_moves_by_the_rate_times_the_weights_norm():
     assert (weight.detach() - before).norm().item() == pytest.approx(0.01 * 5, rel=1e-12)
 
 
+@pytest.mark.parametrize("make", [LARS, LAMB])
+def test_a_step_in_which_every_gradient_is_zero(make):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    make([weight]).step()
+    assert weight.tolist() == [1, 1, 1]
+
+
 CASES = {
     "sgd": ({"momentum": 0.9}, lambda p: torch.optim.SGD(p, lr=1, momentum=0.9, weight_decay=0.01)),
     "sgd, nesterov": (
