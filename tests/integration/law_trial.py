@@ -71,14 +71,20 @@ def model(name, **arguments):
 
 
 def run(place, name, workers, *arguments, stops=False):
-    """Train a job; returns its last checkpoint and the seconds."""
+    """Train a job, or stop it as soon as it has some steps behind it; returns its last checkpoint and the seconds."""
     launch = [] if workers == 1 else [*MPIRUN, "-np", str(workers)]
-    command = [*launch, *TRAIN, *arguments, f"run_dir={place / name}"]
+    command, folder = [*launch, *TRAIN, *arguments, f"run_dir={place / name}"], place / name
     begin = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(place)), capture_output=True, text=True, timeout=600)
-    wanted = 75 if stops else 0
-    assert done.returncode == wanted, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return torch.load(place / name / "checkpoints/last.pt", weights_only=True), time.monotonic() - begin
+    with (place / "log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(PYTHONPATH=str(place)), stdout=log, stderr=log)
+        while stops and process.poll() is None:
+            if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 500:
+                (folder / "STOP").touch()
+                break
+            time.sleep(0.02)
+        code = process.wait(timeout=600)
+    assert code == (75 if stops else 0), f"{command}: exit code {code}\n{(place / 'log').read_text()}"
+    return torch.load(folder / "checkpoints/last.pt", weights_only=True), time.monotonic() - begin
 
 
 def tensors_of(checkpoint):
@@ -126,13 +132,13 @@ def main():
         (place / "nudged.py").write_text(NUDGED)
         for name, trial in ((name, JOBS[name]) for name in options.jobs):
             lengths = [("fp64", []), ("fp32", [trial.short]), ("fp32", [])]
-            whole, seconds = {}, {}
+            whole = {}
             for precision, length in lengths:
                 given = trial.command(f"precision={precision}", *length)
                 judged = precision == "fp64" or length
                 for workers in (1, 2, 3, 4):
                     found, took = run(place, f"{name}-{precision}-{len(length)}-{workers}", workers, *given)
-                    whole[workers], seconds[workers] = found, took  # of the last, which is the whole run in float32
+                    whole[workers] = found  # of the last, which is the whole run in float32
                     if workers == 1:
                         alone = found
                         continue
@@ -144,8 +150,7 @@ def main():
             report("1 control", name, 1, f"fp32, one bit of one first weight changed: {away:.1e} ({where})")
             for workers in (1, 2, 3, 4):
                 end, given = whole[workers]["position"]["step"], trial.command("precision=fp32")
-                stopping = f"stop_after_minutes={0.75 * seconds[workers] / 60}"
-                first, _ = run(place, f"{name}-resume-{workers}", workers, *given, stopping, stops=True)
+                first, _ = run(place, f"{name}-resume-{workers}", workers, *given, stops=True)
                 again, _ = run(place, f"{name}-resume-{workers}", workers, *given)
                 at = first["position"]["step"]
                 same = digest(again) == digest(whole[workers])
