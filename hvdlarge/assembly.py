@@ -10,6 +10,7 @@ import torch
 
 from hvdlarge import job as sections
 from hvdlarge import named
+from hvdlarge.arithmetic import Arithmetic, LossScale, scale_for_compression
 from hvdlarge.comm.exact import ExactUpdate
 from hvdlarge.comm.world import ControlWire, SummedUpdate, TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan
@@ -21,14 +22,12 @@ from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, WrongEnvironment
 from hvdlarge.models.exact_statistics import ExactStatistics
 from hvdlarge.models.running_statistics import RunningStatistics
-from hvdlarge.nonfinite import RollbackPolicy, SkipPolicy, StopPolicy
+from hvdlarge.nonfinite import LossScalingPolicy, RollbackPolicy, SkipPolicy, StopPolicy
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.groups import named_parameters
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.step import Learner, NotFinitePolicy
-
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def choose_device(tensors: TensorWire) -> torch.device:
@@ -49,9 +48,6 @@ def choose_device(tensors: TensorWire) -> torch.device:
     own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     if gpus < tensors.local_size and not own:
         raise WrongEnvironment(f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU")
-    # fp32 means 23 bits of mantissa: torch's default lets convolutions use TF32, with 10.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cuda", tensors.local_rank % gpus)
     torch.cuda.set_device(device)
     return device
@@ -86,9 +82,8 @@ def build_learning(
     model: sections.Model,
     loss: sections.Loss,
     optimizer: sections.Optimizer,
-    precision: str,
+    arithmetic: Arithmetic,
     seed: int,
-    device: torch.device,
 ) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], torch.optim.Optimizer]:
     """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on the seed only.
 
@@ -99,15 +94,17 @@ def build_learning(
     net = named.build("model.name", model.name, model.args, named.MODELS)
     if not isinstance(net, torch.nn.Module):
         raise JobError(f"model.name: {model.name} must give a torch.nn.Module, not {_kind(net)}")
-    net.to(device=device, dtype=_DTYPES[precision])
+    net.to(device=arithmetic.device, dtype=arithmetic.weights)
     measure = named.build("loss.name", loss.name, loss.arguments, named.LOSSES)
     if isinstance(measure, torch.nn.Module):
-        measure.to(device=device, dtype=_DTYPES[precision])
+        measure.to(device=arithmetic.device, dtype=arithmetic.weights)
     try:
         for name, parameter in net.named_parameters():
             if not parameter.is_contiguous():
                 raise ValueError(f"the parameter {name!r} is not contiguous, which Horovod does not carry")
         RunningStatistics(net, rank=0)  # says whether the engine can keep this model's statistics
+        if model.compile:
+            net.compile()
         return net, measure, build_optimizer(net, **optimizer.arguments)
     except ValueError as error:
         raise JobError(f"model.name: {model.name}: {error}") from None
@@ -117,9 +114,12 @@ def join_learning(
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
     optimizer: torch.optim.Optimizer,
+    arithmetic: Arithmetic,
+    gradients: sections.Gradients,
+    groups: int | None,
+    channels_last: bool,
     control: ControlWire,
     tensors: TensorWire,
-    device: torch.device,
     seed: int,
     exact: bool,
 ) -> Learner:
@@ -129,28 +129,33 @@ def join_learning(
         model: as built on this worker.
         loss: a mean over samples.
         optimizer: plain, without state.
+        arithmetic: of this worker.
+        gradients: how they travel, and what is done to them.
+        groups: of gradients that travel together; None: each by itself.
+        channels_last: whether images are laid out so.
         control: tells the rank.
         tensors: the wire of the sum.
-        device: of the model.
         seed: of the run.
         exact: the sum of exact mode; the number of workers is a power of two then.
     """
     tensors.broadcast_(list(model.state_dict().items()))
     named = named_parameters(optimizer.param_groups)
-    dtype = next(model.parameters()).dtype
     update: SummedUpdate
     if exact:
         update = ExactUpdate(optimizer, tensors.gather, control.rank, control.size)
         statistics: RunningStatistics = ExactStatistics(model, control.rank, tensors.gather)
     else:
-        update = tensors.summed_update(optimizer, named)
+        update = tensors.summed_update(optimizer, named, gradients.compression == "fp16", groups)
         statistics = RunningStatistics(model, control.rank)
     return Learner(
         model=model,
         loss=loss,
         update=update,
         statistics=statistics,
-        to_device=lambda batch: _moved(batch, device, dtype),
+        arithmetic=arithmetic,
+        scale=LossScale(scale_for_compression(gradients.compression, control.size)),
+        clip_norm=gradients.clip_norm,
+        to_device=lambda batch: _moved(batch, arithmetic.device, arithmetic.weights, channels_last),
         names={weight: name for name, weight in named},
         seed=seed,
         rank=control.rank,
@@ -188,23 +193,32 @@ def build_feed(
     return DecisionFeed(control, controller, ahead, announce)
 
 
-def build_policy(not_finite: Any, state: RunState) -> NotFinitePolicy:
+def build_policy(not_finite: Any, state: RunState, learner: Learner) -> NotFinitePolicy:
     """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
+    policy: NotFinitePolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
-        return SkipPolicy(not_finite.limit, state.skipped)
-    if isinstance(not_finite, sections.RollbackWhenNotFinite):
-        return RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
-    return StopPolicy()
+        policy = SkipPolicy(not_finite.limit, state.skipped)
+    elif isinstance(not_finite, sections.RollbackWhenNotFinite):
+        policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
+    else:
+        policy = StopPolicy()
+    return LossScalingPolicy(policy, learner.scale, state) if learner.arithmetic.scales_losses else policy
 
 
-def _moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A batch on the device, its floats in the run's precision; tensors inside lists, tuples and dicts too."""
+def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:
+    """A batch on the device, its floats of the weights' type; tensors inside lists, tuples and dicts too."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device=device, dtype=dtype if batch.is_floating_point() else batch.dtype)
+        images = channels_last and batch.is_floating_point() and batch.ndim == 4
+        return batch.to(
+            device=device,
+            dtype=dtype if batch.is_floating_point() else batch.dtype,
+            non_blocking=True,  # from pinned memory; from any other it waits
+            memory_format=torch.channels_last if images else torch.preserve_format,
+        )
     if isinstance(batch, dict):
-        return {key: _moved(value, device, dtype) for key, value in batch.items()}
+        return {key: _moved(value, device, dtype, channels_last) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        moved = [_moved(value, device, dtype) for value in batch]
+        moved = [_moved(value, device, dtype, channels_last) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 

@@ -10,6 +10,7 @@ import torch
 from hvdlarge.comm.world import TensorWire
 from hvdlarge.data.layout import BatchLayout, MicroBatch
 from hvdlarge.data.loader import Fetch, Loaded, make_dataloader
+from hvdlarge.memory import told_what_to_change
 from hvdlarge.step import Learner
 
 
@@ -53,14 +54,20 @@ class Evaluation:
         totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, samples that have an answer
         for micro_batch, inputs, targets in self._loader:
             targets = learner.to_device(targets)
-            outputs = learner.model(learner.to_device(inputs))
-            totals[0] += learner.loss(outputs, targets).double() * micro_batch.size
+            size = micro_batch.size
+            with (
+                told_what_to_change(f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"),
+                learner.arithmetic.autocast(),
+            ):
+                outputs = learner.model(learner.to_device(inputs))
+                loss = learner.loss(outputs, targets)
+            totals[0] += loss.double() * size
             if _are_classes(outputs, targets):
                 totals[1] += (outputs.argmax(dim=1) == targets).sum()
                 totals[2] += targets.numel()
         learner.model.train()
-        loss, right, answered = tensors.sum(totals, "evaluation").tolist()
-        result = {"test_loss": loss / self._size}
+        total_loss, right, answered = tensors.sum(totals, "evaluation").tolist()
+        result = {"test_loss": total_loss / self._size}
         if answered:
             result["accuracy"] = right / answered
         return result

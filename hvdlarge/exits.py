@@ -85,3 +85,7 @@ class BadCheckpoint(RunEnds):
     """A checkpoint is damaged or belongs to another job."""
 
     code = BAD_CHECKPOINT
+
+
+class OutOfMemory(Exception):
+    """Memory ran out on one rank, which ends the run for all; the message says what to change. No RunEnds: it is raised alone."""

@@ -50,6 +50,8 @@ class Model(Section):
 
     name: str  # a built-in, or package.module:attribute
     args: Arguments = {}
+    channels_last: bool = False  # images in memory with their channels last, which is faster on most GPUs
+    compile: bool = False  # by torch.compile
 
 
 class Loss(Section):
@@ -228,6 +230,22 @@ class Checkpoint(Section):
         return self.every_epochs
 
 
+class Gradients(Section):
+    """What is done to gradients on their way to the update."""
+
+    clip_norm: Positive | None = None  # the largest L2 norm of all mean gradients together; larger ones are scaled down to it
+    compression: Literal["none", "fp16"] = "none"  # how they travel between workers
+
+
+class Horovod(Section):
+    """How Horovod and MPI are set; a variable that stands in the environment already comes first."""
+
+    fusion_mib: NotNegative = 0.0  # HOROVOD_FUSION_THRESHOLD: buffers in which gradients are sent together
+    cycle_ms: Positive | None = None  # HOROVOD_CYCLE_TIME: how often Horovod looks for work; default: its own
+    groups: Count | None = None  # so many groups of gradients, each sent as one
+    yield_when_idle: bool | None = None  # OMPI_MCA_mpi_yield_when_idle; default: where a worker has less than two cores
+
+
 class StopWhenNotFinite(Section):
     """A gradient that is not finite ends the run."""
 
@@ -258,6 +276,10 @@ class Timeouts(Section):
     evaluate_seconds: Positive = 3600.0
     save_seconds: Positive = 3600.0
 
+    def limits(self) -> dict[str, float]:
+        """Seconds by phase."""
+        return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
+
 
 class Log(Section):
     """What is written down how often."""
@@ -272,7 +294,7 @@ class Job(Section):
     run_dir: str | None = None  # another place for the run folder
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     epochs: Positive
-    precision: Literal["fp32", "fp64"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
     reduction: Literal["fast", "exact"] = "fast"  # exact: bit-identical weights on 1, 2, 4, … workers
     deterministic: bool = False  # bit-identical from run to run on the same number of workers
     data: Data
@@ -280,6 +302,7 @@ class Job(Section):
     loss: Loss = Loss()
     batch: Batch
     lr: LearningRate
+    gradients: Gradients = Gradients()
     optimizer: Annotated[Lars | Lamb | Sgd | Adam | AdamW | Adagrad | RmsProp, Field(discriminator="name")] = Lars()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
@@ -290,6 +313,7 @@ class Job(Section):
     compare_every_steps: Count = 100  # a digest of weights, buffers and optimizer state is compared across the ranks
     stop_after_minutes: Positive | None = None  # a time limit: stop with a checkpoint, exit code 75
     timeouts: Timeouts = Timeouts()
+    horovod: Horovod = Horovod()
 
     @property
     def run_folder(self) -> Path:
@@ -319,7 +343,8 @@ class Job(Section):
     def mathematics(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
         return {key: value for key, value in self.resolved().items() if key not in _NOT_MATHEMATICS} | {
-            "data": {"name": self.data.name, "args": self.data.args}
+            "data": {"name": self.data.name, "args": self.data.args},
+            "model": {"name": self.model.name, "args": self.model.args},
         }
 
     def fingerprint(self) -> str:
@@ -340,5 +365,5 @@ _NOT_MATHEMATICS = frozenset(
         "stop_after_minutes",
         "timeouts",
     ]
-    + ["deterministic", "data"]
+    + ["deterministic", "data", "model", "horovod"]
 )

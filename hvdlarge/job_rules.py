@@ -13,6 +13,7 @@ def impossible(job: Job) -> Iterator[Problem]:
     """Every combination of values that cannot be meant, with the key to look at first."""
     yield from _batch(job)
     yield from _warmup(job)
+    yield from _gradients(job)
     decay, growth = job.lr.decay, job.batch.growth
     if decay.policy == "multistep":
         yield from _past_the_end(("lr", "decay", "milestones"), decay.milestones, job.epochs)
@@ -38,6 +39,16 @@ def _warmup(job: Job) -> Iterator[Problem]:
             ("lr", "warmup", "epochs"),
             f"the warmup takes {length:g} epochs{by_rule}, the run has {job.epochs:g}; it is given in epochs, not in steps",
         )
+
+
+def _gradients(job: Job) -> Iterator[Problem]:
+    compressed = job.gradients.compression != "none"
+    if compressed and job.reduction == "exact":
+        yield ("gradients", "compression"), "reduction: exact keeps every bit, compression does not: choose one of them"
+    if compressed and job.precision == "fp64":
+        yield ("gradients", "compression"), "precision: fp64 asks for 53 bits, compression: fp16 sends 11: choose one of them"
+    if job.horovod.groups is not None and job.reduction == "exact":
+        yield ("horovod", "groups"), "reduction: exact sends all gradients of a worker as one: leave horovod.groups out"
 
 
 def _past_the_end(key: tuple[str, ...], marks: Sequence[float] | None, epochs: float) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from hvdlarge.digest import combined, named_state, tensor_digests
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import Diverged, JobError, Stopped
 from hvdlarge.measure.timers import PhaseTimers
+from hvdlarge.memory import told_what_to_change
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog
 from hvdlarge.saver import Saver
@@ -82,7 +83,13 @@ def train(parts: Parts, state: RunState) -> None:
         fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
         compare = decision.step % parts.cadence.compare_every_steps == 0
         digest = combined(digests(parts.learner)) if compare else None
-        outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
+        micro, accumulated = decision.micro_batch, layout.accumulation_steps
+        with told_what_to_change(
+            f"step {decision.step}, with micro-batches of {micro:,} samples",
+            f"set batch.micro lower, e.g. to {max(1, micro // 2)}; the global batch of {decision.global_batch:,} stays, in more "
+            f"than the {accumulated:,} accumulation steps of now",
+        ):
+            outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
             on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:

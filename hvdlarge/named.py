@@ -12,10 +12,12 @@ from typing import Any
 from hvdlarge.exits import JobError
 
 # Every short name that a job may use, and where it lives.
-DATA = {"digits": "hvdlarge.data.datasets:digits"}
+DATA = {"digits": "hvdlarge.data.datasets:digits", "synthetic_images": "hvdlarge.data.synthetic:synthetic_images"}
 MODELS = {
     "convnet": "hvdlarge.models.convnet:ConvNet",
     "mlp": "hvdlarge.models.mlp:MLP",
+    "resnet20": "hvdlarge.models.resnet:ResNet20",
+    "resnet50": "hvdlarge.models.resnet:ResNet50",
     "row_lstm": "hvdlarge.models.row_lstm:RowLSTM",
 }
 LOSSES = {"cross_entropy": "torch.nn:CrossEntropyLoss", "mse": "torch.nn:MSELoss"}
@@ -40,7 +42,12 @@ def build(key: str, name: str, arguments: dict[str, Any], built_in: dict[str, st
         raise JobError(f"{key}: the arguments {arguments} do not fit {name}{inspect.signature(target)}: {error}") from None
     except ValueError:  # a callable without a signature; it will say itself what it does not accept
         pass
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except ValueError as error:
+        if name in built_in:  # an own object's traceback says more to its owner
+            raise JobError(f"{key}: {name}: {error}") from None
+        raise
 
 
 def _find(key: str, name: str, built_in: dict[str, str]) -> Any:

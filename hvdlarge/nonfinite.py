@@ -5,10 +5,12 @@ The gradients are reduced before they are looked at, so every rank sees the same
 
 from __future__ import annotations
 
+from hvdlarge.arithmetic import LossScale
 from hvdlarge.exits import Diverged
 from hvdlarge.models.running_statistics import Kept
+from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.step import Learner
+from hvdlarge.step import Learner, NotFinitePolicy
 
 
 class RollBack(Exception):
@@ -85,6 +87,42 @@ class RollbackPolicy:
         if self._rolled_back >= self._limit:
             raise Diverged(f"{_describe(decision, not_finite)}; the run was rolled back {self._limit} times already")
         raise RollBack(_describe(decision, not_finite), self._lr_factor)
+
+
+class LossScalingPolicy:
+    """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks for a smaller scale.
+
+    Args:
+        then: what is done where no scaling is left to be taken back.
+        scale: moved by this policy.
+        state: keeps the scale for a resume; changed in place.
+    """
+
+    def __init__(self, then: NotFinitePolicy, scale: LossScale, state: RunState) -> None:
+        self._then = then
+        self._scale = scale
+        self._state = state
+        self._kept: Kept | None = None
+        scale.moving = state.loss_scale or LossScale.FIRST
+
+    def before_step(self, learner: Learner) -> None:
+        """Keep the running statistics, which the forward passes change."""
+        self._kept = learner.statistics.keep()
+        self._then.before_step(learner)
+
+    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+        """Leave the step out with half the scale, or let the other policy judge."""
+        clean, scale = self._state.steps_at_loss_scale + 1, self._scale
+        if not_finite and scale.moving > 1:
+            assert self._kept is not None
+            learner.statistics.restore(self._kept)
+            clean, scale.moving, applied = 0, scale.moving / 2, False
+        else:
+            applied = self._then.judge(decision, learner, not_finite)
+            if clean == LossScale.STEPS_BEFORE_GROWTH:
+                clean, scale.moving = 0, min(2 * scale.moving, LossScale.LARGEST)
+        self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
+        return applied
 
 
 def _describe(decision: Decision, not_finite: list[str]) -> str:

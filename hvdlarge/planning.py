@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdlarge.controller import Plan
+from hvdlarge.data import sizes
 from hvdlarge.data.layout import BatchLayout
-from hvdlarge.data.sizes import TRAINING_SAMPLES
 from hvdlarge.data.tree import depth_of
 from hvdlarge.exits import JobError
 from hvdlarge.job import Checkpoint, Job
@@ -56,7 +56,7 @@ def training_samples(job: Job) -> int:
     Raises:
         UnknownSamples: where the job does not say it and the data set is not a built-in one.
     """
-    found = job.data.samples or (TRAINING_SAMPLES.get(job.data.name) if not job.data.args else None)
+    found = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
     if found is None:
         raise JobError(f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, or give --samples N")
     return found

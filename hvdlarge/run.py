@@ -16,6 +16,7 @@ import torch
 
 from hvdlarge import assembly, resume
 from hvdlarge.agreement import all_or_none, on_rank_0, same_everywhere
+from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.launcher import Launch, cores_per_worker
 from hvdlarge.comm.world import ControlWire, TensorWire
@@ -52,7 +53,7 @@ class Worker:
 class Ingredients:
     """What a job names, built on this rank alone; every rank's are alike."""
 
-    device: torch.device
+    arithmetic: Arithmetic
     training_set: Any
     test_set: Any  # or None
     sizes: Mapping[str, int | None]  # of both, in samples
@@ -77,7 +78,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     control, folder = worker.control, job.run_folder
     hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
     cores = cores_per_worker([(other["host"], other["cores"]) for other in hosts], control.rank)
-    _settle_torch(1 if job.reduction == "exact" else cores, job.deterministic)
+    _settle_torch(1 if job.reduction == "exact" else cores, job.deterministic, tf32=job.precision == "tf32")
     found = gather_ingredients(job, control, worker.tensors)
 
     facts = {"job": job.mathematics(), "data": found.sizes, "versions": versions(), "world_size": control.size}
@@ -93,7 +94,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
 
     def open_log() -> RunLog:
         assert start is not None  # rank 0 has it
-        environment = _environment(worker, found.device, hosts)
+        environment = _environment(worker, found.arithmetic.device, hosts)
         write_documents(folder, job_file, job.to_yaml(), environment, position, start.notes)
         offsets = {} if start.found is None else start.found.log_offsets
         log = RunLog(folder, found.plan, start.lock, offsets, position, state)
@@ -120,20 +121,32 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
         JobError, WrongEnvironment, RanksDisagree: on every rank alike.
     """
     device = all_or_none(control, lambda: assembly.choose_device(tensors))
+    arithmetic = all_or_none(control, lambda: Arithmetic(job.precision, device))
     training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
     sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
     same_everywhere(control, sizes | {"device": device.type}, "data and devices")
     plan = all_or_none(control, lambda: plan_run(job, len(training_set), control.size))
     model, loss, optimizer = all_or_none(
-        control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, device)
+        control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     )
-    return Ingredients(device, training_set, test_set, sizes, plan, model, loss, optimizer)
+    return Ingredients(arithmetic, training_set, test_set, sizes, plan, model, loss, optimizer)
 
 
 def join(job: Job, found: Ingredients, control: ControlWire, tensors: TensorWire) -> Learner:
     """Put the sum over all workers before the update. Every rank calls this together."""
-    exact = job.reduction == "exact"
-    return assembly.join_learning(found.model, found.loss, found.optimizer, control, tensors, found.device, job.seed, exact)
+    return assembly.join_learning(
+        found.model,
+        found.loss,
+        found.optimizer,
+        found.arithmetic,
+        job.gradients,
+        job.horovod.groups,
+        job.model.channels_last,
+        control,
+        tensors,
+        job.seed,
+        exact=job.reduction == "exact",
+    )
 
 
 def follow(
@@ -164,7 +177,7 @@ def follow(
             position, state = _go_back(parts, state, found.model, checkpoints, reason)
         else:
             break
-    memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.device)))
+    memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device)))
     on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory))
 
 
@@ -220,7 +233,7 @@ def parts_of(
         learner=learner,
         evaluation=assembly.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
         agreement=StepAgreement(tensors, control, int(job.fingerprint()[:8], 16), asks),
-        policy=assembly.build_policy(job.on_nonfinite, state),
+        policy=assembly.build_policy(job.on_nonfinite, state, learner),
         saver=saver,
         stop=worker.stop,
         watchdog=worker.watchdog,
@@ -247,8 +260,11 @@ def _go_back(
     return position, state
 
 
-def _settle_torch(threads: int, deterministic: bool) -> None:
+def _settle_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     torch.set_num_threads(threads)  # one in exact mode: more would add up in another order
+    # fp32 means 23 bits of mantissa: torch's default lets convolutions use TF32, with 10.
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before CUDA starts
         torch.use_deterministic_algorithms(True)

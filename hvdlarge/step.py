@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from hvdlarge.arithmetic import Arithmetic, LossScale
 from hvdlarge.comm.world import SummedUpdate
 from hvdlarge.data import seeds
 from hvdlarge.data.draws import seed_torch
@@ -16,6 +17,7 @@ from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.loader import Loaded
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.optim.clipping import clip
 from hvdlarge.optim.groups import set_rate
 from hvdlarge.optim.norms import measure_gradients
 from hvdlarge.schedule.decision import Decision
@@ -30,7 +32,10 @@ class Learner:
     loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch
     update: SummedUpdate
     statistics: RunningStatistics
-    to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the run's precision
+    arithmetic: Arithmetic
+    scale: LossScale
+    clip_norm: float | None  # of all mean gradients together
+    to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the type of the weights
     names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order
     seed: int
     rank: int
@@ -80,11 +85,11 @@ def train_step(
     for micro_batch, inputs, targets in fetched:
         # Dropout belongs to the micro-batch, named by its first sample: not to the worker that happens to process it.
         seed_torch(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
-        with timed("forward"):
+        with timed("forward"), learner.arithmetic.autocast():
             outputs = learner.model(learner.to_device(inputs))
             share = learner.loss(outputs, learner.to_device(targets)) * (micro_batch.size / decision.global_batch)
         with timed("backward"):
-            share.backward()
+            learner.scale.scaled(share).backward()
             loss_share += share.detach()
             if micro_batch.number == mine.stop - 1:
                 got_gradient = [name for weight, name in learner.names.items() if weight.grad is not None]
@@ -96,11 +101,12 @@ def train_step(
         learner.update.reduce()
         verdict = agreement.hear()
     with timed("update"):  # only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
+        learner.scale.unscale(learner.names)
         norms = measure_gradients(learner.update.optimizer)
         not_finite = [learner.names[weight] for weight, norm in norms.items() if not math.isfinite(norm)]
         applied = policy.judge(decision, learner, not_finite)
         if applied:
-            learner.update.optimizer.gradient_norms = norms  # type: ignore[attr-defined]
+            learner.update.optimizer.gradient_norms = clip(norms, learner.clip_norm)  # type: ignore[attr-defined]
             set_rate(learner.update.optimizer, decision.lr)
             learner.update.apply()
     return StepOutcome(loss_share, verdict, applied)

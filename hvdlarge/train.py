@@ -29,7 +29,7 @@ from hvdlarge.comm.world import (
     open_tensors,
 )
 from hvdlarge.environment import shared_settings, versions
-from hvdlarge.job import Timeouts
+from hvdlarge.job import Horovod, Timeouts
 from hvdlarge.job_file import read_job
 from hvdlarge.planning import UnknownSamples, plan_run, training_samples
 from hvdlarge.runlog import complain, say
@@ -45,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments, speaks=launch is None or launch.rank == 0)
     if options.dry_run:
         return _dry_run(options, launch)
-    watchdog = Watchdog(0 if launch is None else launch.rank, _limits(options))
+    timeouts, horovod = _early(options)
+    watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
     watchdog.start()
     stop = StopRequest()
     stop.listen()
-    settings = _settle_environment(launch)
+    settings = _settle_environment(launch, horovod)
     try:
         if os.environ.get("HOROVOD_ELASTIC") == "1":
             raise WrongWorld("elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more workers instead")
@@ -75,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time.sleep(3.0)
         complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank")
         os._exit(exits.LOST_RANK)
+    except exits.OutOfMemory as error:
+        _let_lower_ranks_speak(control.rank)
+        complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
+        control.abort(exits.INTERNAL_ERROR)
     except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
         _let_lower_ranks_speak(control.rank)
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
@@ -104,13 +109,13 @@ def _let_lower_ranks_speak(rank: int) -> None:
     time.sleep(min(5.0, 1.25 * rank))
 
 
-def _limits(options: argparse.Namespace) -> dict[str, float]:
-    """The job's time limits, already before the ranks can talk; a wrong job is reported later, by all together."""
+def _early(options: argparse.Namespace) -> tuple[Timeouts, Horovod]:
+    """What the job says about the time before the ranks can talk; a wrong job is reported later, by all together."""
     try:
-        timeouts = read_job(options.job, options.overrides).timeouts
+        job = read_job(options.job, options.overrides)
     except exits.JobError:
-        timeouts = Timeouts()
-    return {key.removesuffix("_seconds"): value for key, value in timeouts.model_dump().items()}
+        return Timeouts(), Horovod()
+    return job.timeouts, job.horovod
 
 
 def _leave_together(code: int, control: ControlWire, watchdog: Watchdog) -> int:
@@ -141,9 +146,14 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
         return parser.parse_intermixed_args(arguments)
 
 
-def _settle_environment(launch: Launch | None) -> dict[str, str]:
+def _settle_environment(launch: Launch | None, horovod: Horovod) -> dict[str, str]:
     """Set what MPI and Horovod read when they start; returns what was set."""
-    settings = {} if launch is None else starting_settings(os.environ, launch.local_size, len(bound_cores()))
+    if launch is None:
+        return {}
+    cores = len(bound_cores())
+    settings = starting_settings(
+        os.environ, launch.local_size, cores, horovod.fusion_mib, horovod.cycle_ms, horovod.yield_when_idle
+    )
     os.environ.update(settings)
     return settings
 

@@ -83,10 +83,14 @@ class HorovodTensors:
             return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"gather.{name}")
 
     def summed_update(
-        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool = False,
+        groups: int | None = None,
     ) -> HorovodUpdate:
         """Put Horovod's allreduce in front of `optimizer`, which must not have any state yet."""
-        return HorovodUpdate(optimizer, named_parameters)
+        return HorovodUpdate(optimizer, named_parameters, compressed, groups)
 
     def close(self) -> None:
         """Stop Horovod. Every rank calls this together, before the control wire is closed."""
@@ -104,12 +108,24 @@ class HorovodUpdate:
     where an average of averages is not.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool,
+        groups: int | None,
+    ) -> None:
         if optimizer.state:
             raise ValueError("the optimizer has state already; Horovod would drop it")
         # Horovod re-creates the optimizer's class from its param_groups: nothing may wrap or subclass the result, and
         # whatever is not in the groups is lost. It is therefore the last thing done to an optimizer.
-        self.optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named_parameters, op=hvd.Sum)
+        self.optimizer = hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=named_parameters,
+            op=hvd.Sum,
+            compression=hvd.Compression.fp16 if compressed else hvd.Compression.none,
+            groups=groups,
+        )
 
     def begin(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this worker's micro-batches."""
@@ -123,8 +139,22 @@ class HorovodUpdate:
 
     def reduce(self) -> None:
         """Wait until each gradient is the sum over all workers. Every rank calls this together."""
+        self._complete_groups()
         with _with_the_others():
             self.optimizer.synchronize()
+
+    def _complete_groups(self) -> None:
+        # `synchronize` would submit the tensors of an incomplete group one by one, while the other ranks wait for the group:
+        # an idle worker's, and one whose gradients are not all there (which the agreement of the step then tells).
+        handles = self.optimizer._handles
+        for group in self.optimizer._group_counts:
+            if group not in handles:
+                for weight in group:
+                    handles.pop(weight, None)
+                    if weight.grad is None:
+                        weight.grad = torch.zeros_like(weight)
+                handles[group] = self.optimizer._grouped_allreduce_grad_async(group)
+                self.optimizer._group_counts[group] = 0
 
     def apply(self) -> None:
         """Move the weights with the reduced gradients."""

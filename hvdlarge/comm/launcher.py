@@ -88,7 +88,14 @@ def cores_per_worker(bindings: Sequence[tuple[str, Sequence[int]]], rank: int) -
     return max(1, len(cores) // sharing)
 
 
-def starting_settings(environ: Mapping[str, str], local_size: int, cores: int) -> dict[str, str]:
+def starting_settings(
+    environ: Mapping[str, str],
+    local_size: int,
+    cores: int,
+    fusion_mib: float = 0.0,
+    cycle_ms: float | None = None,
+    yield_when_idle: bool | None = None,
+) -> dict[str, str]:
     """Environment variables to set before MPI and Horovod start; those that the user has set already are left alone.
 
     HOROVOD_FUSION_THRESHOLD=0: fused buffers change from run to run with the timing, and with them the order of the sums.
@@ -100,10 +107,15 @@ def starting_settings(environ: Mapping[str, str], local_size: int, cores: int) -
         environ: the environment as it is.
         local_size: workers on this host.
         cores: that this process may run on.
+        fusion_mib: HOROVOD_FUSION_THRESHOLD, in MiB.
+        cycle_ms: HOROVOD_CYCLE_TIME, in milliseconds; None leaves it at Horovod's own.
+        yield_when_idle: OMPI_MCA_mpi_yield_when_idle; None: by the number of cores.
     """
-    settings = {"HOROVOD_FUSION_THRESHOLD": "0"}
-    if cores < 2 * local_size:
-        settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    settings = {"HOROVOD_FUSION_THRESHOLD": str(round(fusion_mib * 2**20))}
+    if cycle_ms is not None:
+        settings["HOROVOD_CYCLE_TIME"] = f"{cycle_ms:g}"
+    if yield_when_idle is not None or cores < 2 * local_size:
+        settings["OMPI_MCA_mpi_yield_when_idle"] = "0" if yield_when_idle is False else "1"
     settings = {name: value for name, value in settings.items() if name not in environ}
     check, shutdown = (environ.get(f"HOROVOD_STALL_{what}_TIME_SECONDS", "") for what in ("CHECK", "SHUTDOWN"))
     if shutdown.isdigit() and 0 < int(shutdown) < (int(check) if check.isdigit() else _STALL_CHECK_SECONDS):

@@ -63,7 +63,11 @@ class SoloTensors:
         return tensor.clone().unsqueeze(0)
 
     def summed_update(
-        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool = False,
+        groups: int | None = None,
     ) -> SoloUpdate:
         """`optimizer` behind the calls that the step makes."""
         return SoloUpdate(optimizer)

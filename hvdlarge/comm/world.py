@@ -107,9 +107,20 @@ class TensorWire(Protocol):
         ...
 
     def summed_update(
-        self, optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, torch.nn.Parameter]]
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool = False,
+        groups: int | None = None,
     ) -> SummedUpdate:
-        """Put the sum over workers in front of `optimizer`, which must not have any state yet."""
+        """Put the sum over workers in front of `optimizer`, which must not have any state yet.
+
+        Args:
+            optimizer: plain.
+            named_parameters: all of its parameters, with their names.
+            compressed: whether gradients travel, and are summed, in 16 bits.
+            groups: so many groups of gradients travel, each as one; None: each gradient by itself.
+        """
         ...
 
     def close(self) -> None:

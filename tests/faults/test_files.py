@@ -332,6 +332,17 @@ def test_58_every_optimizers_state_comes_back(bench, name):
     assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
 
 
+def test_58_the_loss_scale_comes_back(bench):
+    """An overflow on one rank halves it on all; the run that is stopped afterwards goes on with it."""
+    assert bench.run(2, "precision=fp16", "run_dir=runs/whole", FAULT="inf@0:30").code == 0
+    (bench.folder / "fired-inf-0-30").unlink()
+    assert bench.run(2, "precision=fp16", FAULT="inf@0:30 usr1@1:60").code == 75
+    kept = bench.checkpoint()["state"]
+    assert (kept["loss_scale"], kept["skipped"]) == (2**15, 1)
+    assert bench.run(2, "precision=fp16").code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
 @short
 def test_49_the_kill_trial_in_short():
     done = subprocess.run(

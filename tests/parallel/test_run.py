@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hvdlarge import assembly
+from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.comm.solo import SoloControl, SoloTensors
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.datasets import InMemory
@@ -51,9 +52,9 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     train_set, test_set = assembly.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
-    cpu = torch.device("cpu")
-    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, job.precision, job.seed, cpu)
-    found = Ingredients(cpu, small, wrap(test_set), {}, plan, model, loss, optimizer)
+    arithmetic = Arithmetic(job.precision, torch.device("cpu"))
+    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    found = Ingredients(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
     learner = join(job, found, control, tensors)
     learner.statistics.scatter()
     worker = Worker(None, {}, control, tensors, Watchdog(control.rank, {"start": 100, "step": 100}), StopRequest())
@@ -89,6 +90,8 @@ def distance(ours, theirs):
         ["model={name: row_lstm}", "lr.base=2"],
         ["model={name: mlp, args: {dropout: 0.5}}"],
         ["epochs=0.05", "lr.warmup.epochs=0.02"],
+        ["gradients={clip_norm: 0.5}"],
+        ["horovod={groups: 3}"],
     ],
     ids=lambda changes: " ".join(changes) or "as it stands",
 )
@@ -149,6 +152,34 @@ def test_a_worker_follows_rank_0_whatever_it_believes(control):
     truth = list(iter(Controller(parse_job(JOB, "law").plan(203, control.size)).decide, None))
     assert followed == heard == truth
     assert all(dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_are_computed_the_same_on_any_number_of_workers(control, tensors, precision):
+    """Exact mode takes the order of sums out, so nothing else may differ: loss scales, steps left out, forward passes."""
+    given = [f"precision={precision}", "model={name: mlp, args: {dropout: 0.2}}", "epochs=3"]
+    expected = pytest.approx(
+        run(parse_job(JOB, "law", [*given, "precision=fp32"]), SoloControl(), SoloTensors())[1]["test_loss"], rel=1e-2
+    )
+    if control.size & (control.size - 1) == 0:
+        job = parse_job(JOB, "law", ["reduction=exact", *given])
+        weights, _ = run(job, control, tensors)
+        alone, results = run(job, SoloControl(), SoloTensors())
+        assert all(torch.equal(value, alone[name]) for name, value in weights.items())
+        assert results["test_loss"] == expected
+    weights, results = run(parse_job(JOB, "law", given), control, tensors)
+    assert len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values())))) == 1
+    assert results["test_loss"] == expected
+
+
+def test_compressed_gradients_lose_digits_and_nothing_else(control, tensors):
+    few = ["precision=fp32", "epochs=0.5", "lr.warmup.epochs=0.2", "model={name: mlp}"]
+    weights, _ = run(parse_job(JOB, "law", ["gradients={compression: fp16}", *few]), control, tensors)
+    plain, _ = run(parse_job(JOB, "law", few), control, tensors)
+    away = distance(weights, plain)
+    assert away < 1e-2
+    assert (away > 0) == (control.size > 1)  # one worker sends nothing
+    assert len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values())))) == 1
 
 
 @pytest.mark.parametrize("changes", [[], ["model={name: row_lstm}", "lr.base=2"], ["batch.micro=3", "precision=fp32"]], ids=str)

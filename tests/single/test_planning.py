@@ -11,7 +11,8 @@ from launching import ROOT
 
 from hvdlarge.controller import Controller
 from hvdlarge.data.datasets import digits
-from hvdlarge.data.sizes import TRAINING_SAMPLES
+from hvdlarge.data.sizes import training_samples as built_in_samples
+from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 from hvdlarge.job_file import parse_job, read_job
 from hvdlarge.plan import main
@@ -31,7 +32,9 @@ SHIPPED = sorted(path.name for path in (ROOT / "jobs").glob("*.yaml"))
 
 
 def test_the_built_in_data_sets_have_the_sizes_that_a_plan_counts_with():
-    assert {"digits": len(digits()[0])} == TRAINING_SAMPLES
+    assert built_in_samples("digits", {}) == len(digits()[0])
+    assert built_in_samples("synthetic_images", {"samples": 700}) == len(synthetic_images(700)[0]) == 700
+    assert built_in_samples("digits", {"samples": 3}) is built_in_samples("mine:data", {}) is None
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,0 +1,103 @@
+"""In which number formats a step computes, and what its losses are multiplied by for them.
+
+Formula:  gradients of s·loss, divided by s once they are summed over all workers; s a power of two, so that nothing is rounded.
+          fp16: s begins at 2¹⁶, is halved at each step whose gradients overflow (that step is left out on every rank), and
+          doubled after 2000 steps without one. compression fp16: s also has the smallest power of two that is no less than the
+          number of workers, since what travels is each worker's share of the mean.
+Source:   Micikevicius et al., "Mixed Precision Training" (2018), section 3.2; the numbers are those of torch's GradScaler.
+Contract: weights, their gradients and everything in the update stay in 32 (or 64) bits. The order in a step: backward, sum over
+          the workers, divide by s, look for what is not finite, clip, update. So every rank sees the same s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from hvdlarge.exits import JobError
+
+_WEIGHTS = {"fp64": torch.float64}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LossScale:
+    """s.
+
+    Args:
+        fixed: the part of s that stays.
+        moving: the part that follows overflows.
+    """
+
+    LARGEST, FIRST, STEPS_BEFORE_GROWTH = 2.0**24, 2.0**16, 2000
+
+    def __init__(self, fixed: float = 1.0, moving: float = 1.0) -> None:
+        self.fixed, self.moving = fixed, moving
+
+    @property
+    def value(self) -> float:
+        """S itself."""
+        return self.fixed * self.moving
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The product s·loss."""
+        return loss if self.value == 1 else loss * self.value
+
+    def unscale(self, weights: Iterable[torch.Tensor]) -> None:
+        """Divide the gradients of `weights` by s, in place."""
+        if self.value != 1:
+            torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], 1 / self.value)
+
+
+class Arithmetic:
+    """How a worker computes.
+
+    Args:
+        precision: fp32, tf32, bf16, fp16 or fp64.
+        device: where.
+
+    Raises:
+        JobError: for a precision that the device lacks, naming those it has.
+    """
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        known = precisions_of(device)
+        if precision not in known:
+            raise JobError(f"precision: {precision} is not there on {_named(device)}; it has {', '.join(known)}")
+        self.precision, self.device = precision, device
+        self.weights = _WEIGHTS.get(precision, torch.float32)
+        self.scales_losses = precision == "fp16"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which forward passes and losses are computed."""
+        if self.precision not in _AUTOCAST:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+
+
+def precisions_of(device: torch.device) -> list[str]:
+    """The precisions that a device has."""
+    if device.type == "cpu":
+        return ["fp32", "bf16", "fp16", "fp64"]
+    found = ["fp32", "fp16", "fp64"]
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        found.insert(1, "tf32")
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        found.insert(-2, "bf16")
+    return found
+
+
+def scale_for_compression(compression: str, world_size: int) -> float:
+    """The part of s that makes up for dividing the mean over the workers before it is sent in 16 bits.
+
+    >>> scale_for_compression("fp16", 48), scale_for_compression("none", 48)
+    (64.0, 1.0)
+    """
+    return 2.0 ** math.ceil(math.log2(world_size)) if compression == "fp16" else 1.0
+
+
+def _named(device: torch.device) -> str:
+    return "a CPU" if device.type == "cpu" else f"this GPU ({torch.cuda.get_device_name(device)})"
