@@ -53,7 +53,7 @@ def build(key: str, name: str, arguments: dict[str, Any], built_in: dict[str, st
 def _find(key: str, name: str, built_in: dict[str, str]) -> Any:
     if ":" not in name and name not in built_in:
         close = difflib.get_close_matches(name, built_in, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(built_in))}"
+        hint = f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(built_in))}."
         raise JobError(f"{key}: unknown name {name!r}; {hint} An own one is written package.module:attribute")
     module_name, _, attribute = built_in.get(name, name).partition(":")
     if not (module_name and attribute and all(module_name.split("."))):

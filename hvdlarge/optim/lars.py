@@ -18,7 +18,7 @@ Contract: called after the gradients have been averaged over all workers, so eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,25 +97,27 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
             raise ValueError("LARS takes no closure: its gradients would not be averaged over the workers")
         self._ratios = {}
         grad_norms = self.take_gradient_norms()  # gradients that are zero have been taken away
-        moving = [(group, w, w.grad) for group in self.param_groups for w in group["params"] if w.grad is not None]
-        for (group, weight, grad), weight_norm in zip(moving, norms([w for _, w, _ in moving]), strict=True):
-            grad_norm = grad_norms[weight]
-            if group["joint_norm"] and group["weight_decay"] and group["adapt"]:
-                grad_norm = norm(grad.add(weight, alpha=group["weight_decay"])).item()
-            ratio = trust_ratio(weight_norm, grad_norm, group) if group["adapt"] else 1.0
-            self._ratios[weight] = ratio
-            state = self.state[weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-            move = Move(
-                group["lr"],
-                ratio,
-                group["momentum"],
-                group["weight_decay"],
-                group["rate_in_momentum"],
-                group["nesterov"],
-            )
-            momentum_update(weight, grad, state["momentum_buffer"], move)
+        for group in self.param_groups:
+            moving = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
+            if not moving:
+                continue
+            velocities = [self._velocity(weight) for weight, _ in moving]
+            if not group["adapt"]:
+                self._ratios.update((weight, 1.0) for weight, _ in moving)
+                momentum_update([weight for weight, _ in moving], [grad for _, grad in moving], velocities, _move(group, 1.0))
+                continue
+            for (weight, grad), weight_norm, velocity in zip(moving, _weight_norms(moving), velocities, strict=True):
+                grad_norm = grad_norms[weight]
+                if group["joint_norm"] and group["weight_decay"]:
+                    grad_norm = norm(grad.add(weight, alpha=group["weight_decay"])).item()
+                self._ratios[weight] = ratio = trust_ratio(weight_norm, grad_norm, group)
+                momentum_update([weight], [grad], [velocity], _move(group, ratio))
+
+    def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        return state["momentum_buffer"]
 
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
         """λ of a tensor in the last step (1 for one that is not adapted); None if it was left alone."""
@@ -138,6 +140,17 @@ def trust_ratio(weight_norm: float, grad_norm: float, group: dict[str, Any]) -> 
     if group.get("clip"):
         ratio = min(ratio / group["lr"], 1.0) if group["lr"] > 0 else 1.0
     return ratio
+
+
+def _weight_norms(moving: Sequence[tuple[torch.Tensor, Any]]) -> Iterable[float]:
+    """The norm of each weight: on a CPU when it is asked for, so that the update finds the tensor in the cache."""
+    if moving[0][0].device.type == "cpu":
+        return (norm(weight).item() for weight, _ in moving)
+    return norms([weight for weight, _ in moving])
+
+
+def _move(group: dict[str, Any], ratio: float) -> Move:
+    return Move(group["lr"], ratio, group["momentum"], group["weight_decay"], group["rate_in_momentum"], group["nesterov"])
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_u
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,26 +39,34 @@ class Move(NamedTuple):
         return 1.0 if self.rate_in_momentum else self.lr
 
 
-def momentum_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
-    """Move one tensor in place, the fastest way that gives the formula.
+def momentum_update(
+    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: Move
+) -> None:
+    """Move tensors in place and alike, the fastest way that gives the formula.
 
     Args:
-        weight: w.
-        grad: g, of the shape and type of `weight`.
-        velocity: v, of the same; zeros before the first step.
+        weights: w of each.
+        grads: g of each, of the shape and type of its w.
+        velocities: v of each, of the same; zeros before the first step.
         move: how.
     """
     # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum: other formulas.
-    able = not move.nesterov and move.momentum > 0 and _exact_as_dampening(move.into_momentum, weight.dtype)
-    alike = weight.dtype == grad.dtype == velocity.dtype and weight.stride() == grad.stride() == velocity.stride()
-    if able and alike and _fused_works(weight.device.type):
-        _fused_update(weight, grad, velocity, move)
+    able = not move.nesterov and move.momentum > 0 and _fused_works(weights[0].device.type)
+    if able and all(_fits(*three, move.into_momentum) for three in zip(weights, grads, velocities, strict=True)):
+        _fused_update(weights, grads, velocities, move)
     else:
-        reference_update(weight, grad, velocity, move)
+        for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
+            reference_update(weight, grad, velocity, move)
+
+
+def _fits(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, factor: float) -> bool:
+    """Whether fused SGD takes these three, and 1 − (1 − factor) is the factor to their precision."""
+    alike = weight.dtype == grad.dtype == velocity.dtype and weight.stride() == grad.stride() == velocity.stride()
+    return alike and _exact_as_dampening(factor, weight.dtype)
 
 
 def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
-    """The formula in plain torch; the arguments are those of `momentum_update`."""
+    """The formula in plain torch, for one tensor; otherwise as `momentum_update`."""
     inside, decay = move.into_momentum, move.into_momentum * move.weight_decay
     velocity.mul_(move.momentum).add_(grad, alpha=inside)
     if decay:
@@ -70,11 +79,13 @@ def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.T
     weight.sub_(moved, alpha=move.out_of_momentum)
 
 
-def _fused_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
+def _fused_update(
+    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: Move
+) -> None:
     torch._fused_sgd_(
-        [weight],
-        [grad],
-        [velocity],
+        list(weights),
+        list(grads),
+        list(velocities),
         weight_decay=move.weight_decay,
         momentum=move.momentum,
         lr=move.out_of_momentum,
@@ -87,7 +98,12 @@ def _fused_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tens
 
 def _exact_as_dampening(factor: float, dtype: torch.dtype) -> bool:
     """Whether 1 − (1 − factor) is the factor, as far as weights of this type can tell."""
-    return factor > 0 and abs((1.0 - (1.0 - factor)) / factor - 1.0) < torch.finfo(dtype).eps / 8
+    return factor > 0 and abs((1.0 - (1.0 - factor)) / factor - 1.0) < _epsilon(dtype) / 8
+
+
+@functools.cache
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 @functools.cache
@@ -99,7 +115,7 @@ def _fused_works(device: str) -> bool:
     weight, grad, velocity = fused
     move = Move(lr=0.7, ratio=0.3, momentum=0.9, weight_decay=0.1)
     try:
-        _fused_update(weight, grad, velocity, move)
+        _fused_update([weight], [grad], [velocity], move)
     except (AttributeError, RuntimeError, TypeError):
         return False
     weight, grad, velocity = reference

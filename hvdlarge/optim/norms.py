@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 _ROW = 4096  # values
@@ -16,12 +17,50 @@ _ROW = 4096  # values
 
 def norm(tensor: torch.Tensor) -> torch.Tensor:
     """L2 norm of a dense tensor of any shape, as a float64 tensor of shape () on its device."""
+    rows, rest = _rows(tensor)
+    if rows is None:
+        assert rest is not None
+        return torch.linalg.vector_norm(rest).double()
+    parts = torch.linalg.vector_norm(rows, dim=1)
+    if rest is not None:
+        parts = torch.cat([parts, torch.linalg.vector_norm(rest).reshape(1)])
+    return torch.linalg.vector_norm(parts, dtype=torch.float64)
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """L2 norms of many tensors of one device, as Python floats: one wait for the device in all."""
+    if not tensors:
+        return []
+    if tensors[0].device.type != "cpu":
+        return torch.stack([norm(tensor) for tensor in tensors]).tolist()
+    # The same sums as in `norm`, with few calls for many small tensors: most of a model's tensors are.
+    squares = np.zeros(len(tensors))
+    rows: dict[int, torch.Tensor] = {}
+    rests: dict[int, torch.Tensor] = {}
+    for number, tensor in enumerate(tensors):
+        whole, rest = _rows(tensor)
+        if whole is not None:
+            rows[number] = torch.linalg.vector_norm(whole, dim=1)
+        if rest is not None:
+            rests[number] = rest
+    if rests:
+        squares[list(rests)] = np.square(torch.stack(torch._foreach_norm(list(rests.values()))).double().numpy())
+    if rows:
+        starts = np.cumsum([0] + [len(part) for part in rows.values()])[:-1]
+        squares[list(rows)] += np.add.reduceat(np.square(torch.cat(list(rows.values())).double().numpy()), starts)
+    return np.sqrt(squares).tolist()
+
+
+def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A tensor's values as whole rows, shape (n, _ROW), and the rest, shape (m,); None for what there is not."""
+    size = tensor.numel()
     values = tensor.reshape(-1)
-    whole = values.numel() // _ROW * _ROW
-    rows = [torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)] if whole else []
-    if whole < values.numel() or not rows:
-        rows.append(torch.linalg.vector_norm(values[whole:]).reshape(1))
-    return torch.linalg.vector_norm(torch.cat(rows) if len(rows) > 1 else rows[0], dtype=torch.float64)
+    if size < _ROW:
+        return None, values
+    if size % _ROW == 0:
+        return values.view(-1, _ROW), None
+    whole = size // _ROW * _ROW
+    return values[:whole].view(-1, _ROW), values[whole:]
 
 
 def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, float]:
@@ -50,8 +89,3 @@ class MeasuresGradients:
         """The norms of this step's gradients, for one use."""
         measured, self.gradient_norms = self.gradient_norms, None
         return measure_gradients(self) if measured is None else measured  # type: ignore[arg-type]
-
-
-def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
-    """L2 norms of many tensors, as Python floats: one wait for the device in all."""
-    return torch.stack([norm(tensor) for tensor in tensors]).tolist() if tensors else []

@@ -219,7 +219,7 @@ def test_the_fast_update_is_the_reference(rate_in_momentum, dtype, ratio):
     slow = [tensor.clone() for tensor in fast]
     for lr in (0.1, 3.2, 25.0, 0.0):
         move = Move(lr, ratio, momentum=0.9, weight_decay=0.01, rate_in_momentum=rate_in_momentum)
-        momentum_update(*fast, move)
+        momentum_update(*([tensor] for tensor in fast), move)
         reference_update(*slow, move)
     for ours, theirs in zip(fast, slow, strict=True):
         bound = 1e-12 if dtype == torch.float64 else 1e-6
@@ -229,5 +229,5 @@ def test_the_fast_update_is_the_reference(rate_in_momentum, dtype, ratio):
 def test_tensors_of_another_layout_take_the_reference():
     weight = torch.randn(6, 5).T
     grad, velocity, ours = torch.randn(5, 6), torch.zeros(5, 6), weight.clone()
-    momentum_update(weight, grad, velocity, Move(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0))
+    momentum_update([weight], [grad], [velocity], Move(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0))
     assert torch.allclose(weight, ours - 0.05 * grad)
