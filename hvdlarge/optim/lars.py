@@ -18,7 +18,7 @@ Contract: called after the gradients have been averaged over all workers, so eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,11 +142,16 @@ def trust_ratio(weight_norm: float, grad_norm: float, group: dict[str, Any]) -> 
     return ratio
 
 
-def _weight_norms(moving: Sequence[tuple[torch.Tensor, Any]]) -> Iterable[float]:
-    """The norm of each weight: on a CPU when it is asked for, so that the update finds the tensor in the cache."""
-    if moving[0][0].device.type == "cpu":
-        return (norm(weight).item() for weight, _ in moving)
-    return norms([weight for weight, _ in moving])
+_FEW_VALUES = 2**18  # the norms of smaller tensors are cheaper taken together
+
+
+def _weight_norms(moving: Sequence[tuple[torch.Tensor, Any]]) -> Iterator[float]:
+    """The norm of each weight: of a large one on a CPU when it is asked for, so that the update finds it in the cache."""
+    weights = [weight for weight, _ in moving]
+    lazily = weights[0].device.type == "cpu"
+    together = iter(norms([weight for weight in weights if not lazily or weight.numel() < _FEW_VALUES]))
+    for weight in weights:
+        yield norm(weight).item() if lazily and weight.numel() >= _FEW_VALUES else next(together)
 
 
 def _move(group: dict[str, Any], ratio: float) -> Move:

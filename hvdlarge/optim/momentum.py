@@ -52,17 +52,15 @@ def momentum_update(
     """
     # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum: other formulas.
     able = not move.nesterov and move.momentum > 0 and _fused_works(weights[0].device.type)
-    if able and all(_fits(*three, move.into_momentum) for three in zip(weights, grads, velocities, strict=True)):
+    factor = move.into_momentum
+    for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
+        able = able and weight.dtype == grad.dtype == velocity.dtype and _exact_as_dampening(factor, weight.dtype)
+        able = able and weight.stride() == grad.stride() == velocity.stride()
+    if able:
         _fused_update(weights, grads, velocities, move)
-    else:
-        for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
-            reference_update(weight, grad, velocity, move)
-
-
-def _fits(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, factor: float) -> bool:
-    """Whether fused SGD takes these three, and 1 − (1 − factor) is the factor to their precision."""
-    alike = weight.dtype == grad.dtype == velocity.dtype and weight.stride() == grad.stride() == velocity.stride()
-    return alike and _exact_as_dampening(factor, weight.dtype)
+        return
+    for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
+        reference_update(weight, grad, velocity, move)
 
 
 def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:

@@ -17,10 +17,9 @@ _ROW = 4096  # values
 
 def norm(tensor: torch.Tensor) -> torch.Tensor:
     """L2 norm of a dense tensor of any shape, as a float64 tensor of shape () on its device."""
-    rows, rest = _rows(tensor)
-    if rows is None:
-        assert rest is not None
-        return torch.linalg.vector_norm(rest).double()
+    if tensor.numel() < _ROW:
+        return torch.linalg.vector_norm(tensor).double()
+    rows, rest = _cut(tensor)
     parts = torch.linalg.vector_norm(rows, dim=1)
     if rest is not None:
         parts = torch.cat([parts, torch.linalg.vector_norm(rest).reshape(1)])
@@ -35,31 +34,30 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
         return torch.stack([norm(tensor) for tensor in tensors]).tolist()
     # The same sums as in `norm`, with few calls for many small tensors: most of a model's tensors are.
     squares = np.zeros(len(tensors))
-    rows: dict[int, torch.Tensor] = {}
+    parts: dict[int, torch.Tensor] = {}
     rests: dict[int, torch.Tensor] = {}
     for number, tensor in enumerate(tensors):
-        whole, rest = _rows(tensor)
-        if whole is not None:
-            rows[number] = torch.linalg.vector_norm(whole, dim=1)
+        if tensor.numel() < _ROW:
+            rests[number] = tensor
+            continue
+        rows, rest = _cut(tensor)
+        parts[number] = torch.linalg.vector_norm(rows, dim=1)
         if rest is not None:
             rests[number] = rest
     if rests:
         squares[list(rests)] = np.square(torch.stack(torch._foreach_norm(list(rests.values()))).double().numpy())
-    if rows:
-        starts = np.cumsum([0] + [len(part) for part in rows.values()])[:-1]
-        squares[list(rows)] += np.add.reduceat(np.square(torch.cat(list(rows.values())).double().numpy()), starts)
+    if parts:
+        starts = np.cumsum([0] + [len(part) for part in parts.values()])[:-1]
+        squares[list(parts)] += np.add.reduceat(np.square(torch.cat(list(parts.values())).double().numpy()), starts)
     return np.sqrt(squares).tolist()
 
 
-def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A tensor's values as whole rows, shape (n, _ROW), and the rest, shape (m,); None for what there is not."""
+def _cut(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A large tensor's values as whole rows, shape (n, _ROW), and the rest, shape (m,), where there is one."""
     size = tensor.numel()
-    values = tensor.reshape(-1)
-    if size < _ROW:
-        return None, values
     if size % _ROW == 0:
-        return values.view(-1, _ROW), None
-    whole = size // _ROW * _ROW
+        return tensor.reshape(-1, _ROW), None
+    values, whole = tensor.reshape(-1), size // _ROW * _ROW
     return values[:whole].view(-1, _ROW), values[whole:]
 
 
@@ -69,15 +67,19 @@ def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Paramet
     Horovod submits zeros for a gradient that is missing on every worker. Without this rule an optimizer would decay such a
     parameter, and move it by its momentum, on several workers and leave it alone on one.
     """
-    weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    held = [(weight, weight.grad) for weight in weights if weight.grad is not None]
-    if any(grad.is_sparse for _, grad in held):
-        raise ValueError("sparse gradients cannot be averaged and measured: build the embedding with sparse=False")
-    measured = {weight: size for (weight, _), size in zip(held, norms([grad for _, grad in held]), strict=True)}
-    for weight, size in measured.items():
-        if size == 0:
-            weight.grad = None
-    return {weight: size for weight, size in measured.items() if size != 0}
+    held, grads = [], []
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if (grad := weight.grad) is not None:
+                if grad.is_sparse:
+                    raise ValueError("sparse gradients cannot be averaged and measured: build the embedding with sparse=False")
+                held.append(weight)
+                grads.append(grad)
+    measured = dict(zip(held, norms(grads), strict=True))
+    for weight in [weight for weight, size in measured.items() if size == 0]:
+        weight.grad = None
+        del measured[weight]
+    return measured
 
 
 class MeasuresGradients:
