@@ -95,16 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.bench",
         description="Measure what the engine costs here: all sides in turn in one run, medians and the range of all rounds.",
-        epilog="Under mpirun or horovodrun: with so many workers. Exit codes: 0, 2 for a wrong command line or job, 3 for a wrong "
-        "environment.",
+        epilog="Under mpirun or horovodrun: with so many workers. Exit codes: 0; 2 for a wrong command line or job; 3 for a "
+        "wrong environment.",
     )
     what = "lars: the update of ResNet-50's tensors; step: the engine's steps against a bare loop; "
     what += "allreduce: latency and bandwidth, for hvdlarge.plan; data: whether a step waits for its samples"
     parser.add_argument("what", choices=["lars", "step", "allreduce", "data"], help=what)
-    parser.add_argument("job", nargs="?", help="for step and data: a job file (default: ResNet-20 on noise, 64 samples a worker)")
+    parser.add_argument("job", nargs="?", help="of step and data (default: ResNet-20 on noise)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (default: 7)")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="for step: steps in a turn; for data: steps at most")
+    parser.add_argument("--only", metavar="SIDE", help="for step: this side alone")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads on each worker (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write all figures; hvdlarge.plan --allreduce reads allreduce's")
     return parser
@@ -152,14 +153,12 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     ingredients = gather_ingredients(job, world.control, world.tensors)
     clock = StepClock(world.control.rank, job.timeouts.limits())
     worker = Worker(world.launch, world.settings, world.control, world.tensors, clock, StopRequest())
-    seconds = measure_step(job, ingredients, worker, clock, options.steps, options.rounds)
+    seconds = measure_step(job, ingredients, worker, clock, options.steps, options.rounds, options.only)
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     what = (
         f"seconds of a step of {job.model.name}, global batch {ingredients.plan.initial_batch}, on {world.control.size} workers"
     )
-    found = _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
-    control = timings["bare loop with control"].median - timings["bare loop"].median
-    return found | {"control_seconds": control}
+    return _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
 
 
 def _allreduce(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -212,7 +211,7 @@ _MEASURES = {"lars": _lars, "step": _step, "allreduce": _allreduce, "data": _dat
 
 def _found(what: str, of: str, device: Any, timings: Mapping[str, Timing], reference: str | None) -> dict[str, Any]:
     sides = {name: timing._asdict() for name, timing in timings.items()}
-    if reference is not None:
+    if reference in timings:
         for name, timing in timings.items():
             sides[name]["ratio"] = timing.median / timings[reference].median
     return {"what": what, "of": of, "device": str(device), "reference": reference, "sides": sides}
@@ -255,8 +254,6 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
             ratio = f"{1e3 * found['fitted'][name.split()[0].replace(',', '')]:.3f}"
         rows.append((name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio))
     lines += columns(rows)
-    if found["what"] == "step":
-        lines.append(f"control  decision and agreement cost {1e3 * found['control_seconds']:.3f} ms a step")
     if found["what"] == "allreduce":
         rate = 1e-9 / found["seconds_per_byte"] if found["seconds_per_byte"] else float("inf")
         lines.append(f"fit      {1e6 * found['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along the ring")

@@ -102,10 +102,14 @@ class Controller:
             self._given.append(decision)
         return decision
 
+    def forget_before(self, step: int) -> None:
+        """Decisions of earlier steps have been acted on."""
+        while self._given and self._given[0].step < step:
+            self._given.popleft()
+
     def position_after(self, followed: Decision) -> Position:
         """Where the run stands once `followed`, a decision given earlier, has been acted on."""
-        while self._given and self._given[0].step <= followed.step:
-            self._given.popleft()
+        self.forget_before(followed.step + 1)
         return Position(
             step=followed.step + 1,
             samples_seen=followed.samples_seen + followed.global_batch,
@@ -177,7 +181,11 @@ class DecisionFeed:
         """The decision of the coming step; None when the run is complete. Every rank calls this together."""
         while not self._complete and len(self._known) <= self._ahead:
             self._receive()
-        return self._known.popleft() if self._known else None
+        if not self._known:
+            return None
+        if self._controller is not None:
+            self._controller.forget_before(self._known[0].step)
+        return self._known.popleft()
 
     def _receive(self) -> None:
         record = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -115,7 +116,9 @@ def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
     with timed("measure"):
-        loss = parts.tensors.sum(loss_share, "loss").item()
+        # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
+        heard = parts.control.allgather(struct.pack("<d", loss_share.item()))
+        loss = sum(struct.unpack("<d", share)[0] for share in heard)
     samples_seen = decision.samples_seen + decision.global_batch
     if parts.log is not None:
         progress = {"step": decision.step, "epoch": parts.plan.clock.epoch(samples_seen), "samples_seen": samples_seen}

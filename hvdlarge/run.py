@@ -232,7 +232,7 @@ def parts_of(
         loader=loader,
         learner=learner,
         evaluation=assembly.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
-        agreement=StepAgreement(tensors, control, int(job.fingerprint()[:8], 16), asks),
+        agreement=StepAgreement(control, int(job.fingerprint()[:8], 16), asks),
         policy=assembly.build_policy(job.on_nonfinite, state, learner),
         saver=saver,
         stop=worker.stop,

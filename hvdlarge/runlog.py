@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -335,7 +334,7 @@ def decision_line(decision: Decision, batch_before: int) -> str:
         batch_before: the stage's batch of the step before it; 0 for the first step.
     """
     grew = {} if batch_before in (0, decision.stage_batch) else {"grew_from": batch_before}
-    return json.dumps(_plain(asdict(decision) | grew), allow_nan=False)
+    return json.dumps(_plain(decision.to_plain() | grew), allow_nan=False)
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

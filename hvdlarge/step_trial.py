@@ -1,7 +1,7 @@
 """Times the engine's steps beside a bare loop of the same mathematics, by turns in one process.
 
-The bare loop is what one would write by hand: the same model, data, optimizer and Horovod wrapper, and no engine. The engine's side
-is the loop of a run as it is, decisions, agreement, logs and all, on a schedule of one stage.
+The bare loop is what one would write by hand: the same model, data, optimizer and Horovod wrapper, and no engine. The engine's
+side is the loop of a run as it is, decisions, agreement, logs and all, on a schedule of one stage and without checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from hvdlarge.comm.solo import SoloTensors
 from hvdlarge.comm.world import TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan, Position
 from hvdlarge.data.datasets import InMemory
-from hvdlarge.job import Job
+from hvdlarge.exits import JobError
+from hvdlarge.job import Checkpoint, Job
 from hvdlarge.loop import train
 from hvdlarge.measure.turns import take_turns
 from hvdlarge.optim.groups import set_rate
@@ -55,7 +56,7 @@ class StepClock(Watchdog):
 
 
 def measure_step(
-    job: Job, found: Ingredients, worker: Worker, clock: StepClock, steps: int, rounds: int
+    job: Job, found: Ingredients, worker: Worker, clock: StepClock, steps: int, rounds: int, only: str | None = None
 ) -> dict[str, list[float]]:
     """Seconds of a step on this rank, for each side in turn. Every rank calls this together.
 
@@ -66,21 +67,31 @@ def measure_step(
         clock: keeps the moments of the engine's steps.
         steps: counted in each turn.
         rounds: turns of each side.
+        only: the one side to be measured; None for all.
 
     Returns:
-        By the name of the side: `engine`; `bare loop`; `bare loop with control`, which also receives decisions and sends the
-        agreement of each step; `one worker alone`, the bare loop without any other worker.
+        By the name of the side: `engine`; `bare loop`; `one worker alone`, the bare loop without any other worker; `control`, the
+        decision and the agreement of a step, without any training around them.
+
+    Raises:
+        JobError: on every rank alike, for an unknown side.
     """
     plan = _one_stage(found.plan, _WARM_UP + steps + 1)
+    job = job.model_copy(update={"checkpoint": Checkpoint(every_epochs=1e9)})  # steps are timed, not what comes between them
     rank, control = worker.control.rank, worker.control
     with tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder:
         engine = join(job, found, control, worker.tensors)
-        sides = {
-            "engine": lambda: _engine_turn(job, replace(found, plan=plan, test_set=None), worker, engine, clock, Path(folder)),
-            "bare loop": _bare(job, found, worker, worker.tensors, plan, with_control=False),
-            "bare loop with control": _bare(job, found, worker, worker.tensors, plan, with_control=True),
-            "one worker alone": _bare(job, found, worker, SoloTensors(), plan, with_control=False),
+        alone = replace(found, plan=plan, test_set=None)
+        sides: dict[str, Callable[[], float]] = {
+            "engine": lambda: _engine_turn(job, alone, worker, engine, clock, Path(folder)),
+            "control": lambda: _control(plan, worker, list(engine.names.values())),
         }
+        if only not in sides:
+            sides["bare loop"] = _bare(job, found, worker, worker.tensors, plan)
+            sides["one worker alone"] = _bare(job, found, worker, SoloTensors(), plan)
+        if only is not None and only not in sides:
+            raise JobError(f"command line: --only {only}: the sides are {', '.join(sides)}")
+        sides = sides if only is None else {only: sides[only]}
 
         def together(side: Callable[[], float]) -> Callable[[], float]:
             def turn() -> float:
@@ -116,9 +127,20 @@ def _engine_turn(job: Job, found: Ingredients, worker: Worker, learner: Learner,
     return _per_step(clock.moments)
 
 
-def _bare(
-    job: Job, found: Ingredients, worker: Worker, tensors: TensorWire, plan: Plan, with_control: bool
-) -> Callable[[], float]:
+def _control(plan: Plan, worker: Worker, names: list[str]) -> float:
+    """A turn of what the engine says in a step: one decision received, one agreement sent and heard."""
+    controller = Controller(plan) if worker.control.rank == 0 else None
+    feed = DecisionFeed(worker.control, controller, 1, lambda decision: None)
+    agreement = StepAgreement(worker.control, 0, dict)
+    moments = []
+    while (decision := feed.next()) is not None:
+        moments.append(time.perf_counter())
+        agreement.send(decision, names, None)
+        agreement.hear()
+    return _per_step(moments)
+
+
+def _bare(job: Job, found: Ingredients, worker: Worker, tensors: TensorWire, plan: Plan) -> Callable[[], float]:
     """A turn of a loop written by hand, on a model of its own."""
     model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
     learner = join(job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, tensors)
@@ -130,28 +152,18 @@ def _bare(
     settle = torch.cuda.synchronize if found.arithmetic.device.type == "cuda" else (lambda: None)
 
     def turn() -> float:
-        controller = Controller(plan) if worker.control.rank == 0 else None
-        feed = DecisionFeed(worker.control, controller, 1, lambda decision: None)
-        agreement = StepAgreement(worker.tensors, worker.control, 0, dict)
         learner.update.begin(mine, layout.num_micro_batches)  # Horovod counts the passes of a step
         set_rate(optimizer, _first(plan).lr)
         moments = []
         for _ in range(steps):
             moments.append(time.perf_counter())
-            decision = feed.next() if with_control else None
             optimizer.zero_grad()
             for size in sizes:
                 inputs, targets = (learner.to_device(part) for part in batches(size))
                 with found.arithmetic.autocast():
                     share = loss(model(inputs), targets) * (size / plan.initial_batch)
                 share.backward()
-            if decision is not None:
-                agreement.send(decision, [], None)
-                learner.update.reduce()
-                agreement.hear()
-                learner.update.apply()
-            else:
-                optimizer.step()
+            optimizer.step()
         settle()
         return _per_step(moments)
 

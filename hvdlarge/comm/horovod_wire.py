@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import horovod.torch as hvd
@@ -67,16 +67,6 @@ class HorovodTensors:
         with _with_the_others():
             return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
 
-    def start_max(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Begin to find the largest of each value over all workers. Every rank calls this together, and later the result."""
-        handle = hvd.allreduce_async(tensor, op=hvd.Max, name=f"max.{name}")
-
-        def wait() -> torch.Tensor:
-            with _with_the_others():
-                return hvd.synchronize(handle)
-
-        return wait
-
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Every worker's tensor, stacked in the order of the ranks. Every rank calls this together."""
         with _with_the_others():
@@ -132,7 +122,9 @@ class HorovodUpdate:
         self.optimizer.zero_grad()
         # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A worker without any
         # takes part all the same, with zeros that `synchronize` submits for it.
-        self.optimizer.set_backward_passes_per_step(max(1, len(mine)))
+        passes = max(1, len(mine))
+        if passes != self.optimizer.backward_passes_per_step:
+            self.optimizer.set_backward_passes_per_step(passes)
 
     def end_pass(self) -> None:
         """Nothing to do: Horovod's hooks have counted the pass."""

@@ -12,6 +12,8 @@ import itertools
 import os
 import sys
 import time
+from array import array
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import mpi4py
@@ -70,6 +72,17 @@ class MpiControl:
         _wait(self._comm.Iallgatherv([message, MPI.BYTE], [gathered, counts, MPI.BYTE]))
         limits = itertools.accumulate(counts, initial=0)
         return [bytes(gathered[start:stop]) for start, stop in itertools.pairwise(limits)]
+
+    def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin to find the largest of each value over all ranks. Every rank calls this together, and later the result."""
+        mine, largest = array("d", values), array("d", bytes(8 * len(values)))
+        request = self._comm.Iallreduce([mine, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
+
+        def wait() -> list[float]:
+            _wait(request)
+            return largest.tolist() if len(mine) else []  # MPI reads `mine` until now
+
+        return wait
 
     def barrier(self) -> None:
         """Wait until every rank has come here. Every rank calls this together."""

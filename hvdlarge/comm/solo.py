@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ class SoloControl:
     def allgather(self, message: bytes) -> list[bytes]:
         """The one message."""
         return [message]
+
+    def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """The largest are the only ones."""
+        return lambda: list(values)
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -53,10 +57,6 @@ class SoloTensors:
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """A copy of `tensor`."""
         return tensor.clone()
-
-    def start_max(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """The largest is the only one."""
-        return tensor.clone
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The one tensor, stacked."""

@@ -6,7 +6,7 @@ code behind the door never asks whether it runs alone. Only `horovod_wire.py` kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from hvdlarge.comm.launcher import Launch
@@ -39,6 +39,10 @@ class ControlWire(Protocol):
 
     def allgather(self, message: bytes) -> list[bytes]:
         """Every rank's message, in the order of the ranks, on every rank."""
+        ...
+
+    def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin to find the largest of each of some numbers, as many on every rank; what is returned waits and gives it."""
         ...
 
     def barrier(self) -> None:
@@ -96,10 +100,6 @@ class TensorWire(Protocol):
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of `tensor` over all workers, as a new tensor of the same shape on every rank."""
-        ...
-
-    def start_max(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Begin to find the largest of each value over all workers; what is returned waits for it and gives it."""
         ...
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:

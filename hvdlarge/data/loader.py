@@ -62,6 +62,7 @@ class Fetch(Dataset):
         self._dataset = dataset
         self._seed = seed
         self._shuffled = shuffled
+        self._stream = order.Stream(seed, self._size)
 
     def __getitem__(self, micro_batch: MicroBatch | None) -> Loaded | None:
         if micro_batch is None:  # a hole: nothing was known to be fetched when this place in the queue came up
@@ -86,7 +87,7 @@ class Fetch(Dataset):
     def indices(self, micro_batch: MicroBatch) -> np.ndarray:
         """Data-set indices of a micro-batch's samples, shape (n,)."""
         if self._shuffled:
-            return order.samples(self._seed, self._size, micro_batch.start, micro_batch.stop)
+            return self._stream.samples(micro_batch.start, micro_batch.stop)
         return np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
 
     def _through_subsets(self, indices: np.ndarray) -> np.ndarray:

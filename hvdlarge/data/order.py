@@ -79,3 +79,35 @@ def samples(seed: int, size: int, start: int, stop: int) -> NDArray[np.int64]:
     """
     numbers = np.arange(start, stop, dtype=np.int64)
     return permute(seed, numbers // size, numbers % size, size)
+
+
+class Stream:
+    """`samples` for one who reads on through the stream: looks ahead, since a look costs little more for many than for few.
+
+    Args:
+        seed: of the run.
+        size: N, samples in the data set.
+
+    >>> stream = Stream(seed=7, size=100)
+    >>> all((stream.samples(at, at + 3) == samples(7, 100, at, at + 3)).all() for at in (0, 3, 9, 500, 3))
+    True
+    """
+
+    def __init__(self, seed: int, size: int) -> None:
+        self._seed, self._size = seed, size
+        self._begin = self._end = 0  # of what was looked up
+        self._found: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._last = 0  # where the last reading ended
+
+    def samples(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Data-set indices of the samples `start` … `stop` − 1 of the run."""
+        if not self._begin <= start <= stop <= self._end:
+            # Who jumps far, as a worker among many does, would throw away most of what was looked up ahead.
+            reads_on = 0 <= start - self._last <= _AHEAD // 4
+            self._begin, self._end = start, max(stop, start + _AHEAD) if reads_on else stop
+            self._found = samples(self._seed, self._size, self._begin, self._end)
+        self._last = stop
+        return self._found[start - self._begin : stop - self._begin]
+
+
+_AHEAD = 2048  # samples

@@ -13,7 +13,7 @@ DECISION = Decision(20, 5120, 3.5, 1, 256, 256, 16, 0.1, False)
 
 
 def exchange(control, tensors, decision=DECISION, gradients=("a", "b"), job=5, digest=None, **wishes):
-    agreement = StepAgreement(tensors, control, job, lambda: wishes)
+    agreement = StepAgreement(control, job, lambda: wishes)
     agreement.send(decision, None if gradients is None else list(gradients), digest)
     return agreement.hear()
 

@@ -1,0 +1,80 @@
+"""The engine's step against other ways to train ResNet-20 on two workers, each started by the same command, in turn.
+
+    python tests/bench/against_peers.py [--rounds 5] [--steps 15]
+
+64 samples of 32×32 pixels on each worker. Prints the medians of all rounds, in milliseconds a step, and the ratios.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PYTHON = sys.executable
+LAUNCHERS = {"mpirun": ["mpirun", "-np", "2"], "horovodrun": ["horovodrun", "-np", "2"]}
+
+
+def run(command):
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def engine(launcher, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "step.json"
+        asked = ["step", "--only", "engine", "--rounds", "1", "--steps", str(steps), "--json", str(found)]
+        run([*launcher, PYTHON, "-m", "hvdlarge.bench", *asked])
+        return json.loads(found.read_text())["sides"]["engine"]["median"]
+
+
+def printed(launcher, script, steps, *more):
+    text = run([*launcher, PYTHON, str(HERE / script), "--steps", str(steps), *more])
+    return float(re.search(r"seconds a step: ([0-9.e-]+)", text)[1])  # horovodrun prints the rank's mark behind it
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15)
+    options = parser.parse_args()
+    plain = LAUNCHERS["mpirun"]
+    sides = {
+        f"{what}, {name}": side
+        for name, launcher in LAUNCHERS.items()
+        for what, side in (
+            ("engine", lambda launcher=launcher: engine(launcher, options.steps)),
+            ("stock Horovod loop", lambda launcher=launcher: printed(launcher, "stock_horovod.py", options.steps)),
+        )
+    }
+    sides["DDP (gloo), mpirun"] = lambda: printed(plain, "ddp_textbook.py", options.steps, "--port", free_port())
+    seconds = {name: [] for name in sides}
+    for number in range(options.rounds):
+        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(sides[name]())
+            print(f"round {number}: {name}: {1e3 * seconds[name][-1]:.1f} ms", flush=True)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        print(f"{name}: {1e3 * median[name]:.1f} ms ({1e3 * min(values):.1f} to {1e3 * max(values):.1f})")
+    for name in LAUNCHERS:
+        print(f"stock / engine under {name}: {median[f'stock Horovod loop, {name}'] / median[f'engine, {name}']:.2f}")
+    print(f"DDP / engine: {median['DDP (gloo), mpirun'] / median['engine, mpirun']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
