@@ -1,6 +1,7 @@
 # make demo    set up, then train the main job on two workers
 # make test    set up, then run every test
 # make test-faults  every fault of the list in the README; make test-kill: the long kill trial; make test-laws: whole jobs
+# make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make lint    style, types
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -20,7 +21,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-peers bench lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -66,6 +67,21 @@ test-kill: $(stamp)
 # The three laws on whole jobs at 1, 2, 3 and 4 workers: about 20 minutes.
 test-laws: $(stamp)
 	$(bin)/python tests/integration/law_trial.py
+
+# Other projects' LARS and LAMB, in a folder of their own. timm's package wants torchvision, pytorch_optimizer a torch that is there:
+# both without what they depend on.
+test-peers: $(stamp)
+	[ -d .peers ] || $(pip) install --quiet --target .peers optax paddlepaddle
+	[ -d .peers/timm ] || $(pip) install --quiet --target .peers --no-deps pytorch_optimizer timm
+	PYTHONPATH=.peers $(bin)/python -m pytest tests/peers
+
+# Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 8 minutes.
+bench: $(stamp)
+	$(bin)/python -m hvdlarge.bench lars
+	mpirun -np 2 $(bin)/python -m hvdlarge.bench step
+	mpirun -np 2 $(bin)/python -m hvdlarge.bench step jobs/digits.yaml batch.base=128 batch.micro=64 --steps 100
+	mpirun -np 2 $(bin)/python -m hvdlarge.bench allreduce
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python tests/bench/against_peers.py
 
 lint: $(stamp)
 	$(bin)/ruff check .

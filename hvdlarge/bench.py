@@ -103,12 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["lars", "step", "allreduce", "data"], help=what)
     parser.add_argument("job", nargs="?", help="of step and data (default: ResNet-20 on noise)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (default: 7)")
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="for step: steps in a turn; for data: steps at most")
+    parser.add_argument("--rounds", type=_count, default=7, metavar="N", help="turns of each side (default: 7)")
+    parser.add_argument(
+        "--steps", type=_count, default=30, metavar="N", help="for step: steps in a turn; for data: steps at most"
+    )
     parser.add_argument("--only", metavar="SIDE", help="for step: this side alone")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads on each worker (default: 1)")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="torch's threads on each worker (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write all figures; hvdlarge.plan --allreduce reads allreduce's")
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 @contextlib.contextmanager
@@ -211,9 +220,10 @@ _MEASURES = {"lars": _lars, "step": _step, "allreduce": _allreduce, "data": _dat
 
 def _found(what: str, of: str, device: Any, timings: Mapping[str, Timing], reference: str | None) -> dict[str, Any]:
     sides = {name: timing._asdict() for name, timing in timings.items()}
-    if reference in timings:
-        for name, timing in timings.items():
-            sides[name]["ratio"] = timing.median / timings[reference].median
+    if reference is not None and reference in timings:
+        unit = timings[reference].median
+        for side in sides.values():
+            side["ratio"] = side["median"] / unit
     return {"what": what, "of": of, "device": str(device), "reference": reference, "sides": sides}
 
 

@@ -21,6 +21,7 @@ from hvdlarge.introduction import batch_line, columns, duration, rule_notes, sta
 from hvdlarge.job import Job
 from hvdlarge.job_file import read_job
 from hvdlarge.job_schema import job_schema
+from hvdlarge.measure.cost_model import AllreduceCost
 from hvdlarge.planning import Measured, curve_of, on_paper, plan_run, training_samples
 from hvdlarge.runlog import complain, decision_line
 
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="workers (default: 1)")
     parser.add_argument("--samples", type=int, metavar="N", help="training samples, where the job does not say it")
     parser.add_argument("--measured", metavar="RUN", help="a finished run's folder: its figures give time, memory and disk space")
+    parser.add_argument(
+        "--allreduce", metavar="FILE", help="with --measured: what hvdlarge.bench allreduce wrote, for other numbers of workers"
+    )
     parser.add_argument("--compare", metavar="JOB", help="another job, or another file of the same, side by side")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw rate and batch over the epochs (png, svg or pdf)")
@@ -59,11 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     measured = None if options.measured is None else read_measured(Path(options.measured))
+    if options.allreduce is not None and measured is None:
+        raise exits.JobError("command line: --allreduce tells what changes against a run: name that one with --measured")
+    allreduce = None if options.allreduce is None else read_allreduce(Path(options.allreduce))
     jobs = [read_job(options.job, options.overrides)]
     if options.compare is not None:
         jobs.append(read_job(options.compare))
     plans = [_plan_of(job, options) for job in jobs]
-    papers = [on_paper(job, plan, measured) for job, plan in zip(jobs, plans, strict=True)]
+    papers = [on_paper(job, plan, measured, allreduce) for job, plan in zip(jobs, plans, strict=True)]
     if options.plot is not None:
         draw(Path(options.plot), [(job.name, plan) for job, plan in zip(jobs, plans, strict=True)])
     if options.decisions is not None:
@@ -110,6 +117,13 @@ def in_words(job: Job, plan: Plan, paper: Mapping[str, Any], measured: Measured 
     lines.append(f"saved    {paper['checkpoints']} checkpoints at the job's cadence, and one at each new best evaluation")
     if measured is not None:
         lines.append(f"time     {duration(paper['seconds'])} at {measured.samples_per_second:,.0f} samples/s on a busy worker")
+        if "allreduce" in paper:
+            cost = paper["allreduce"]
+            lines.append(
+                f"sums     {cost['bytes'] / 2**20:,.1f} MiB in each step: {1e3 * cost['seconds']:.3g} ms by bench allreduce, and "
+                f"{1e3 * cost['seconds_measured']:.3g} ms on the {measured.world_size} workers of the measured run; if none of "
+                f"the difference hides behind the backward pass, the run takes {duration(paper['seconds_if_none_hides'])}"
+            )
         memory, size = paper["peak_memory_bytes"], paper["checkpoint_bytes"]
         if memory is not None:
             lines.append(f"memory   {memory / 2**20:,.0f} MiB a worker, as measured with micro-batches of {plan.micro_batch}")
@@ -161,12 +175,29 @@ def read_measured(folder: Path) -> Measured:
         last = folder / "checkpoints" / "last.pt"
         return Measured(
             samples_per_second=summary["samples_per_second"] / summary["world_size"],
+            world_size=summary["world_size"],
+            gradient_bytes=summary.get("gradient_bytes"),
             micro_batch=micro if isinstance(micro, int) else None,
             peak_memory_bytes=summary.get("peak_memory_bytes"),
             checkpoint_bytes=last.stat().st_size if last.exists() else None,
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise exits.JobError(f"--measured {folder}: not the folder of a finished run ({type(error).__name__}: {error})") from None
+
+
+def read_allreduce(path: Path) -> AllreduceCost:
+    """The figures that `hvdlarge.bench allreduce --json` wrote.
+
+    Raises:
+        JobError: if the file does not hold them.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return AllreduceCost(float(found["latency_seconds"]), float(found["seconds_per_byte"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise exits.JobError(
+            f"--allreduce {path}: not what hvdlarge.bench allreduce --json writes ({type(error).__name__}: {error})"
+        ) from None
 
 
 def write_decisions(path: Path, plan: Plan) -> None:

@@ -15,6 +15,7 @@ from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.tree import depth_of
 from hvdlarge.exits import JobError
 from hvdlarge.job import Checkpoint, Job
+from hvdlarge.measure.cost_model import AllreduceCost
 from hvdlarge.schedule.outline import StageOutline, curve, outline
 from hvdlarge.schedule.progress import Clock, marks_reached
 
@@ -135,18 +136,21 @@ class Measured:
     """Figures of a run that was measured."""
 
     samples_per_second: float  # of one busy worker
+    world_size: int  # workers
     micro_batch: int | None  # samples; None if it differed from step to step
     peak_memory_bytes: int | None  # of the worker that needed most
     checkpoint_bytes: int | None
+    gradient_bytes: int | None  # that a worker sends in each step
 
 
-def on_paper(job: Job, plan: Plan, measured: Measured | None) -> dict[str, Any]:
+def on_paper(job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None) -> dict[str, Any]:
     """Everything about a planned run, as JSON values under the words of the run's own files.
 
     Args:
         job: a job.
         plan: of that job.
         measured: figures of an earlier run, for the time and the memory; None leaves those out.
+        allreduce: its cost, for the time on another number of workers; None: as long as in the earlier run.
     """
     stages = stages_of(plan)
     checkpoints = checkpoints_of(job.checkpoint, stages, plan.clock)
@@ -193,4 +197,10 @@ def on_paper(job: Job, plan: Plan, measured: Measured | None) -> dict[str, Any]:
         same = plan.micro_batch is not None and plan.micro_batch == measured.micro_batch
         found["peak_memory_bytes"] = measured.peak_memory_bytes if same else None
         found["checkpoint_bytes"] = measured.checkpoint_bytes
+        if allreduce is not None and measured.gradient_bytes is not None:
+            size = measured.gradient_bytes
+            here, there = (allreduce.seconds(size, workers) for workers in (plan.world_size, measured.world_size))
+            # What the earlier run waited for its own allreduce is in its speed already.
+            found["allreduce"] = {"bytes": size, "seconds": here, "seconds_measured": there}
+            found["seconds_if_none_hides"] = found["seconds"] + steps * max(0.0, here - there)
     return found

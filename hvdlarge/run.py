@@ -178,14 +178,16 @@ def follow(
         else:
             break
     memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device)))
-    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory))
+    half = job.gradients.compression == "fp16"
+    size = sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)
+    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, size))
 
 
-def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_memory: int) -> None:
+def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_memory: int, gradient_bytes: int) -> None:
     """Wait for the last checkpoint and write the summary. Rank 0 alone."""
     parts.saver.finish()
     if parts.log is not None and controller is not None:
-        parts.log.finish(state, controller.final_position(), peak_memory)
+        parts.log.finish(state, controller.final_position(), peak_memory, gradient_bytes)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -274,13 +274,14 @@ class RunLog:
         """Seconds of training, in all parts of the run."""
         return self._before_seconds + time.monotonic() - self._began
 
-    def finish(self, state: RunState, position: Position, peak_memory: int) -> None:
+    def finish(self, state: RunState, position: Position, peak_memory: int, gradient_bytes: int) -> None:
         """Write the summary and say how the run ended.
 
         Args:
             state: its results.
             position: behind the last step.
             peak_memory: of the worker that needed most, in bytes.
+            gradient_bytes: that a worker sends in each step.
 
         Raises:
             CannotSave: if it cannot be written.
@@ -301,6 +302,7 @@ class RunLog:
             "rollbacks": state.rolled_back,
             "train_seconds": seconds,
             "peak_memory_bytes": peak_memory,
+            "gradient_bytes": gradient_bytes,
             "samples_per_second": position.samples_seen / seconds,
         }
         with self._told():

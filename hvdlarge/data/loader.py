@@ -175,6 +175,7 @@ def make_dataloader(fetch: Fetch, micro_batches: Any, num_workers: int, prefetch
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),  # copies to a GPU then go on beside its work
         # A process that has started MPI must not be forked: InfiniBand's pinned pages and MPI's locks do not survive it.
         multiprocessing_context="forkserver" if num_workers else None,
         worker_init_fn=_start_worker if num_workers else None,

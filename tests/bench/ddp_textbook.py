@@ -12,7 +12,7 @@ from torch import distributed
 
 from hvdlarge.models.resnet import ResNet20
 
-WARM_UP = 5
+WARM_UP = 15
 
 
 @torch.no_grad()

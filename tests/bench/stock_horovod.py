@@ -11,7 +11,7 @@ import torch
 
 from hvdlarge.models.resnet import ResNet20
 
-WARM_UP = 5
+WARM_UP = 15
 
 
 def main():
