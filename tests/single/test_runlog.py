@@ -32,7 +32,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     for decision in decisions:
         log.decision(decision)
     log.metrics({"step": 0, "loss": 1.0})
-    log.finish(RunState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000)
+    log.finish(RunState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000, 4000)
     log.close()
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {
