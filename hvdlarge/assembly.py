@@ -197,7 +197,7 @@ def build_policy(not_finite: Any, state: RunState, learner: Learner) -> NotFinit
     """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
     policy: NotFinitePolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
-        policy = SkipPolicy(not_finite.limit, state.skipped)
+        policy = SkipPolicy(not_finite.limit, state.skipped - state.overflows)
     elif isinstance(not_finite, sections.RollbackWhenNotFinite):
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:

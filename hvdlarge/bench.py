@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {} if launch is None else _settings(launch, horovod)
         os.environ.update(settings)
         control = open_control(launch)
+        tensors = None
         try:
             tensors = open_tensors(launch, control)
             same_everywhere(control, vars(options), "command line")
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (WrongWorld, LostRank):
             raise
         except exits.RunEnds:  # raised by every rank alike
+            if tensors is not None:
+                tensors.close()
             control.close()
             raise
         except BaseException:  # this rank alone

@@ -84,11 +84,8 @@ def train(parts: Parts, state: RunState) -> None:
         fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
         compare = decision.step % parts.cadence.compare_every_steps == 0
         digest = combined(digests(parts.learner)) if compare else None
-        micro, accumulated = decision.micro_batch, layout.accumulation_steps
         with told_what_to_change(
-            f"step {decision.step}, with micro-batches of {micro:,} samples",
-            f"set batch.micro lower, e.g. to {max(1, micro // 2)}; the global batch of {decision.global_batch:,} stays, in more "
-            f"than the {accumulated:,} accumulation steps of now",
+            f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples", smaller(decision)
         ):
             outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
@@ -109,6 +106,16 @@ def train(parts: Parts, state: RunState) -> None:
                 f"stopped behind step {decision.step} (epoch {decision.epoch:.2f}) as asked by {' and '.join(sorted(reasons))}; "
                 "the checkpoint is written: the same command goes on from here"
             )
+
+
+def smaller(decision: Decision) -> str:
+    """What would take less memory than a step of this size."""
+    if decision.micro_batch == 1:
+        return "a micro-batch has one sample already: use a larger device, fewer bits (precision: bf16) or a smaller model"
+    half = decision.micro_batch // 2
+    return (
+        f"set batch.micro lower, e.g. to {half}; the global batch of {decision.global_batch:,} stays, in more accumulation steps"
+    )
 
 
 def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.Tensor, timed: PhaseTimers) -> None:

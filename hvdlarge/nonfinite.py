@@ -117,6 +117,7 @@ class LossScalingPolicy:
             assert self._kept is not None
             learner.statistics.restore(self._kept)
             clean, scale.moving, applied = 0, scale.moving / 2, False
+            self._state.overflows += 1
         else:
             applied = self._then.judge(decision, learner, not_finite)
             if clean == LossScale.STEPS_BEFORE_GROWTH:

@@ -13,6 +13,7 @@ class RunState:
     best: dict[str, float] | None = None  # value of the best evaluation, and its step
     skipped: int = 0  # steps left out as not finite
     rolled_back: int = 0
+    overflows: int = 0  # of those left out, the ones that only asked for a smaller loss scale
     loss_scale: float | None = None  # the moving part, for fp16
     steps_at_loss_scale: int = 0
     train_seconds: float = 0.0  # of all parts of the run

@@ -93,7 +93,7 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale():
     assert scale.value == 4 * 2**16
     assert follow(policy, learner, [["w"], ["w"], [], []]) == [False, False, True, True]
     assert (scale.moving, learner.statistics.restored) == (2**14, 2)
-    assert (state.loss_scale, state.steps_at_loss_scale) == (2**14, 2)
+    assert (state.loss_scale, state.steps_at_loss_scale, state.overflows) == (2**14, 2, 2)
 
 
 def test_two_thousand_clean_steps_double_the_scale_up_to_its_limit():

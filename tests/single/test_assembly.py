@@ -1,0 +1,57 @@
+"""From the job's sections to objects: what a section asks for is there."""
+
+import pytest
+import torch
+
+from hvdlarge import assembly
+from hvdlarge.arithmetic import Arithmetic
+from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.job_file import parse_job
+from hvdlarge.run_state import RunState
+
+JOB = """
+name: built
+epochs: 1
+data: {name: digits}
+model: {name: convnet, args: {width: 2}}
+batch: {base: 8, micro: 4}
+lr: {base: 1}
+"""
+
+
+def built(*changes):
+    job = parse_job(JOB, "job", changes)
+    arithmetic = Arithmetic(job.precision, torch.device("cpu"))
+    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    learner = assembly.join_learning(
+        model, loss, optimizer, arithmetic, job.gradients, None, job.model.channels_last,
+        SoloControl(), SoloTensors(), job.seed, exact=False,
+    )  # fmt: skip
+    return job, learner
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_channels_last_lays_out_images_and_nothing_else(wanted):
+    _, learner = built(f"model.channels_last={str(wanted).lower()}")
+    moved = learner.to_device({"images": torch.rand(2, 3, 5, 5), "rows": (torch.rand(4, 6), torch.arange(3))})
+    assert moved["images"].is_contiguous(memory_format=torch.channels_last) == wanted
+    assert moved["rows"][0].is_contiguous()
+    assert moved["rows"][1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_compile_prepares_the_model_and_keeps_its_names(wanted):
+    _, learner = built(f"model.compile={str(wanted).lower()}")
+    assert (learner.model._compiled_call_impl is not None) == wanted
+    assert all(not name.startswith("_orig_mod") for name in learner.model.state_dict())
+
+
+def test_floats_take_the_type_of_the_weights():
+    _, learner = built("precision=fp64")
+    assert learner.to_device(torch.rand(2, 1, 8, 8)).dtype == torch.float64
+
+
+def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_ones():
+    job, learner = built("precision=fp16", "on_nonfinite={policy: skip, limit: 2}")
+    policy = assembly.build_policy(job.on_nonfinite, RunState(skipped=7, overflows=6, loss_scale=1.0), learner)
+    assert policy._then.skipped == 1
