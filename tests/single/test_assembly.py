@@ -39,6 +39,7 @@ def test_channels_last_lays_out_images_and_nothing_else(wanted):
     assert moved["rows"][1].dtype == torch.int64
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at the import of its compiler
 @pytest.mark.parametrize("wanted", [False, True])
 def test_compile_prepares_the_model_and_keeps_its_names(wanted):
     _, learner = built(f"model.compile={str(wanted).lower()}")
