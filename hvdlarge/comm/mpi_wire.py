@@ -76,12 +76,12 @@ class MpiControl:
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin to find the largest of each value over all ranks. Every rank calls this together, and later the result."""
         mine, largest = array("d", values), array("d", bytes(8 * len(values)))
-        # The request keeps both buffers until it is done.
         request = self._comm.Iallreduce([mine, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
+        held = (mine, largest)  # MPI reads and writes both until it is done, and the request does not hold an array
 
         def wait() -> list[float]:
             _wait(request)
-            return largest.tolist()
+            return held[1].tolist()
 
         return wait
 

@@ -1,3 +1,5 @@
+import array
+
 import pytest
 import torch
 
@@ -60,3 +62,11 @@ def test_a_difference_between_ranks_is_named_on_all(control):
     same_everywhere(control, {"a": 1, "b": {"c": [1, 2]}}, "job")
     with pytest.raises(RanksDisagree, match=f"same job: batch.max is 512 on rank 0 and 256 on rank {control.size - 1}"):
         same_everywhere(control, {"name": "x", "batch": {"max": 256 if control.rank == control.size - 1 else 512}}, "job")
+
+
+def test_the_largest_of_each_number_whatever_happens_to_the_memory_meanwhile(control):
+    for number in range(500):
+        wait = control.start_max([float(control.rank), -float(control.rank), float(number), *[1.0] * 18])
+        litter = [array.array("d", [9e9] * 21) for _ in range(5)]  # takes any freed memory of the message's size
+        assert wait() == [control.size - 1.0, 0.0, float(number), *[1.0] * 18]
+        assert all(piece[0] == 9e9 for piece in litter)
