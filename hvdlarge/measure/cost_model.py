@@ -8,9 +8,7 @@ Contract: pure. The fit weighs relative errors, since times range over decades. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 
 class AllreduceCost(NamedTuple):
@@ -41,6 +39,8 @@ def fit(sizes: Sequence[int], seconds: Sequence[float], workers: int) -> Allredu
     """
     if workers < 2 or len(set(sizes)) < 2:
         raise ValueError("a fit needs two workers and two sizes at least")
+    import numpy as np  # here alone: `plan` and `doctor` read costs without it
+
     size, time = np.asarray(sizes, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     steps = 2.0 * (workers - 1)
     both = np.stack([np.full_like(size, steps), steps / workers * size], axis=1) / time[:, None]
@@ -52,5 +52,6 @@ def fit(sizes: Sequence[int], seconds: Sequence[float], workers: int) -> Allredu
     return AllreduceCost(float(latency), float(per_byte))
 
 
-def _alone(column: np.ndarray) -> float:
+def _alone(column: Any) -> float:
+    """What fits best when the other part is 0; `column` as numpy's array, shape (n,)."""
     return column.sum() / (column @ column)
