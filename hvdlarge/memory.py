@@ -1,9 +1,9 @@
-"""What is said when memory runs out on a rank, and how the largest micro-batch that fits is found."""
+"""What is said when memory runs out on a rank."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -37,28 +37,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_ON_A_CPU)
-
-
-def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest size from 1 to `most` that fits, to within a sixteenth of it; 0 if not even one does.
-
-    Args:
-        fits: tries a size out; what fits once also fits when it is smaller.
-        most: never tried beyond.
-
-    >>> largest_that_fits(lambda size: size <= 100, 1000)
-    100
-    >>> largest_that_fits(lambda size: size <= 100, 64)
-    64
-    """
-    good, bad = 0, most + 1
-    size = 1
-    while bad - good > max(1, good // 16):
-        if fits(size):
-            good = size
-        else:
-            bad = size
-        size = min(2 * good, most) if bad > most else (good + bad) // 2
-        if good == most:
-            break
-    return good
