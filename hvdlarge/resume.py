@@ -15,6 +15,7 @@ from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Position
 from hvdlarge.exits import BadCheckpoint
+from hvdlarge.job import mathematics_of
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import FolderLock, holds_run, make_folder, set_aside
 from hvdlarge.step import Learner
@@ -122,9 +123,7 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     good = checkpoints.newest_good()
     if good is None:
         written = yaml.safe_load((folder / "job.resolved.yaml").read_text(encoding="utf-8"))
-        known = {key: value for key, value in written.items() if key in facts["job"]}
-        known["data"] = {key: value for key, value in known["data"].items() if key in facts["job"]["data"]}
-        _refuse_another(folder, {"job": known}, {"job": facts["job"]})
+        _refuse_another(folder, {"job": mathematics_of(written)}, {"job": facts["job"]})
         return Found(None, None, [])
     path, content, problems = good
     notes = [f"passed over: {problem}" for problem in problems]

@@ -129,6 +129,18 @@ def test_54_a_run_of_another_job_is_refused(stopped, change, words):
     assert stopped.run(2).code == 0
 
 
+@short
+def test_27_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench):
+    assert bench.run(2, FAULT="kill@1:3").code == 137
+    assert newest(bench) == []
+    refused = bench.run(2, "seed=9")
+    assert refused.code == 77
+    assert "seed is 0 there and 9 here" in refused.text
+    assert bench.run(2).code == 0
+    assert bench.run(2, "run_dir=runs/whole").code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+
+
 def test_54_another_model_behind_the_same_name_is_refused(stopped):
     source = (stopped.folder / "faulty.py").read_text()
     (stopped.folder / "faulty.py").write_text(source.replace("hidden=32", "hidden=24"))
