@@ -47,7 +47,9 @@ def loading_speed(data: Data, plan: Plan, training_set: Any, seed: int, num_work
         loader.announce(batches, is_last=False)
         next(loader.fetch(1))
         samples += batches[0].size
-    return samples / (time.perf_counter() - begin)
+    seconds_taken = time.perf_counter() - begin
+    loader.close()
+    return samples / seconds_taken
 
 
 def measure_waits(
@@ -84,6 +86,7 @@ def measure_waits(
         waits.append((since_border < 2, waited))
         since_border += 1
         first = first or sample_seconds * sum(micro_batch.size for micro_batch in mine)
+    loader.close()
     counted = waits[1:] or waits
     ordered = sorted(wait for _, wait in counted)
     at_border = [wait for is_border, wait in counted if is_border]

@@ -167,16 +167,18 @@ def follow(
     while True:
         controller = Controller(found.plan, position) if worker.control.rank == 0 else None
         parts = parts_of(job, found, worker, learner, controller, checkpoints, facts, log, state)
-        if job.on_nonfinite.policy == "rollback" and (position.step == 0 or state.rolled_back):
-            # Something to go back to; and after going back, the lower rate must outlive an interruption.
-            here = position if controller is not None else None
-            save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
         try:
+            if job.on_nonfinite.policy == "rollback" and (position.step == 0 or state.rolled_back):
+                # Something to go back to; and after going back, the lower rate must outlive an interruption.
+                here = position if controller is not None else None
+                save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
             train(parts, state)
         except RollBack as reason:
             position, state = _go_back(parts, state, found.model, checkpoints, reason)
         else:
             break
+        finally:
+            parts.loader.close()
     memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device)))
     half = job.gradients.compression == "fp16"
     size = sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)

@@ -120,7 +120,10 @@ def _engine_turn(job: Job, found: Ingredients, worker: Worker, learner: Learner,
     parts = parts_of(job, found, worker, learner, controller, None, {}, log, state)
     learner.statistics.scatter()
     clock.moments.clear()
-    train(parts, state)
+    try:
+        train(parts, state)
+    finally:
+        parts.loader.close()
     learner.statistics.gather(worker.tensors.sum)
     if log is not None:
         log.close()

@@ -6,8 +6,10 @@ worker processes, for every other map-style set. A rank fetches its own micro-ba
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import deque
@@ -22,6 +24,8 @@ from hvdlarge.data import order, seeds
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import MicroBatch
+
+_PATIENCE_SECONDS = 5.0  # torch's own, for its processes
 
 
 class Loaded(NamedTuple):
@@ -41,6 +45,10 @@ class Loader(Protocol):
 
     def fetch(self, count: int) -> Iterator[Loaded]:
         """The next `count` announced micro-batches, in order; each is waited for when it is asked for."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and processes; nothing is fetched afterwards."""
         ...
 
 
@@ -118,6 +126,9 @@ class TensorLoader:
             assert loaded is not None
             yield loaded
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
 
 class _Announced:
     """The live list of micro-batches that torch's DataLoader reads ahead of the training.
@@ -138,31 +149,88 @@ class _Announced:
 class WorkerLoader:
     """torch's DataLoader over announced micro-batches.
 
+    A loader process hands its tensors over by file descriptors, which takes some 2 ms for a micro-batch however small it is. So
+    where there are loader processes a thread takes them over, ahead of the training; without any, samples are loaded when they
+    are asked for.
+
     Args:
         fetch: the set.
         num_workers: loader processes; 0 loads in this process.
-        prefetch_factor: micro-batches in hand for each loader process.
+        prefetch_factor: micro-batches in hand for each loader process; the thread holds as many again.
     """
 
     def __init__(self, fetch: Fetch, num_workers: int, prefetch_factor: int) -> None:
         self._announced = _Announced()
-        self._loader = make_dataloader(fetch, self._announced, num_workers, prefetch_factor)
+        self._loader: DataLoader | None = make_dataloader(fetch, self._announced, num_workers, prefetch_factor)
         self._loaded: Iterator[Loaded | None] | None = None
+        self._thread: threading.Thread | None = None
+        self._wanted = threading.Semaphore(0)  # announced and not yet taken over
+        self._room = threading.Semaphore(num_workers * prefetch_factor)  # for what is taken over and not yet asked for
+        self._ready: queue.SimpleQueue[Loaded | BaseException] = queue.SimpleQueue()
+        self._has_processes = num_workers > 0
+        self._closed = False
 
     def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
         """Put these micro-batches into the queue of the loader processes."""
         self._announced.micro_batches.extend(micro_batches)
         self._announced.complete = is_last
+        if micro_batches:
+            self._wanted.release(len(micro_batches))
 
     def fetch(self, count: int) -> Iterator[Loaded]:
-        """The next `count` announced micro-batches, in order; waits for the loader processes."""
+        """The next `count` announced micro-batches, in order; waits for the loader processes.
+
+        Raises:
+            Exception: whatever the set raised in its process.
+        """
         if self._loaded is None:
-            self._loaded = iter(self._loader)
-        while count:
-            loaded = next(self._loaded)
-            if loaded is not None:
-                yield loaded
-                count -= 1
+            self._begin()
+        for _ in range(count):
+            if not self._has_processes:
+                yield self._next()
+                continue
+            taken = self._ready.get()
+            if isinstance(taken, BaseException):
+                # The message has the process's traceback. The thread's own would keep torch's iterator, and its processes, alive.
+                raise taken.with_traceback(None)
+            self._room.release()
+            yield taken
+
+    def close(self) -> None:
+        """End the thread and the loader processes; a micro-batch that is being loaded is waited for, for some seconds."""
+        atexit.unregister(self.close)
+        self._closed = True
+        if self._thread is not None:
+            self._wanted.release()
+            self._room.release()
+            self._thread.join(_PATIENCE_SECONDS)
+        self._loaded = self._loader = None  # torch ends its processes when nobody holds them
+
+    def _begin(self) -> None:
+        assert self._loader is not None  # nothing is fetched from a closed loader
+        self._loaded = iter(self._loader)
+        if self._has_processes:
+            # Before multiprocessing waits, at the interpreter's end, for processes that this thread would keep alive.
+            atexit.register(self.close)
+            self._thread = threading.Thread(target=self._take_over, name="loader", daemon=True)
+            self._thread.start()
+
+    def _take_over(self) -> None:
+        try:
+            while True:
+                self._wanted.acquire()
+                self._room.acquire()
+                if self._closed:
+                    return
+                self._ready.put(self._next())
+        except BaseException as error:  # whatever it is: the training raises it
+            self._ready.put(error)
+
+    def _next(self) -> Loaded:
+        assert self._loaded is not None  # begun
+        while (loaded := next(self._loaded)) is None:
+            pass
+        return loaded
 
 
 def make_dataloader(fetch: Fetch, micro_batches: Any, num_workers: int, prefetch_factor: int) -> DataLoader:
@@ -176,10 +244,17 @@ def make_dataloader(fetch: Fetch, micro_batches: Any, num_workers: int, prefetch
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),  # copies to a GPU then go on beside its work
-        # A process that has started MPI must not be forked: InfiniBand's pinned pages and MPI's locks do not survive it.
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context=_context() if num_workers else None,
         worker_init_fn=_start_worker if num_workers else None,
     )
+
+
+def _context() -> Any:
+    # A process that has started MPI must not be forked: InfiniBand's pinned pages and MPI's locks do not survive it. The server
+    # that forks in its place imports torch once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _unchanged(item: Any) -> Any:

@@ -1,6 +1,11 @@
 """Both loaders give the announced micro-batches, in order, whatever is known when."""
 
+import multiprocessing
 import random
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -56,6 +61,7 @@ def test_a_worker_loader_follows_growing_steps_and_idle_ones(num_workers, ahead)
     steps = steps_of([16, 16, 8, 8, 64, 3, 200, 31])
     loader = WorkerLoader(Fetch(Numbers(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
     assert run(loader, steps, ahead) == steps
+    loader.close()
 
 
 def test_both_loaders_give_the_stream():
@@ -69,6 +75,7 @@ def test_both_loaders_give_the_stream():
         for step in steps:
             for micro, loaded in zip(step, loader.fetch(len(step)), strict=True):
                 assert loaded.inputs.tolist() == samples(3, 100, micro.start, micro.stop).tolist()
+        loader.close()
 
 
 @pytest.mark.parametrize("dataset", [Numbers, ManyNumbers])
@@ -79,6 +86,7 @@ def test_what_is_drawn_for_a_sample_belongs_to_it_and_not_to_the_process(dataset
         step = BatchLayout(48, 8, 1).of_rank(0, 0)
         loader.announce(step, True)
         drawn.append(torch.cat([loaded.targets for loaded in loader.fetch(6)]))
+        loader.close()
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
     assert len(drawn[0].unique(dim=0)) == 48
@@ -117,3 +125,73 @@ def test_digits_are_real_and_split_once_and_for_all():
 def test_sets_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="3 inputs and 2 targets"):
         InMemory(torch.zeros(3), torch.zeros(2))
+
+
+class Slow(Numbers):
+    """Takes a while for each sample, and says in a file how many it has given."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def __getitem__(self, index):
+        with self.counts.open("a") as file:
+            file.write(".")
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+def processes():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
+    before, threads = processes(), threading.active_count()
+    loader = WorkerLoader(Fetch(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
+    loader.announce(BatchLayout(800, 8, 1).of_rank(0, 0), is_last=False)
+    assert len(list(loader.fetch(3))) == 3
+    assert len(processes() - before) == 2
+    assert threading.active_count() > threads
+    loader.close()
+    assert processes() == before
+    assert threading.active_count() == threads
+
+
+def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
+    loader = WorkerLoader(Fetch(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=1, prefetch_factor=2)
+    loader.announce(BatchLayout(400, 4, 1).of_rank(0, 0), is_last=False)
+    list(loader.fetch(1))
+    time.sleep(1.0)  # enough for 25 micro-batches
+    loader.close()
+    # One fetched, two taken over, two in hand of the process, and one more of each kind under way.
+    assert 5 * 4 <= len((tmp_path / "counts").read_text()) <= 7 * 4
+
+
+class Broken(Numbers):
+    """Has one sample that cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 17:
+            raise OSError("sample 17 is damaged")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_the_set_comes_out_where_its_micro_batch_is_asked_for(num_workers):
+    loader = WorkerLoader(Fetch(Broken(), seed=0, shuffled=False), num_workers, prefetch_factor=2)
+    loader.announce(BatchLayout(40, 8, 1).of_rank(0, 0), is_last=True)
+    fetched = loader.fetch(5)
+    assert [next(fetched).micro_batch.number for _ in range(2)] == [0, 1]
+    with pytest.raises(OSError, match="sample 17 is damaged"):
+        next(fetched)
+    loader.close()
+
+
+def test_a_program_that_closes_nothing_ends_nevertheless():
+    program = (
+        "from hvdlarge.data.layout import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
+        "loader = WorkerLoader(Fetch([(number, number) for number in range(100)], 3, True), 1, 2)\n"
+        "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
+        "print(next(loader.fetch(1)).micro_batch.size)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")
