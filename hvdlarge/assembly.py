@@ -22,8 +22,8 @@ from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, WrongEnvironment
 from hvdlarge.models.exact_statistics import ExactStatistics
 from hvdlarge.models.running_statistics import RunningStatistics
-from hvdlarge.nonfinite import LossScalingPolicy, RollbackPolicy, SkipPolicy, StopPolicy
-from hvdlarge.optim.build import build_optimizer
+from hvdlarge.nonfinite import JudgedLate, LossScalingPolicy, RollbackPolicy, SkipPolicy, StopPolicy
+from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.groups import named_parameters
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
@@ -195,14 +195,18 @@ def build_feed(
 
 def build_policy(not_finite: Any, state: RunState, learner: Learner) -> NotFinitePolicy:
     """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
-    policy: NotFinitePolicy
+    policy: StopPolicy | SkipPolicy | RollbackPolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
         policy = SkipPolicy(not_finite.limit, state.skipped - state.overflows)
     elif isinstance(not_finite, sections.RollbackWhenNotFinite):
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:
         policy = StopPolicy()
-    return LossScalingPolicy(policy, learner.scale, state) if learner.arithmetic.scales_losses else policy
+    if learner.arithmetic.scales_losses:
+        return LossScalingPolicy(policy, learner.scale, state)
+    if isinstance(policy, SkipPolicy) or waits_for_norms(learner.update.optimizer):
+        return policy
+    return JudgedLate(policy)
 
 
 def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:

@@ -146,6 +146,7 @@ def evaluate(parts: Parts, state: RunState, decision: Decision, timed: PhaseTime
     passed = marks_reached(epoch, every, None) > marks_reached(decision.epoch, every, None)
     if parts.evaluation is None or not (passed or decision.is_last):
         return False
+    parts.policy.settle(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
         gather(parts.learner, parts.tensors)
         found = parts.evaluation.run(parts.learner, parts.tensors)
@@ -168,6 +169,7 @@ def save(parts: Parts, state: RunState, position: Position | None, cut: bool, be
     Raises:
         RanksDisagree, Diverged: on every rank alike.
     """
+    parts.policy.settle(parts.learner)
     compare_states(parts.control, parts.learner)
     not_finite = [name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()]
     if not_finite:

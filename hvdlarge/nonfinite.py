@@ -5,9 +5,12 @@ The gradients are reduced before they are looked at, so every rank sees the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hvdlarge.arithmetic import LossScale
 from hvdlarge.exits import Diverged
 from hvdlarge.models.running_statistics import Kept
+from hvdlarge.optim.norms import GradientNorms
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.step import Learner, NotFinitePolicy
@@ -21,20 +24,27 @@ class RollBack(Exception):
         self.lr_factor = lr_factor
 
 
-class StopPolicy:
+class _AtOnce:
+    """For a policy that judges each step in that step."""
+
+    def settle(self, learner: Learner) -> None:
+        """Nothing is left to be judged."""
+
+
+class StopPolicy(_AtOnce):
     """The first such step ends the run."""
 
     def before_step(self, learner: Learner) -> None:
         """Nothing to keep."""
 
-    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
         """Apply, or raise Diverged."""
-        if not_finite:
+        if not_finite := norms.not_finite(learner.names):
             raise Diverged(_describe(decision, not_finite))
         return True
 
 
-class SkipPolicy:
+class SkipPolicy(_AtOnce):
     """Such a step is left out on every rank, weights, momentum and running statistics.
 
     Args:
@@ -51,9 +61,9 @@ class SkipPolicy:
         """Keep the running statistics, which the forward passes change."""
         self._kept = learner.statistics.keep()
 
-    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
         """Leave the step out, or raise Diverged when too many have been."""
-        if not not_finite:
+        if not (not_finite := norms.not_finite(learner.names)):
             return True
         self.skipped += 1
         if self.skipped > self._limit:
@@ -63,7 +73,7 @@ class SkipPolicy:
         return False
 
 
-class RollbackPolicy:
+class RollbackPolicy(_AtOnce):
     """The run goes back to its last checkpoint.
 
     Args:
@@ -80,16 +90,16 @@ class RollbackPolicy:
     def before_step(self, learner: Learner) -> None:
         """The checkpoint has everything."""
 
-    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
         """Raise RollBack, or Diverged when it has been done too often."""
-        if not not_finite:
+        if not (not_finite := norms.not_finite(learner.names)):
             return True
         if self._rolled_back >= self._limit:
             raise Diverged(f"{_describe(decision, not_finite)}; the run was rolled back {self._limit} times already")
         raise RollBack(_describe(decision, not_finite), self._lr_factor)
 
 
-class LossScalingPolicy:
+class LossScalingPolicy(_AtOnce):
     """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks for a smaller scale.
 
     Args:
@@ -110,20 +120,51 @@ class LossScalingPolicy:
         self._kept = learner.statistics.keep()
         self._then.before_step(learner)
 
-    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
         """Leave the step out with half the scale, or let the other policy judge."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
-        if not_finite and scale.moving > 1:
+        if scale.moving > 1 and norms.not_finite(learner.names):
             assert self._kept is not None
             learner.statistics.restore(self._kept)
             clean, scale.moving, applied = 0, scale.moving / 2, False
             self._state.overflows += 1
         else:
-            applied = self._then.judge(decision, learner, not_finite)
+            applied = self._then.judge(decision, learner, norms)
             if clean == LossScale.STEPS_BEFORE_GROWTH:
                 clean, scale.moving = 0, min(2 * scale.moving, LossScale.LARGEST)
         self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
         return applied
+
+
+class JudgedLate:
+    """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no step waits for them.
+
+    For a policy that ends the run, or goes back: what a step in between has done to the weights is never kept.
+
+    Args:
+        then: the policy, which never leaves out a step.
+    """
+
+    def __init__(self, then: StopPolicy | RollbackPolicy) -> None:
+        self._then = then
+        self._open: tuple[Decision, Callable[[], GradientNorms]] | None = None
+
+    def before_step(self, learner: Learner) -> None:
+        """As the other policy."""
+        self._then.before_step(learner)
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Judge the step before, and apply this one."""
+        self.settle(learner)
+        self._open = decision, norms.later()
+        return True
+
+    def settle(self, learner: Learner) -> None:
+        """Judge the last step now. Waits for the GPU."""
+        if self._open is None:
+            return
+        (decision, arrived), self._open = self._open, None
+        self._then.judge(decision, learner, arrived())
 
 
 def _describe(decision: Decision, not_finite: list[str]) -> str:

@@ -23,7 +23,7 @@ from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Controller, Plan, Position
 from hvdlarge.environment import host, versions
 from hvdlarge.exits import Stopped
-from hvdlarge.introduction import batch_line, model_line, notes, rule_notes, stage_table, update_line, world_line
+from hvdlarge.introduction import batch_line, model_line, notes, rule_notes, stage_table, update_line, update_notes, world_line
 from hvdlarge.job import Job
 from hvdlarge.loop import Cadence, Parts, save, train
 from hvdlarge.nonfinite import RollBack
@@ -285,7 +285,7 @@ def _introduce(job: Job, found: Ingredients, environment: Mapping[str, Any], cor
     for note in [*rule_notes(job, found.plan), *notes(found.plan, job.batch.micro == "auto", found.model)]:
         say(note)
     say(f"folder   {job.run_folder}")
-    for note in start_notes:
+    for note in [*update_notes(found.optimizer), *start_notes]:
         say(f"note     {note}")
 
 

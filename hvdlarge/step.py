@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +16,8 @@ from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.loader import Loaded
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.models.running_statistics import RunningStatistics
-from hvdlarge.optim.clipping import clip
 from hvdlarge.optim.groups import set_rate
-from hvdlarge.optim.norms import measure_gradients
+from hvdlarge.optim.norms import GradientNorms
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.step_agreement import StepAgreement, Verdict
 
@@ -48,12 +46,16 @@ class NotFinitePolicy(Protocol):
         """Keep what a step that is left out must leave as it was."""
         ...
 
-    def judge(self, decision: Decision, learner: Learner, not_finite: list[str]) -> bool:
-        """Whether to apply the update; `not_finite` names the gradients that are not. The same on every rank.
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
 
         Raises:
             RunEnds: on every rank alike, where the run does not go on from here.
         """
+        ...
+
+    def settle(self, learner: Learner) -> None:
+        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `judge` does."""
         ...
 
 
@@ -102,11 +104,11 @@ def train_step(
         verdict = agreement.hear()
     with timed("update"):  # only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
         learner.scale.unscale(learner.names)
-        norms = measure_gradients(learner.update.optimizer)
-        not_finite = [learner.names[weight] for weight, norm in norms.items() if not math.isfinite(norm)]
-        applied = policy.judge(decision, learner, not_finite)
+        optimizer: Any = learner.update.optimizer
+        norms = optimizer.measure()
+        applied = policy.judge(decision, learner, norms)
         if applied:
-            learner.update.optimizer.gradient_norms = clip(norms, learner.clip_norm)  # type: ignore[attr-defined]
-            set_rate(learner.update.optimizer, decision.lr)
+            optimizer.gradient_norms = norms.clipped(learner.clip_norm)
+            set_rate(optimizer, decision.lr)
             learner.update.apply()
     return StepOutcome(loss_share, verdict, applied)

@@ -48,3 +48,8 @@ def build_optimizer(
     """
     groups = parameter_groups(model, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
     return _CLASSES[name](groups, **options)
+
+
+def waits_for_norms(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of this optimizer waits until the norms of its gradients have come to the host."""
+    return not isinstance(optimizer, LARS) or optimizer.reason_against_gpu() is not None

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from hvdlarge.optim import lars_gpu
 from hvdlarge.optim.momentum import Move, momentum_update
-from hvdlarge.optim.norms import MeasuresGradients, norm, norms
+from hvdlarge.optim.norms import GradientNorms, HostNorms, MeasuresGradients, norm, norms
 
 
 class LARS(MeasuresGradients, torch.optim.Optimizer):
@@ -53,6 +54,11 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
     [2.994, 3.992]
     """
 
+    # Not in __init__, which Horovod passes by.
+    _ratios: dict[torch.Tensor, float] | None = None  # of the last step; None: not yet brought from the GPU
+    _table: lars_gpu.Table | None = None
+    _last: lars_gpu.DeviceNorms | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -67,7 +73,6 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         nesterov: bool = False,
         eps: float = 0.0,
     ) -> None:
-        self._ratios: dict[torch.Tensor, float] = {}
         super().__init__(
             params,
             {
@@ -95,8 +100,15 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("LARS takes no closure: its gradients would not be averaged over the workers")
+        measured = self.take_gradient_norms()
+        if isinstance(measured, lars_gpu.DeviceNorms):
+            assert self._table is not None  # it has measured
+            self._table.move(measured, self.param_groups)
+            self._last, self._ratios = measured, None
+            return
+        assert isinstance(measured, HostNorms)
+        grad_norms = measured.of  # gradients that are zero have been taken away
         self._ratios = {}
-        grad_norms = self.take_gradient_norms()  # gradients that are zero have been taken away
         for group in self.param_groups:
             moving = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
             if not moving:
@@ -119,8 +131,40 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
+    def measure(self) -> GradientNorms:
+        """The norms of the gradients as they are; on a GPU those of the weights too, and nothing waits for them."""
+        return super().measure() if self.reason_against_gpu() else self._measure_on_gpu()
+
+    def reason_against_gpu(self) -> str | None:
+        """Why this optimizer's tensors are moved one by one, with a wait in each step; None where a GPU moves them together."""
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        against = lars_gpu.reason_against(weights[0].device)
+        if against is None and not lars_gpu.one_kind(weights):
+            against = "the weights are not all float32 or all float64, or not dense in memory"
+        return against
+
+    def _measure_on_gpu(self) -> GradientNorms:
+        weights, ends = [], []
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                if weight.grad.is_sparse:
+                    raise ValueError("sparse gradients cannot be averaged and measured: build the embedding with sparse=False")
+                weight.grad = lars_gpu.like_its_weight(weight.grad, weight)
+                weights.append(weight)
+            ends.append(len(weights))
+        if self._table is None or not self._table.is_of(weights, ends):
+            self._table = lars_gpu.Table(weights, ends)
+        return self._table.measure([weight.grad for weight in weights], [self._velocity(weight) for weight in weights])
+
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
-        """λ of a tensor in the last step (1 for one that is not adapted); None if it was left alone."""
+        """λ of a tensor in the last step (1 for one that is not adapted); None if it was left alone. May wait for a GPU."""
+        if self._ratios is None:
+            self._ratios = {}
+            if self._last is not None and self._table is not None:
+                rows = zip(self._last.weights, self._table.ratios.tolist(), self._last.values[1].tolist(), strict=True)
+                self._ratios = {weight: ratio for weight, ratio, grad_norm in rows if grad_norm != 0}
         return self._ratios.get(weight)
 
 

@@ -7,10 +7,14 @@ Contract: torch's norm of a whole float32 tensor sums in float32: measured on a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from hvdlarge.optim.clipping import clip
 
 _ROW = 4096  # values
 
@@ -82,12 +86,55 @@ def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Paramet
     return measured
 
 
+class GradientNorms(Protocol):
+    """L2 norms of the mean gradients of one step; a gradient that is zero throughout moves nothing."""
+
+    def not_finite(self, names: Mapping[Any, str]) -> list[str]:
+        """The names of the parameters whose gradients are not finite."""
+        ...
+
+    def later(self) -> Callable[[], GradientNorms]:
+        """Begin to bring the norms to the host; what is returned waits for them and gives them."""
+        ...
+
+    def clipped(self, limit: float | None) -> GradientNorms:
+        """Scale all gradients down, in place, where they are longer together than `limit`; the norms afterwards."""
+        ...
+
+
+class HostNorms:
+    """Norms that are known.
+
+    Args:
+        of: each gradient's, by its parameter; those that are zero are left out.
+    """
+
+    def __init__(self, of: dict[Any, float]) -> None:
+        self.of = of
+
+    def not_finite(self, names: Mapping[Any, str]) -> list[str]:
+        """The names of the parameters whose gradients are not finite."""
+        return [names[weight] for weight, norm in self.of.items() if not math.isfinite(norm)]
+
+    def later(self) -> Callable[[], HostNorms]:
+        """They are here already."""
+        return lambda: self
+
+    def clipped(self, limit: float | None) -> HostNorms:
+        """Scale all gradients down, in place, where they are longer together than `limit`; the norms afterwards."""
+        return HostNorms(clip(self.of, limit))
+
+
 class MeasuresGradients:
     """For an optimizer: uses the norms that the step has measured, or measures them itself when nobody has."""
 
-    gradient_norms: dict[torch.nn.Parameter, float] | None = None
+    gradient_norms: GradientNorms | None = None
 
-    def take_gradient_norms(self) -> dict[torch.nn.Parameter, float]:
+    def measure(self) -> GradientNorms:
+        """The norms of the gradients as they are."""
+        return HostNorms(measure_gradients(self))  # type: ignore[arg-type]
+
+    def take_gradient_norms(self) -> GradientNorms:
         """The norms of this step's gradients, for one use."""
         measured, self.gradient_norms = self.gradient_norms, None
-        return measure_gradients(self) if measured is None else measured  # type: ignore[arg-type]
+        return self.measure() if measured is None else measured

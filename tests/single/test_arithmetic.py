@@ -7,7 +7,8 @@ import torch
 
 from hvdlarge.arithmetic import Arithmetic, LossScale, precisions_of, scale_for_compression
 from hvdlarge.exits import Diverged, JobError
-from hvdlarge.nonfinite import LossScalingPolicy, StopPolicy
+from hvdlarge.nonfinite import JudgedLate, LossScalingPolicy, RollBack, RollbackPolicy, StopPolicy
+from hvdlarge.optim.norms import HostNorms
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 
@@ -76,6 +77,7 @@ class Statistics:
 class Learner:
     def __init__(self):
         self.statistics = Statistics()
+        self.names = {"w": "w", "another": "another"}
 
 
 def follow(policy, learner, steps):
@@ -83,7 +85,8 @@ def follow(policy, learner, steps):
     applied = []
     for not_finite in steps:
         policy.before_step(learner)
-        applied.append(policy.judge(DECISION, learner, not_finite))
+        norms = HostNorms(dict.fromkeys(not_finite, math.inf) | {"another": 1.0})
+        applied.append(policy.judge(DECISION, learner, norms))
     return applied
 
 
@@ -113,3 +116,13 @@ def test_without_any_scaling_left_the_jobs_own_policy_judges():
     assert follow(policy, learner, [["w"]]) == [False]
     with pytest.raises(Diverged, match="gradient of w is not finite at step 3"):
         follow(policy, learner, [["w"]])
+
+
+@pytest.mark.parametrize(("then", "error"), [(StopPolicy(), Diverged), (RollbackPolicy(limit=1, lr_factor=0.5), RollBack)])
+def test_a_step_judged_late_is_named_in_the_step_behind_it_or_where_it_is_settled(then, error):
+    for at_the_next_step in (False, True):
+        learner, policy = Learner(), JudgedLate(then)
+        policy.settle(learner)  # nothing yet
+        assert follow(policy, learner, [[], ["w"]]) == [True, True]
+        with pytest.raises(error, match="gradient of w is not finite at step 3"):
+            follow(policy, learner, [[]]) if at_the_next_step else policy.settle(learner)
