@@ -2,6 +2,7 @@
 # make test    set up, then run every test
 # make test-faults  every fault of the list in the README; make test-kill: the long kill trial; make test-laws: whole jobs
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
+# make test-kernels  what moves the weights on a GPU, also without one (installs Triton into .triton)
 # make lint    style, types
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -21,7 +22,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-peers bench lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-peers test-kernels bench lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -74,6 +75,12 @@ test-peers: $(stamp)
 	[ -d .peers ] || $(pip) install --quiet --target .peers optax paddlepaddle
 	[ -d .peers/timm ] || $(pip) install --quiet --target .peers --no-deps pytorch_optimizer timm
 	PYTHONPATH=.peers $(bin)/python -m pytest tests/peers
+
+# The Triton kernels of LARS: interpreted, and compiled for GPUs, where there is none. torch's builds for GPUs bring Triton; for another
+# it is put into a folder of its own (1 GB).
+test-kernels: $(stamp)
+	$(bin)/python -c 'import triton' 2>/dev/null || [ -d .triton ] || $(pip) install --quiet --target .triton --no-deps triton
+	PYTHONPATH=.triton $(bin)/python -m pytest tests/kernels
 
 # Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 8 minutes.
 bench: $(stamp)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from hvdlarge import job as sections
-from hvdlarge import named
+from hvdlarge import memory, named
+from hvdlarge.agreement import all_or_none
 from hvdlarge.arithmetic import Arithmetic, LossScale, scale_for_compression
 from hvdlarge.comm.exact import ExactUpdate
 from hvdlarge.comm.world import ControlWire, SummedUpdate, TensorWire
@@ -17,14 +18,16 @@ from hvdlarge.controller import Controller, DecisionFeed, Plan
 from hvdlarge.data import seeds
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.data.draws import seed_all
+from hvdlarge.data.layout import MicroBatch
 from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import JobError, WrongEnvironment
+from hvdlarge.exits import JobError, OutOfMemory, WrongEnvironment
 from hvdlarge.models.exact_statistics import ExactStatistics
 from hvdlarge.models.running_statistics import RunningStatistics
 from hvdlarge.nonfinite import JudgedLate, LossScalingPolicy, RollbackPolicy, SkipPolicy, StopPolicy
 from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.groups import named_parameters
+from hvdlarge.planning import stages_of
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.step import Learner, NotFinitePolicy
@@ -108,6 +111,42 @@ def build_learning(
         return net, measure, build_optimizer(net, **optimizer.arguments)
     except ValueError as error:
         raise JobError(f"model.name: {model.name}: {error}") from None
+
+
+def largest_micro_batch(
+    plan: Plan,
+    model: torch.nn.Module,
+    loss: Callable[[Any, Any], torch.Tensor],
+    arithmetic: Arithmetic,
+    training_set: Any,
+    channels_last: bool,
+    control: ControlWire,
+) -> int:
+    """How many samples fit at once on every worker's GPU, tried out with the set's first one. Every rank calls this together.
+
+    Raises:
+        OutOfMemory: on every rank alike, if not even one sample fits somewhere.
+    """
+    share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
+
+    def found() -> int:
+        first = Fetch(training_set, 0, shuffled=False)[MicroBatch(0, 0, 1)]
+        assert first is not None  # a micro-batch was named
+
+        def samples(size: int) -> tuple[Any, Any]:
+            batches = (_repeated(batch, size) for batch in (first.inputs, first.targets))
+            inputs, targets = (_moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in batches)
+            return inputs, targets
+
+        return memory.largest_micro_batch(model, loss, arithmetic, samples, share)
+
+    mine = all_or_none(control, found)
+    least = min(int(answer) for answer in control.allgather(b"%d" % mine))
+    if least == 0:
+        raise OutOfMemory(
+            "out of memory: not even one sample fits on every GPU; use fewer bits (precision: bf16) or a smaller model"
+        )
+    return least
 
 
 def join_learning(
@@ -224,6 +263,18 @@ def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: 
     if isinstance(batch, (list, tuple)):
         moved = [_moved(value, device, dtype, channels_last) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def _repeated(batch: Any, size: int) -> Any:
+    """A batch of one sample, `size` times; tensors inside lists, tuples and dicts too."""
+    if isinstance(batch, torch.Tensor):
+        return batch.repeat(size, *[1] * (batch.ndim - 1))
+    if isinstance(batch, dict):
+        return {key: _repeated(value, size) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        repeated = [_repeated(value, size) for value in batch]
+        return type(batch)(*repeated) if hasattr(batch, "_fields") else type(batch)(repeated)
     return batch
 
 

@@ -158,7 +158,7 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     import torch
 
     from hvdlarge.run import Worker, gather_ingredients
-    from hvdlarge.step_trial import StepClock, measure_step
+    from hvdlarge.step_trial import StepClock, count_waits, measure_step
 
     assert job is not None  # _job gave one
     torch.set_num_threads(options.threads)
@@ -170,7 +170,11 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     what = (
         f"seconds of a step of {job.model.name}, global batch {ingredients.plan.initial_batch}, on {world.control.size} workers"
     )
-    return _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
+    found = _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
+    if ingredients.arithmetic.device.type == "cuda" and options.only in (None, "engine"):
+        found["waits_for_the_gpu"] = count_waits(job, ingredients, worker, clock, options.steps)
+        found["steps"] = options.steps
+    return found
 
 
 def _allreduce(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -267,6 +271,8 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
             ratio = f"{1e3 * found['fitted'][name.split()[0].replace(',', '')]:.3f}"
         rows.append((name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio))
     lines += columns(rows)
+    if "waits_for_the_gpu" in found:
+        lines.append(f"waits    torch waits for the GPU {found['waits_for_the_gpu']} times in {found['steps']} steady steps")
     if found["what"] == "allreduce":
         rate = 1e-9 / found["seconds_per_byte"] if found["seconds_per_byte"] else float("inf")
         lines.append(f"fit      {1e6 * found['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along the ring")

@@ -34,14 +34,19 @@ class Plan:
     growth: Growth
     rate: RateSchedule
     world_size: int  # workers
+    largest_micro_batch: int | None = None  # samples that fit at once on every worker; None: as many as there are
 
     def micro_batch_of(self, global_batch: int) -> int:
         """Samples of one forward/backward pass in a step of `global_batch` samples."""
-        return self.micro_batch or -(-global_batch // self.world_size)
+        if self.micro_batch is not None:
+            return self.micro_batch
+        share = -(-global_batch // self.world_size)
+        passes = 1 if self.largest_micro_batch is None else -(-share // self.largest_micro_batch)
+        return -(-share // passes)
 
     def fingerprint(self) -> str:
         """What stands for the schedule: 16 hexadecimal digits, the same for the same decisions whatever the number of workers."""
-        plain = {name: value for name, value in asdict(self).items() if name != "world_size"}
+        plain = {name: value for name, value in asdict(self).items() if name not in ("world_size", "largest_micro_batch")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def layout(self, decision: Decision) -> BatchLayout:

@@ -88,13 +88,16 @@ def stage_table(plan: Plan, paper: Sequence[Mapping[str, Any]] | None = None) ->
     return columns(rows)
 
 
-def notes(plan: Plan, micro_is_auto: bool, model: Any) -> list[str]:
+def notes(plan: Plan, model: Any) -> list[str]:
     """What the user may not expect of this plan with this torch model, a line each."""
     lines = []
     normalises = any("BatchNorm" in type(module).__name__ for module in model.modules())
-    if micro_is_auto and normalises:
+    if plan.largest_micro_batch is not None:
+        fit = f"{plan.largest_micro_batch:,} samples" if plan.largest_micro_batch > 1 else "1 sample"
+        lines.append(f"note     batch.micro is auto: {fit} at once were tried out on every GPU, and no micro-batch is larger")
+    if plan.micro_batch is None and normalises:
         lines.append("note     batch.micro is auto: batch statistics and dropout follow the number of workers")
-    elif micro_is_auto:
+    elif plan.micro_batch is None:
         lines.append("note     batch.micro is auto: dropout, where there is any, follows the number of workers")
     stages = stages_of(plan)
     batches = {stage.global_batch for stage in stages if stage.steps > 1} | {stages[-1].last_batch}

@@ -1,12 +1,14 @@
-"""What is said when memory runs out on a rank."""
+"""What is said when memory runs out on a rank, and how the largest micro-batch that fits on a GPU is found."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.exits import OutOfMemory
 
 _TORCH_ON_A_CPU = ("can't allocate memory", "not enough memory")
@@ -37,3 +39,93 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_ON_A_CPU)
+
+
+# Of the size of the weights: kept free for the optimizer's state (two of them for LAMB and Adam) and the sum over workers.
+_KEPT_FREE = 3
+
+
+def largest_micro_batch(
+    model: torch.nn.Module,
+    loss: Callable[[Any, Any], torch.Tensor],
+    arithmetic: Arithmetic,
+    samples: Callable[[int], tuple[Any, Any]],
+    most: int,
+) -> int:
+    """How many samples a forward and backward pass can take at once on this worker's device, by trying it out.
+
+    Leaves nothing behind: no gradient, no change of a buffer or of a random generator.
+
+    Args:
+        model: on the device, not yet joined with other workers.
+        loss: a mean over samples.
+        arithmetic: of this worker.
+        samples: gives so many samples' inputs and targets, on the device.
+        most: never tried beyond.
+
+    Returns:
+        From 1 to `most`, to within a sixteenth of it; 0 if not even one sample fits.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    is_gpu = arithmetic.device.type == "cuda"
+
+    def fits(size: int) -> bool:
+        try:
+            _kept_free = [torch.empty_like(weight) for weight in weights for _ in range(_KEPT_FREE)]
+            inputs, targets = samples(size)
+            with arithmetic.autocast():
+                value = loss(model(inputs), targets)
+            value.backward()
+            if is_gpu:
+                torch.cuda.synchronize(arithmetic.device)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+        return True
+
+    def tried(size: int) -> bool:
+        answer = fits(size)
+        if is_gpu:
+            torch.cuda.empty_cache()  # what was cut for one size does not always serve another
+        return answer
+
+    was_training = model.training
+    model.train()
+    gpus = [arithmetic.device] if is_gpu else []
+    with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):  # compiling each size takes minutes
+        try:
+            return largest_that_fits(tried, most)
+        finally:
+            model.train(was_training)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """The largest size from 1 to `most` that fits, to within a sixteenth of it; 0 if not even one does.
+
+    Args:
+        fits: tries a size out; what fits once also fits when it is smaller.
+        most: never tried beyond.
+
+    >>> largest_that_fits(lambda size: size <= 100, 1000)
+    100
+    >>> largest_that_fits(lambda size: size <= 100, 64)
+    64
+    """
+    good, bad = 0, most + 1
+    size = min(2, most)  # not 1: batch normalisation may refuse it
+    while bad - good > max(1, good // 16):
+        if fits(size):
+            good = size
+        else:
+            bad = size
+        size = min(2 * good, most) if bad > most else (good + bad) // 2
+        if good == most:
+            break
+    return good

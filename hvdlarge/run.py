@@ -129,6 +129,9 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
     model, loss, optimizer = all_or_none(
         control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     )
+    if job.batch.micro == "auto" and device.type == "cuda":
+        largest = assembly.largest_micro_batch(plan, model, loss, arithmetic, training_set, job.model.channels_last, control)
+        plan = replace(plan, largest_micro_batch=largest)
     return Ingredients(arithmetic, training_set, test_set, sizes, plan, model, loss, optimizer)
 
 
@@ -282,7 +285,7 @@ def _introduce(job: Job, found: Ingredients, environment: Mapping[str, Any], cor
     say(f"update   {update_line(found.optimizer)}")
     say(f"batch    {batch_line(found.plan)}")
     say("\n".join([f"schedule {found.plan.fingerprint()}", *stage_table(found.plan)]))
-    for note in [*rule_notes(job, found.plan), *notes(found.plan, job.batch.micro == "auto", found.model)]:
+    for note in [*rule_notes(job, found.plan), *notes(found.plan, found.model)]:
         say(note)
     say(f"folder   {job.run_folder}")
     for note in [*update_notes(found.optimizer), *start_notes]:

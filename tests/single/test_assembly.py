@@ -7,6 +7,7 @@ from hvdlarge import assembly
 from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.comm.solo import SoloControl, SoloTensors
 from hvdlarge.job_file import parse_job
+from hvdlarge.planning import plan_run
 from hvdlarge.run_state import RunState
 
 JOB = """
@@ -56,3 +57,12 @@ def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_on
     job, learner = built("precision=fp16", "on_nonfinite={policy: skip, limit: 2}")
     policy = assembly.build_policy(job.on_nonfinite, RunState(skipped=7, overflows=6, loss_scale=1.0), learner)
     assert policy._then.skipped == 1
+
+
+def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
+    job, learner = built("batch.micro=auto", "batch.growth={policy: adabatch, factor: 2, every_epochs: 0.5, max: 16}")
+    training_set, _ = assembly.load_data(job.data, job.seed)
+    plan = plan_run(job, len(training_set), 1)
+    model, loss, _ = assembly.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
+    found = assembly.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, True, SoloControl())
+    assert found == 16

@@ -182,3 +182,16 @@ def test_the_lines_for_the_user_say_the_arithmetic():
     first = next(decision for decision in decisions if decision.stage == 1)
     line = growth_line(plan, 32, decisions[first.step - 1].lr, first)
     assert line.startswith("epoch 6.01: the global batch grows from 32 to 64 = 16 × 2 × 2; lr ")
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+@pytest.mark.parametrize("largest", [1, 7, 64, None])
+def test_a_step_that_is_shared_evenly_has_no_larger_micro_batch_than_fits(workers, largest):
+    plan = dataclasses.replace(make_plan(micro=None, world_size=workers), largest_micro_batch=largest)
+    assert plan.fingerprint() == make_plan(micro=None).fingerprint()
+    for decision in all_of(plan):
+        layout = plan.layout(decision)
+        share = -(-decision.global_batch // workers)
+        assert decision.micro_batch <= min(share, largest or share)
+        # No more passes than that takes.
+        assert layout.accumulation_steps == -(-share // min(share, largest or share))

@@ -1,0 +1,64 @@
+"""The search for the largest micro-batch: by a real limit of a process's memory, and leaving nothing behind."""
+
+import subprocess
+import sys
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from hvdlarge.arithmetic import Arithmetic
+from hvdlarge.memory import largest_micro_batch, largest_that_fits
+
+CPU = Arithmetic("fp32", torch.device("cpu"))
+
+
+def samples(size):
+    return torch.ones(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64)
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(7200, 10)
+    )
+
+
+def test_what_is_found_is_the_largest_to_within_a_sixteenth():
+    for limit in (0, 1, 2, 3, 7, 100, 4097):
+        for most in (1, 2, 5, 64, 5000):
+            tried = []
+            found = largest_that_fits(lambda size, limit=limit, tried=tried: tried.append(size) or size <= limit, most)
+            assert min(limit, most) * 15 / 16 - 1 <= found <= min(limit, most)
+            assert found > 0 or limit == 0
+            assert max(tried) <= most
+            assert len(tried) == len(set(tried)) <= 20
+
+
+def test_the_search_leaves_no_trace():
+    model = net().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert largest_micro_batch(model, cross_entropy, CPU, samples, 6) == 6
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+LIMITED = """
+import resource, torch
+from test_memory import *
+model = net()
+largest_micro_batch(model, cross_entropy, CPU, samples, 2)  # threads and caches are there before the limit is set
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, used + 400 * 2**20))
+print(largest_micro_batch(model, cross_entropy, CPU, samples, 10**6))
+"""
+
+
+def test_memory_that_really_ends_is_found_out():
+    path = [f"import sys; sys.path[:0] = {[*sys.path, str(__file__).rpartition('/')[0]]}"]
+    done = subprocess.run([sys.executable, "-c", "\n".join([*path, LIMITED])], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # A sample takes 12 kB of input and some 8 × 30 × 30 × 4 bytes at each of five places, forwards and backwards.
+    assert 200 < int(done.stdout) < 10_000, done.stdout
