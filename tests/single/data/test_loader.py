@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
-from hvdlarge.data.datasets import InMemory, digits
+from hvdlarge.data.datasets import InMemory, _pixels_and_labels, digits
 from hvdlarge.data.layout import BatchLayout, MicroBatch
 from hvdlarge.data.loader import Fetch, TensorLoader, WorkerLoader
 from hvdlarge.data.order import samples
@@ -120,6 +122,14 @@ def test_digits_are_real_and_split_once_and_for_all():
     assert torch.bincount(test.targets, minlength=10).min() > 20
     again = digits()[1]
     assert torch.equal(again.inputs, test.inputs)
+
+
+def test_the_digits_are_those_of_scikit_learn_also_where_its_file_lies_elsewhere(monkeypatch):
+    read = _pixels_and_labels()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    for ours, theirs, own in zip(read, _pixels_and_labels(), load_digits(return_X_y=True), strict=True):
+        assert np.array_equal(ours, theirs)
+        assert np.array_equal(ours, own)
 
 
 def test_sets_of_unequal_length_are_refused():
