@@ -46,6 +46,7 @@ def build_optimizer(
     Raises:
         ValueError: for patterns that match nothing, a model without trainable parameters, or an option out of its range.
     """
+    _leave_the_compiler_out()
     groups = parameter_groups(model, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
     return _CLASSES[name](groups, **options)
 
@@ -53,3 +54,13 @@ def build_optimizer(
 def waits_for_norms(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step of this optimizer waits until the norms of its gradients have come to the host."""
     return not isinstance(optimizer, LARS) or optimizer.reason_against_gpu() is not None
+
+
+def _leave_the_compiler_out() -> None:
+    # torch keeps its compiler away from these methods, and imports it for that when one of them is first called: more than a
+    # second on every worker. The engine never has them compiled, so they are marked as kept away already; where torch does it
+    # another way this changes nothing.
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            plain.__dynamo_disable = plain
