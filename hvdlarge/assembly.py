@@ -19,7 +19,7 @@ from hvdlarge.data import seeds
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import MicroBatch
-from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader
+from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader, make_dataloader
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, OutOfMemory, WrongEnvironment
 from hvdlarge.models.exact_statistics import ExactStatistics
@@ -27,6 +27,7 @@ from hvdlarge.models.running_statistics import RunningStatistics
 from hvdlarge.nonfinite import JudgedLate, LossScalingPolicy, RollbackPolicy, SkipPolicy, StopPolicy
 from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.groups import named_parameters
+from hvdlarge.optim.lars import LARS
 from hvdlarge.planning import stages_of
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
@@ -119,6 +120,7 @@ def largest_micro_batch(
     loss: Callable[[Any, Any], torch.Tensor],
     arithmetic: Arithmetic,
     training_set: Any,
+    data: sections.Data,
     channels_last: bool,
     control: ControlWire,
 ) -> int:
@@ -130,13 +132,14 @@ def largest_micro_batch(
     share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 
     def found() -> int:
-        first = Fetch(training_set, 0, shuffled=False)[MicroBatch(0, 0, 1)]
-        assert first is not None  # a micro-batch was named
+        # From a loader process where there are some: a set that opens its files late must not do so in this one.
+        processes = 0 if isinstance(training_set, InMemory) else min(1, data.num_workers)
+        fetch = Fetch(training_set, 0, shuffled=False)
+        _, *first = next(iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor)))
+        first = [_moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in first]
 
         def samples(size: int) -> tuple[Any, Any]:
-            batches = (_repeated(batch, size) for batch in (first.inputs, first.targets))
-            inputs, targets = (_moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in batches)
-            return inputs, targets
+            return _repeated(first[0], size), _repeated(first[1], size)
 
         return memory.largest_micro_batch(model, loss, arithmetic, samples, share)
 
@@ -186,6 +189,7 @@ def join_learning(
     else:
         update = tensors.summed_update(optimizer, named, gradients.compression == "fp16", groups)
         statistics = RunningStatistics(model, control.rank)
+    _go_one_way(update.optimizer, control)
     return Learner(
         model=model,
         loss=loss,
@@ -199,6 +203,17 @@ def join_learning(
         seed=seed,
         rank=control.rank,
     )
+
+
+def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlWire) -> None:
+    """Move the weights tensor by tensor on every GPU, if one of them cannot do it together. Every rank calls this together."""
+    if not isinstance(optimizer, LARS):
+        return
+    reasons = [message.decode() for message in control.allgather((optimizer.reason_against_gpu() or "").encode())]
+    ranks = [rank for rank, reason in enumerate(reasons) if reason]
+    if ranks:
+        everywhere = len(set(reasons)) == 1
+        optimizer.against_gpu = reasons[ranks[0]] if everywhere else f"on rank {ranks[0]}, {reasons[ranks[0]]}"
 
 
 def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
@@ -269,7 +284,9 @@ def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: 
 def _repeated(batch: Any, size: int) -> Any:
     """A batch of one sample, `size` times; tensors inside lists, tuples and dicts too."""
     if isinstance(batch, torch.Tensor):
-        return batch.repeat(size, *[1] * (batch.ndim - 1))
+        images = batch.ndim == 4 and batch.is_contiguous(memory_format=torch.channels_last)
+        whole = batch.expand(size, *batch.shape[1:])
+        return whole.contiguous(memory_format=torch.channels_last if images else torch.contiguous_format)
     if isinstance(batch, dict):
         return {key: _repeated(value, size) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):

@@ -272,7 +272,9 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
         rows.append((name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio))
     lines += columns(rows)
     if "waits_for_the_gpu" in found:
-        lines.append(f"waits    torch waits for the GPU {found['waits_for_the_gpu']} times in {found['steps']} steady steps")
+        lines.append(
+            f"waits    {found['waits_for_the_gpu']} calls of torch that wait for the GPU in {found['steps']} steady steps"
+        )
     if found["what"] == "allreduce":
         rate = 1e-9 / found["seconds_per_byte"] if found["seconds_per_byte"] else float("inf")
         lines.append(f"fit      {1e6 * found['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along the ring")

@@ -12,7 +12,7 @@ from typing import Any
 from hvdlarge import __version__
 from hvdlarge.comm.launcher import bound_cores
 
-_PACKAGES = ("torch", "horovod", "mpi4py", "numpy")
+_PACKAGES = ("torch", "horovod", "mpi4py", "numpy", "triton")
 # Horovod's variables that differ from rank to rank, or from host to host, by their nature.
 _OF_A_RANK = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_", "HOROVOD_CROSS_", "HOROVOD_HOSTNAME", "HOROVOD_GLOO_",
               "HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_THREAD_AFFINITY", "HOROVOD_TIMELINE",

@@ -122,6 +122,7 @@ def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.
     """Measure and write down the step's loss where the cadence asks for it. Every rank calls this together."""
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
+    parts.policy.settle(parts.learner)  # before a loss that is not finite is written down as if it were one
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
         heard = parts.control.allgather(struct.pack("<d", loss_share.item()))

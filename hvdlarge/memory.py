@@ -11,7 +11,13 @@ import torch
 from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.exits import OutOfMemory
 
-_TORCH_ON_A_CPU = ("can't allocate memory", "not enough memory")
+_WORDS = (
+    "can't allocate memory",  # torch's, on a CPU
+    "not enough memory",
+    "CUDA error: out of memory",  # outside torch's own store of memory
+    "[CUDA]: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
 
 
 @contextlib.contextmanager
@@ -38,11 +44,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that no memory was left, on a GPU or on the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_ON_A_CPU)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 # Of the size of the weights: kept free for the optimizer's state (two of them for LAMB and Adam) and the sum over workers.
 _KEPT_FREE = 3
+# Of a GPU: for what does not come out of torch's store, such as NCCL's and Horovod's buffers, which come with the first sum.
+_PART_KEPT_FREE, _LEAST_KEPT_FREE = 20, 2**30
 
 
 def largest_micro_batch(
@@ -54,7 +62,7 @@ def largest_micro_batch(
 ) -> int:
     """How many samples a forward and backward pass can take at once on this worker's device, by trying it out.
 
-    Leaves nothing behind: no gradient, no change of a buffer or of a random generator.
+    Leaves nothing behind: no gradient, no change of a buffer, of a module's mode or of torch's random generators.
 
     Args:
         model: on the device, not yet joined with other workers.
@@ -73,6 +81,9 @@ def largest_micro_batch(
     def fits(size: int) -> bool:
         try:
             _kept_free = [torch.empty_like(weight) for weight in weights for _ in range(_KEPT_FREE)]
+            if is_gpu:
+                part = torch.cuda.mem_get_info(arithmetic.device)[1] // _PART_KEPT_FREE
+                _kept_free.append(torch.empty(max(part, _LEAST_KEPT_FREE), dtype=torch.uint8, device=arithmetic.device))
             inputs, targets = samples(size)
             with arithmetic.autocast():
                 value = loss(model(inputs), targets)
@@ -80,9 +91,9 @@ def largest_micro_batch(
             if is_gpu:
                 torch.cuda.synchronize(arithmetic.device)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and size <= 2:
                 raise
-            return False
+            return False  # a larger size also fails where a library has no way for it, or cannot number its values
         finally:
             model.zero_grad(set_to_none=True)
         return True
@@ -93,14 +104,15 @@ def largest_micro_batch(
             torch.cuda.empty_cache()  # what was cut for one size does not always serve another
         return answer
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.train()
     gpus = [arithmetic.device] if is_gpu else []
     with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):  # compiling each size takes minutes
         try:
             return largest_that_fits(tried, most)
         finally:
-            model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

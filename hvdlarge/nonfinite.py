@@ -139,7 +139,7 @@ class LossScalingPolicy(_AtOnce):
 class JudgedLate:
     """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no step waits for them.
 
-    For a policy that ends the run, or goes back: what a step in between has done to the weights is never kept.
+    For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one behind it is never kept.
 
     Args:
         then: the policy, which never leaves out a step.

@@ -87,6 +87,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, found.model))
     learner = join(job, found, control, worker.tensors)
     position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
+    found, cut_notes = _keep_cutting(found, state, control.size)
     if position.samples_seen >= found.plan.clock.total_samples:
         if control.rank == 0:
             say(f"already finished: {folder} holds this run, complete; --fresh sets it aside and begins anew")
@@ -98,7 +99,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
         write_documents(folder, job_file, job.to_yaml(), environment, position, start.notes)
         offsets = {} if start.found is None else start.found.log_offsets
         log = RunLog(folder, found.plan, start.lock, offsets, position, state)
-        _introduce(job, found, environment, cores, start.notes)
+        _introduce(job, found, environment, cores, [*update_notes(learner.update.optimizer), *cut_notes, *start.notes])
         return log
 
     log = on_rank_0(control, open_log)
@@ -130,9 +131,26 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
         control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     )
     if job.batch.micro == "auto" and device.type == "cuda":
-        largest = assembly.largest_micro_batch(plan, model, loss, arithmetic, training_set, job.model.channels_last, control)
+        largest = assembly.largest_micro_batch(
+            plan, model, loss, arithmetic, training_set, job.data, job.model.channels_last, control
+        )
+        torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
         plan = replace(plan, largest_micro_batch=largest)
     return Ingredients(arithmetic, training_set, test_set, sizes, plan, model, loss, optimizer)
+
+
+def _keep_cutting(found: Ingredients, state: RunState, world_size: int) -> tuple[Ingredients, list[str]]:
+    """On as many workers as before, cut steps as before the interruption, if that still fits; and what is to be said of it."""
+    largest, notes = found.plan.largest_micro_batch, []
+    if largest is None:
+        return found, []
+    before = state.largest_micro_batch if state.workers == world_size else None
+    if before is not None and largest < before:
+        notes.append(f"only {largest:,} samples fit at once now, not {before:,}: batch statistics and dropout follow that")
+    elif before is not None:
+        largest = before
+    state.largest_micro_batch, state.workers = largest, world_size
+    return replace(found, plan=replace(found.plan, largest_micro_batch=largest)), notes
 
 
 def join(job: Job, found: Ingredients, control: ControlWire, tensors: TensorWire) -> Learner:
@@ -288,7 +306,7 @@ def _introduce(job: Job, found: Ingredients, environment: Mapping[str, Any], cor
     for note in [*rule_notes(job, found.plan), *notes(found.plan, found.model)]:
         say(note)
     say(f"folder   {job.run_folder}")
-    for note in [*update_notes(found.optimizer), *start_notes]:
+    for note in start_notes:
         say(f"note     {note}")
 
 

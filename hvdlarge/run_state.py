@@ -17,3 +17,5 @@ class RunState:
     loss_scale: float | None = None  # the moving part, for fp16
     steps_at_loss_scale: int = 0
     train_seconds: float = 0.0  # of all parts of the run
+    largest_micro_batch: int | None = None  # samples that were found to fit at once, on so many workers
+    workers: int | None = None

@@ -111,7 +111,10 @@ def measure_step(
 
 
 def count_waits(job: Job, found: Ingredients, worker: Worker, clock: StepClock, steps: int) -> int:
-    """How often torch waits for the GPU in so many steady steps of the engine. Every rank calls this together, on GPUs."""
+    """How often torch says that it waits for the GPU in so many steady steps of the engine, on this rank.
+
+    torch's mode sees its own calls, not what Horovod waits for. Every rank calls this together, on GPUs.
+    """
     alone = replace(found, plan=_one_stage(found.plan, _WARM_UP + steps + 1), test_set=None)
     quiet = {"checkpoint": Checkpoint(every_epochs=1e9), "log": job.log.model_copy(update={"every_steps": 10**9})}
     job = job.model_copy(update=quiet)
@@ -124,7 +127,7 @@ def count_waits(job: Job, found: Ingredients, worker: Worker, clock: StepClock, 
             _engine_turn(job, alone, worker, learner, clock, Path(folder))
     clock.told = range(0)
     torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:

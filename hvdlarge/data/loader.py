@@ -142,8 +142,14 @@ class _Announced:
         self.complete = False
 
     def __iter__(self) -> Iterator[MicroBatch | None]:
-        while self.micro_batches or not self.complete:
-            yield self.micro_batches.popleft() if self.micro_batches else None
+        while True:
+            complete = self.complete  # before the list, which another thread fills before it says so
+            if self.micro_batches:
+                yield self.micro_batches.popleft()
+            elif complete:
+                return
+            else:
+                yield None
 
 
 class WorkerLoader:
@@ -168,6 +174,7 @@ class WorkerLoader:
         self._room = threading.Semaphore(num_workers * prefetch_factor)  # for what is taken over and not yet asked for
         self._ready: queue.SimpleQueue[Loaded | BaseException] = queue.SimpleQueue()
         self._has_processes = num_workers > 0
+        self._processes: set[multiprocessing.process.BaseProcess] = set()
         self._closed = False
 
     def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
@@ -197,21 +204,27 @@ class WorkerLoader:
             yield taken
 
     def close(self) -> None:
-        """End the thread and the loader processes; a micro-batch that is being loaded is waited for, for some seconds."""
+        """End the thread and the loader processes. A micro-batch that is being loaded is waited for, but not for long."""
         atexit.unregister(self.close)
         self._closed = True
         if self._thread is not None:
             self._wanted.release()
             self._room.release()
             self._thread.join(_PATIENCE_SECONDS)
-        self._loaded = self._loader = None  # torch ends its processes when nobody holds them
+            if self._thread.is_alive():  # it waits for a sample that takes long
+                for process in self._processes:
+                    process.kill()  # torch sees that within its patience, and tells the thread
+                self._thread.join()
+        self._loaded = self._loader = None  # torch ends its processes when nobody holds them, which the thread did
 
     def _begin(self) -> None:
         assert self._loader is not None  # nothing is fetched from a closed loader
+        before = set(multiprocessing.active_children())
         self._loaded = iter(self._loader)
         if self._has_processes:
             # Before multiprocessing waits, at the interpreter's end, for processes that this thread would keep alive.
             atexit.register(self.close)
+            self._processes = set(multiprocessing.active_children()) - before
             self._thread = threading.Thread(target=self._take_over, name="loader", daemon=True)
             self._thread.start()
 

@@ -57,6 +57,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
     # Not in __init__, which Horovod passes by.
     _ratios: dict[torch.Tensor, float] | None = None  # of the last step; None: not yet brought from the GPU
     _table: lars_gpu.Table | None = None
+    against_gpu: str | None = None  # what some worker has against it: all of them go the same way
     _last: lars_gpu.DeviceNorms | None = None
 
     def __init__(
@@ -137,6 +138,8 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
 
     def reason_against_gpu(self) -> str | None:
         """Why this optimizer's tensors are moved one by one, with a wait in each step; None where a GPU moves them together."""
+        if self.against_gpu is not None:
+            return self.against_gpu
         weights = [weight for group in self.param_groups for weight in group["params"]]
         against = lars_gpu.reason_against(weights[0].device)
         if against is None and not lars_gpu.one_kind(weights):
@@ -154,6 +157,8 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
                 weight.grad = lars_gpu.like_its_weight(weight.grad, weight)
                 weights.append(weight)
             ends.append(len(weights))
+        if not weights:
+            return HostNorms({})
         if self._table is None or not self._table.is_of(weights, ends):
             self._table = lars_gpu.Table(weights, ends)
         return self._table.measure([weight.grad for weight in weights], [self._velocity(weight) for weight in weights])

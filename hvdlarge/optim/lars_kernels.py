@@ -4,7 +4,8 @@ Formula:  lars.py.
 Contract: imported by lars_gpu.py alone, where Triton is; torch's builds for GPUs bring it. A tensor is an entry in lists of
           addresses and sizes; its values are walked in the order of memory, which is the same for its w, g and v. Programs take
           `CHUNK` values each, those from `starts` on of the tensor that `owners` names; squares are added in the tensor's own
-          precision within a chunk and in float64 over chunks, always in one order: the same bits in every run and on every rank.
+          precision within a chunk and in float64 over chunks, always in one order: the same bits in every run, and on every
+          rank with the same Triton and kind of GPU.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def squares(
 @triton.jit
 def roots(
     found,
-    begins,  # int32 (number + 1,): the first chunk of each tensor
+    begins,  # int64 (number + 1,): the first chunk of each tensor
     number,
     norms,  # float64 (2, number)
     AT_ONCE: tl.constexpr,

@@ -120,6 +120,7 @@ def test_vectors_of_ratios_are_those_of_single_tensors():
         assert found.tolist() == pytest.approx([trust_ratio(w, g, group) for w, g in zip(weights, grads, strict=True)], rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, which interprets
 def test_clipping_and_what_is_not_finite(on_gpu):
     (weights, optimizer), _ = pair(torch.float64)[1]
     names = {weight: f"w{number}" for number, weight in enumerate(weights)}
@@ -133,7 +134,13 @@ def test_clipping_and_what_is_not_finite(on_gpu):
     weights[2].grad[0, 0] = float("nan")
     weights[8].grad[17] = float("inf")
     assert optimizer.measure().not_finite(names) == ["w2", "w8"]
-    assert optimizer.measure().later()().not_finite(names) == ["w2", "w8"]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer.gradient_norms = optimizer.measure()
+    assert optimizer.gradient_norms.later()().not_finite(names) == ["w2", "w8"]
+    optimizer.step()  # nobody has judged it: nothing moves
+    assert all(torch.equal(one, other) for one, other in zip(before, weights, strict=True))
+    optimizer.step()  # and outside a run what is not finite is not hidden
+    assert weights[2].isnan().any()
 
 
 @pytest.mark.parametrize("architecture", [80, 90])

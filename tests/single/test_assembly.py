@@ -1,5 +1,7 @@
 """From the job's sections to objects: what a section asks for is there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.comm.solo import SoloControl, SoloTensors
 from hvdlarge.job_file import parse_job
 from hvdlarge.planning import plan_run
+from hvdlarge.run import Ingredients, _keep_cutting
 from hvdlarge.run_state import RunState
 
 JOB = """
@@ -64,5 +67,25 @@ def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
     training_set, _ = assembly.load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
     model, loss, _ = assembly.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
-    found = assembly.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, True, SoloControl())
+    found = assembly.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, job.data, True, SoloControl())
     assert found == 16
+
+
+def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_still_fits():
+    job, learner = built("batch.micro=auto")
+    plan = plan_run(job, 1437, 2)
+
+    def kept(now, state, workers=2):
+        found = Ingredients(learner.arithmetic, None, None, {}, replace(plan, largest_micro_batch=now), None, None, None)
+        found, notes = _keep_cutting(found, state, workers)
+        return found.plan.largest_micro_batch, len(notes)
+
+    state = RunState()
+    assert kept(None, state) == (None, 0)  # on a CPU
+    assert state == RunState()
+    assert kept(100, state) == (100, 0)
+    assert (state.largest_micro_batch, state.workers) == (100, 2)
+    assert kept(120, state) == (100, 0)
+    assert kept(90, state) == (90, 1)
+    assert kept(200, state, workers=1) == (200, 0)
+    assert (state.largest_micro_batch, state.workers) == (200, 1)

@@ -1,6 +1,7 @@
 """Both loaders give the announced micro-batches, in order, whatever is known when."""
 
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -174,6 +175,29 @@ def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
     loader.close()
     # One fetched, two taken over, two in hand of the process, and one more of each kind under way.
     assert 5 * 4 <= len((tmp_path / "counts").read_text()) <= 7 * 4
+
+
+def test_a_sample_that_takes_very_long_does_not_hold_up_the_end():
+    program = (
+        "import time, torch\n"
+        "from hvdlarge.data.layout import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
+        "from test_loader import Stuck\n"
+        "loader = WorkerLoader(Fetch(Stuck(), 0, False), 1, 2)\n"
+        "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
+        "print(next(loader.fetch(1)).micro_batch.size)\n"
+        "loader.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")
+
+
+class Stuck(Numbers):
+    """Has a sample that never comes."""
+
+    def __getitem__(self, index):
+        time.sleep(1000 if index == 11 else 0)
+        return super().__getitem__(index)
 
 
 class Broken(Numbers):
