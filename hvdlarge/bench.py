@@ -17,9 +17,9 @@ from typing import Any
 
 from hvdlarge import exits
 from hvdlarge.agreement import all_or_none, same_everywhere
-from hvdlarge.comm.launcher import Launch, bound_cores, detect, starting_settings
+from hvdlarge.comm.launcher import Launch, detect
 from hvdlarge.comm.world import ControlWire, LostRank, TensorWire, WrongWorld, open_control, open_tensors
-from hvdlarge.environment import host, versions
+from hvdlarge.environment import host, settle, versions
 from hvdlarge.introduction import columns
 from hvdlarge.job import Horovod, Job
 from hvdlarge.job_file import parse_job, read_job
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         job = None if options.what in ("lars", "allreduce") else _job(options, 1 if launch is None else launch.size)
         horovod = Horovod() if job is None else job.horovod
-        settings = {} if launch is None else _settings(launch, horovod)
-        os.environ.update(settings)
+        settings = settle(launch, horovod)
         control = open_control(launch)
         tensors = None
         try:
@@ -134,11 +133,6 @@ def _job(options: argparse.Namespace, world_size: int) -> Job:
         return read_job(options.job, options.overrides)
     overrides = ([options.job] if options.job is not None else []) + options.overrides
     return parse_job(DEFAULT_JOB, "the default job", [f"batch.base={64 * world_size}", *overrides])
-
-
-def _settings(launch: Launch, horovod: Horovod) -> dict[str, str]:
-    cores = len(bound_cores())
-    return starting_settings(os.environ, launch.local_size, cores, horovod.fusion_mib, horovod.cycle_ms, horovod.yield_when_idle)
 
 
 def _lars(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:

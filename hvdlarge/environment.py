@@ -7,10 +7,13 @@ import socket
 import sys
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvdlarge import __version__
-from hvdlarge.comm.launcher import bound_cores
+from hvdlarge.comm.launcher import Launch, bound_cores, starting_settings
+
+if TYPE_CHECKING:
+    from hvdlarge.job import Horovod
 
 _PACKAGES = ("torch", "horovod", "mpi4py", "numpy", "triton")
 # Horovod's variables that differ from rank to rank, or from host to host, by their nature.
@@ -28,6 +31,18 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def settle(launch: Launch | None, horovod: Horovod) -> dict[str, str]:
+    """Set what MPI and Horovod read when they start, before either does; returns what was set."""
+    if launch is None:
+        return {}
+    cores = len(bound_cores())
+    settings = starting_settings(
+        os.environ, launch.local_size, cores, horovod.fusion_mib, horovod.cycle_ms, horovod.yield_when_idle
+    )
+    os.environ.update(settings)
+    return settings
 
 
 def host() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hvdlarge import __version__, exits
 from hvdlarge.agreement import all_or_none, same_everywhere
-from hvdlarge.comm.launcher import Launch, bound_cores, detect, starting_settings
+from hvdlarge.comm.launcher import Launch, detect
 from hvdlarge.comm.world import (
     ControlWire,
     LostRank,
@@ -28,7 +28,7 @@ from hvdlarge.comm.world import (
     open_control,
     open_tensors,
 )
-from hvdlarge.environment import shared_settings, versions
+from hvdlarge.environment import settle, shared_settings, versions
 from hvdlarge.job import Horovod, Timeouts
 from hvdlarge.job_file import read_job
 from hvdlarge.planning import UnknownSamples, plan_run, training_samples
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watchdog.start()
     stop = StopRequest()
     stop.listen()
-    settings = _settle_environment(launch, horovod)
+    settings = settle(launch, horovod)
     try:
         if os.environ.get("HOROVOD_ELASTIC") == "1":
             raise WrongWorld("elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more workers instead")
@@ -144,18 +144,6 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
     # One copy of a usage message is enough; the other ranks leave with the same code.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         return parser.parse_intermixed_args(arguments)
-
-
-def _settle_environment(launch: Launch | None, horovod: Horovod) -> dict[str, str]:
-    """Set what MPI and Horovod read when they start; returns what was set."""
-    if launch is None:
-        return {}
-    cores = len(bound_cores())
-    settings = starting_settings(
-        os.environ, launch.local_size, cores, horovod.fusion_mib, horovod.cycle_ms, horovod.yield_when_idle
-    )
-    os.environ.update(settings)
-    return settings
 
 
 def _wrong_world(error: WrongWorld, launch: Launch | None) -> int:
