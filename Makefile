@@ -64,12 +64,12 @@ test-faults: $(stamp)
 	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel/test_step_agreement.py
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration/test_bad_input.py tests/integration/test_main_job.py
 
-# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 20 minutes.
+# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 10 minutes.
 test-kill: $(stamp)
 	$(bin)/python tests/faults/kill_trial.py --runs 51
 	$(bin)/python tests/faults/kill_trial.py --runs 20 --change-workers --seed 1
 
-# The three laws on whole jobs at 1, 2, 3 and 4 workers: about 20 minutes.
+# The three laws on whole jobs at 1, 2, 3 and 4 workers: about 11 minutes.
 test-laws: $(stamp)
 	$(bin)/python tests/integration/law_trial.py
 
@@ -86,7 +86,7 @@ test-kernels: $(stamp)
 	$(bin)/python -c 'import triton' 2>/dev/null || [ -d .triton ] || $(pip) install --quiet --target .triton --no-deps triton
 	PYTHONPATH=.triton $(bin)/python -m pytest tests/kernels
 
-# Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 8 minutes.
+# Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 11 minutes.
 bench: $(stamp)
 	$(bin)/python -m hvdlarge.bench lars
 	mpirun -np 2 $(bin)/python -m hvdlarge.bench step
