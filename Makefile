@@ -86,7 +86,7 @@ test-kernels: $(stamp)
 	$(bin)/python -c 'import triton' 2>/dev/null || [ -d .triton ] || $(pip) install --quiet --target .triton --no-deps triton
 	PYTHONPATH=.triton $(bin)/python -m pytest tests/kernels
 
-# Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 11 minutes.
+# Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 12 minutes.
 bench: $(stamp)
 	$(bin)/python -m hvdlarge.bench lars
 	mpirun -np 2 $(bin)/python -m hvdlarge.bench step
