@@ -84,7 +84,7 @@ test-peers: $(stamp)
 # it is put into a folder of its own (1 GB).
 test-kernels: $(stamp)
 	$(bin)/python -c 'import triton' 2>/dev/null || [ -d .triton ] || $(pip) install --quiet --target .triton --no-deps triton
-	PYTHONPATH=.triton $(bin)/python -m pytest tests/kernels
+	PYTHONPATH="$(CURDIR)/.triton" $(bin)/python -m pytest tests/kernels
 
 # Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 12 minutes.
 bench: $(stamp)
