@@ -59,6 +59,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
     _table: lars_gpu.Table | None = None
     against_gpu: str | None = None  # what some worker has against it: all of them go the same way
     _last: lars_gpu.DeviceNorms | None = None
+    _together: bool | None = None  # whether a GPU moves the tensors together; None before the first step
 
     def __init__(
         self,
@@ -134,7 +135,9 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
 
     def measure(self) -> GradientNorms:
         """The norms of the gradients as they are; on a GPU those of the weights too, and nothing waits for them."""
-        return super().measure() if self.reason_against_gpu() else self._measure_on_gpu()
+        if self._together is None:  # looked up once: it takes as long as the launches of a step
+            self._together = self.reason_against_gpu() is None
+        return self._measure_on_gpu() if self._together else super().measure()
 
     def reason_against_gpu(self) -> str | None:
         """Why this optimizer's tensors are moved one by one, with a wait in each step; None where a GPU moves them together."""
