@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hvdlarge import assembly
 from hvdlarge.comm.world import ControlWire
 from hvdlarge.controller import Controller, Plan
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.datasets import reads_batches
 from hvdlarge.job import Data
 
 
@@ -95,4 +95,4 @@ def measure_waits(
 
 def loads_in_place(training_set: Any) -> bool:
     """Whether the set is indexed in the training process, without loader processes."""
-    return isinstance(training_set, InMemory)
+    return reads_batches(training_set)

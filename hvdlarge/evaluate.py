@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from hvdlarge.comm.world import TensorWire
+from hvdlarge.data import seeds
+from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import BatchLayout, MicroBatch
 from hvdlarge.data.loader import Fetch, Loaded, make_dataloader
 from hvdlarge.memory import told_what_to_change
@@ -49,12 +51,14 @@ class Evaluation:
         Returns:
             `test_loss`, the mean over all samples, and `accuracy` where the targets are classes; the same on every rank.
         """
-        learner.model.eval()
-        device = next(learner.model.parameters()).device
+        learner.set_mode(training=False)
+        device = learner.arithmetic.device
         totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, samples that have an answer
         for micro_batch, inputs, targets in self._loader:
             targets = learner.to_device(targets)
             size = micro_batch.size
+            # What a model draws while it is evaluated belongs to the micro-batch, and is the same in every evaluation.
+            seed_all(seeds.key(learner.seed, seeds.EVALUATION, micro_batch.start))
             with (
                 told_what_to_change(f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"),
                 learner.arithmetic.autocast(),
@@ -65,7 +69,7 @@ class Evaluation:
             if _are_classes(outputs, targets):
                 totals[1] += (outputs.argmax(dim=1) == targets).sum()
                 totals[2] += targets.numel()
-        learner.model.train()
+        learner.set_mode(training=True)
         total_loss, right, answered = tensors.sum(totals, "evaluation").tolist()
         result = {"test_loss": total_loss / self._size}
         if answered:

@@ -1,8 +1,11 @@
 """What a data set is to the engine, and the one that ships with it: real handwritten digits.
 
 A job's `data.name` names a callable that returns a pair (training set, test set or None). A set is map-style: it has a
-length and gives the pair (input, target) of an index; `__getitems__(indices)`, where it exists, gives the pairs of many
+length and gives the pair (input, target) of an index; `__getitems__(indices)`, where its class has one, gives the pairs of many
 indices at once. A set that holds its samples as tensors is an `InMemory` and is indexed without any loader process.
+
+However a set is read, it is read as its own class says: a way to many samples that a base class has is not taken where a class
+below it reads a single sample in a way of its own, which would be passed over.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +48,26 @@ class InMemory(Dataset):
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the samples `indices`, shape (n,)."""
         return self.inputs[indices], self.targets[indices]
+
+
+def reads_batches(dataset: Any) -> bool:
+    """Whether micro-batches of a set are read by `InMemory.batch`, and no class below it reads samples in another way."""
+    return isinstance(dataset, InMemory) and _comes_first(type(dataset), "batch", ("__getitem__", "__getitems__"))
+
+
+def reads_many(dataset: Any) -> bool:
+    """Whether many samples of a set are read by its class's `__getitems__`, and no class below it reads one in another way."""
+    return _comes_first(type(dataset), "__getitems__", ("__getitem__",))
+
+
+def _comes_first(kind: type, method: str, others: tuple[str, ...]) -> bool:
+    """Whether a class or the nearest of its bases that defines any of these methods defines `method`."""
+    for base in kind.__mro__:
+        if method in vars(base):
+            return vars(base)[method] is not None
+        if any(other in vars(base) for other in others):
+            return False
+    return False
 
 
 _TEST_SAMPLES = 360

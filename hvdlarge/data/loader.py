@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from hvdlarge.data import order, seeds
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.datasets import reads_batches, reads_many
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import MicroBatch
 
@@ -64,7 +64,8 @@ class Fetch(Dataset):
     def __init__(self, dataset: Any, seed: int, shuffled: bool) -> None:
         self._size = len(dataset)
         self._chosen: list[Sequence[int]] = []
-        while isinstance(dataset, Subset):  # its own way to many samples would draw for the micro-batch
+        # Its own way to many samples would draw for the micro-batch. A class below it may read samples in another way.
+        while type(dataset) is Subset:
             self._chosen.append(dataset.indices)
             dataset = dataset.dataset
         self._dataset = dataset
@@ -76,12 +77,13 @@ class Fetch(Dataset):
         if micro_batch is None:  # a hole: nothing was known to be fetched when this place in the queue came up
             return None
         indices = self._through_subsets(self.indices(micro_batch))
-        if isinstance(self._dataset, InMemory):
-            return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
         # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it. A set
         # that gives many samples at once draws for the micro-batch.
         keys = self._keys(micro_batch)
-        if hasattr(self._dataset, "__getitems__"):
+        if reads_batches(self._dataset):
+            seed_all(keys[0])
+            return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
+        if reads_many(self._dataset):
             seed_all(keys[0])
             pairs = self._dataset.__getitems__(indices.tolist())
         else:

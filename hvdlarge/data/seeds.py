@@ -16,7 +16,7 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 _ALL = 2**64 - 1
 
 # What a key is for; the numbers are part of every run's result and must never change.
-ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA = 1, 2, 3, 4, 5
+ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA, EVALUATION = 1, 2, 3, 4, 5, 6
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
