@@ -7,7 +7,7 @@ so that all leave with one message and one exit code instead of one leaving and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hvdlarge.comm.world import ControlWire
@@ -82,6 +82,26 @@ def disagreement(control: ControlWire, name: str, value: float) -> RanksDisagree
         for value, ranks in by_value.items()
     ]
     return RanksDisagree(f"the ranks disagree about the {name}: {' and '.join(parts)}")
+
+
+def missing_gradient(control: ControlWire, with_gradient: Sequence[str] | None) -> RanksDisagree:
+    """The error to raise when a parameter has a gradient on some ranks only, by its name. Every rank calls this together.
+
+    Args:
+        control: the wire.
+        with_gradient: the parameters that got a gradient on this rank; None where the rank has no view.
+    """
+    heard = [json.loads(message) for message in control.allgather(json.dumps(with_gradient).encode())]
+    views = {rank: set(names) for rank, names in enumerate(heard) if names is not None}
+    partly = sorted(set.union(*views.values()) - set.intersection(*views.values()))
+    with_it = [str(rank) for rank, names in views.items() if partly[0] in names]
+    without = [str(rank) for rank, names in views.items() if partly[0] not in names]
+    more = f" (and {len(partly) - 1} more)" if len(partly) > 1 else ""
+    return RanksDisagree(
+        f"the ranks disagree about the set of gradients: the parameter {partly[0]!r}{more} has a gradient on rank "
+        f"{', '.join(with_it)} and none on rank {', '.join(without)}; if the model skips layers on purpose, by chance or by "
+        "its data, gradients.missing: zero counts a missing gradient as zero"
+    )
 
 
 def _first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any]:

@@ -21,6 +21,12 @@ import torch
 from hvdlarge.exits import JobError
 
 _WEIGHTS = {"fp64": torch.float64}
+_NARROW = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+_WIDENED = {
+    torch.float32: _NARROW,
+    torch.float64: dict.fromkeys([torch.float16, torch.bfloat16, torch.float32], torch.float64)
+    | dict.fromkeys([torch.complex32, torch.complex64], torch.complex128),
+}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,6 +76,15 @@ class Arithmetic:
         self.precision, self.device = precision, device
         self.weights = _WEIGHTS.get(precision, torch.float32)
         self.scales_losses = precision == "fp16"
+
+    def convert(self, module: torch.nn.Module) -> None:
+        """Bring a module to the device, its real and complex numbers to at least the width of this precision, in place.
+
+        A type that is wider already, or is no number format of weights, was chosen by whoever built the module, and stays.
+        """
+        wider = _WIDENED[self.weights]
+        # As Module.to does it; that would make every float, however wide, and with torch.float32 a complex number too, one type.
+        module._apply(lambda tensor: tensor.to(self.device, wider.get(tensor.dtype, tensor.dtype)))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes and losses are computed."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import IterableDataset
 
 from hvdlarge import job as sections
 from hvdlarge import memory, named
@@ -16,14 +17,16 @@ from hvdlarge.comm.exact import ExactUpdate
 from hvdlarge.comm.world import ControlWire, SummedUpdate, TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan
 from hvdlarge.data import seeds
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.datasets import reads_batches
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import MicroBatch
 from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader, make_dataloader
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, OutOfMemory, WrongEnvironment
 from hvdlarge.models.exact_statistics import ExactStatistics
-from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.models.running_statistics import RunningStatistics, tracking_layers
+from hvdlarge.models.state import Modules, extra_states, named_buffers, pack, set_extra_states, trained_modules, unpack
+from hvdlarge.models.state import named_parameters as every_parameter
 from hvdlarge.nonfinite import JudgedLate, LossScalingPolicy, RollbackPolicy, SkipPolicy, StopPolicy
 from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.groups import named_parameters
@@ -73,6 +76,11 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     for what, dataset in zip(("training set", "test set"), found, strict=True):
         if dataset is None and what == "test set":
             continue
+        if isinstance(dataset, IterableDataset):
+            raise JobError(
+                f"data.name: the {what} of {data.name} is an IterableDataset ({type(dataset).__name__}), which cannot be asked "
+                "for a sample by its number; the engine needs a map-style set, with __len__ and __getitem__"
+            )
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise JobError(f"data.name: the {what} of {data.name} has no length or no items; it is {_kind(dataset)}")
         if len(dataset) == 0:
@@ -82,14 +90,25 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+class Built(NamedTuple):
+    """What a job's model, loss and optimizer are, on one worker."""
+
+    model: torch.nn.Module
+    loss: Callable[[Any, Any], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    notes: list[str]  # what the user may not expect
+
+
 def build_learning(
     model: sections.Model,
     loss: sections.Loss,
     optimizer: sections.Optimizer,
     arithmetic: Arithmetic,
     seed: int,
-) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], torch.optim.Optimizer]:
+) -> Built:
     """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on the seed only.
+
+    Modes, types and names are settled here, before anything is derived from them.
 
     Raises:
         JobError: for names that are not there, arguments that do not fit, or a model that cannot be trained.
@@ -98,20 +117,47 @@ def build_learning(
     net = named.build("model.name", model.name, model.args, named.MODELS)
     if not isinstance(net, torch.nn.Module):
         raise JobError(f"model.name: {model.name} must give a torch.nn.Module, not {_kind(net)}")
-    net.to(device=arithmetic.device, dtype=arithmetic.weights)
     measure = named.build("loss.name", loss.name, loss.arguments, named.LOSSES)
-    if isinstance(measure, torch.nn.Module):
-        measure.to(device=arithmetic.device, dtype=arithmetic.weights)
     try:
-        for name, parameter in net.named_parameters():
-            if not parameter.is_contiguous():
-                raise ValueError(f"the parameter {name!r} is not contiguous, which Horovod does not carry")
-        RunningStatistics(net, rank=0)  # says whether the engine can keep this model's statistics
+        modules = trained_modules(net, measure)
+        notes = [note for whole in modules.values() if (note := _train_mode(whole))]
+        for module in modules.values():
+            arithmetic.convert(module)
+        _check_parameters(modules)
+        tracking_layers(modules)  # says whether the engine can keep these modules' statistics
+        if extra := extra_states(modules):
+            pack(extra)
         if model.compile:
             net.compile()
-        return net, measure, build_optimizer(net, **optimizer.arguments)
+        return Built(net, measure, build_optimizer(modules, **optimizer.arguments), notes)
     except ValueError as error:
         raise JobError(f"model.name: {model.name}: {error}") from None
+
+
+def _train_mode(module: torch.nn.Module) -> str | None:
+    """Put a module into training mode, as its own `train` does it; what the user may not expect of that."""
+    were = [name for name, part in module.named_modules() if not part.training and name]
+    entire = not module.training
+    module.train()
+    now = {name for name, part in module.named_modules() if not part.training}
+    trained = [name for name in were if name not in now]
+    if entire or not trained:
+        return None
+    return (
+        f"{trained[0]!r}{f' and {len(trained) - 1} more' if len(trained) > 1 else ''} came in evaluation mode and now "
+        "train, as after any call of train(); a layer stays frozen where the model's own train() keeps it in evaluation mode"
+    )
+
+
+def _check_parameters(modules: Modules) -> None:
+    for name, parameter in every_parameter(modules):
+        if not parameter.is_contiguous():
+            raise ValueError(f"the parameter {name!r} is not contiguous, which Horovod does not carry")
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ValueError(
+                f"the parameter {name!r} is trained and {str(parameter.dtype).removeprefix('torch.')}, which Horovod does not "
+                "sum: hold it as real numbers with a last dimension of 2, and use torch.view_as_complex in the forward pass"
+            )
 
 
 def largest_micro_batch(
@@ -133,7 +179,7 @@ def largest_micro_batch(
 
     def found() -> int:
         # From a loader process where there are some: a set that opens its files late must not do so in this one.
-        processes = 0 if isinstance(training_set, InMemory) else min(1, data.num_workers)
+        processes = 0 if reads_batches(training_set) else min(1, data.num_workers)
         fetch = Fetch(training_set, 0, shuffled=False)
         _, *first = next(iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor)))
         first = [_moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in first]
@@ -180,15 +226,17 @@ def join_learning(
         seed: of the run.
         exact: the sum of exact mode; the number of workers is a power of two then.
     """
-    tensors.broadcast_(list(model.state_dict().items()))
+    modules = trained_modules(model, loss)
+    share_state(modules, control, tensors)
     named = named_parameters(optimizer.param_groups)
     update: SummedUpdate
+    kind: type[RunningStatistics]
     if exact:
-        update = ExactUpdate(optimizer, tensors.gather, control.rank, control.size)
-        statistics: RunningStatistics = ExactStatistics(model, control.rank, tensors.gather)
+        update, kind = ExactUpdate(optimizer, tensors.gather, control.rank, control.size), ExactStatistics
     else:
         update = tensors.summed_update(optimizer, named, gradients.compression == "fp16", groups)
-        statistics = RunningStatistics(model, control.rank)
+        kind = RunningStatistics
+    statistics = kind(modules, control.rank, control.size, tensors.gather)
     _go_one_way(update.optimizer, control)
     return Learner(
         model=model,
@@ -198,11 +246,22 @@ def join_learning(
         arithmetic=arithmetic,
         scale=LossScale(scale_for_compression(gradients.compression, control.size)),
         clip_norm=gradients.clip_norm,
+        zero_if_missing=gradients.missing == "zero",
         to_device=lambda batch: _moved(batch, arithmetic.device, arithmetic.weights, channels_last),
         names={weight: name for name, weight in named},
         seed=seed,
         rank=control.rank,
     )
+
+
+def share_state(modules: Modules, control: ControlWire, tensors: TensorWire) -> None:
+    """Give every worker rank 0's parameters, buffers and extra state. Every rank calls this together."""
+    tensors.broadcast_([*((name, value.detach()) for name, value in every_parameter(modules)), *named_buffers(modules)])
+    extra = extra_states(modules)
+    message = pack(extra) if extra and control.rank == 0 else b""
+    message = control.allgather(message)[0]
+    if message and control.rank != 0:
+        set_extra_states(modules, unpack(message))
 
 
 def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlWire) -> None:
@@ -219,7 +278,7 @@ def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlWire) -> None:
 def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for every other."""
     fetch = Fetch(training_set, seed, shuffled=True)
-    if isinstance(training_set, InMemory):
+    if reads_batches(training_set):
         return TensorLoader(fetch)
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
 
@@ -230,7 +289,7 @@ def build_evaluation(
     """The evaluation of a test set; None without one."""
     if test_set is None:
         return None
-    num_workers = 0 if isinstance(test_set, InMemory) else data.num_workers
+    num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(test_set, len(test_set), evaluate.micro_batch, rank, world_size, num_workers, data.prefetch_factor)
 
 

@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 
+from hvdlarge.models.state import Modules, extra_states, pack, saved_tensors
+
 
 def named_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, differing: Collection[str] = ()
+    modules: Modules,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Any, str],
+    differing: Collection[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """Every weight, every saved buffer and every tensor of the optimizer's state, by a name that is the same on all ranks.
+    """Every saved tensor, the modules' extra state and every tensor of the optimizer's state, by names that all ranks share.
 
     Args:
-        model: the model.
-        optimizer: of that model.
-        differing: names of buffers that are not the same on all ranks by their nature.
+        modules: what learns.
+        optimizer: of their parameters.
+        names: of the parameters.
+        differing: identities of buffers that are not the same on all ranks by their nature.
     """
-    names = {weight: name for name, weight in model.named_parameters()}
-    found = {name: value.detach() for name, value in model.state_dict().items() if name not in differing}
+    found = {name: value.detach() for name, value in saved_tensors(modules).items() if id(value) not in differing}
+    for name, value in extra_states(modules).items():
+        found[name] = torch.frombuffer(bytearray(pack({name: value})), dtype=torch.uint8)
     for weight, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                found[f"{names[weight]}, {key}"] = value  # type: ignore[index]
+                found[f"{names[weight]}, {key}"] = value
     return dict(sorted(found.items()))
 
 

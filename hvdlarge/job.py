@@ -236,6 +236,7 @@ class Gradients(Section):
 
     clip_norm: Positive | None = None  # the largest L2 norm of all mean gradients together; larger ones are scaled down to it
     compression: Literal["none", "fp16"] = "none"  # how they travel between workers
+    missing: Literal["error", "zero"] = "error"  # a tensor that has a gradient on some workers only, as where layers are skipped
 
 
 class Horovod(Section):
@@ -353,6 +354,7 @@ class Job(Section):
 def mathematics_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the weights, of a job with every key, as `Job.resolved` gives it and a run folder keeps it."""
     found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
+    found["gradients"] = {key: value for key, value in resolved["gradients"].items() if key != "missing"}
     # Of these sections the other keys say how samples come and how the model is carried out.
     return found | {section: {key: resolved[section].get(key) for key in ("name", "args")} for section in ("data", "model")}
 

@@ -18,6 +18,7 @@ from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import Diverged, JobError, Stopped
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.memory import told_what_to_change
+from hvdlarge.models.running_statistics import ModeChanged
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog
 from hvdlarge.saver import Saver
@@ -71,7 +72,7 @@ def train(parts: Parts, state: RunState) -> None:
         RollBack: on every rank alike, by the job's policy.
     """
     timed = PhaseTimers()
-    parts.learner.model.train()
+    parts.learner.set_mode(training=True)
     while True:
         with timed("decide"):
             decision = parts.feed.next()
@@ -84,10 +85,12 @@ def train(parts: Parts, state: RunState) -> None:
         fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
         compare = decision.step % parts.cadence.compare_every_steps == 0
         digest = combined(digests(parts.learner)) if compare else None
-        with told_what_to_change(
-            f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples", smaller(decision)
-        ):
-            outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
+        where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
+        try:
+            with told_what_to_change(where, smaller(decision)):
+                outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
+        except ModeChanged as error:
+            raise JobError(f"model.name: {error}") from None
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
             on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:
@@ -149,7 +152,7 @@ def evaluate(parts: Parts, state: RunState, decision: Decision, timed: PhaseTime
         return False
     parts.policy.settle(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
-        gather(parts.learner, parts.tensors)
+        parts.learner.statistics.gather(parts.tensors.sum)
         found = parts.evaluation.run(parts.learner, parts.tensors)
         parts.learner.statistics.scatter()
     state.results.update(found)
@@ -190,7 +193,7 @@ def check_files(parts: Parts) -> None:
 def digests(learner: Learner) -> dict[str, int]:
     """A digest of each tensor that must be the same on every rank."""
     partial = learner.statistics.partial_buffers()
-    return tensor_digests(named_state(learner.model, learner.update.optimizer, partial))
+    return tensor_digests(named_state(learner.modules, learner.update.optimizer, learner.names, partial))
 
 
 def compare_states(control: ControlWire, learner: Learner) -> None:
@@ -203,18 +206,6 @@ def compare_states(control: ControlWire, learner: Learner) -> None:
     heard = control.allgather(combined(mine).to_bytes(8, "little"))
     if len(set(heard)) > 1:
         same_everywhere(control, mine, "weights, buffers and optimizer state (by digest)")
-
-
-def gather(learner: Learner, tensors: TensorWire) -> None:
-    """Give every rank the full running statistics. Every rank calls this together.
-
-    Raises:
-        JobError: on every rank alike, for a model whose statistics do not follow the micro-batches.
-    """
-    try:
-        learner.statistics.gather(tensors.sum)
-    except ValueError as error:
-        raise JobError(f"model.name: {error}") from None
 
 
 def timed_fetch(parts: Parts, count: int, timed: PhaseTimers) -> Iterator[Loaded]:

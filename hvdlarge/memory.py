@@ -10,6 +10,7 @@ import torch
 
 from hvdlarge.arithmetic import Arithmetic
 from hvdlarge.exits import OutOfMemory
+from hvdlarge.models.state import named_buffers, named_modules, named_parameters, trained_modules
 
 _WORDS = (
     "can't allocate memory",  # torch's, on a CPU
@@ -74,8 +75,9 @@ def largest_micro_batch(
     Returns:
         From 1 to `most`, to within a sixteenth of it; 0 if not even one sample fits.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modules = trained_modules(model, loss)
+    weights = [weight for _, weight in named_parameters(modules) if weight.requires_grad]
+    buffers = [(buffer, buffer.clone()) for _, buffer in named_buffers(modules)]
     is_gpu = arithmetic.device.type == "cuda"
 
     def fits(size: int) -> bool:
@@ -95,7 +97,8 @@ def largest_micro_batch(
                 raise
             return False  # a larger size also fails where a library has no way for it, or cannot number its values
         finally:
-            model.zero_grad(set_to_none=True)
+            for weight in weights:
+                weight.grad = None
         return True
 
     def tried(size: int) -> bool:
@@ -104,8 +107,9 @@ def largest_micro_batch(
             torch.cuda.empty_cache()  # what was cut for one size does not always serve another
         return answer
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    modes = [(module, module.training) for _, module in named_modules(modules)]
+    for whole in modules.values():
+        whole.train()
     gpus = [arithmetic.device] if is_gpu else []
     with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):  # compiling each size takes minutes
         try:

@@ -16,6 +16,7 @@ from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Position
 from hvdlarge.exits import BadCheckpoint
 from hvdlarge.job import mathematics_of
+from hvdlarge.models.state import Modules
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import FolderLock, holds_run, make_folder, set_aside
 from hvdlarge.step import Learner
@@ -58,7 +59,7 @@ def enter(
     checkpoints: CheckpointFolder,
     facts: Mapping[str, Any],
     length_may_grow: bool,
-    model: torch.nn.Module,
+    modules: Modules,
 ) -> Start:
     """Take possession of a run folder and find out where the run in it stands. Rank 0 only.
 
@@ -68,7 +69,7 @@ def enter(
         checkpoints: those in the folder.
         facts: see `find`.
         length_may_grow: see `find`.
-        model: gets the weights of the checkpoint.
+        modules: get the state of the checkpoint.
 
     Raises:
         JobError: if the folder cannot be used, or a run is going on in it.
@@ -87,14 +88,14 @@ def enter(
         found = find(folder, checkpoints, facts, length_may_grow)
         if found.content is None or found.path is None:
             return Start(found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"])
-        load_model(model, found.content, found.path)
+        load_modules(modules, found.content, found.path)
     except BadCheckpoint:
         lock.release()
         raise
     return Start(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
 
 
-def go_back(checkpoints: CheckpointFolder, model: torch.nn.Module) -> Found:
+def go_back(checkpoints: CheckpointFolder, modules: Modules) -> Found:
     """Load the newest whole checkpoint of the run that is going on. Rank 0 only.
 
     Raises:
@@ -104,7 +105,7 @@ def go_back(checkpoints: CheckpointFolder, model: torch.nn.Module) -> Found:
     if good is None:
         raise BadCheckpoint(f"{checkpoints.folder} has no checkpoint to go back to")
     path, content, notes = good
-    load_model(model, content, path)
+    load_modules(modules, content, path)
     return Found(path, content, notes)
 
 
@@ -167,22 +168,30 @@ def _differences(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]
     return [] if there == here else [(name.removeprefix("job."), there, here)]
 
 
-def load_model(model: torch.nn.Module, content: Mapping[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights and buffers into `model`. Rank 0 only.
+def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0 only.
 
     Raises:
-        BadCheckpoint: if names, shapes or types are those of another model; nothing has been changed then.
+        BadCheckpoint: if names, shapes or types are those of other modules; nothing has been changed then.
     """
-    there, here = content["model"], model.state_dict()
-    for name in sorted(there.keys() | here.keys()):
-        ours, theirs = (_shape(tensors.get(name)) for tensors in (here, there))
-        if ours != theirs:
-            raise BadCheckpoint(f"{path}: the model has {name!r} as {ours}, the checkpoint as {theirs}")
-    model.load_state_dict(there)
+    states = {"": content["model"], "loss.": content.get("loss", {})}
+    for prefix, module in modules.items():
+        there, here, what = states[prefix], module.state_dict(), "loss" if prefix else "model"
+        for name in sorted(there.keys() | here.keys()):
+            ours, theirs = (_shape(state, name) for state in (here, there))
+            if ours != theirs:
+                raise BadCheckpoint(f"{path}: the {what} has {name!r} as {ours}, the checkpoint as {theirs}")
+    for prefix, module in modules.items():
+        module.load_state_dict(states[prefix])
 
 
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def _shape(state: Mapping[str, Any], name: str) -> str:
+    if name not in state:
+        return "nothing"
+    value = state[name]
+    if not isinstance(value, torch.Tensor):
+        return "extra state"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def share(found: Found | None, learner: Learner, control: ControlWire, tensors: TensorWire) -> tuple[Position, RunState]:
@@ -237,8 +246,9 @@ def _share_optimizer(
         if dtype is None:
             learner.update.optimizer.state[weight][key] = value
             continue
-        # A tensor of no dimension is a count, which torch's optimizers keep on the CPU.
-        tensor = torch.zeros(value, dtype=getattr(torch, dtype), device=weight.device if value else "cpu")
+        # A tensor with the shape of its weight lies beside it, also where neither has a dimension; torch keeps counts on the CPU.
+        beside = key != "step" and value == list(weight.shape)
+        tensor = torch.zeros(value, dtype=getattr(torch, dtype), device=weight.device if beside else "cpu")
         if content is not None:
             tensor.copy_(content["optimizer"][name][key])
         learner.update.optimizer.state[weight][key] = tensor

@@ -26,6 +26,7 @@ from hvdlarge.exits import Stopped
 from hvdlarge.introduction import batch_line, model_line, notes, rule_notes, stage_table, update_line, update_notes, world_line
 from hvdlarge.job import Job
 from hvdlarge.loop import Cadence, Parts, save, train
+from hvdlarge.models.state import trained_modules
 from hvdlarge.nonfinite import RollBack
 from hvdlarge.planning import plan_run
 from hvdlarge.run_state import RunState
@@ -61,6 +62,7 @@ class Ingredients:
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]
     optimizer: torch.optim.Optimizer
+    notes: Sequence[str] = ()  # what the user may not expect
 
 
 def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
@@ -84,7 +86,8 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     facts = {"job": job.mathematics(), "data": found.sizes, "versions": versions(), "world_size": control.size}
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
     length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
-    start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, found.model))
+    modules = trained_modules(found.model, found.loss)
+    start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules))
     learner = join(job, found, control, worker.tensors)
     position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
     found, cut_notes = _keep_cutting(found, state, control.size)
@@ -99,7 +102,9 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
         write_documents(folder, job_file, job.to_yaml(), environment, position, start.notes)
         offsets = {} if start.found is None else start.found.log_offsets
         log = RunLog(folder, found.plan, start.lock, offsets, position, state)
-        _introduce(job, found, environment, cores, [*update_notes(learner.update.optimizer), *cut_notes, *start.notes])
+        _introduce(
+            job, found, environment, cores, [*found.notes, *update_notes(learner.update.optimizer), *cut_notes, *start.notes]
+        )
         return log
 
     log = on_rank_0(control, open_log)
@@ -127,16 +132,14 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
     sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
     same_everywhere(control, sizes | {"device": device.type}, "data and devices")
     plan = all_or_none(control, lambda: plan_run(job, len(training_set), control.size))
-    model, loss, optimizer = all_or_none(
-        control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    )
+    built = all_or_none(control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed))
     if job.batch.micro == "auto" and device.type == "cuda":
         largest = assembly.largest_micro_batch(
-            plan, model, loss, arithmetic, training_set, job.data, job.model.channels_last, control
+            plan, built.model, built.loss, arithmetic, training_set, job.data, job.model.channels_last, control
         )
         torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
         plan = replace(plan, largest_micro_batch=largest)
-    return Ingredients(arithmetic, training_set, test_set, sizes, plan, model, loss, optimizer)
+    return Ingredients(arithmetic, training_set, test_set, sizes, plan, *built)
 
 
 def _keep_cutting(found: Ingredients, state: RunState, world_size: int) -> tuple[Ingredients, list[str]]:
@@ -195,7 +198,7 @@ def follow(
                 save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
             train(parts, state)
         except RollBack as reason:
-            position, state = _go_back(parts, state, found.model, checkpoints, reason)
+            position, state = _go_back(parts, state, checkpoints, reason)
         else:
             break
         finally:
@@ -267,14 +270,12 @@ def parts_of(
     )
 
 
-def _go_back(
-    parts: Parts, state: RunState, model: torch.nn.Module, checkpoints: CheckpointFolder | None, reason: RollBack
-) -> tuple[Position, RunState]:
+def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None, reason: RollBack) -> tuple[Position, RunState]:
     """Bring every rank back to the last checkpoint, with a lower rate. Every rank calls this together."""
     control, tensors, rolled_back = parts.control, parts.tensors, state.rolled_back + 1
     on_rank_0(control, parts.saver.finish)
-    found = on_rank_0(control, lambda: resume.go_back(checkpoints, model) if checkpoints is not None else None)
-    tensors.broadcast_(list(model.state_dict().items()))
+    found = on_rank_0(control, lambda: resume.go_back(checkpoints, parts.learner.modules) if checkpoints is not None else None)
+    assembly.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)
     position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())
     state.rolled_back = rolled_back

@@ -16,6 +16,7 @@ import torch
 from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Controller, Position
+from hvdlarge.models.state import pack, unpack
 from hvdlarge.run_state import RunState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.progress import Clock, marks_reached
@@ -128,6 +129,7 @@ class Saver:
                 content = {
                     **self._facts,
                     "model": _copied(self._learner.model.state_dict()),
+                    "loss": _copied(self._learner.loss.state_dict()) if isinstance(self._learner.loss, torch.nn.Module) else {},
                     "optimizer": optimizer_state(self._learner),
                     "world_size": self._control.size,
                     "position": position.to_plain(),
@@ -159,8 +161,12 @@ def optimizer_state(learner: Learner) -> dict[str, dict[str, Any]]:
     }
 
 
-def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict that nobody changes any more; an entry that is no tensor is extra state."""
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else unpack(pack({name: value}))[name]
+        for name, value in state.items()
+    }
 
 
 def _as_tensors(messages: list[bytes]) -> list[torch.Tensor]:

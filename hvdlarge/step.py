@@ -11,11 +11,12 @@ import torch
 from hvdlarge.arithmetic import Arithmetic, LossScale
 from hvdlarge.comm.world import SummedUpdate
 from hvdlarge.data import seeds
-from hvdlarge.data.draws import seed_torch
+from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.loader import Loaded
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.models.state import trained_modules
 from hvdlarge.optim.groups import set_rate
 from hvdlarge.optim.norms import GradientNorms
 from hvdlarge.schedule.decision import Decision
@@ -27,7 +28,7 @@ class Learner:
     """What learns, on one worker."""
 
     model: torch.nn.Module
-    loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch
+    loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch; a module's parameters are trained too
     update: SummedUpdate
     statistics: RunningStatistics
     arithmetic: Arithmetic
@@ -37,6 +38,17 @@ class Learner:
     names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order
     seed: int
     rank: int
+    zero_if_missing: bool = False  # a parameter without a gradient on some workers counts as having a gradient of zero there
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The model, and the loss where it is a module."""
+        return trained_modules(self.model, self.loss)
+
+    def set_mode(self, training: bool) -> None:
+        """Put all of it into training or evaluation mode."""
+        for module in self.modules.values():
+            module.train(training)
 
 
 class NotFinitePolicy(Protocol):
@@ -79,29 +91,29 @@ def train_step(
 ) -> StepOutcome:
     """Take the decided step. Every rank calls this together, with its own micro-batches in `fetched`."""
     mine = layout.numbers_of_rank(learner.rank)
-    loss_share = torch.zeros((), dtype=torch.float64, device=next(learner.model.parameters()).device)
+    loss_share = torch.zeros((), dtype=torch.float64, device=learner.arithmetic.device)
     policy.before_step(learner)
     learner.update.begin(mine, layout.num_micro_batches)
-    learner.statistics.begin_step(others_before=mine.start)
+    learner.statistics.begin_step()
     got_gradient: list[str] | None = None  # an idle worker has no view of it
     for micro_batch, inputs, targets in fetched:
-        # Dropout belongs to the micro-batch, named by its first sample: not to the worker that happens to process it.
-        seed_torch(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
+        # What model and loss draw belongs to the micro-batch, named by its first sample: not to the worker that processes it.
+        seed_all(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
         with timed("forward"), learner.arithmetic.autocast():
             outputs = learner.model(learner.to_device(inputs))
             share = learner.loss(outputs, learner.to_device(targets)) * (micro_batch.size / decision.global_batch)
         with timed("backward"):
-            learner.scale.scaled(share).backward()
+            learner.update.backward(learner.scale.scaled(share))
             loss_share += share.detach()
-            if micro_batch.number == mine.stop - 1:
+            if micro_batch.number == mine.stop - 1 and not learner.zero_if_missing:
                 got_gradient = [name for weight, name in learner.names.items() if weight.grad is not None]
             learner.update.end_pass()
             learner.statistics.end_pass()
-    learner.statistics.end_step(layout.num_micro_batches - mine.stop, layout.num_micro_batches)
     with timed("allreduce"):
-        agreement.send(decision, got_gradient, digest)
+        agreement.send(decision, got_gradient, digest, uneven=learner.statistics.count_uses(len(mine)))
         learner.update.reduce()
         verdict = agreement.hear()
+        learner.statistics.end_step(layout, verdict.uneven)
     with timed("update"):  # only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
         learner.scale.unscale(learner.names)
         optimizer: Any = learner.update.optimizer

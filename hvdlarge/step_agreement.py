@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from hvdlarge.agreement import disagreement
+from hvdlarge.agreement import disagreement, missing_gradient
 from hvdlarge.comm.world import ControlWire
 from hvdlarge.schedule.decision import Decision
 
 _SAME = ("step", "samples_seen", "global_batch", "lr bits, high", "lr bits, low", "set of gradients", "job", "digest, high",
          "digest, low")  # fmt: skip
-_FLAGS = ("stop", "save", "failed")
+_FLAGS = ("stop", "save", "failed", "uneven")
 
 
 class Verdict(NamedTuple):
@@ -31,6 +31,7 @@ class Verdict(NamedTuple):
     stop: bool  # some rank was asked to stop
     save: bool  # rank 0's clock asks for a checkpoint
     failed: bool  # rank 0 could not write the last one
+    uneven: bool  # some rank used a layer with running statistics more or less often than once for each micro-batch
 
 
 class StepAgreement:
@@ -48,20 +49,23 @@ class StepAgreement:
         self._asks = asks
         self._waiting: Callable[[], list[float]] | None = None
         self._mine: list[float] = []
+        self._with_gradient: list[str] | None = None
 
-    def send(self, decision: Decision, with_gradient: list[str] | None, digest: int | None) -> None:
+    def send(self, decision: Decision, with_gradient: list[str] | None, digest: int | None, uneven: bool = False) -> None:
         """Send this rank's view. Every rank calls this together, once in a step, and then `hear`.
 
         Args:
             decision: what this rank follows.
             with_gradient: names of the parameters that got a gradient here; None on an idle worker, which has no view.
             digest: 64 bits over weights and optimizer state, where they are due to be compared; else None.
+            uneven: a flag of Verdict's.
         """
         high, low = struct.unpack(">II", struct.pack(">d", decision.lr))
         gradients = None if with_gradient is None else zlib.crc32("\n".join(with_gradient).encode())
         view = [decision.step, decision.samples_seen, decision.global_batch, high, low, gradients, self._job]
         view += [None, None] if digest is None else [digest >> 32, digest & 0xFFFFFFFF]
-        wishes = self._asks()
+        wishes = {**self._asks(), "uneven": uneven}
+        self._with_gradient = with_gradient
         # Without a view, the value is the one that no maximum takes.
         self._mine = [float("-inf") if value is None else float(value) for value in view]
         opposite = [float("-inf") if value is None else -float(value) for value in view]
@@ -80,5 +84,7 @@ class StepAgreement:
         largest, opposite, flags = heard[: len(_SAME)], heard[len(_SAME) : 2 * len(_SAME)], heard[2 * len(_SAME) :]
         for number, name in enumerate(_SAME):
             if largest[number] != float("-inf") and largest[number] != -opposite[number]:
+                if name == "set of gradients":
+                    raise missing_gradient(self._control, self._with_gradient)
                 raise disagreement(self._control, name, self._mine[number])
         return Verdict(*(flag > 0 for flag in flags))

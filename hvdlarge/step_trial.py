@@ -24,7 +24,7 @@ from hvdlarge import assembly
 from hvdlarge.comm.solo import SoloTensors
 from hvdlarge.comm.world import TensorWire
 from hvdlarge.controller import Controller, DecisionFeed, Plan, Position
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.datasets import reads_batches
 from hvdlarge.exits import JobError
 from hvdlarge.job import Checkpoint, Job
 from hvdlarge.loop import train
@@ -118,7 +118,7 @@ def count_waits(job: Job, found: Ingredients, worker: Worker, clock: StepClock, 
     alone = replace(found, plan=_one_stage(found.plan, _WARM_UP + steps + 1), test_set=None)
     quiet = {"checkpoint": Checkpoint(every_epochs=1e9), "log": job.log.model_copy(update={"every_steps": 10**9})}
     job = job.model_copy(update=quiet)
-    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
+    model, loss, optimizer, _ = assembly.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
     learner = join(job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, worker.tensors)
     clock.told = range(_WARM_UP, _WARM_UP + steps)
     with tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder, warnings.catch_warnings(record=True) as caught:
@@ -169,7 +169,7 @@ def _control(plan: Plan, worker: Worker, names: list[str]) -> float:
 
 def _bare(job: Job, found: Ingredients, worker: Worker, tensors: TensorWire, plan: Plan) -> Callable[[], float]:
     """A turn of a loop written by hand, on a model of its own."""
-    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
+    model, loss, optimizer, _ = assembly.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
     learner = join(job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, tensors)
     layout = plan.layout(_first(plan))
     mine = layout.numbers_of_rank(worker.control.rank)
@@ -205,7 +205,7 @@ def _first(plan: Plan) -> Any:
 
 def _batches(job: Job, training_set: Any) -> Callable[[int], Any]:
     """Random batches of a size: by an index for tensors, by torch's own DataLoader for any other set."""
-    if isinstance(training_set, InMemory):
+    if reads_batches(training_set):
         return lambda size: training_set.batch(torch.randint(len(training_set), (size,)))
     waiting: dict[int, Iterator[Any]] = {}
 

@@ -21,6 +21,7 @@ from hvdlarge import __version__, exits
 from hvdlarge.agreement import all_or_none, same_everywhere
 from hvdlarge.comm.launcher import Launch, detect
 from hvdlarge.comm.world import (
+    CollectiveFailed,
     ControlWire,
     LostRank,
     RanksMismatch,
@@ -71,10 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _let_lower_ranks_speak(control.rank)
         complain(f"the ranks disagree (seen by rank {control.rank}): {error}")
         control.abort(exits.RANKS_DISAGREE)
-    except LostRank:
+    except CollectiveFailed as error:
+        _let_lower_ranks_speak(control.rank)
+        complain(f"communication failed on rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
+        control.abort(exits.INTERNAL_ERROR)
+    except LostRank as error:
         # The rank that is gone, or the launcher, knows better why: it has some seconds to say so and to set the exit code.
         time.sleep(3.0)
-        complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank")
+        complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank: {error}")
         os._exit(exits.LOST_RANK)
     except exits.OutOfMemory as error:
         _let_lower_ranks_speak(control.rank)

@@ -24,7 +24,7 @@ class ExactUpdate:
         world_size: workers, a power of two.
 
     Raises:
-        ValueError: for another number of workers, or weights of more than one type.
+        ValueError: for another number of workers.
     """
 
     def __init__(
@@ -40,10 +40,11 @@ class ExactUpdate:
         self.optimizer = optimizer
         self._gather = gather
         self._rank, self._world_size, self._depth = rank, world_size, depth
-        self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        if len({weight.dtype for weight in self._weights}) != 1:
-            raise ValueError("reduction exact needs weights of one type")
-        self._stack: list[torch.Tensor] = []
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        types = dict.fromkeys(weight.dtype for weight in weights)
+        # What is added and sent as one vector has one type.
+        self._kinds = [[weight for weight in weights if weight.dtype == dtype] for dtype in types]
+        self._stack: list[list[torch.Tensor]] = []
         self._additions: list[int] = []
         self._num_micro_batches = 0
 
@@ -56,19 +57,28 @@ class ExactUpdate:
         if len(self._additions) != len(mine):
             raise ValueError(f"{len(mine)} micro-batches were dealt, the tree has {len(self._additions)}")
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Leave the pass's gradients on the parameters."""
+        loss.backward()
+
     def end_pass(self) -> None:
         """Take the pass's gradients off the parameters and into the tree."""
-        self._stack.append(torch.cat([self._gradient(weight).reshape(-1) for weight in self._weights]))
+        self._stack.append([torch.cat([self._gradient(weight).reshape(-1) for weight in weights]) for weights in self._kinds])
         self.optimizer.zero_grad()
         for _ in range(self._additions.pop()):
             right = self._stack.pop()
-            self._stack[-1].add_(right)
+            for left, added in zip(self._stack[-1], right, strict=True):
+                left.add_(added)
 
     def reduce(self) -> None:
         """Give each parameter its gradient's sum over all micro-batches. Every rank calls this together."""
-        size = sum(weight.numel() for weight in self._weights)
-        mine = self._stack.pop() if self._stack else self._weights[0].new_zeros(size)
-        gathered = self._gather(mine, "exact")
+        mine = self._stack.pop() if self._stack else [None] * len(self._kinds)
+        for number, (weights, part) in enumerate(zip(self._kinds, mine, strict=True)):
+            self._reduce(weights, part, f"exact.{number}")
+
+    def _reduce(self, weights: list[torch.Tensor], mine: torch.Tensor | None, name: str) -> None:
+        sizes = [weight.numel() for weight in weights]
+        gathered = self._gather(weights[0].new_zeros(sum(sizes)) if mine is None else mine, name)
         # An idle worker's zeros are left out: -0.0 + 0.0 would change a bit.
         nodes = [
             gathered[rank] if tree.additions(self._num_micro_batches, self._depth, rank) else None
@@ -76,7 +86,7 @@ class ExactUpdate:
         ]
         total = tree.combine(nodes, torch.add)
         assert total is not None  # a step has at least one micro-batch
-        for weight, part in zip(self._weights, total.split([weight.numel() for weight in self._weights]), strict=True):
+        for weight, part in zip(weights, total.split(sizes), strict=True):
             weight.grad = part.view(weight.shape).clone()
 
     def apply(self) -> None:

@@ -9,19 +9,32 @@ import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvdlarge.comm.world import ControlWire, LostRank, RanksMismatch, WrongWorld
+from hvdlarge.comm.world import CollectiveFailed, ControlWire, LostRank, RanksMismatch, WrongWorld
 
 
 @contextmanager
 def _with_the_others() -> Iterator[None]:
-    """Tell a rank that is gone from ranks that do not fit together; Horovod has one exception for both."""
+    """Tell a lost rank, ranks that do not fit together and every other failure apart; Horovod has one exception for all."""
     try:
         yield
     except HorovodInternalError as error:
-        text = str(error)
-        if "ismatched" in text:
-            raise RanksMismatch(text) from None
-        raise LostRank("another rank is gone") from None
+        raise error_of(str(error)) from None
+
+
+def error_of(text: str) -> LostRank | RanksMismatch | CollectiveFailed:
+    """The error that stands for a failure that Horovod described by `text`.
+
+    >>> type(error_of("Mismatched allreduce tensor shapes: ...")).__name__
+    'RanksMismatch'
+    >>> type(error_of("ncclCommInitRank failed: invalid usage")).__name__
+    'CollectiveFailed'
+    """
+    if "ismatched" in text:
+        return RanksMismatch(text)
+    # What Horovod answers with once a rank has left, wherever it has left from.
+    if "has been shut down" in text:
+        return LostRank(text)
+    return CollectiveFailed(text)
 
 
 class HorovodTensors:
@@ -51,11 +64,11 @@ class HorovodTensors:
         handles = []
         for name, tensor in tensors:
             # Every name is given: Horovod would make one from the type, and two ranks could then wait for each other.
-            if tensor.dtype in _CARRIED_AS or not tensor.is_contiguous():  # Horovod refuses these
-                carried = tensor.to(_CARRIED_AS.get(tensor.dtype, tensor.dtype)).contiguous()
+            if tensor.dtype not in _CARRIED or not tensor.is_contiguous():  # Horovod refuses these: they go as bytes
+                carried = tensor.contiguous().reshape(-1).view(torch.uint8)
                 with _with_the_others():
                     hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
-                tensor.copy_(carried)
+                tensor.copy_(carried.view(tensor.dtype).reshape(tensor.shape))
             else:
                 handles.append(hvd.broadcast_async_(tensor, root_rank=0, name=f"broadcast.{name}"))
         with _with_the_others():
@@ -87,7 +100,7 @@ class HorovodTensors:
         hvd.shutdown()
 
 
-_CARRIED_AS = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}
+_CARRIED = frozenset([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64])
 
 
 class HorovodUpdate:
@@ -114,7 +127,7 @@ class HorovodUpdate:
             named_parameters=named_parameters,
             op=hvd.Sum,
             compression=hvd.Compression.fp16 if compressed else hvd.Compression.none,
-            groups=groups,
+            groups=None if groups is None else min(groups, len(named_parameters)),  # Horovod would make empty ones, and fail
         )
 
     def begin(self, mine: range, num_micro_batches: int) -> None:
@@ -125,6 +138,11 @@ class HorovodUpdate:
         passes = max(1, len(mine))
         if passes != self.optimizer.backward_passes_per_step:
             self.optimizer.set_backward_passes_per_step(passes)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss; Horovod's hooks send what is complete."""
+        with _with_the_others():
+            loss.backward()
 
     def end_pass(self) -> None:
         """Nothing to do: Horovod's hooks have counted the pass."""

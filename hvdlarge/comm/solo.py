@@ -86,6 +86,10 @@ class SoloUpdate:
         """Drop the old gradients."""
         self.optimizer.zero_grad()
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add its gradients."""
+        loss.backward()
+
     def end_pass(self) -> None:
         """Autograd has added the pass to the gradients."""
 

@@ -27,6 +27,10 @@ class RanksMismatch(Exception):
     """Ranks called with tensors of other names, shapes or types (exit code 71)."""
 
 
+class CollectiveFailed(Exception):
+    """A sum or broadcast failed for a reason of its own, such as NCCL's or CUDA's; the message is theirs (exit code 70)."""
+
+
 class ControlWire(Protocol):
     """Small messages of bytes. Every method but `abort` is collective: every rank calls it together, in one order."""
 
@@ -71,6 +75,14 @@ class SummedUpdate(Protocol):
         Args:
             mine: their numbers; empty for an idle worker.
             num_micro_batches: of all workers together.
+        """
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, a micro-batch's share of the step's, shape ().
+
+        Raises:
+            LostRank, RanksMismatch, CollectiveFailed: where sums begin beside the backward pass and one fails.
         """
         ...
 

@@ -1,79 +1,91 @@
 """Running statistics of batch normalisation, bit for bit the same on 1, 2, 4, … workers.
 
-Formula:  running ← (1 − m)·running + m·batch for each micro-batch of a step, in the order of the step, on every worker alike
-Contract: the statistics of each micro-batch are gathered at the end of a step and followed by all workers in one order, at the
-          price of a message for each step. The fast form, and what it promises, is in running_statistics.py.
+Formula:  running ← (1 − m)·running + m·batch for each use of a layer, in the order of the step's micro-batches, on every worker
+Contract: the statistics of each use are gathered at the end of a step and followed by all workers in one order, at the price of
+          two messages for each step. The fast form, and what it promises, is in running_statistics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
-from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.data.layout import BatchLayout
+from hvdlarge.models.running_statistics import GatherRanks, RunningStatistics
+from hvdlarge.models.state import Modules
 
 
 class ExactStatistics(RunningStatistics):
-    """As RunningStatistics, with the same calls; `gather` finds nothing to do, since every rank has everything always.
+    """As RunningStatistics, with the same calls; every rank has the whole statistics always, so `gather` only adds up counts."""
 
-    Args:
-        model: the model; its buffers are changed in place.
-        rank: this worker.
-        gather_ranks: every worker's tensor, stacked in the order of the ranks, given a name for it.
-    """
+    def __init__(self, modules: Modules, rank: int, world_size: int, gather_ranks: GatherRanks) -> None:
+        super().__init__(modules, rank, world_size, gather_ranks)
+        self._seen: list[list[torch.Tensor]] = []  # the statistics of each use in the step, by layer: mean and variance in one
+        self._hooks: list[Any] = []
 
-    def __init__(self, model: nn.Module, rank: int, gather_ranks: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-        super().__init__(model, rank)
-        self._gather_ranks = gather_ranks
-        self._seen: list[torch.Tensor] = []
-        self._kept = torch.empty(0)
+    def partial_buffers(self) -> set[int]:
+        """Only the counts differ."""
+        return {id(layer.uses) for layer in self._layers} if self._world_size > 1 else set()
 
     def scatter(self) -> None:
         """Before training: see which layers train."""
-        self._choose_layers()
+        self._layers = [layer for layer in self._tracking if layer.module.training]
+        self._first_counts = self._counts = self._read_counts()
         self._scattered = True
 
-    def begin_step(self, others_before: int) -> None:
-        """Keep the running statistics and let each pass write the batch's own in their place."""
-        self._seen = []
-        self._kept = self.partials()
-        for _, layer, _ in self._layers:
-            layer.momentum = 1.0  # running ← 0·running + 1·batch: the batch's statistics as they are
+    def begin_step(self) -> None:
+        """Keep the running statistics and let each use write the batch's own in their place."""
+        self._parts = [buffer.clone() for buffer in self._buffers()]
+        self._seen = [[] for _ in self._layers]
+        for number, layer in enumerate(self._layers):
+            layer.module.momentum = 1.0  # running ← 0·running + 1·batch: the batch's statistics as they are
+            self._hooks.append(layer.module.register_forward_hook(self._note(number)))
 
-    def end_pass(self) -> None:
-        """Note the statistics of the micro-batch that has passed."""
-        if self._layers:
-            self._seen.append(self.partials())
+    def _note(self, number: int) -> Callable[..., None]:
+        def note(module: Any, *_: Any) -> None:
+            if module.training:
+                self._seen[number].append(torch.cat(self._layers[number].averages))
 
-    def end_step(self, others_behind: int, num_micro_batches: int) -> None:
-        """Follow all micro-batches of the step in their order. Every rank calls this together."""
-        for _, layer, momentum in self._layers:
-            layer.momentum = momentum
-        self._micro_batches += num_micro_batches
+        return note
+
+    def end_step(self, layout: BatchLayout, uneven: bool) -> None:
+        """Follow all uses of the step in their order. Every rank calls this together."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self._layers:
+            layer.module.momentum = layer.momentum
+        if uneven:
+            self._refuse_changed_modes()
         if not self._layers:
             return
-        rows = torch.zeros(num_micro_batches, self._kept.numel(), dtype=self._kept.dtype, device=self._kept.device)
-        first = num_micro_batches - others_behind - len(self._seen)
-        for number, seen in enumerate(self._seen):
-            rows[first + number] = seen
-        gathered = self._gather_ranks(rows, "statistics")  # (ranks, micro-batches, values); each row is one rank's
-        owners = self._gather_ranks(torch.tensor([first, len(self._seen)]), "statistics_owners").tolist()
-        running = self._kept
-        momenta = torch.cat([torch.full((2 * _size(layer),), m, dtype=running.dtype) for _, layer, m in self._layers])
-        momenta = momenta.to(running.device)
-        for rank, (start, count) in enumerate(owners):
-            for number in range(start, start + count):
-                running = (1 - momenta) * running + momenta * gathered[rank, number]
-        self.restore_partials(running)
+        own = torch.tensor([len(seen) for seen in self._seen])
+        uses = self._gather_ranks(own, "statistics_uses")  # (ranks, layers)
+        most = int(uses.max())
+        rows = [self._rows(number, most) for number in range(len(self._layers))]
+        gathered = self._gather_ranks(torch.cat(rows, dim=1), "statistics")  # (ranks, most, values)
+        gathered = gathered.split([row.shape[1] for row in rows], dim=2)
+        for number, layer in enumerate(self._layers):
+            running = torch.cat(self._parts[2 * number : 2 * number + 2])
+            m = torch.full_like(running, layer.momentum)
+            for rank, times in enumerate(uses[:, number].tolist()):
+                for use in range(times):
+                    running = (1 - m) * running + m * gathered[number][rank, use]
+            for buffer, part in zip(layer.averages, running.chunk(2), strict=True):
+                buffer.copy_(part)
+
+    def _rows(self, number: int, most: int) -> torch.Tensor:
+        """The statistics of a layer's uses on this rank, filled up with zeros, shape (most, 2 · features)."""
+        mean, _ = self._layers[number].averages
+        rows = mean.new_zeros(most, 2 * mean.numel())
+        for use, seen in enumerate(self._seen[number]):
+            rows[use] = seen
+        return rows
 
     def gather(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-        """Hold the counts against each other; the statistics themselves are everywhere. Every rank calls this together."""
-        if self._scattered and self._layers:
+        """Add up the counts; the statistics themselves are everywhere. Every rank calls this together."""
+        if self._scattered and self._layers and self._world_size > 1:
             self._gather_counts(total)
         self._scattered = False
-
-
-def _size(layer: nn.modules.batchnorm._BatchNorm) -> int:
-    return layer.num_features

@@ -1,83 +1,188 @@
 """Running statistics of batch normalisation, the same on any number of workers.
 
-Formula:  running ← (1 − m)·running + m·batch, once for each micro-batch of a step, in the order of the step.
-          This is linear. So with rank 0 starting from the running buffers and the other ranks from zero, each rank updates
-          with its own block of micro-batches and multiplies by (1 − m)^(others before it), (1 − m)^(others behind it); the
-          sum over ranks is exactly what one worker would have.
+Formula:  running ← (1 − m)·running + m·batch, once for each use of the layer, in the order of the step's micro-batches.
+          This is linear. So with rank 0 holding the running buffers as its part P and the other ranks zero, each rank
+          starts a step from zero and finds the contribution A of its own block of micro-batches; with u uses of the layer in the
+          step, of which a come after the block,  P ← (1 − m)^u · P + (1 − m)^a · A.  The sum over ranks is exactly what one
+          worker would have.
 Source:   DESIGN of this project, section 5.
-Contract: costs no message in a step; `gather` (a sum over ranks) is called by every rank together, whenever somebody wants
-          to read the buffers, and `scatter` before training goes on. Layers in evaluation mode keep their statistics. Each
-          training layer must be used once in each forward pass: `gather` holds the counts of all ranks against that.
+Contract: costs no message in a step in which each layer is used once for each micro-batch; where one is used more or less often
+          (a layer used twice, recomputed, or skipped by chance) the ranks tell each other their counts. `gather` (a sum over
+          ranks) is called by every rank together, whenever somebody wants to read the buffers, and `scatter` before training
+          goes on. Layers in evaluation mode keep their statistics. That no layer reads its running statistics while it trains is
+          seen to before the first step (rehearsal.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from hvdlarge.data.layout import BatchLayout
+from hvdlarge.models.state import Modules, named_modules
+
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+GatherRanks = Callable[[torch.Tensor, str], torch.Tensor]  # every worker's tensor, stacked in the order of the ranks
+
+
+class NormLayer(NamedTuple):
+    """A layer that keeps running statistics."""
+
+    name: str
+    module: _BatchNorm
+    momentum: float
+
+    @property
+    def averages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Running mean and variance, shape (features,) each."""
+        assert self.module.running_mean is not None  # tracking_layers takes layers that track them
+        assert self.module.running_var is not None
+        return self.module.running_mean, self.module.running_var
+
+    @property
+    def uses(self) -> torch.Tensor:
+        """How often it was used in training mode, shape ()."""
+        assert self.module.num_batches_tracked is not None  # likewise
+        return self.module.num_batches_tracked
+
+
+class ModeChanged(ValueError):
+    """A layer went from training to evaluation mode, or back, where nobody looked; raised on every rank."""
 
 
 class Kept(NamedTuple):
     """What RunningStatistics can go back to."""
 
     partials: torch.Tensor
-    counts: list[torch.Tensor]
-    micro_batches: int
+    counts: list[int]
     scattered: bool
 
 
-class RunningStatistics:
-    """The running means and variances of a model's batch normalisation layers.
-
-    Args:
-        model: the model; its buffers are changed in place.
-        rank: this worker.
+def tracking_layers(modules: Modules) -> list[NormLayer]:
+    """Every layer that keeps running statistics, in training mode or not.
 
     Raises:
-        ValueError: for a layer with momentum=None, whose cumulative average depends on counts that one worker lacks.
+        ValueError: for a layer whose statistics the engine cannot keep: with momentum=None, whose cumulative average depends on
+            counts that one worker lacks; without a count; instance normalisation.
+    """
+    found = []
+    for name, module in named_modules(modules):
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            if module.momentum is None:
+                raise ValueError(f"batch normalisation {name!r} has momentum=None; give it a number such as 0.1")
+            if module.num_batches_tracked is None:
+                raise ValueError(f"batch normalisation {name!r} does not count its batches")
+            found.append(NormLayer(name, module, module.momentum))
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise ValueError(f"{name!r}: instance normalisation with running statistics is not supported")
+    return found
+
+
+class RunningStatistics:
+    """The running means and variances of batch normalisation layers.
+
+    Args:
+        modules: what learns; its buffers are changed in place. In the mode in which it trains when `scatter` is called.
+        rank: this worker.
+        world_size: workers.
+        gather_ranks: see GatherRanks.
+
+    Raises:
+        ValueError: as `tracking_layers`.
     """
 
-    def __init__(self, model: nn.Module, rank: int) -> None:
-        self._rank = rank
-        self._tracking: list[tuple[str, _BatchNorm, float]] = []
-        self._layers: list[tuple[str, _BatchNorm, float]] = []  # of those, the ones that train
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.track_running_stats:
-                if module.momentum is None:
-                    raise ValueError(f"batch normalisation {name!r} has momentum=None; give it a number such as 0.1")
-                if module.num_batches_tracked is None:
-                    raise ValueError(f"batch normalisation {name!r} does not count its batches")
-                self._tracking.append((name, module, module.momentum))
-            elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
-                raise ValueError(f"{name!r}: instance normalisation with running statistics is not supported")
+    def __init__(self, modules: Modules, rank: int, world_size: int, gather_ranks: GatherRanks) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._gather_ranks = gather_ranks
+        self._tracking = tracking_layers(modules)
+        self._layers: list[NormLayer] = []  # of those, the ones that train
         self._scattered = False
-        self._micro_batches = 0  # of all workers, since the last scatter
+        self._parts: list[torch.Tensor] = []  # P of each buffer, while a step is under way
+        self._counts: list[int] = []  # uses of each layer when the step began
+        self._used: list[int] = []  # in the step, on this rank
+        self._changed: list[int] = []  # layers, by their place in _tracking, whose mode is not what it was
+        self._first_counts: list[int] = []  # when the statistics were scattered
 
-    def partial_buffers(self) -> set[str]:
-        """Names of the buffers of which each rank holds a part of its own while a run trains."""
-        return {
-            f"{name}.{buffer}" if name else buffer for name, layer, _ in self._tracking for buffer, _ in layer.named_buffers()
-        }
+    def partial_buffers(self) -> set[int]:
+        """The identities of the buffers of which each rank holds a part of its own while a run trains."""
+        if self._world_size == 1:
+            return set()
+        return {id(buffer) for layer in self._layers for buffer in (*layer.averages, layer.uses)}
 
-    def begin_step(self, others_before: int) -> None:
-        """Make room for the micro-batches that other workers process before this worker's block."""
-        self._decay(others_before)
+    # --- in a step
 
-    def end_step(self, others_behind: int, num_micro_batches: int) -> None:
-        """Make room for those behind this worker's block; the step had `num_micro_batches` in all."""
-        self._decay(others_behind)
-        self._micro_batches += num_micro_batches
+    def begin_step(self) -> None:
+        """Let the layers begin the step from zero."""
+        if self._world_size > 1 and self._layers:
+            self._parts = [buffer.clone() for buffer in self._buffers()]
+            torch._foreach_zero_(self._buffers())
 
     def end_pass(self) -> None:
         """Nothing to do: the layers have followed the micro-batch themselves."""
 
+    def count_uses(self, micro_batches: int) -> bool:
+        """Look up how often each layer was used in this rank's part of the step; whether that was not once for each micro-batch.
+
+        Waits for a GPU, which the sum over workers that follows does too.
+        """
+        if not self._tracking:
+            return False
+        if self._world_size > 1 and self._layers:
+            counts = self._read_counts()
+            self._used = [now - before for now, before in zip(counts, self._counts, strict=True)]
+            self._counts = counts
+        training = {id(layer.module) for layer in self._layers}
+        self._changed = [
+            number for number, layer in enumerate(self._tracking) if layer.module.training != (id(layer.module) in training)
+        ]
+        return bool(self._changed) or any(used != micro_batches for used in self._used)
+
+    def end_step(self, layout: BatchLayout, uneven: bool) -> None:
+        """Make this rank's part follow the whole step. Every rank calls this together, after `count_uses`.
+
+        Args:
+            layout: of the step.
+            uneven: whether `count_uses` returned True on any rank.
+
+        Raises:
+            ModeChanged: on every rank, if a layer has changed its mode on any since the statistics were scattered.
+        """
+        if uneven:
+            self._refuse_changed_modes()
+        if self._world_size == 1 or not self._layers:
+            return
+        uses = self._uses_of_ranks(layout, uneven)  # by rank and layer
+        for number, layer in enumerate(self._layers):
+            after = sum(row[number] for row in uses[self._rank + 1 :])
+            everyone = sum(row[number] for row in uses)
+            for buffer, part in zip(layer.averages, self._parts[2 * number : 2 * number + 2], strict=True):
+                buffer.mul_((1 - layer.momentum) ** after).add_(part, alpha=(1 - layer.momentum) ** everyone)
+
+    def _refuse_changed_modes(self) -> None:
+        changed = torch.zeros(len(self._tracking), dtype=torch.int64)
+        changed[self._changed] = 1
+        numbers = self._gather_ranks(changed, "running_statistics.modes").sum(dim=0).nonzero().flatten().tolist()
+        if numbers:
+            raise ModeChanged(
+                f"batch normalisation {self._tracking[numbers[0]].name!r} changed between training and evaluation mode in a "
+                "forward pass; its mode may change only in the model's own train(), which is called before training and after "
+                "evaluations"
+            )
+
+    def _uses_of_ranks(self, layout: BatchLayout, uneven: bool) -> Sequence[Sequence[int]]:
+        if uneven:
+            return self._gather_ranks(torch.tensor(self._used, dtype=torch.int64), "running_statistics.uses").tolist()
+        return [[len(layout.numbers_of_rank(rank))] * len(self._layers) for rank in range(self._world_size)]
+
+    # --- between steps
+
     def scatter(self) -> None:
         """Before training: rank 0 keeps the running statistics, the others go on from zero."""
-        self._choose_layers()
+        self._layers = [layer for layer in self._tracking if layer.module.training]
+        self._first_counts = self._counts = self._read_counts()
         if self._rank != 0:
             for buffer in self._buffers():
                 buffer.zero_()
@@ -95,68 +200,42 @@ class RunningStatistics:
 
     def keep(self) -> Kept:
         """All that changes in a step, to come back to with `restore`."""
-        counts = [layer.num_batches_tracked.clone() for _, layer, _ in self._layers]  # type: ignore[union-attr]
-        return Kept(self.partials(), counts, self._micro_batches, self._scattered)
+        return Kept(self.partials(), self._read_counts(), self._scattered)
 
     def restore(self, kept: Kept) -> None:
         """Go back to what `keep` has kept."""
         self.restore_partials(kept.partials)
-        for (_, layer, _), count in zip(self._layers, kept.counts, strict=True):
-            layer.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
-        self._micro_batches, self._scattered = kept.micro_batches, kept.scattered
+        self._set_counts(kept.counts)
+        self._scattered = kept.scattered
 
     def gather(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
         """Give every rank the full running statistics. Every rank calls this together.
 
         Args:
             total: the sum of a tensor over all ranks, given a name for it.
-
-        Raises:
-            ValueError: on every rank alike, if a layer was not used exactly once for each micro-batch.
         """
         if not self._scattered:
             return
         self._scattered = False
-        if not self._layers:
+        if not self._layers or self._world_size == 1:
             return
         self._gather_counts(total)
         for number, buffer in enumerate(self._buffers()):
             buffer.copy_(total(buffer, f"running_statistics.{number}"))
 
-    def _choose_layers(self) -> None:
-        self._layers = [(name, layer, momentum) for name, layer, momentum in self._tracking if layer.training]
-        self._start_counts = [_count(layer) for _, layer, _ in self._layers]
-        self._micro_batches = 0
-
     def _gather_counts(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-        counted = [_count(layer) - start for (_, layer, _), start in zip(self._layers, self._start_counts, strict=True)]
-        used = total(torch.tensor(counted, dtype=torch.int64), "running_statistics.used").tolist()
-        for (name, layer, _), times, start in zip(self._layers, used, self._start_counts, strict=True):
-            if times != self._micro_batches:
-                raise ValueError(
-                    f"batch normalisation {name!r} was used {times} times for {self._micro_batches} micro-batches; with "
-                    "running statistics it must be used once in each forward pass, and its mode must not change"
-                )
-            layer.num_batches_tracked.fill_(start + self._micro_batches)  # type: ignore[union-attr]
+        own = [now - first for now, first in zip(self._read_counts(), self._first_counts, strict=True)]
+        used = total(torch.tensor(own, dtype=torch.int64), "running_statistics.used").tolist()
+        self._set_counts([first + times for first, times in zip(self._first_counts, used, strict=True)])
+
+    def _read_counts(self) -> list[int]:
+        """The uses of each layer so far: one wait for a GPU in all."""
+        return torch.stack([layer.uses for layer in self._layers]).tolist() if self._layers else []
+
+    def _set_counts(self, counts: Sequence[int]) -> None:
+        for layer, count in zip(self._layers, counts, strict=True):
+            layer.uses.fill_(count)
+        self._counts = list(counts)
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [buffer for _, layer, _ in self._layers for buffer in _averages(layer)]
-
-    def _decay(self, micro_batches: int) -> None:
-        if micro_batches == 0:
-            return
-        for _, layer, momentum in self._layers:
-            kept = (1 - momentum) ** micro_batches
-            for buffer in _averages(layer):
-                buffer.mul_(kept)
-
-
-def _averages(layer: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    assert layer.running_mean is not None  # RunningStatistics takes layers that track them
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
-
-
-def _count(layer: _BatchNorm) -> int:
-    assert layer.num_batches_tracked is not None  # likewise
-    return int(layer.num_batches_tracked)
+        return [buffer for layer in self._layers for buffer in layer.averages]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hvdlarge.models.state import Modules
 from hvdlarge.optim.from_torch import SGD, Adagrad, Adam, AdamW, RMSprop
 from hvdlarge.optim.groups import parameter_groups
 from hvdlarge.optim.lamb import LAMB
@@ -24,7 +25,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def build_optimizer(
-    model: torch.nn.Module,
+    modules: torch.nn.Module | Modules,
     name: str,
     weight_decay: float,
     adapt_everything: bool = False,
@@ -32,10 +33,10 @@ def build_optimizer(
     not_adapted_lr_factor: float = 1.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over the trainable parameters of `model`; the rate is set at each step.
+    """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each step.
 
     Args:
-        model: its parameters are put into groups (groups.py says what the next three are).
+        modules: a model, or several modules; their parameters are put into groups (groups.py says what the last three are).
         name: lars, lamb, sgd, adam, adamw, adagrad or rmsprop.
         weight_decay: of the adapted parameters.
         adapt_everything: see groups.py.
@@ -47,7 +48,7 @@ def build_optimizer(
         ValueError: for patterns that match nothing, a model without trainable parameters, or an option out of its range.
     """
     _leave_the_compiler_out()
-    groups = parameter_groups(model, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
+    groups = parameter_groups(modules, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
     return _CLASSES[name](groups, **options)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hvdlarge.models.state import Modules, join_names, named_modules
+from hvdlarge.models.state import named_parameters as every_parameter
+
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -23,16 +26,16 @@ _NORMALISATION = (
 
 
 def parameter_groups(
-    model: nn.Module,
+    modules: nn.Module | Modules,
     weight_decay: float,
     not_adapted: Sequence[str] = (),
     adapt_everything: bool = False,
     not_adapted_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` in at most two groups: adapted and decayed, and neither.
+    """The trainable parameters of a model, or of several modules, in at most two groups: adapted and decayed, and neither.
 
     Args:
-        model: parameters that do not require a gradient are left out.
+        modules: parameters that do not require a gradient are left out.
         weight_decay: β of the adapted group; the other one has none.
         not_adapted: patterns with `*` and `?`; a parameter whose full name matches one is not adapted.
         adapt_everything: the paper's reading; biases and normalisation parameters are adapted and decayed too.
@@ -44,8 +47,10 @@ def parameter_groups(
     Raises:
         ValueError: if nothing is trainable, or a pattern matches no parameter.
     """
-    apart = {name for name, _ in _bias_and_normalisation(model)} if not adapt_everything else set()
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if isinstance(modules, nn.Module):
+        modules = {"": modules}
+    apart = set(_bias_and_normalisation(modules)) if not adapt_everything else set()
+    trainable = [(name, parameter) for name, parameter in every_parameter(modules) if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
     for pattern in not_adapted:
@@ -82,8 +87,8 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def _bias_and_normalisation(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+def _bias_and_normalisation(modules: Modules) -> Iterator[str]:
+    for module_name, module in named_modules(modules):
+        for name, _ in module.named_parameters(recurse=False):
             if isinstance(module, _NORMALISATION) or name.startswith("bias") or name.endswith("_bias"):
-                yield (f"{module_name}.{name}" if module_name else name), parameter
+                yield join_names(module_name, name)

@@ -12,7 +12,7 @@ from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.datasets import InMemory
 from hvdlarge.exits import JobError
 from hvdlarge.job_file import parse_job
-from hvdlarge.loop import gather, train
+from hvdlarge.loop import train
 from hvdlarge.planning import plan_run
 from hvdlarge.run import Ingredients, Worker, join, parts_of
 from hvdlarge.run_state import RunState
@@ -53,7 +53,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
     arithmetic = Arithmetic(job.precision, torch.device("cpu"))
-    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    model, loss, optimizer, _ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     found = Ingredients(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
     learner = join(job, found, control, tensors)
     learner.statistics.scatter()
@@ -63,7 +63,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     parts = parts_of(job, found, worker, learner, controller, None, {}, None, state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)
-    gather(learner, tensors)
+    learner.statistics.gather(tensors.sum)
     after = model.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())

@@ -14,15 +14,17 @@ DECISION = Decision(20, 5120, 3.5, 1, 256, 256, 16, 0.1, False)
 
 def exchange(control, tensors, decision=DECISION, gradients=("a", "b"), job=5, digest=None, **wishes):
     agreement = StepAgreement(control, job, lambda: wishes)
-    agreement.send(decision, None if gradients is None else list(gradients), digest)
+    uneven = wishes.pop("uneven", False)
+    agreement.send(decision, None if gradients is None else list(gradients), digest, uneven)
     return agreement.hear()
 
 
 def test_ranks_that_agree_hear_what_any_of_them_asks_for(control, tensors):
     last = control.rank == control.size - 1
-    assert exchange(control, tensors) == Verdict(False, False, False)
-    assert exchange(control, tensors, stop=last) == Verdict(True, False, False)
-    assert exchange(control, tensors, save=control.rank == 0, failed=last) == Verdict(False, True, True)
+    assert exchange(control, tensors) == Verdict(False, False, False, False)
+    assert exchange(control, tensors, stop=last) == Verdict(True, False, False, False)
+    assert exchange(control, tensors, save=control.rank == 0, failed=last) == Verdict(False, True, True, False)
+    assert exchange(control, tensors, uneven=last) == Verdict(False, False, False, True)
 
 
 def test_an_idle_rank_has_no_view_of_the_gradients(control, tensors):
@@ -51,4 +53,4 @@ def test_a_rank_that_differs_is_found_in_the_same_step(control, tensors, name, c
     with pytest.raises(RanksDisagree, match=f"disagree about the {name}") as raised:
         exchange(control, tensors, **(changes if other else usual))
     assert f"on rank {control.size - 1}" in str(raised.value)
-    assert exchange(control, tensors) == Verdict(False, False, False)  # the wire is still usable
+    assert exchange(control, tensors) == Verdict(False, False, False, False)  # the wire is still usable

@@ -26,7 +26,7 @@ lr: {base: 1}
 def built(*changes):
     job = parse_job(JOB, "job", changes)
     arithmetic = Arithmetic(job.precision, torch.device("cpu"))
-    model, loss, optimizer = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    model, loss, optimizer, _ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     learner = assembly.join_learning(
         model, loss, optimizer, arithmetic, job.gradients, None, job.model.channels_last,
         SoloControl(), SoloTensors(), job.seed, exact=False,
@@ -66,7 +66,7 @@ def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
     job, learner = built("batch.micro=auto", "batch.growth={policy: adabatch, factor: 2, every_epochs: 0.5, max: 16}")
     training_set, _ = assembly.load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
-    model, loss, _ = assembly.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
+    model, loss, *_ = assembly.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
     found = assembly.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, job.data, True, SoloControl())
     assert found == 16
 

@@ -20,10 +20,11 @@ def test_any_flipped_bit_changes_the_digest(dtype, size):
 def test_names_and_state_belong_to_it():
     model = torch.nn.Linear(2, 2)
     optimizer = LARS(model.parameters())
-    alone = combined(tensor_digests(named_state(model, optimizer)))
+    names = {weight: name for name, weight in model.named_parameters()}
+    alone = combined(tensor_digests(named_state({"": model}, optimizer, names)))
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = named_state(model, optimizer)
+    state = named_state({"": model}, optimizer, names)
     assert list(state) == ["bias", "bias, momentum_buffer", "weight", "weight, momentum_buffer"]
     assert 0 <= combined(tensor_digests(state)) < 2**64
     assert combined(tensor_digests(state)) != alone

@@ -1,25 +1,33 @@
 """Batch statistics of several ranks add up to those of one, whatever the split."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from hvdlarge.data.layout import BatchLayout
-from hvdlarge.models.running_statistics import RunningStatistics
+from hvdlarge.models.exact_statistics import ExactStatistics
+from hvdlarge.models.running_statistics import ModeChanged, RunningStatistics, tracking_layers
+
+
+def no_messages(tensor, name):
+    raise AssertionError("a step in which each layer is used once for each micro-batch costs no message")
 
 
 def run(model, rank, world_size, steps):
     """One rank's part of a few steps; returns its statistics object."""
-    statistics = RunningStatistics(model, rank)
+    statistics = RunningStatistics({"": model}, rank, world_size, no_messages)
     statistics.scatter()
     for data, micro in steps:
         layout = BatchLayout(len(data), micro, world_size)
         mine = layout.numbers_of_rank(rank)
-        statistics.begin_step(mine.start)
+        statistics.begin_step()
         for piece in layout.of_rank(rank, 0):
             model(data[piece.start : piece.stop])
-        statistics.end_step(layout.num_micro_batches - mine.stop, layout.num_micro_batches)
+        assert not statistics.count_uses(len(mine))
+        statistics.end_step(layout, uneven=False)
     return statistics
 
 
@@ -62,29 +70,100 @@ def test_a_layer_that_does_not_train_keeps_its_statistics():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
     model[0].eval()
     model[0].running_mean.fill_(5.0)
-    statistics = RunningStatistics(model, rank=1)
+    statistics = RunningStatistics({"": model}, 1, 2, no_messages)
     statistics.scatter()
-    statistics.begin_step(3)
+    statistics.begin_step()
     model(torch.randn(4, 2))
-    statistics.end_step(0, 4)
+    assert not statistics.count_uses(1)
+    statistics.end_step(BatchLayout(8, 4, 2), uneven=False)
     assert model[0].running_mean.tolist() == [5.0, 5.0]
     assert statistics._buffers()[0] is model[1].running_mean
+    assert statistics.partial_buffers() == {id(buffer) for buffer in model[1].buffers()}
 
 
-def test_a_layer_used_twice_in_a_forward_pass_is_refused():
+class Uneven(torch.nn.Module):
+    """A layer used twice, one used where the batch says so, one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.sometimes, self.never = (torch.nn.BatchNorm1d(3, momentum=momentum) for momentum in (0.1, 0.3, 0.2))
+
+    def forward(self, inputs):
+        outputs = self.twice(self.twice(inputs) * 2 + 1)
+        return self.sometimes(outputs) if inputs.sum() > 0 else outputs
+
+
+@pytest.mark.parametrize("kind", [RunningStatistics, ExactStatistics])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_layers_used_twice_or_sometimes_give_what_one_worker_gives(kind, world_size):
+    torch.manual_seed(1)
+    start = Uneven().double()
+    start.sometimes.running_mean.uniform_()
+    steps = [torch.randn(5, 4, 3, dtype=torch.float64) for _ in range(3)]  # five micro-batches of four samples
+    alone = copy.deepcopy(start)
+    for data in steps:
+        for piece in data:
+            alone(piece)
+
+    models = [copy.deepcopy(start) for _ in range(world_size)]
+    world = ThreadWorld(world_size)
+
+    def rank_of(rank):
+        model = models[rank]
+        statistics = kind({"": model}, rank, world_size, lambda tensor, name: world.gather(rank, tensor))
+        statistics.scatter()
+        for data in steps:
+            layout = BatchLayout(20, 4, world_size)
+            mine = layout.numbers_of_rank(rank)
+            statistics.begin_step()
+            for number in mine:
+                model(data[number])
+                statistics.end_pass()
+            uneven = bool(world.gather(rank, torch.tensor(statistics.count_uses(len(mine)))).any())
+            statistics.end_step(layout, uneven)
+        statistics.gather(lambda tensor, name: world.gather(rank, tensor).sum(dim=0))
+
+    world.run(rank_of)
+    assert int(alone.sometimes.num_batches_tracked) not in (0, 15)
+    for model in models:
+        for (name, ours), theirs in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14), name
+            assert kind is RunningStatistics or torch.equal(ours, models[0].state_dict()[name])
+
+
+def test_a_layer_that_changes_its_mode_in_a_forward_pass_is_refused():
     layer = torch.nn.BatchNorm1d(2)
-    statistics = RunningStatistics(torch.nn.ModuleList([layer]), rank=0)
+    statistics = RunningStatistics({"": torch.nn.Sequential(layer)}, 0, 1, lambda tensor, name: tensor.unsqueeze(0))
     statistics.scatter()
-    statistics.begin_step(0)
-    layer(layer(torch.randn(4, 2)))
-    statistics.end_step(0, 1)
-    with pytest.raises(ValueError, match="used 2 times for 1 micro-batches"):
-        statistics.gather(lambda tensor, name: tensor)
+    statistics.begin_step()
+    layer.eval()
+    assert statistics.count_uses(1)
+    with pytest.raises(ModeChanged, match="'0' changed between training and evaluation"):
+        statistics.end_step(BatchLayout(4, 4, 1), uneven=True)
+
+
+class ThreadWorld:
+    """Ranks as threads that gather from each other."""
+
+    def __init__(self, size):
+        self.barrier = threading.Barrier(size)
+        self.given = [None] * size
+
+    def gather(self, rank, tensor):
+        self.given[rank] = tensor.clone()
+        self.barrier.wait(30)
+        stacked = torch.stack(self.given)
+        self.barrier.wait(30)
+        return stacked
+
+    def run(self, rank_of):
+        with ThreadPoolExecutor(len(self.given)) as pool:
+            list(pool.map(rank_of, range(len(self.given))))
 
 
 def test_gathering_twice_does_nothing_the_second_time():
     model = torch.nn.BatchNorm1d(2)
-    statistics = RunningStatistics(model, 0)
+    statistics = RunningStatistics({"": model}, 0, 2, no_messages)
     statistics.scatter()
     statistics.gather(lambda tensor, name: tensor + tensor.is_floating_point())
     before = model.running_mean.clone()
@@ -94,7 +173,7 @@ def test_gathering_twice_does_nothing_the_second_time():
 
 def test_a_cumulative_average_is_refused_and_layers_without_statistics_pass():
     with pytest.raises(ValueError, match="momentum=None"):
-        RunningStatistics(torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=None)), 0)
+        tracking_layers({"": torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=None))})
     with pytest.raises(ValueError, match="instance normalisation"):
-        RunningStatistics(torch.nn.InstanceNorm1d(2, track_running_stats=True), 0)
-    RunningStatistics(torch.nn.BatchNorm1d(2, track_running_stats=False, momentum=None), 0)
+        tracking_layers({"": torch.nn.InstanceNorm1d(2, track_running_stats=True)})
+    assert tracking_layers({"": torch.nn.BatchNorm1d(2, track_running_stats=False, momentum=None)}) == []
