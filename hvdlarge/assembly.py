@@ -247,7 +247,7 @@ def join_learning(
         scale=LossScale(scale_for_compression(gradients.compression, control.size)),
         clip_norm=gradients.clip_norm,
         zero_if_missing=gradients.missing == "zero",
-        to_device=lambda batch: _moved(batch, arithmetic.device, arithmetic.weights, channels_last),
+        to_device=device_mover(arithmetic, channels_last),
         names={weight: name for name, weight in named},
         seed=seed,
         rank=control.rank,
@@ -320,6 +320,11 @@ def build_policy(not_finite: Any, state: RunState, learner: Learner) -> NotFinit
     if isinstance(policy, SkipPolicy) or waits_for_norms(learner.update.optimizer):
         return policy
     return JudgedLate(policy)
+
+
+def device_mover(arithmetic: Arithmetic, channels_last: bool) -> Callable[[Any], Any]:
+    """What brings inputs or targets to the device, their floats in the type of the weights."""
+    return lambda batch: _moved(batch, arithmetic.device, arithmetic.weights, channels_last)
 
 
 def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:

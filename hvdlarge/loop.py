@@ -17,7 +17,7 @@ from hvdlarge.digest import combined, named_state, tensor_digests
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import Diverged, JobError, Stopped
 from hvdlarge.measure.timers import PhaseTimers
-from hvdlarge.memory import told_what_to_change
+from hvdlarge.memory import smaller_micro_batch, told_what_to_change
 from hvdlarge.models.running_statistics import ModeChanged
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog
@@ -87,7 +87,7 @@ def train(parts: Parts, state: RunState) -> None:
         digest = combined(digests(parts.learner)) if compare else None
         where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
         try:
-            with told_what_to_change(where, smaller(decision)):
+            with told_what_to_change(where, smaller_micro_batch(decision.micro_batch, decision.global_batch)):
                 outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
         except ModeChanged as error:
             raise JobError(f"model.name: {error}") from None
@@ -109,16 +109,6 @@ def train(parts: Parts, state: RunState) -> None:
                 f"stopped behind step {decision.step} (epoch {decision.epoch:.2f}) as asked by {' and '.join(sorted(reasons))}; "
                 "the checkpoint is written: the same command goes on from here"
             )
-
-
-def smaller(decision: Decision) -> str:
-    """What would take less memory than a step of this size."""
-    if decision.micro_batch == 1:
-        return "a micro-batch has one sample already: use a larger device, fewer bits (precision: bf16) or a smaller model"
-    half = decision.micro_batch // 2
-    return (
-        f"set batch.micro lower, e.g. to {half}; the global batch of {decision.global_batch:,} stays, in more accumulation steps"
-    )
 
 
 def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.Tensor, timed: PhaseTimers) -> None:

@@ -41,6 +41,14 @@ def told_what_to_change(where: str, advice: str) -> Iterator[None]:
         raise OutOfMemory(f"out of memory in {where}: {advice} ({reason})") from None
 
 
+def smaller_micro_batch(micro_batch: int, global_batch: int) -> str:
+    """What would take less memory than micro-batches of so many samples."""
+    if micro_batch == 1:
+        return "a micro-batch has one sample already: use a larger device, fewer bits (precision: bf16) or a smaller model"
+    lower = f"set batch.micro lower, e.g. to {micro_batch // 2}"
+    return f"{lower}; the global batch of {global_batch:,} stays, in more accumulation steps"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that no memory was left, on a GPU or on the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -21,6 +21,7 @@ from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.launcher import Launch, cores_per_worker
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Controller, Plan, Position
+from hvdlarge.data.loader import Loader
 from hvdlarge.environment import host, versions
 from hvdlarge.exits import Stopped
 from hvdlarge.introduction import batch_line, model_line, notes, rule_notes, stage_table, update_line, update_notes, world_line
@@ -29,6 +30,7 @@ from hvdlarge.loop import Cadence, Parts, save, train
 from hvdlarge.models.state import trained_modules
 from hvdlarge.nonfinite import RollBack
 from hvdlarge.planning import plan_run
+from hvdlarge.rehearsal import rehearse
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog, say, write_documents
 from hvdlarge.saver import Saver
@@ -77,12 +79,38 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     Raises:
         RunEnds: on every rank alike, for every end that has an exit code of its own.
     """
-    control, folder = worker.control, job.run_folder
+    control = worker.control
     hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
     cores = cores_per_worker([(other["host"], other["cores"]) for other in hosts], control.rank)
     _settle_torch(1 if job.reduction == "exact" else cores, job.deterministic, tf32=job.precision == "tf32")
     found = gather_ingredients(job, control, worker.tensors)
+    loader = assembly.build_loader(job.data, found.training_set, job.seed)
+    try:
+        _rehearse(job, found, loader, control)
+        _train(job, job_file, fresh, worker, found, loader, hosts, cores)
+    finally:
+        loader.close()
 
+
+def _rehearse(job: Job, found: Ingredients, loader: Loader, control: ControlWire) -> None:
+    to_device = assembly.device_mover(found.arithmetic, job.model.channels_last)
+    rehearse(found.plan, found.model, found.loss, found.arithmetic, to_device, loader, job.seed, control)
+    if found.arithmetic.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(found.arithmetic.device)
+
+
+def _train(
+    job: Job,
+    job_file: Path,
+    fresh: bool,
+    worker: Worker,
+    found: Ingredients,
+    loader: Loader,
+    hosts: Sequence[Mapping[str, Any]],
+    cores: int,
+) -> None:
+    """What `run` does once everything that the job names is there and has been tried."""
+    control, folder = worker.control, job.run_folder
     facts = {"job": job.mathematics(), "data": found.sizes, "versions": versions(), "world_size": control.size}
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
     length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
@@ -111,7 +139,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     worker.watchdog.take_notes(folder / "progress")
     worker.stop.look(folder / "STOP" if control.rank == 0 else None, job.stop_after_minutes)
     try:
-        follow(job, found, worker, learner, checkpoints if control.rank == 0 else None, facts, log, position, state)
+        follow(job, found, worker, learner, loader, checkpoints if control.rank == 0 else None, facts, log, position, state)
     except Stopped:
         worker.stop.consume_file()
         raise
@@ -178,6 +206,7 @@ def follow(
     found: Ingredients,
     worker: Worker,
     learner: Learner,
+    loader: Loader,
     checkpoints: CheckpointFolder | None,
     facts: Mapping[str, Any],
     log: RunLog | None,
@@ -190,7 +219,7 @@ def follow(
     """
     while True:
         controller = Controller(found.plan, position) if worker.control.rank == 0 else None
-        parts = parts_of(job, found, worker, learner, controller, checkpoints, facts, log, state)
+        parts = parts_of(job, found, worker, learner, loader, controller, checkpoints, facts, log, state)
         try:
             if job.on_nonfinite.policy == "rollback" and (position.step == 0 or state.rolled_back):
                 # Something to go back to; and after going back, the lower rate must outlive an interruption.
@@ -198,7 +227,9 @@ def follow(
                 save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
             train(parts, state)
         except RollBack as reason:
+            loader.close()
             position, state = _go_back(parts, state, checkpoints, reason)
+            loader = assembly.build_loader(job.data, found.training_set, job.seed)
         else:
             break
         finally:
@@ -228,6 +259,7 @@ def parts_of(
     found: Ingredients,
     worker: Worker,
     learner: Learner,
+    loader: Loader,
     controller: Controller | None,
     checkpoints: CheckpointFolder | None,
     facts: Mapping[str, Any],
@@ -236,7 +268,6 @@ def parts_of(
 ) -> Parts:
     """The objects that the loop works with; controller, checkpoints and log are rank 0's."""
     control, tensors = worker.control, worker.tensors
-    loader = assembly.build_loader(job.data, found.training_set, job.seed)
     saver = Saver(
         control,
         tensors,

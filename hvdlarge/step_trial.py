@@ -141,7 +141,8 @@ def _engine_turn(job: Job, found: Ingredients, worker: Worker, learner: Learner,
     if worker.control.rank == 0:
         controller = Controller(found.plan)
         log = RunLog(folder, found.plan, FolderLock(folder), {}, Position(), state)
-    parts = parts_of(job, found, worker, learner, controller, None, {}, log, state)
+    loader = assembly.build_loader(job.data, found.training_set, job.seed)
+    parts = parts_of(job, found, worker, learner, loader, controller, None, {}, log, state)
     learner.statistics.scatter()
     clock.moments.clear()
     try:

@@ -60,7 +60,8 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     worker = Worker(None, {}, control, tensors, Watchdog(control.rank, {"start": 100, "step": 100}), StopRequest())
     state = RunState()
     controller = Controller(plan) if control.rank == 0 else None
-    parts = parts_of(job, found, worker, learner, controller, None, {}, None, state)
+    loader = assembly.build_loader(job.data, small, job.seed)
+    parts = parts_of(job, found, worker, learner, loader, controller, None, {}, None, state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)
     learner.statistics.gather(tensors.sum)

@@ -1,0 +1,335 @@
+"""The rehearsal: the first micro-batch goes through data, model and loss before the first step, and whatever could not give the
+same result on another number of workers, or after an interruption, is refused by its name.
+
+Formula:  pass A: forward and backward with everything as it is;  pass B: the same micro-batch and seeds, every saved tensor put
+          back, the running statistics of batch normalisation moved by δ, their counts by a million. A sound model has
+              loss and gradients of B = those of A;    running after B − running after A = (1 − m)^u · δ  for u uses in A;
+          and no saved tensor but those statistics changes in either.
+Source:   the contract of models/running_statistics.py (the average is linear, nothing reads it while training), and DESIGN of
+          this project, section 5: a result belongs to the samples, the seeds and the saved state, and to nothing else.
+Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts are as before. On the model as
+          it was built, before any other worker is joined; every rank rehearses the same samples.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.arithmetic import Arithmetic
+from hvdlarge.comm.world import ControlWire
+from hvdlarge.controller import Plan
+from hvdlarge.data import seeds
+from hvdlarge.data.draws import seed_all
+from hvdlarge.data.layout import MicroBatch
+from hvdlarge.data.loader import Loaded, Loader
+from hvdlarge.digest import tensor_digests
+from hvdlarge.exits import JobError, RunEnds
+from hvdlarge.memory import is_out_of_memory, smaller_micro_batch, told_what_to_change
+from hvdlarge.models.running_statistics import NormLayer, tracking_layers
+from hvdlarge.models.state import Modules, extra_states, named_modules, named_parameters, pack, saved_tensors, trained_modules
+from hvdlarge.planning import stages_of
+
+_CLOSE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # relative; a GPU may add up in any order
+_COUNTS = 1_000_000
+
+
+def rehearse(
+    plan: Plan,
+    model: torch.nn.Module,
+    loss: Callable[[Any, Any], torch.Tensor],
+    arithmetic: Arithmetic,
+    to_device: Callable[[Any], Any],
+    loader: Loader,
+    seed: int,
+    control: ControlWire,
+) -> None:
+    """Rehearse the first samples of a run. Every rank calls this together, before the first decision is announced.
+
+    Args:
+        plan: whose sizes of micro-batches are tried, the first and the smallest.
+        model: see Rehearsal.
+        loss: see Rehearsal.
+        arithmetic: see Rehearsal.
+        to_device: see Rehearsal.
+        loader: of the training set, unused so far.
+        seed: of the run.
+        control: the wire.
+
+    Raises:
+        JobError: on every rank alike, for what Rehearsal refuses, for samples that cannot be read, and for samples that differ
+            when they are read again.
+        RanksDisagree: on every rank alike, if the ranks read different samples.
+    """
+    sizes = _sizes(plan)
+    loaded = all_or_none(control, lambda: _read(loader, sizes))
+    samples = {"inputs": fingerprint(loaded[0].inputs), "targets": fingerprint(loaded[0].targets)}
+    hint = f"do all hosts have the same files, listed in the same order? The first {sizes.first} of the run were compared"
+    same_everywhere(control, samples, f"training samples ({hint}, by a digest)")
+
+    def passes() -> None:
+        trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
+        trial.run(loaded[0].inputs, loaded[0].targets)
+        if len(loaded) > 1:
+            trial.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
+
+    advice = smaller_micro_batch(sizes.first, plan.initial_batch)
+    with told_what_to_change(f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice):
+        all_or_none(control, passes)
+
+
+class _Sizes(NamedTuple):
+    """Micro-batches to try, in samples."""
+
+    first: int  # of the run
+    smallest: int  # of all
+    where: str  # the smallest comes up
+
+
+def _sizes(plan: Plan) -> _Sizes:
+    found = []
+    for stage in stages_of(plan):
+        for batch in ([stage.global_batch] if stage.steps > 1 else []) + [stage.last_batch]:
+            micro = min(batch, plan.micro_batch_of(batch))
+            where = f"a micro-batch of {batch % micro or micro}, with which a step of {batch:,} samples ends,"
+            found.append(_Sizes(micro, batch % micro or micro, where))
+    return min(found, key=lambda sizes: sizes.smallest)._replace(first=found[0].first)
+
+
+def _read(loader: Loader, sizes: _Sizes) -> list[Loaded]:
+    """The run's first micro-batch, and one of the smallest size where that is smaller.
+
+    Raises:
+        JobError: if they cannot be read, or are not the same when they are read again.
+    """
+    wanted = [sizes.first, sizes.first, *([sizes.smallest] if sizes.smallest < sizes.first else [])]
+    loader.announce([MicroBatch(0, 0, size) for size in wanted], is_last=False)
+    try:
+        first, again, *smaller = loader.fetch(len(wanted))
+    except Exception as error:
+        if isinstance(error, RunEnds) or is_out_of_memory(error):
+            raise
+        raise JobError(f"data.name: the first samples of the run cannot be read: {describe(error)}") from None
+    if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
+        raise JobError(
+            "data.name: the training set gives other samples when it is read again with the same seeds: it draws from a "
+            "generator of its own (draw from torch, numpy.random or random, which are seeded for each sample), or changes as "
+            "it is read"
+        )
+    return [first, *smaller]
+
+
+class Outcome(NamedTuple):
+    """What a pass comes to."""
+
+    loss: float
+    gradient: float  # L2 norm of all gradients together
+    uses: tuple[int, ...]  # of each layer with running statistics that trains
+
+
+class Rehearsal:
+    """A model and a loss, tried on one micro-batch.
+
+    Args:
+        model: on the device, in the mode and the types in which it trains.
+        loss: a mean over samples.
+        arithmetic: of this worker.
+        to_device: moves inputs or targets.
+        key: the seed of the micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Callable[[Any, Any], torch.Tensor],
+        arithmetic: Arithmetic,
+        to_device: Callable[[Any], Any],
+        key: int,
+    ) -> None:
+        self._model, self._loss = model, loss
+        self._arithmetic, self._to_device, self._key = arithmetic, to_device, key
+        self._modules = trained_modules(model, loss)
+        self._layers = [layer for layer in tracking_layers(self._modules) if layer.module.training]
+
+    def run(self, inputs: Any, targets: Any) -> Outcome:
+        """Both passes; what A came to.
+
+        Raises:
+            JobError: naming the layer, parameter or buffer because of which the job cannot have one result, or what the user's
+                own code raised, with its line.
+        """
+        with _kept(self._modules, self._layers) as restore, torch.compiler.set_stance("force_eager"):
+            before = _State.of(self._modules, self._layers)
+            first, averages = self._pass(inputs, targets), self._averages()
+            before.refuse_changes(self._modules, self._layers)
+            restore()
+            moved = _move(self._layers)
+            second = self._pass(inputs, targets)
+            if not self._same(first, second):
+                restore()
+                self._explain(first, inputs, targets, restore)
+            self._refuse_other_rules(first, averages, moved)
+            return first
+
+    def run_once(self, inputs: Any, targets: Any, what: str) -> None:
+        """One pass of another size, for what it raises."""
+        with _kept(self._modules, self._layers), torch.compiler.set_stance("force_eager"):
+            self._pass(inputs, targets, what)
+
+    def _pass(self, inputs: Any, targets: Any, what: str = "the first micro-batch") -> Outcome:
+        counts = [int(layer.uses) for layer in self._layers]
+        try:
+            seed_all(self._key)
+            with self._arithmetic.autocast():
+                value = self._loss(self._model(self._to_device(inputs)), self._to_device(targets))
+            value.backward()
+        except Exception as error:
+            if isinstance(error, RunEnds) or is_out_of_memory(error):
+                raise
+            raise JobError(f"model.name: {what} does not go through model and loss: {describe(error)}") from None
+        grads = {name: weight.grad for name, weight in named_parameters(self._modules) if weight.grad is not None}
+        for name, grad in grads.items():
+            if grad.is_sparse:
+                raise JobError(
+                    f"model.name: the parameter {name!r} has a sparse gradient, which cannot be averaged with the dense ones of "
+                    "other workers: build the embedding with sparse=False"
+                )
+        norms = [float(torch.linalg.vector_norm(grad)) for grad in grads.values()]
+        for _, weight in named_parameters(self._modules):
+            weight.grad = None
+        uses = tuple(int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True))
+        return Outcome(value.item(), math.hypot(*norms), uses)
+
+    def _same(self, one: Outcome, other: Outcome) -> bool:
+        close = _CLOSE[self._arithmetic.precision]
+
+        def near(a: float, b: float) -> bool:
+            return a == b or math.isclose(a, b, rel_tol=close) or (not math.isfinite(a) and not math.isfinite(b))
+
+        return near(one.loss, other.loss) and near(one.gradient, other.gradient) and one.uses == other.uses
+
+    def _averages(self) -> list[torch.Tensor]:
+        return [buffer.clone() for layer in self._layers for buffer in layer.averages]
+
+    def _explain(self, first: Outcome, inputs: Any, targets: Any, restore: Callable[[], None]) -> None:
+        """Raise JobError for a second pass that was not like the first."""
+        again = self._pass(inputs, targets)
+        if not self._same(first, again):
+            raise JobError(
+                "model.name: the model or the loss gives another result for the same samples, seeds and state: loss "
+                f"{first.loss!r}, then {again.loss!r}. It draws from a generator of its own (draw from torch, numpy.random or "
+                "random, which are seeded for each micro-batch), or changes something in its forward pass that is not saved"
+            )
+        for layer in self._layers:
+            restore()
+            _move([layer])
+            if not self._same(first, self._pass(inputs, targets)):
+                raise JobError(
+                    f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) reads its running statistics while it "
+                    "trains; a worker has only a part of them then, so the result would depend on the number of workers"
+                )
+        raise JobError("model.name: the model reads running statistics of batch normalisation while it trains")
+
+    def _refuse_other_rules(self, first: Outcome, averages: list[torch.Tensor], moved: list[torch.Tensor]) -> None:
+        for number, layer in enumerate(self._layers):
+            kept = (1 - layer.momentum) ** first.uses[number]
+            for buffer, before, delta in zip(layer.averages, averages[2 * number :], moved[2 * number :], strict=False):
+                close = 1e-3 * delta.abs() + 1e-5 * before.abs()
+                away = (buffer - before - kept * delta).abs()
+                if not bool((away <= close).logical_or(~before.isfinite()).all()):
+                    raise JobError(
+                        f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) does not follow the "
+                        "micro-batches by (1 − momentum)·running + momentum·batch, so the workers' parts of its running "
+                        "statistics would not add up"
+                    )
+
+
+class _State(NamedTuple):
+    """Saved state that a forward and backward pass must leave as it is."""
+
+    digests: Mapping[str, int]
+    extra: Mapping[str, bytes]
+    modes: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, modules: Modules, layers: list[NormLayer]) -> _State:
+        moving = {id(buffer) for layer in layers for buffer in (*layer.averages, layer.uses)}
+        resting = {name: value.detach() for name, value in saved_tensors(modules).items() if id(value) not in moving}
+        extra = {name: pack({name: value}) for name, value in extra_states(modules).items()}
+        return cls(tensor_digests(resting), extra, {name: module.training for name, module in named_modules(modules)})
+
+    def refuse_changes(self, modules: Modules, layers: list[NormLayer]) -> None:
+        now = _State.of(modules, layers)
+        changed = [name for name in self.digests if now.digests.get(name) != self.digests[name]]
+        changed += [name for name in self.extra if now.extra.get(name) != self.extra[name]]
+        if changed:
+            raise JobError(
+                f"model.name: the forward or backward pass changes {changed[0]!r}, which is saved with the model: what it "
+                "becomes would depend on how many micro-batches a worker processes (a cache may be a buffer with "
+                "persistent=False)"
+            )
+        if switched := [name for name, mode in now.modes.items() if self.modes.get(name, mode) != mode]:
+            raise JobError(f"model.name: the forward pass changes the mode (training or evaluation) of {switched[0]!r}")
+
+
+@contextmanager
+def _kept(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], None]]:
+    """Put buffers and counts back at the end of the `with` block, and whenever what it gives is called."""
+    buffers = {id(value): value for value in saved_tensors(modules).values() if not isinstance(value, torch.nn.Parameter)}
+    buffers |= {id(buffer): buffer for layer in layers for buffer in (*layer.averages, layer.uses)}
+    copies = [(buffer, buffer.clone()) for buffer in buffers.values()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, copy in copies:
+                buffer.copy_(copy)
+
+    try:
+        yield restore
+    finally:
+        restore()
+        for _, weight in named_parameters(modules):
+            weight.grad = None
+
+
+@torch.no_grad()
+def _move(layers: list[NormLayer]) -> list[torch.Tensor]:
+    """Move the running statistics and the counts; δ of each mean and variance."""
+    moved = []
+    for layer in layers:
+        mean, var = layer.averages
+        moved += [1 + mean.abs(), 1 + 3 * var.abs()]
+        mean.add_(moved[-2])
+        var.add_(moved[-1])
+        layer.uses.add_(_COUNTS)
+    return moved
+
+
+def describe(error: BaseException) -> str:
+    """An error of the user's code: its kind and message, the user's own line, and the whole traceback below."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    own = [frame for frame in frames if not frame.filename.startswith((*packages, "<"))] or frames
+    place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
+    told = "".join(traceback.format_exception(error)).rstrip()
+    return f"{type(error).__name__}: {error}{place}\n{told}"
+
+
+def fingerprint(batch: Any) -> int:
+    """A number for what a batch holds, 0 … 2^32 − 1: tensors by their bytes, inside lists, tuples and dicts too."""
+    if isinstance(batch, torch.Tensor):
+        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, len(batch.shape))
+    if isinstance(batch, Mapping):
+        return zlib.crc32(repr([(str(key), fingerprint(value)) for key, value in batch.items()]).encode())
+    if isinstance(batch, (list, tuple)):
+        return zlib.crc32(repr([fingerprint(value) for value in batch]).encode())
+    known = isinstance(batch, (str, bytes, int, float, bool, type(None)))
+    return zlib.crc32((repr(batch) if known else type(batch).__qualname__).encode())

@@ -1,0 +1,399 @@
+"""Models, data sets and losses as people write them, for the tests of the laws. Named in jobs as own_parts:Name."""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset, Subset
+
+from hvdlarge.data.datasets import InMemory
+
+FEATURES, CLASSES = 6, 3
+
+
+# --- data
+
+
+def tensors(samples=53, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, FEATURES, generator=generator), torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def plain(samples=53):
+    return InMemory(*tensors(samples)), InMemory(*tensors(20, 1))
+
+
+class Pairs(Dataset):
+    """A map-style set; `draw` adds to a sample what it draws."""
+
+    def __init__(self, samples=53, draw=lambda: 0.0):
+        self.inputs, self.targets = tensors(samples)
+        self.draw = draw
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        return self.inputs[index] + self.draw(), self.targets[index]
+
+
+def draw_from_all():
+    return torch.randn(()) + np.random.normal() + random.gauss(0.0, 1.0)
+
+
+def augmented():
+    return Pairs(draw=draw_from_all), None
+
+
+class Transformed(Subset):
+    """The usual way to give the halves of random_split transforms of their own."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + 10 + 0.1 * draw_from_all(), target
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class AugmentedTensors(InMemory):
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + 10 + 0.1 * draw_from_all(), target
+
+
+class NoisyTensors(InMemory):
+    def batch(self, indices):
+        inputs, targets = super().batch(indices)
+        return inputs + torch.randn_like(inputs) + np.random.normal() + random.random(), targets
+
+
+class Delegating(Dataset):
+    """Wraps a set, and hands on whatever it is asked for and lacks: the set's ways to many samples too."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        inputs, target = self.dataset[index]
+        return inputs + 10 + torch.randn(()), target
+
+
+def subset(kind="Transformed"):
+    return Transformed(Pairs(), list(range(0, 53, 2))) if kind == "Transformed" else Delegating(
+        Transformed(Pairs(), range(40))
+    ), None
+
+
+def tensor_set(kind):
+    return globals()[kind](*tensors()), None
+
+
+class OwnGenerator(Pairs):
+    """Draws from a generator that nobody can seed."""
+
+    def __init__(self):
+        generator = np.random.default_rng()
+        super().__init__(draw=generator.normal)
+
+
+def own_generator():
+    return OwnGenerator(), None
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 53
+
+    def __iter__(self):
+        return iter([(torch.zeros(FEATURES), torch.tensor(0))] * 53)
+
+
+def iterable():
+    return Stream(), None
+
+
+# --- models
+
+
+class Net(nn.Module):
+    """Two layers and, between them, what the subclasses put there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, 5), nn.Linear(5, CLASSES)
+        self.build()
+
+    def build(self):
+        pass
+
+    def between(self, hidden):
+        return hidden
+
+    def forward(self, inputs):
+        return self.last(torch.tanh(self.between(self.first(inputs))))
+
+
+class Normed(Net):
+    def build(self):
+        self.norm = nn.BatchNorm1d(5)
+
+    def between(self, hidden):
+        return self.norm(hidden)
+
+
+def in_evaluation_mode():
+    return Normed().eval()
+
+
+class Frozen(Normed):
+    """Frozen batch norm by the standard idiom."""
+
+    def build(self):
+        super().build()
+        self.norm.running_mean.fill_(0.3)
+        self.norm.running_var.fill_(2.0)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+class TwoNames(Normed):
+    def build(self):
+        super().build()
+        self.body = nn.Sequential(self.norm, nn.Tanh())
+
+    def between(self, hidden):
+        return self.body(hidden)
+
+
+class Twice(Normed):
+    def between(self, hidden):
+        return self.norm(torch.sin(self.norm(hidden)))
+
+
+class Never(Normed):
+    def between(self, hidden):
+        return hidden
+
+
+class Recomputed(Normed):
+    def between(self, hidden):
+        return checkpoint(lambda hidden: torch.sin(self.norm(hidden)), hidden, use_reentrant=False)
+
+
+class NormAct(nn.BatchNorm1d):
+    """A layer that normalises as its base class does, by a forward of its own."""
+
+    def forward(self, hidden):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, var = (None, None) if not self.training else (self.running_mean, self.running_var)
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+        normed = nn.functional.batch_norm(
+            hidden, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )  # fmt: skip
+        return torch.tanh(normed)
+
+
+class OwnForward(Net):
+    def build(self):
+        self.norm = NormAct(5)
+
+    def between(self, hidden):
+        return self.norm(hidden)
+
+
+class Renorm(nn.BatchNorm1d):
+    """Batch renormalisation (Ioffe 2017): reads the running statistics while it trains, once they have settled."""
+
+    def forward(self, hidden):
+        if not self.training:
+            return super().forward(hidden)
+        limit = 1.0 if self.num_batches_tracked < 20 else 3.0
+        mean, std = hidden.mean(0), hidden.std(0, unbiased=False) + self.eps
+        r = (std.detach() / self.running_var.sqrt()).clamp(1 / limit, limit)
+        normed = (hidden - mean) / std * r
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(std.square(), self.momentum)
+        return normed * self.weight + self.bias
+
+
+class Renormed(Net):
+    def build(self):
+        self.norm = Renorm(5)
+
+    def between(self, hidden):
+        return self.norm(hidden)
+
+
+class Geometric(nn.BatchNorm1d):
+    """Updates its running variance by a rule that is not linear."""
+
+    def forward(self, hidden):
+        if self.training:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_var.mul_(hidden.var(0) / self.running_var).clamp_(min=1e-3)
+        return nn.functional.batch_norm(hidden, None, None, self.weight, self.bias, True)
+
+
+class OtherRule(Net):
+    def build(self):
+        self.norm = Geometric(5)
+
+    def between(self, hidden):
+        return self.norm(hidden)
+
+
+class ModeSwitch(Normed):
+    """Freezes its batch norm in a forward pass."""
+
+    def between(self, hidden):
+        self.norm.eval()
+        return self.norm(hidden)
+
+
+class NumpyNoise(Net):
+    def between(self, hidden):
+        return hidden + torch.from_numpy(np.random.normal(size=hidden.shape)).to(hidden) * random.random()
+
+
+class DrawsAlways(Net):
+    """Draws in evaluation mode too."""
+
+    def between(self, hidden):
+        return hidden + torch.randn_like(hidden) + np.random.normal()
+
+
+class OwnNoise(Net):
+    def build(self):
+        self.generator = np.random.default_rng()
+
+    def between(self, hidden):
+        return hidden + self.generator.normal()
+
+
+class Skipping(Normed):
+    """A layer that is skipped by chance, and one by what is in the micro-batch."""
+
+    def build(self):
+        super().build()
+        self.chance, self.data = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def between(self, hidden):
+        if torch.rand(()) < 0.5:
+            hidden = self.norm(self.chance(hidden))
+        return self.data(hidden) if hidden.sum() > 0 else hidden
+
+
+class Spectral(Net):
+    """Complex and 0-dimensional parts, a table kept in float64, and one in integers."""
+
+    def build(self):
+        self.register_buffer("rotation", torch.polar(torch.ones(5), torch.arange(5.0)))
+        self.register_buffer("table", torch.full((5,), 1 / 3, dtype=torch.float64))
+        self.register_buffer("order", torch.arange(5))
+        self.filter = nn.Parameter(torch.full((5,), 1 + 1j), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def between(self, hidden):
+        turned = (hidden * self.rotation * self.filter).real[:, self.order]
+        return self.scale * turned.to(hidden.dtype) + self.table.to(hidden.dtype)
+
+
+class TrainedComplex(Net):
+    def build(self):
+        self.filter = nn.Parameter(torch.full((5,), 1 + 1j))
+
+    def between(self, hidden):
+        return (hidden * self.filter).real
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(10, 5, sparse=True), nn.Linear(5, CLASSES)
+
+    def forward(self, inputs):
+        return self.last(self.table((inputs[:, 0].abs() * 3).long().clamp(max=9)))
+
+
+class Tied(Net):
+    def build(self):
+        self.again, self.unused = nn.Linear(FEATURES, 5), nn.Linear(5, 5)
+        self.again.weight = self.first.weight
+        self.first.bias.requires_grad_(False)
+
+    def forward(self, inputs):
+        return super().forward(inputs + self.again(inputs).mean(1, keepdim=True))
+
+
+class Remembering(Net):
+    """Keeps something beside its tensors."""
+
+    counts = False
+
+    def build(self):
+        self.seen = {"calls": 7, "mean": torch.ones(2)}
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+    def between(self, hidden):
+        if self.counts:
+            self.seen = {**self.seen, "calls": self.seen["calls"] + 1}
+        return hidden * self.seen["mean"][0].to(hidden)
+
+
+class Counting(Remembering):
+    counts = True
+
+
+class PowerIteration(Net):
+    def build(self):
+        self.first = nn.utils.parametrizations.spectral_norm(self.first)
+
+
+class Raising(Net):
+    def between(self, hidden):
+        raise ValueError("heads must divide the width")
+
+
+# --- losses
+
+
+class Temperature(nn.Module):
+    """Cross entropy with a temperature that is learnt."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.shift = nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(self.shift(outputs) * self.log_scale.exp(), targets)
+
+
+class Mixed(nn.Module):
+    """Weighs the loss by what numpy draws, as mixup does."""
+
+    def forward(self, outputs, targets):
+        share = np.random.beta(0.4, 0.4)
+        return nn.functional.cross_entropy(outputs, targets) * share + outputs.square().mean() * (1 - share)

@@ -1,0 +1,236 @@
+"""The laws hold for models, data sets and losses as people write them, or the job is refused before its first step.
+
+Whole runs through the door that `train` uses, with run folders and checkpoints, on this world and on one worker.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.exits import JobError, RanksDisagree, RunEnds, Stopped
+from hvdlarge.job_file import parse_job
+from hvdlarge.run import Worker, run
+from hvdlarge.stopping import StopRequest
+from hvdlarge.watchdog import Watchdog
+
+JOB = """
+name: law
+epochs: 3.1
+precision: fp64
+data: {name: 'own_parts:plain'}
+model: {name: 'own_parts:Net'}
+batch: {base: 8, micro: 4, growth: {policy: adabatch, factor: 2, every_epochs: 1, max: 30}}
+lr: {base: 0.5}
+optimizer: {name: lars, weight_decay: 1e-3, trust_coefficient: 0.02}
+evaluate: {every_epochs: 1, micro_batch: 7}
+log: {every_steps: 5}
+compare_every_steps: 2
+"""
+
+
+class StopAfter(StopRequest):
+    """Asks for a stop in a step."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def wanted(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def folder(control):
+    """A folder that all ranks share."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(control.allgather(own.encode())[0].decode())
+        control.barrier()
+
+
+def job_of(changes):
+    return parse_job(JOB, "law", changes)
+
+
+def train(job, control, tensors, place, stop_after=None):
+    """Train a job, or go on with it; what its last checkpoint holds."""
+    job = job.model_copy(update={"run_dir": str(place)})
+    stop = StopRequest() if stop_after is None else StopAfter(stop_after)
+    file = place.parent / f"job-{control.rank}.yaml"
+    file.write_text(JOB)
+    run(job, file, False, Worker(None, {}, control, tensors, Watchdog(control.rank, job.timeouts.limits()), stop))
+    control.barrier()
+    return torch.load(place / "checkpoints/last.pt", weights_only=True)
+
+
+def alone(job, control, place):
+    return train(job, SoloControl(), SoloTensors(), place / f"alone-{control.rank}")
+
+
+def distance(ours, theirs):
+    """The largest relative distance of any tensor of two checkpoints, model and loss."""
+    away = 0.0
+    for part in ("model", "loss"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            if isinstance(value, torch.Tensor):
+                assert ours[part][name].dtype == value.dtype
+                wide = torch.complex128 if value.is_complex() else torch.float64
+                gap = (ours[part][name].to(wide) - value.to(wide)).norm().item()
+                away = max(away, gap / max(1e-3, value.to(wide).norm().item()))
+    return away
+
+
+SOUND = {
+    "a subset with a transform": ["data={name: 'own_parts:subset'}"],
+    "a wrapper that delegates": ["data={name: 'own_parts:subset', args: {kind: Delegating}}"],
+    "tensors with an augmentation of their own": ["data={name: 'own_parts:tensor_set', args: {kind: AugmentedTensors}}"],
+    "tensors whose batches draw": ["data={name: 'own_parts:tensor_set', args: {kind: NoisyTensors}}"],
+    "an augmentation that draws from three generators": ["data={name: 'own_parts:augmented'}"],
+    "a model that came in evaluation mode": ["model.name=own_parts:in_evaluation_mode"],
+    "a frozen batch norm": ["model.name=own_parts:Frozen"],
+    "a batch norm under two names": ["model.name=own_parts:TwoNames"],
+    "a batch norm used twice": ["model.name=own_parts:Twice"],
+    "a batch norm that is never used": ["model.name=own_parts:Never"],
+    "a batch norm that is recomputed": ["model.name=own_parts:Recomputed"],
+    "a batch norm with a forward of its own": ["model.name=own_parts:OwnForward"],
+    "layers that are skipped": ["model.name=own_parts:Skipping", "gradients.missing=zero", "batch.micro=2", "epochs=2"],
+    "a model that draws from numpy and random": ["model.name=own_parts:NumpyNoise"],
+    "a model that draws in evaluations": ["model.name=own_parts:DrawsAlways"],
+    "complex, 0-dimensional and integer parts": ["model.name=own_parts:Spectral"],
+    "tied, frozen and unused weights": ["model.name=own_parts:Tied"],
+    "extra state": ["model.name=own_parts:Remembering"],
+    "a loss with parameters": ["loss.name=own_parts:Temperature"],
+    "a loss that draws from numpy": ["loss.name=own_parts:Mixed"],
+    "more groups than tensors": ["horovod={groups: 80}"],
+}
+
+
+@pytest.mark.parametrize("changes", SOUND.values(), ids=SOUND.keys())
+def test_any_number_of_workers_and_interruptions_give_the_same_run(control, tensors, folder, changes):
+    job = job_of(changes)
+    expected = alone(job, control, folder)
+    found = train(job, control, tensors, folder / "whole")
+    assert distance(found, expected) < 1e-12
+    assert found["state"]["results"] == pytest.approx(expected["state"]["results"], rel=1e-9)
+
+    with pytest.raises(Stopped):
+        train(job, control, tensors, folder / "parts", stop_after=3)
+    control.barrier()
+    again = train(job, control, tensors, folder / "parts")
+    assert distance(again, found) == 0.0  # on the same number of workers, bit for bit
+    if control.rank == 0:  # the rest of a run of many workers on one
+        with pytest.raises(Stopped):
+            train(job, SoloControl(), SoloTensors(), folder / "moved", stop_after=2)
+    control.barrier()
+    moved = train(job, control, tensors, folder / "moved")
+    assert distance(moved, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "name", ["a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
+             "a loss with parameters", "a model that came in evaluation mode", "a model that draws from numpy and random"]
+)  # fmt: skip
+def test_exact_mode_is_bit_identical(control, tensors, folder, name):
+    if control.size & (control.size - 1):
+        pytest.skip("exact mode needs 1, 2, 4, 8, … workers")
+    job = job_of([*SOUND[name], "reduction=exact", "precision=fp32"])
+    assert distance(train(job, control, tensors, folder / "many"), alone(job, control, folder)) == 0.0
+
+
+def test_the_mode_in_which_a_model_comes_does_not_matter(control, tensors, folder):
+    came_training = train(job_of(["model.name=own_parts:Normed"]), control, tensors, folder / "training")
+    came_in_eval = train(job_of(["model.name=own_parts:in_evaluation_mode"]), control, tensors, folder / "evaluation")
+    assert distance(came_in_eval, came_training) == 0.0
+    assert came_training["model"]["norm.running_mean"].abs().max() > 0.01
+
+
+def test_frozen_statistics_stay_what_they_were(control, tensors, folder):
+    model = train(job_of(["model.name=own_parts:Frozen"]), control, tensors, folder / "frozen")["model"]
+    assert model["norm.running_mean"].tolist() == [pytest.approx(0.3)] * 5
+    assert model["norm.num_batches_tracked"] == 0
+
+
+def test_types_stay_as_they_were_built(control, tensors, folder):
+    for precision, kinds in {"fp32": (torch.complex64, torch.float32), "fp64": (torch.complex128, torch.float64)}.items():
+        model = train(job_of(["model.name=own_parts:Spectral", f"precision={precision}"]), control, tensors, folder / precision)[
+            "model"
+        ]
+        assert (model["rotation"].dtype, model["filter"].dtype) == (kinds[0], kinds[0])
+        assert model["first.weight"].dtype == kinds[1]
+        assert (model["table"].dtype, model["order"].dtype) == (torch.float64, torch.int64)
+        assert model["table"].tolist() == [1 / 3] * 5
+        assert (model["filter"] == 1 + 1j).all()
+
+
+def test_parameters_of_a_loss_are_trained_and_saved(control, tensors, folder):
+    found = train(job_of(["loss.name=own_parts:Temperature"]), control, tensors, folder / "loss")
+    assert found["loss"]["log_scale"].abs() > 1e-4
+    assert "loss.shift.weight" in found["optimizer"]
+    assert not any(name.startswith("loss") for name in found["model"])
+
+
+REFUSED = {
+    "data={name: 'own_parts:own_generator'}": "training set gives other samples when it is read again",
+    "data={name: 'own_parts:iterable'}": "IterableDataset",
+    "model.name=own_parts:OwnNoise": "draws from a generator of its own",
+    "model.name=own_parts:Renormed": "'norm' .Renorm. reads its running statistics while it trains",
+    "model.name=own_parts:OtherRule": "'norm' .Geometric. does not follow",
+    "model.name=own_parts:ModeSwitch": "changes the mode .* of 'norm'",
+    "model.name=own_parts:Counting": "changes '_extra_state'",
+    "model.name=own_parts:PowerIteration": "changes 'first.parametrizations.weight.0._u'",
+    "model.name=own_parts:Sparse": "'table.weight' has a sparse gradient",
+    "model.name=own_parts:TrainedComplex": "'filter' is trained and complex128",
+    "model.name=own_parts:Raising": r"ValueError: heads must divide the width \(.*own_parts.py, line \d+, in between\)",
+    "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
+    "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.items())
+def test_a_job_without_one_result_is_refused_before_its_first_step(control, tensors, folder, changes, message):
+    job = job_of(changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split())
+    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloControl(), SoloTensors())}.items():
+        with pytest.raises(RunEnds, match=f"(?s){message}") as raised:
+            train(job, *wires, folder / where)
+        assert raised.value.code == JobError.code
+        assert not (folder / where).exists()
+    control.barrier()
+
+
+def test_a_gradient_that_is_there_on_some_ranks_only_is_named(control, tensors, folder):
+    job = job_of(["model.name=own_parts:Skipping", "batch.micro=2"])
+    if control.size == 1:
+        pytest.skip("one rank agrees with itself")
+    with pytest.raises(RanksDisagree, match="the parameter '(norm|chance|data).* gradients.missing: zero"):
+        train(job, control, tensors, folder / "run")
+
+
+def test_every_rank_reads_the_same_samples_or_the_difference_is_told(control, tensors, folder, monkeypatch):
+    if control.size == 1:
+        pytest.skip("one rank agrees with itself")
+    import own_parts
+
+    def listed_in_another_order(samples=53):
+        inputs, targets = own_parts.tensors(samples)
+        order = torch.arange(samples) if control.rank == 0 else torch.arange(samples - 1, -1, -1)
+        return own_parts.InMemory(inputs[order], targets[order]), None
+
+    monkeypatch.setattr(own_parts, "plain", listed_in_another_order)
+    with pytest.raises(RanksDisagree, match=r"do not have the same training samples .* listed in the same order"):
+        train(job_of([]), control, tensors, folder / "run")
+
+
+def test_decisions_are_those_of_one_worker(control, tensors, folder):
+    job = job_of([])
+    alone(job, control, folder)
+    train(job, control, tensors, folder / "many")
+    ours, theirs = (
+        [json.loads(line) for line in (folder / where / "decisions.jsonl").read_text().splitlines()]
+        for where in ("many", f"alone-{control.rank}")
+    )
+    assert ours == theirs
