@@ -156,8 +156,8 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
 
     assert job is not None  # _job gave one
     torch.set_num_threads(options.threads)
-    ingredients = gather_ingredients(job, world.control, world.tensors)
     clock = StepClock(world.control.rank, job.timeouts.limits())
+    ingredients = gather_ingredients(job, world.control, world.tensors, clock)
     worker = Worker(world.launch, world.settings, world.control, world.tensors, clock, StopRequest())
     seconds = measure_step(job, ingredients, worker, clock, options.steps, options.rounds, options.only)
     timings = {name: Timing.of(values) for name, values in seconds.items()}

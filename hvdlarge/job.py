@@ -274,6 +274,8 @@ class Timeouts(Section):
 
     start_seconds: Positive = 300.0
     step_seconds: Positive = 300.0
+    data_seconds: Positive = 3600.0  # for building the data sets
+    checkpoint_seconds: Positive = 3600.0  # for finding, verifying and loading a checkpoint, and sharing it
     fetch_seconds: Positive = 600.0
     evaluate_seconds: Positive = 3600.0
     save_seconds: Positive = 3600.0

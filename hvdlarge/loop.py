@@ -57,6 +57,7 @@ class Parts:
     watchdog: Watchdog
     cadence: Cadence
     log: RunLog | None  # rank 0's; None elsewhere
+    unlike: bool = False  # whether the ranks round differently
 
 
 def train(parts: Parts, state: RunState) -> None:
@@ -84,7 +85,9 @@ def train(parts: Parts, state: RunState) -> None:
         layout = parts.plan.layout(decision)
         fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
         compare = decision.step % parts.cadence.compare_every_steps == 0
-        digest = combined(digests(parts.learner)) if compare else None
+        if compare and parts.unlike:
+            take_over(parts.learner, parts.tensors)
+        digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
         where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
         try:
             with told_what_to_change(where, smaller_micro_batch(decision.micro_batch, decision.global_batch)):
@@ -164,7 +167,10 @@ def save(parts: Parts, state: RunState, position: Position | None, cut: bool, be
         RanksDisagree, Diverged: on every rank alike.
     """
     parts.policy.settle(parts.learner)
-    compare_states(parts.control, parts.learner)
+    if parts.unlike:
+        take_over(parts.learner, parts.tensors)
+    else:
+        compare_states(parts.control, parts.learner)
     not_finite = [name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()]
     if not_finite:
         raise Diverged(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
@@ -180,10 +186,20 @@ def check_files(parts: Parts) -> None:
         parts.log.check()
 
 
+def shared_state(learner: Learner) -> dict[str, torch.Tensor]:
+    """Each tensor that must be the same on every rank, by name."""
+    partial = learner.statistics.partial_buffers()
+    return named_state(learner.modules, learner.update.optimizer, learner.names, partial)
+
+
 def digests(learner: Learner) -> dict[str, int]:
     """A digest of each tensor that must be the same on every rank."""
-    partial = learner.statistics.partial_buffers()
-    return tensor_digests(named_state(learner.modules, learner.update.optimizer, learner.names, partial))
+    return tensor_digests(shared_state(learner))
+
+
+def take_over(learner: Learner, tensors: TensorWire) -> None:
+    """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every rank calls this together."""
+    tensors.broadcast_(list(shared_state(learner).items()))
 
 
 def compare_states(control: ControlWire, learner: Learner) -> None:

@@ -14,6 +14,7 @@ Contract: leaves nothing behind but caches of the model's own: gradients, saved 
 from __future__ import annotations
 
 import math
+import struct
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +52,7 @@ def rehearse(
     loader: Loader,
     seed: int,
     control: ControlWire,
-) -> None:
+) -> bool:
     """Rehearse the first samples of a run. Every rank calls this together, before the first decision is announced.
 
     Args:
@@ -64,6 +65,9 @@ def rehearse(
         seed: of the run.
         control: the wire.
 
+    Returns:
+        Whether the ranks round differently, as unlike CPUs or GPUs do; the same on every rank.
+
     Raises:
         JobError: on every rank alike, for what Rehearsal refuses, for samples that cannot be read, and for samples that differ
             when they are read again.
@@ -75,15 +79,24 @@ def rehearse(
     hint = f"do all hosts have the same files, listed in the same order? The first {sizes.first} of the run were compared"
     same_everywhere(control, samples, f"training samples ({hint}, by a digest)")
 
-    def passes() -> None:
+    def passes() -> Outcome:
         trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
-        trial.run(loaded[0].inputs, loaded[0].targets)
+        outcome = trial.run(loaded[0].inputs, loaded[0].targets)
         if len(loaded) > 1:
             trial.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
+        return outcome
 
     advice = smaller_micro_batch(sizes.first, plan.initial_batch)
     with told_what_to_change(f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice):
-        all_or_none(control, passes)
+        outcome = all_or_none(control, passes)
+    return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
+
+
+def _rounding(outcome: Outcome, device: torch.device) -> bytes:
+    """What two workers that round alike have in common."""
+    if device.type == "cuda":  # the order of sums within a backward pass may differ there from time to time
+        return torch.cuda.get_device_name(device).encode()
+    return struct.pack("<dd", outcome.loss, outcome.gradient)
 
 
 class _Sizes(NamedTuple):

@@ -65,6 +65,7 @@ class Ingredients:
     loss: Callable[[Any, Any], torch.Tensor]
     optimizer: torch.optim.Optimizer
     notes: Sequence[str] = ()  # what the user may not expect
+    unlike: bool = False  # whether the ranks round differently
 
 
 def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
@@ -82,21 +83,28 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     control = worker.control
     hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
     cores = cores_per_worker([(other["host"], other["cores"]) for other in hosts], control.rank)
-    _settle_torch(1 if job.reduction == "exact" else cores, job.deterministic, tf32=job.precision == "tf32")
-    found = gather_ingredients(job, control, worker.tensors)
+    exact = job.reduction == "exact"
+    _settle_torch(1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32")
+    found = gather_ingredients(job, control, worker.tensors, worker.watchdog)
     loader = assembly.build_loader(job.data, found.training_set, job.seed)
     try:
-        _rehearse(job, found, loader, control)
+        found = _rehearse(job, found, loader, worker)
         _train(job, job_file, fresh, worker, found, loader, hosts, cores)
     finally:
         loader.close()
 
 
-def _rehearse(job: Job, found: Ingredients, loader: Loader, control: ControlWire) -> None:
+def _rehearse(job: Job, found: Ingredients, loader: Loader, worker: Worker) -> Ingredients:
     to_device = assembly.device_mover(found.arithmetic, job.model.channels_last)
-    rehearse(found.plan, found.model, found.loss, found.arithmetic, to_device, loader, job.seed, control)
+    with worker.watchdog.during("rehearse"):
+        unlike = rehearse(found.plan, found.model, found.loss, found.arithmetic, to_device, loader, job.seed, worker.control)
     if found.arithmetic.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(found.arithmetic.device)
+    note = (
+        "the ranks do not round alike (unlike CPUs or GPUs, or numbers of threads): instead of being compared, weights and "
+        f"optimizer state are taken over from rank 0, every {job.compare_every_steps} steps and before each checkpoint"
+    )
+    return replace(found, unlike=unlike, notes=[*found.notes, note] if unlike else found.notes)
 
 
 def _train(
@@ -115,9 +123,11 @@ def _train(
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
     length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
     modules = trained_modules(found.model, found.loss)
-    start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules))
+    with worker.watchdog.during("checkpoint"):
+        start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules))
     learner = join(job, found, control, worker.tensors)
-    position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
+    with worker.watchdog.during("checkpoint"):
+        position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
     found, cut_notes = _keep_cutting(found, state, control.size)
     if position.samples_seen >= found.plan.clock.total_samples:
         if control.rank == 0:
@@ -148,7 +158,7 @@ def _train(
             log.close()
 
 
-def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> Ingredients:
+def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire, watchdog: Watchdog) -> Ingredients:
     """Build what the job names and hold it against the other ranks'. Every rank calls this together.
 
     Raises:
@@ -156,7 +166,9 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
     """
     device = all_or_none(control, lambda: assembly.choose_device(tensors))
     arithmetic = all_or_none(control, lambda: Arithmetic(job.precision, device))
-    training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
+    notes = assembly.check_gpus(device, control, tensors)
+    with watchdog.during("data"):
+        training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
     sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
     same_everywhere(control, sizes | {"device": device.type}, "data and devices")
     plan = all_or_none(control, lambda: plan_run(job, len(training_set), control.size))
@@ -167,7 +179,7 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> I
         )
         torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
         plan = replace(plan, largest_micro_batch=largest)
-    return Ingredients(arithmetic, training_set, test_set, sizes, plan, *built)
+    return Ingredients(arithmetic, training_set, test_set, sizes, plan, *built[:3], [*notes, *built.notes])
 
 
 def _keep_cutting(found: Ingredients, state: RunState, world_size: int) -> tuple[Ingredients, list[str]]:
@@ -298,6 +310,7 @@ def parts_of(
         watchdog=worker.watchdog,
         cadence=Cadence(job.log.every_steps, job.evaluate.every_epochs, job.compare_every_steps),
         log=log,
+        unlike=found.unlike,
     )
 
 
@@ -305,7 +318,10 @@ def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None
     """Bring every rank back to the last checkpoint, with a lower rate. Every rank calls this together."""
     control, tensors, rolled_back = parts.control, parts.tensors, state.rolled_back + 1
     on_rank_0(control, parts.saver.finish)
-    found = on_rank_0(control, lambda: resume.go_back(checkpoints, parts.learner.modules) if checkpoints is not None else None)
+    with parts.watchdog.during("checkpoint"):
+        found = on_rank_0(
+            control, lambda: resume.go_back(checkpoints, parts.learner.modules) if checkpoints is not None else None
+        )
     assembly.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)
     position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())

@@ -58,6 +58,7 @@ class HorovodTensors:
         self.local_rank: int = hvd.local_rank()
         self.local_size: int = hvd.local_size()
         self.carries_gpu_tensors: bool = bool(hvd.cuda_built() or hvd.rocm_built())
+        self.needs_own_gpus: bool = bool(hvd.nccl_built())
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""

@@ -50,6 +50,7 @@ class SoloTensors:
     local_rank = 0
     local_size = 1
     carries_gpu_tensors = True
+    needs_own_gpus = False
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Rank 0's tensors are these."""

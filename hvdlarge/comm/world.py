@@ -105,6 +105,7 @@ class TensorWire(Protocol):
     local_rank: int
     local_size: int
     carries_gpu_tensors: bool
+    needs_own_gpus: bool  # whether two workers cannot share one
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite each named tensor by rank 0's, in place. Names, shapes and types are the same on every rank."""

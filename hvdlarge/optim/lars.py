@@ -58,7 +58,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
     _ratios: dict[torch.Tensor, float] | None = None  # of the last step; None: not yet brought from the GPU
     _table: lars_gpu.Table | None = None
     against_gpu: str | None = None  # what some worker has against it: all of them go the same way
-    _last: lars_gpu.DeviceNorms | None = None
+    _last: tuple[lars_gpu.DeviceNorms, lars_gpu.Table] | None = None  # of the last step that moved the weights
     _together: bool | None = None  # whether a GPU moves the tensors together; None before the first step
 
     def __init__(
@@ -106,7 +106,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         if isinstance(measured, lars_gpu.DeviceNorms):
             assert self._table is not None  # it has measured
             self._table.move(measured, self.param_groups)
-            self._last, self._ratios = measured, None
+            self._last, self._ratios = (measured, self._table), None
             return
         assert isinstance(measured, HostNorms)
         grad_norms = measured.of  # gradients that are zero have been taken away
@@ -131,6 +131,8 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        if state["momentum_buffer"].device != weight.device:  # a kernel would be handed an address of another memory
+            raise ValueError(f"the momentum of a weight on {weight.device} lies on {state['momentum_buffer'].device}")
         return state["momentum_buffer"]
 
     def measure(self) -> GradientNorms:
@@ -170,8 +172,9 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         """λ of a tensor in the last step (1 for one that is not adapted); None if it was left alone. May wait for a GPU."""
         if self._ratios is None:
             self._ratios = {}
-            if self._last is not None and self._table is not None:
-                rows = zip(self._last.weights, self._table.ratios.tolist(), self._last.values[1].tolist(), strict=True)
+            if self._last is not None:
+                measured, table = self._last
+                rows = zip(measured.weights, table.ratios.tolist(), measured.values[1].tolist(), strict=True)
                 self._ratios = {weight: ratio for weight, ratio, grad_norm in rows if grad_norm != 0}
         return self._ratios.get(weight)
 

@@ -376,6 +376,13 @@ class Raising(Net):
         raise ValueError("heads must divide the width")
 
 
+class OnlyDeterministic(Net):
+    def between(self, hidden):
+        if not torch.are_deterministic_algorithms_enabled():
+            raise ValueError("torch may take algorithms that give other bits from time to time")
+        return hidden
+
+
 # --- losses
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from hvdlarge.data.datasets import InMemory, _pixels_and_labels, digits
 from hvdlarge.data.layout import BatchLayout, MicroBatch
@@ -37,6 +37,68 @@ class ManyNumbers(Numbers):
     def __getitems__(self, indices):
         drawn = torch.rand(len(indices))
         return [(torch.tensor(index), drawn[number]) for number, index in enumerate(indices)]
+
+
+class Shifted(Subset):
+    """The usual way to give a half of random_split a transform of its own."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] + 1000, 0
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class ShiftedTensors(InMemory):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] + 1000, 0
+
+
+class Delegating(Dataset):
+    """Hands on what it lacks to the set inside, whose way to many samples it has not been asked to take."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index][0] + 1000, 0
+
+
+class DrawnTensors(InMemory):
+    def batch(self, indices):
+        return torch.tensor([torch.rand(()).item(), random.random(), np.random.random()]), super().batch(indices)[1]
+
+
+TENSORS = InMemory(torch.arange(20), torch.zeros(20, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "first"),
+    [
+        (Shifted(TENSORS, range(4, 12)), 1004),
+        (ShiftedTensors(torch.arange(20), torch.arange(20)), 1000),
+        (Delegating(ManyNumbers()), 1000),
+        (Subset(Shifted(TENSORS, range(4, 12)), range(2, 8)), 1006),
+        (Subset(Subset(TENSORS, range(4, 12)), range(2, 8)), 6),
+    ],
+    ids=["subclass of Subset", "subclass of InMemory", "delegating wrapper", "subset of a subclass", "subset of a subset"],
+)
+def test_a_sample_is_read_as_the_users_class_reads_it(dataset, first):
+    loaded = Fetch(dataset, seed=0, shuffled=False)[MicroBatch(0, 0, 4)]
+    assert loaded.inputs.tolist() == list(range(first, first + 4))
+
+
+def test_what_a_batch_draws_belongs_to_the_micro_batch():
+    fetch = Fetch(DrawnTensors(torch.arange(20), torch.arange(20)), seed=5, shuffled=True)
+    drawn = [fetch[MicroBatch(0, start, start + 4)].inputs for start in (0, 4, 0)]
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.any(drawn[0] == drawn[1])
 
 
 def steps_of(sizes, micro=8):
