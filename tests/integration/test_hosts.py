@@ -1,0 +1,36 @@
+"""Starts on hosts that are slow, or not alike."""
+
+import json
+import platform
+
+import pytest
+from launching import MPIRUN, TRAIN
+
+SLOW_SET = """
+import time
+from hvdlarge.data.datasets import digits
+
+def slow():
+    time.sleep(6)  # as a large folder of files on a network file system does
+    return digits()
+"""
+
+
+def test_a_data_set_that_takes_long_to_build_is_no_hang(train, folder):
+    (folder / "slow_set.py").write_text(SLOW_SET)
+    limits = ["timeouts={start_seconds: 5, data_seconds: 60}", "epochs=0.5", "batch.growth={policy: none}"]
+    ended = train(2, "jobs/digits.yaml", "data.name=slow_set:slow", *limits)
+    assert ended.code == 0, ended.err
+    ended = train(2, "jobs/digits.yaml", "data.name=slow_set:slow", *limits, "timeouts.data_seconds=3", "run_dir=runs/b")
+    assert ended.code == 72, ended.err
+    assert "in phase data" in ended.err
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a CPU that can be told to leave its vector units out")
+def test_workers_that_round_differently_go_on_together(start, folder):
+    job = [*TRAIN, "jobs/digits.yaml", "epochs=2", "batch.growth={policy: none}", "compare_every_steps=10"]
+    plain = ["-x", "ATEN_CPU_CAPABILITY=default", "-x", "ONEDNN_MAX_CPU_ISA=SSE41"]
+    ended = start([*MPIRUN, "-np", "1", *plain, *job, ":", "-np", "1", *job])
+    assert ended.code == 0, ended.err
+    assert "the ranks do not round alike" in ended.out
+    assert json.loads((folder / "runs/digits/summary.json").read_text())["accuracy"] > 0.9
