@@ -282,7 +282,8 @@ class Timeouts(Section):
 
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
-        return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
+        limits = {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
+        return limits | {"rehearse": self.fetch_seconds + self.step_seconds}  # it fetches samples and takes a few passes
 
 
 class Log(Section):

@@ -18,7 +18,7 @@ import struct
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,7 @@ class Rehearsal:
             JobError: naming the layer, parameter or buffer because of which the job cannot have one result, or what the user's
                 own code raised, with its line.
         """
-        with _kept(self._modules, self._layers) as restore, torch.compiler.set_stance("force_eager"):
+        with _kept(self._modules, self._layers) as restore, _eager(self._model):
             before = _State.of(self._modules, self._layers)
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
@@ -194,7 +194,7 @@ class Rehearsal:
 
     def run_once(self, inputs: Any, targets: Any, what: str) -> None:
         """One pass of another size, for what it raises."""
-        with _kept(self._modules, self._layers), torch.compiler.set_stance("force_eager"):
+        with _kept(self._modules, self._layers), _eager(self._model):
             self._pass(inputs, targets, what)
 
     def _pass(self, inputs: Any, targets: Any, what: str = "the first micro-batch") -> Outcome:
@@ -291,6 +291,13 @@ class _State(NamedTuple):
             )
         if switched := [name for name, mode in now.modes.items() if self.modes.get(name, mode) != mode]:
             raise JobError(f"model.name: the forward pass changes the mode (training or evaluation) of {switched[0]!r}")
+
+
+def _eager(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Run a compiled model as it was written: compiling takes minutes, and the steps to come may have other sizes."""
+    if model._compiled_call_impl is None:  # the compiler is not even imported for it
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -31,8 +31,7 @@ class ExactStatistics(RunningStatistics):
 
     def scatter(self) -> None:
         """Before training: see which layers train."""
-        self._layers = [layer for layer in self._tracking if layer.module.training]
-        self._first_counts = self._counts = self._read_counts()
+        self._choose_layers()
         self._scattered = True
 
     def begin_step(self) -> None:

@@ -103,7 +103,7 @@ class RunningStatistics:
         self._parts: list[torch.Tensor] = []  # P of each buffer, while a step is under way
         self._counts: list[int] = []  # uses of each layer when the step began
         self._used: list[int] = []  # in the step, on this rank
-        self._changed: list[int] = []  # layers, by their place in _tracking, whose mode is not what it was
+        self._modes: list[bool] = []  # whether each of _tracking trains, when the statistics were scattered
         self._first_counts: list[int] = []  # when the statistics were scattered
 
     def partial_buffers(self) -> set[int]:
@@ -134,11 +134,8 @@ class RunningStatistics:
             counts = self._read_counts()
             self._used = [now - before for now, before in zip(counts, self._counts, strict=True)]
             self._counts = counts
-        training = {id(layer.module) for layer in self._layers}
-        self._changed = [
-            number for number, layer in enumerate(self._tracking) if layer.module.training != (id(layer.module) in training)
-        ]
-        return bool(self._changed) or any(used != micro_batches for used in self._used)
+        changed = [layer.module.training for layer in self._tracking] != self._modes
+        return changed or any(used != micro_batches for used in self._used)
 
     def end_step(self, layout: BatchLayout, uneven: bool) -> None:
         """Make this rank's part follow the whole step. Every rank calls this together, after `count_uses`.
@@ -162,9 +159,8 @@ class RunningStatistics:
                 buffer.mul_((1 - layer.momentum) ** after).add_(part, alpha=(1 - layer.momentum) ** everyone)
 
     def _refuse_changed_modes(self) -> None:
-        changed = torch.zeros(len(self._tracking), dtype=torch.int64)
-        changed[self._changed] = 1
-        numbers = self._gather_ranks(changed, "running_statistics.modes").sum(dim=0).nonzero().flatten().tolist()
+        changed = torch.tensor([layer.module.training for layer in self._tracking]) != torch.tensor(self._modes)
+        numbers = self._gather_ranks(changed.long(), "running_statistics.modes").sum(dim=0).nonzero().flatten().tolist()
         if numbers:
             raise ModeChanged(
                 f"batch normalisation {self._tracking[numbers[0]].name!r} changed between training and evaluation mode in a "
@@ -181,12 +177,16 @@ class RunningStatistics:
 
     def scatter(self) -> None:
         """Before training: rank 0 keeps the running statistics, the others go on from zero."""
-        self._layers = [layer for layer in self._tracking if layer.module.training]
-        self._first_counts = self._counts = self._read_counts()
+        self._choose_layers()
         if self._rank != 0:
             for buffer in self._buffers():
                 buffer.zero_()
         self._scattered = True
+
+    def _choose_layers(self) -> None:
+        self._modes = [layer.module.training for layer in self._tracking]
+        self._layers = [layer for layer in self._tracking if layer.module.training]
+        self._first_counts = self._counts = self._read_counts()
 
     def partials(self) -> torch.Tensor:
         """A copy of this rank's part of the running statistics, as one vector."""
