@@ -276,7 +276,7 @@ def _go_back(
     found = on_rank_0(control, lambda: resume.go_back(checkpoints, model) if checkpoints is not None else None)
     tensors.broadcast_(list(model.state_dict().items()))
     position, state = resume.share(found, parts.learner, control, tensors)
-    position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())
+    position = replace(position, lr_factor=position.lr_factor * reason.lr_factor)
     state.rolled_back = rolled_back
     log = parts.log
     on_rank_0(control, lambda: log.go_back(found.log_offsets, position) if log is not None and found is not None else None)
