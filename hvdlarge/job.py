@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hvdlarge import yaml_source
 from hvdlarge.controller import Plan
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
-from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+from hvdlarge.schedule.growth import LARGEST_BATCH, AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
 from hvdlarge.schedule.scaling import Scaling
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
 
 Count = Annotated[int, Field(ge=1)]
+Samples = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]  # of a batch
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Arguments = dict[str, Any]
@@ -72,9 +73,9 @@ class Loss(Section):
 class Batch(Section):
     """The batch and how it grows."""
 
-    base: Count  # samples; the batch for which lr.base was tuned
-    initial: Count | None = None  # samples; default: base
-    micro: Count | Literal["auto"]  # samples in one forward/backward pass on one worker
+    base: Samples  # the batch for which lr.base was tuned
+    initial: Samples | None = None  # default: base
+    micro: Samples | Literal["auto"]  # samples in one forward/backward pass on one worker
     growth: Annotated[NoGrowth | AdaBatchGrowth, Field(discriminator="policy")] = NoGrowth()
 
     @property

@@ -12,6 +12,7 @@ from hvdlarge.introduction import growth_line, stage_table
 from hvdlarge.job_file import read_job
 from hvdlarge.planning import stages_of
 from hvdlarge.schedule.decay import CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
+from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
@@ -42,6 +43,8 @@ PLANS = {
     "jump": make_plan(rate=RateSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
     "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
     "growth too small for the rounding at first": make_plan(initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)),
+    "growth beyond what a record holds": make_plan(growth=AdaBatchGrowth(factor=3, every_epochs=0.2), epochs=200, micro=None),
+    "growth too small for the rounding at most marks": make_plan(growth=AdaBatchGrowth(factor=1.0001, every_epochs=0.001)),
     "no warmup": make_plan(rate=RateSchedule(1, "linear", NoWarmup())),
     "one cycle": make_plan(rate=RateSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
     "cosine": make_plan(rate=RateSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
@@ -68,6 +71,7 @@ def test_steps_follow_each_other_without_gap_and_end_with_the_last_sample(plan):
         assert decision.is_last == (number == len(decisions) - 1)
         assert decision.global_batch == decision.stage_batch or decision.is_last
         assert decision.lr >= 0
+        assert Decision.from_bytes(decision.to_bytes()) == decision
         seen += decision.global_batch
     assert seen == plan.clock.total_samples
 

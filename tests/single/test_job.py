@@ -88,6 +88,7 @@ def test_overrides_on_the_command_line():
         ("base: 32", "base: '32'", ['job.yaml:6: batch.base is "32"']),
         ("base: 32", "base: 1.5", ["batch.base is 1.5"]),
         ("base: 32", "base: 0", ["batch.base is 0"]),
+        ("micro: 16", "micro: 5000000000000000000", ["batch.micro is 5000000000000000000: input should be less than or equal"]),
         ("every_epochs: 6", "every_epochs: 6, at_epochs: [1]", ["batch.growth: give either every_epochs or at_epochs"]),
         ("every_epochs: 6", "at_epochs: [2, 1]", ["rising positive epochs"]),
         ("factor: 2", "factor: 1", ["factor must be a number above 1, got 1"]),
