@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -344,18 +343,14 @@ class Job(Section):
 
     def mathematics(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
-        return mathematics_of(self.resolved())
+        resolved = self.resolved()
+        found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
+        # Of these sections the other keys say how samples come and how the model is carried out.
+        return found | {section: {key: resolved[section][key] for key in ("name", "args")} for section in ("data", "model")}
 
     def fingerprint(self) -> str:
         """SHA-256 over every key and value."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
-
-
-def mathematics_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the weights, of a job with every key, as `Job.resolved` gives it and a run folder keeps it."""
-    found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
-    # Of these sections the other keys say how samples come and how the model is carried out.
-    return found | {section: {key: resolved[section].get(key) for key in ("name", "args")} for section in ("data", "model")}
 
 
 # May change between the parts of a run: where things go, how often they are looked at, how failures are met.

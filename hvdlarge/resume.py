@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Position
-from hvdlarge.exits import BadCheckpoint
-from hvdlarge.job import mathematics_of
+from hvdlarge.exits import BadCheckpoint, JobError
+from hvdlarge.job_file import read_job
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import FolderLock, holds_run, make_folder, set_aside
 from hvdlarge.step import Learner
@@ -122,8 +121,7 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     """
     good = checkpoints.newest_good()
     if good is None:
-        written = yaml.safe_load((folder / "job.resolved.yaml").read_text(encoding="utf-8"))
-        _refuse_another(folder, {"job": mathematics_of(written)}, {"job": facts["job"]})
+        _refuse_another(folder, {"job": _written_job(folder)}, {"job": facts["job"]})
         return Found(None, None, [])
     path, content, problems = good
     notes = [f"passed over: {problem}" for problem in problems]
@@ -140,6 +138,16 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
         if content["versions"].get(name) != facts["versions"][name]:
             notes.append(f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}")
     return Found(path, content, notes)
+
+
+def _written_job(folder: Path) -> dict[str, Any]:
+    """What decides the weights, of the job that an earlier start has written down as one to run."""
+    try:
+        return read_job(str(folder / "job.resolved.yaml")).mathematics()
+    except JobError as error:
+        raise BadCheckpoint(
+            f"{folder} holds a run whose job cannot be read; --fresh sets it aside and begins anew\n{error}"
+        ) from None
 
 
 def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

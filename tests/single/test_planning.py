@@ -170,6 +170,14 @@ def test_figures_of_a_measured_run_give_time_memory_and_disk(tmp_path, capsys):
     assert "not measured with this micro-batch" in capsys.readouterr().out
 
 
+def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(tmp_path, capsys):
+    job = parse_job(IMAGENET, "imagenet", ["model.args={since: 2020-13-45}"])
+    (tmp_path / "job.resolved.yaml").write_text(job.to_yaml())
+    (tmp_path / "summary.json").write_text(json.dumps({"samples_per_second": 4000.0, "world_size": 2}))
+    code = main([str(ROOT / "jobs/digits.yaml"), "batch.micro=16", "--measured", str(tmp_path)])
+    assert code == 0, capsys.readouterr().err
+
+
 def test_what_cannot_run_is_refused():
     job = parse_job(IMAGENET, "imagenet", ["epochs=1e-9", "lr.warmup={policy: none}"])
     with pytest.raises(JobError, match="has no sample in it"):

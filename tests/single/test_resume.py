@@ -1,0 +1,46 @@
+"""What is found in a run folder, and whether it is the run that is being started."""
+
+import pytest
+
+from hvdlarge import resume
+from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.exits import BadCheckpoint
+from hvdlarge.job_file import parse_job
+from hvdlarge.runlog import write_documents
+
+JOB = """\
+name: trial
+epochs: 3
+data: {name: digits}
+model: {name: convnet}
+batch: {base: 32, micro: 16}
+lr: {base: 1e-1}
+"""
+WORDS = "model.args={mode: on, other: off, yes: no, at: 12:30:45, day: 2020-01-01, price: 1_000, home: '$${HOME}'}"
+
+
+def begin(folder, job):
+    """A start that left no checkpoint."""
+    given = folder.parent / "given.yaml"
+    given.write_text(JOB)
+    folder.mkdir(exist_ok=True)
+    write_documents(folder, given, job.to_yaml(), {"world_size": 1, "versions": {}}, resume.Position(), [])
+
+
+def find(folder, job):
+    facts = {"job": job.mathematics(), "data": {"training samples": 1437}, "versions": {}, "world_size": 1}
+    return resume.find(folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True)
+
+
+def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_the_same_job(tmp_path):
+    begin(tmp_path / "run", parse_job(JOB, "job", [WORDS]))
+    assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])).content is None
+    with pytest.raises(BadCheckpoint, match='model.args.mode is "on" there and "off" here'):
+        find(tmp_path / "run", parse_job(JOB, "job", [WORDS, "model.args.mode=off"]))
+
+
+def test_a_job_that_cannot_be_read_when_a_run_left_no_checkpoint_is_refused(tmp_path):
+    begin(tmp_path / "run", parse_job(JOB, "job"))
+    (tmp_path / "run/job.resolved.yaml").write_text("name: [trial\n")
+    with pytest.raises(BadCheckpoint, match="cannot be read; --fresh sets it aside"):
+        find(tmp_path / "run", parse_job(JOB, "job"))
