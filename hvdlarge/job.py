@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from hvdlarge import yaml_source
 from hvdlarge.controller import Plan
@@ -315,6 +316,16 @@ class Job(Section):
     stop_after_minutes: Positive | None = None  # a time limit: stop with a checkpoint, exit code 75
     timeouts: Timeouts = Timeouts()
     horovod: Horovod = Horovod()
+    _variables: dict[yaml_source.Path, str] = PrivateAttr(default_factory=dict)  # see keeping_variables
+
+    def keeping_variables(self, written: Mapping[yaml_source.Path, str]) -> Job:
+        """The same job, whose texts at these places in `args` came from the environment and may be secrets.
+
+        Files, messages and other ranks get to see how such a text was written, or its SHA-256; only the run itself sees it.
+        """
+        job = self.model_copy()
+        job._variables = {path: text for path, text in written.items() if path[1:2] == ("args",)}
+        return job
 
     @property
     def run_folder(self) -> Path:
@@ -334,12 +345,13 @@ class Job(Section):
         )
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, as plain values."""
-        return self.model_dump(mode="json")
+        """Every key with its value, defaults included, as plain values; of texts from the environment in `args` the SHA-256."""
+        return _each(self.model_dump(mode="json"), lambda path, value: sha256_of(value) if path in self._variables else value)
 
     def to_yaml(self) -> str:
-        """The job with every default written out; reading it gives the same job."""
-        return yaml_source.write(self.resolved())
+        """The job with every default written out; reading it in the same environment gives the same job."""
+        written = {path: yaml_source.AsWritten(text) for path, text in self._variables.items()}
+        return yaml_source.write(_each(self.model_dump(mode="json"), lambda path, value: written.get(path, value)))
 
     def mathematics(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
@@ -351,6 +363,24 @@ class Job(Section):
     def fingerprint(self) -> str:
         """SHA-256 over every key and value."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(text: str) -> str:
+    """What stands for a text that is not to be shown.
+
+    >>> sha256_of("secret")
+    'sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b'
+    """
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _each(values: Any, change: Callable[[yaml_source.Path, Any], Any], path: yaml_source.Path = ()) -> Any:
+    """Plain values with `change` made to each, by its place."""
+    if isinstance(values, dict):
+        return {key: _each(value, change, (*path, key)) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_each(value, change, (*path, number)) for number, value in enumerate(values)]
+    return change(path, values)
 
 
 # May change between the parts of a run: where things go, how often they are looked at, how failures are met.

@@ -168,7 +168,7 @@ def read_measured(folder: Path) -> Measured:
     """
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        job = yaml_source.read((folder / "job.resolved.yaml").read_bytes()).values
+        job = yaml_source.read((folder / "job.resolved.yaml").read_bytes(), fill_in=False).values
         micro = job["batch"]["micro"]
         last = folder / "checkpoints" / "last.pt"
         return Measured(

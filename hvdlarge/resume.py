@@ -14,6 +14,7 @@ from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Position
 from hvdlarge.exits import BadCheckpoint, JobError
+from hvdlarge.job import sha256_of
 from hvdlarge.job_file import read_job
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import FolderLock, holds_run, make_folder, set_aside
@@ -172,7 +173,12 @@ def _differences(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]
             for key in sorted(there.keys() | here.keys())
             for found in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
         ]
-    return [] if there == here else [(name.removeprefix("job."), there, here)]
+    return [] if _alike(there, here) else [(name.removeprefix("job."), there, here)]
+
+
+def _alike(there: Any, here: Any) -> bool:
+    """Whether two values are the same, where one of them may be kept as its SHA-256: it came from the environment."""
+    return there == here or any(isinstance(one, str) and sha256_of(one) == other for one, other in [(there, here), (here, there)])
 
 
 def load_model(model: torch.nn.Module, content: Mapping[str, Any], path: Path) -> None:

@@ -170,8 +170,10 @@ def test_figures_of_a_measured_run_give_time_memory_and_disk(tmp_path, capsys):
     assert "not measured with this micro-batch" in capsys.readouterr().out
 
 
-def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(tmp_path, capsys):
-    job = parse_job(IMAGENET, "imagenet", ["model.args={since: 2020-13-45}"])
+def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "of the machine that ran it")
+    job = parse_job(IMAGENET, "imagenet", ["model.args={since: 2020-13-45, token: '${TOKEN}'}"])
+    monkeypatch.delenv("TOKEN")
     (tmp_path / "job.resolved.yaml").write_text(job.to_yaml())
     (tmp_path / "summary.json").write_text(json.dumps({"samples_per_second": 4000.0, "world_size": 2}))
     code = main([str(ROOT / "jobs/digits.yaml"), "batch.micro=16", "--measured", str(tmp_path)])

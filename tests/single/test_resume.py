@@ -44,3 +44,16 @@ def test_a_job_that_cannot_be_read_when_a_run_left_no_checkpoint_is_refused(tmp_
     (tmp_path / "run/job.resolved.yaml").write_text("name: [trial\n")
     with pytest.raises(BadCheckpoint, match="cannot be read; --fresh sets it aside"):
         find(tmp_path / "run", parse_job(JOB, "job"))
+
+
+def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "s3cret")
+    begin(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"]))
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])).content is None
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])).content is None
+    with pytest.raises(BadCheckpoint, match='model.args.token is "sha256:.*" there and "other" here') as raised:
+        find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: other}"]))
+    assert "s3cret" not in str(raised.value)
+    monkeypatch.delenv("TOKEN")
+    with pytest.raises(BadCheckpoint, match="the variable TOKEN is not set"):
+        find(tmp_path / "run", parse_job(JOB, "job"))
