@@ -38,6 +38,11 @@ class Found:
         return Position() if self.content is None else Position.from_plain(self.content["position"])
 
     @property
+    def world_size(self) -> int:
+        """Workers of the part that wrote the checkpoint."""
+        return 0 if self.content is None else self.content["world_size"]
+
+    @property
     def log_offsets(self) -> dict[str, int]:
         """Where the logs ended at the checkpoint."""
         return {} if self.content is None else self.content["logs"]

@@ -29,7 +29,7 @@ from hvdlarge.loop import Cadence, Parts, save, train
 from hvdlarge.nonfinite import RollBack
 from hvdlarge.planning import plan_run
 from hvdlarge.run_state import RunState
-from hvdlarge.runlog import RunLog, say, write_documents
+from hvdlarge.runlog import RunLog, say, summary_of, write_documents, write_summary
 from hvdlarge.saver import Saver
 from hvdlarge.step import Learner
 from hvdlarge.step_agreement import StepAgreement
@@ -89,8 +89,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
     found, cut_notes = _keep_cutting(found, state, control.size)
     if position.samples_seen >= found.plan.clock.total_samples:
-        if control.rank == 0:
-            say(f"already finished: {folder} holds this run, complete; --fresh sets it aside and begins anew")
+        on_rank_0(control, lambda: _already_finished(folder, start, found.plan, position, state, _gradient_bytes(job, learner)))
         return
 
     def open_log() -> RunLog:
@@ -113,6 +112,20 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     finally:
         if log is not None:
             log.close()
+
+
+def _already_finished(
+    folder: Path, start: resume.Start | None, plan: Plan, position: Position, state: RunState, gradient_bytes: int
+) -> None:
+    """Leave a finished run alone, but for a summary that it did not come to write: it was killed behind its last checkpoint."""
+    made_up = ""
+    if not (folder / "summary.json").exists():
+        assert start is not None  # rank 0 has it
+        assert start.found is not None  # what is finished was begun
+        plan = replace(plan, world_size=start.found.world_size)
+        write_summary(folder, summary_of(plan, state, position, state.train_seconds, None, gradient_bytes))
+        made_up = ", and its summary.json, which was missing, is written"
+    say(f"already finished: {folder} holds this run, complete{made_up}; --fresh sets it aside and begins anew")
 
 
 def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire) -> Ingredients:
@@ -201,9 +214,7 @@ def follow(
         finally:
             parts.loader.close()
     memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device)))
-    half = job.gradients.compression == "fp16"
-    size = sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)
-    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, size))
+    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, _gradient_bytes(job, learner)))
 
 
 def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_memory: int, gradient_bytes: int) -> None:
@@ -211,6 +222,12 @@ def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_m
     parts.saver.finish()
     if parts.log is not None and controller is not None:
         parts.log.finish(state, controller.final_position(), peak_memory, gradient_bytes)
+
+
+def _gradient_bytes(job: Job, learner: Learner) -> int:
+    """What a worker sends in each step."""
+    half = job.gradients.compression == "fp16"
+    return sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)
 
 
 def _peak_memory(device: torch.device) -> int:
