@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from hvdlarge import yaml_source
 from hvdlarge.controller import Plan
+from hvdlarge.named import LOSSES
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import LARGEST_BATCH, AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
@@ -62,6 +63,11 @@ class Loss(Section):
     name: str = "cross_entropy"  # a built-in, or package.module:attribute
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     args: Arguments = {}
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether it is one of torch.nn: all built-in ones are."""
+        return LOSSES.get(self.name, self.name).startswith("torch.nn:")
 
     @property
     def arguments(self) -> Arguments:

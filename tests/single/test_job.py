@@ -310,3 +310,23 @@ def test_texts_that_the_environment_gives_to_args_are_known_to_the_run_alone(mon
     monkeypatch.setenv("TOKEN", "other")
     assert parse_job(job.to_yaml(), "resolved").mathematics() != job.mathematics()
     assert read_job(str(tmp_path / "job.yaml"), ["data.args={token: none}", "loss.args={}"]).to_yaml().count("${") == 0
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse", "torch.nn:L1Loss"])
+@pytest.mark.parametrize(
+    "argument", ["reduction: sum", "reduction: none", "reduction: ~", "size_average: false", "reduce: false"]
+)
+def test_a_loss_of_torch_that_is_no_mean_is_refused(name, argument):
+    loss = f"loss={{name: '{name}', args: {{{argument}}}}}"
+    with pytest.raises(
+        JobError, match=f"loss.args.{argument.split(':')[0]}: .* makes the loss no mean over its micro-batch"
+    ) as raised:
+        parse_job(GOOD, "job.yaml", [loss])
+    assert raised.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "loss", ["{args: {reduction: mean}}", "{args: {reduce: true}}", "{name: 'mine:loss', args: {reduction: sum}}"]
+)
+def test_a_loss_that_is_a_mean_or_ones_own_is_taken(loss):
+    assert parse_job(GOOD, "job.yaml", [f"loss={loss}"]).loss.args

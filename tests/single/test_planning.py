@@ -139,6 +139,21 @@ def test_a_plan_in_words_and_side_by_side(capsys):
     assert "model.name                   convnet           row_lstm" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_said"),
+    [
+        (["loss.args={ignore_index: -1}"], True),
+        (["loss={name: 'torch.nn:NLLLoss', args: {ignore_index: 0}}", "batch.growth={policy: none}"], True),
+        (["loss={name: 'mine:loss', args: {ignore_index: 0}}"], False),
+        (["loss.args={ignore_index: -1}", "batch.growth={policy: none}", "batch.micro=32"], False),
+        ([], False),
+    ],
+)
+def test_that_ignored_targets_count_by_micro_batch_is_said_where_a_step_has_several(changes, is_said, capsys):
+    assert main([str(ROOT / "jobs/digits.yaml"), *changes]) == 0
+    assert ("note     loss.args.ignore_index: " in capsys.readouterr().out) == is_said
+
+
 def test_a_first_batch_below_the_base_takes_more_steps(capsys):
     assert main([str(ROOT / "jobs/digits_lstm.yaml"), "batch.base=1024", "lr.warmup.epochs=1"]) == 0
     assert "× more than the 127 of a fixed batch of 1024" in capsys.readouterr().out
