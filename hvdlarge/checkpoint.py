@@ -2,8 +2,9 @@
 
 A checkpoint is a dict of tensors and builtins, so that `torch.load(weights_only=True)` accepts it and none can run code; its
 `model` is the plain state_dict. It is written aside, flushed to disk, renamed, then listed in SHA256SUMS (which `sha256sum -c`
-reads), and only then older ones are removed. So at every moment the folder holds a complete one, and a damaged newest one falls
-back to the one before.
+reads), and only then older ones are removed. One that is written again under its name leaves the list before: until it is listed
+anew, the checksums inside the file stand for it. So at every moment the folder holds a complete one, and a damaged newest one
+falls back to the one before.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class CheckpointFolder:
         self._keep = keep
         self._writer: threading.Thread | None = None
         self._failure: CannotSave | None = None
+        self._damaged: set[str] = set()  # names of those that `newest_good` passed over
 
     # --- writing
 
@@ -57,8 +59,7 @@ class CheckpointFolder:
             CannotSave: if it, or the one before it, cannot be written; what was there before is left alone.
         """
         self.finish()
-        name = f"step_{step:09d}.pt"
-        self._writer = threading.Thread(target=self._write, args=(content, name, best), name="checkpoint")
+        self._writer = threading.Thread(target=self._write, args=(content, step, best), name="checkpoint")
         self._writer.start()
         if wait:
             self.finish()
@@ -81,7 +82,8 @@ class CheckpointFolder:
         """Whether a checkpoint could not be written; `finish` says why."""
         return self._failure is not None
 
-    def _write(self, content: dict[str, Any], name: str, best: bool) -> None:
+    def _write(self, content: dict[str, Any], step: int, best: bool) -> None:
+        name = f"step_{step:09d}.pt"
         path = self.folder / name
         aside = self.folder / f".{name}.part"
         try:
@@ -93,13 +95,15 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
             digest = _sha256(aside)
+            self._unlist({name})  # what is listed there is the sum of the one that goes now
             os.replace(aside, path)
+            self._damaged.discard(name)
             self._point("last.pt", path)
             if best:
                 self._point("best.pt", path)
             self._list({**self.listed(), name: digest})
-            self._remove_old()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError that does not name it
+            self._remove_old(step)
+        except BaseException as error:  # whatever it is: nobody else hears of what a thread raises
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
             self._failure = CannotSave.of(f"the checkpoint {path}", self.folder, error, "the last good one is untouched")
@@ -127,21 +131,26 @@ class CheckpointFolder:
         finally:
             os.close(folder)
 
-    def _remove_old(self) -> None:
+    def _unlist(self, names: set[str]) -> None:
         digests = self.listed()
-        kept = {path.name for path in self.newest_first()[: self._keep]}
-        old = [name for name in digests if name not in kept]
-        if old:
-            self._list({name: digests[name] for name in digests if name not in old})
-            for name in old:
-                (self.folder / name).unlink(missing_ok=True)
+        if names & digests.keys():
+            self._list({name: digests[name] for name in digests if name not in names})
+
+    def _remove_old(self, step: int) -> None:
+        """Keep the newest up to `step`. Damaged ones are not counted; all above `step` are damaged, and are left alone."""
+        behind = [path for path in self.newest_first() if _step_of(path) <= step]
+        kept = [path for path in behind if path.name not in self._damaged][: self._keep]
+        old = [path for path in behind if path not in kept]
+        self._unlist({path.name for path in old})
+        for path in old:
+            path.unlink(missing_ok=True)
 
     # --- reading
 
     def newest_first(self) -> list[Path]:
         """The checkpoints by step, last.pt and best.pt (other names of some of them) left out."""
         found = [path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
+        return sorted(found, key=_step_of, reverse=True)
 
     def listed(self) -> dict[str, str]:
         """SHA-256 by file name; empty where the list is missing or not readable."""
@@ -166,6 +175,7 @@ class CheckpointFolder:
             if content is not None:
                 return path, content, problems
             problems.append(problem)
+            self._damaged.add(path.name)
         if problems:
             raise BadCheckpoint("\n".join(["no checkpoint of this run is whole:", *(f"  {problem}" for problem in problems)]))
         return None
@@ -210,6 +220,10 @@ def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         raise BadCheckpoint(f"{path}: its format is {content.get('format')!r}, this version reads {FORMAT}")
     return content
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdlarge.comm.world import ControlWire
@@ -56,21 +56,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands between two steps: all that the controller needs to go on from there."""
+    """Where a run stands between two steps: all that the controller needs to go on from there.
+
+    What was decided ahead of it is no part of it: every decision is a function of the plan and of this, and the plan may change
+    at a resume (a run may become longer or shorter, and with it what its last step is).
+    """
 
     step: int = 0  # steps taken
     samples_seen: int = 0  # samples
     stages: tuple[StageStart, ...] = ()  # begun so far
     stage_batch: int = 0  # samples per update of the last of them
     lr_factor: float = 1.0  # what rollbacks have made of the rate
-    ahead: tuple[Decision, ...] = ()  # decided already, not yet followed
 
     def to_plain(self) -> dict[str, Any]:
         """As builtins, for a checkpoint."""
         return {
             **{name: getattr(self, name) for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
             "stages": [[stage.epoch, stage.batch_factor] for stage in self.stages],
-            "ahead": [asdict(decision) for decision in self.ahead],
         }
 
     @classmethod
@@ -79,7 +81,6 @@ class Position:
         return cls(
             **{name: plain[name] for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
             stages=tuple(StageStart(*stage) for stage in plain["stages"]),
-            ahead=tuple(Decision(**decision) for decision in plain["ahead"]),
         )
 
 
@@ -94,41 +95,9 @@ class Controller:
         self._stages = list(position.stages)
         self._stage_batch = position.stage_batch
         self._lr_factor = position.lr_factor
-        self._replay = deque(position.ahead)
-        self._given: deque[Decision] = deque()  # decided, and perhaps not yet followed
 
     def decide(self) -> Decision | None:
         """The next step's decision; None when the run is complete."""
-        decision = self._decide_anew()
-        if decision is not None and self._replay:
-            # What was decided before an interruption stays decided; how it is cut may follow a new number of workers.
-            decision = replace(self._replay.popleft(), micro_batch=decision.micro_batch)
-        if decision is not None:
-            self._given.append(decision)
-        return decision
-
-    def forget_before(self, step: int) -> None:
-        """Decisions of earlier steps have been acted on."""
-        while self._given and self._given[0].step < step:
-            self._given.popleft()
-
-    def position_after(self, followed: Decision) -> Position:
-        """Where the run stands once `followed`, a decision given earlier, has been acted on."""
-        self.forget_before(followed.step + 1)
-        return Position(
-            step=followed.step + 1,
-            samples_seen=followed.samples_seen + followed.global_batch,
-            stages=tuple(self._stages[: followed.stage + 1]),
-            stage_batch=followed.stage_batch,
-            lr_factor=self._lr_factor,
-            ahead=tuple(self._given),
-        )
-
-    def final_position(self) -> Position:
-        """Where the run stands when everything that was decided has been followed."""
-        return Position(self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor)
-
-    def _decide_anew(self) -> Decision | None:
         plan, clock = self._plan, self._plan.clock
         left = clock.total_samples - self._samples_seen
         if left == 0:
@@ -154,6 +123,20 @@ class Controller:
         self._step += 1
         self._samples_seen += global_batch
         return decision
+
+    def position_after(self, followed: Decision) -> Position:
+        """Where the run stands once `followed`, a decision given earlier, has been acted on."""
+        return Position(
+            step=followed.step + 1,
+            samples_seen=followed.samples_seen + followed.global_batch,
+            stages=tuple(self._stages[: followed.stage + 1]),
+            stage_batch=followed.stage_batch,
+            lr_factor=self._lr_factor,
+        )
+
+    def final_position(self) -> Position:
+        """Where the run stands when everything that was decided has been followed."""
+        return Position(self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor)
 
 
 class DecisionFeed:
@@ -188,8 +171,6 @@ class DecisionFeed:
             self._receive()
         if not self._known:
             return None
-        if self._controller is not None:
-            self._controller.forget_before(self._known[0].step)
         return self._known.popleft()
 
     def _receive(self) -> None:

@@ -58,20 +58,21 @@ class CannotSave(RunEnds):
     code = CANNOT_SAVE
 
     @classmethod
-    def of(cls, what: str, folder: Path, error: Exception, left: str) -> CannotSave:
+    def of(cls, what: str, folder: Path, error: BaseException, left: str) -> CannotSave:
         """The end of a run that could not write `what` below `folder`.
 
         Args:
             what: with its path.
             folder: whose disk is looked at.
-            error: an OSError, or torch's RuntimeError in the place of one.
+            error: an OSError, or torch's RuntimeError in the place of one, or whatever else came in between.
             left: what the user still has.
         """
         try:
             free = f"{shutil.disk_usage(folder).free:,}"
         except OSError:
             free = "an unknown number of"
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        kind = "" if isinstance(error, (OSError, RuntimeError)) and str(error) else type(error).__name__
+        reason = getattr(error, "strerror", None) or ": ".join(filter(None, [kind, *str(error).splitlines()[:1]]))
         return cls(f"{what} could not be written ({reason}); {free} bytes are free there; {left}")
 
 

@@ -124,10 +124,21 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
     if job.batch.first > plan.clock.dataset_size:
         epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
         lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
+    lines += _loss_notes(job, plan)
     last = stages_of(plan)[-1]
     if last.full_rate > epochs:
         lines.append(f"note     the last stage ends before its rate is fully there, which would be at epoch {last.full_rate:.4g}")
     return lines
+
+
+def _loss_notes(job: Job, plan: Plan) -> list[str]:
+    largest = layout_of(plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in stages_of(plan)))
+    if not (job.loss.is_torchs and "ignore_index" in job.loss.args and largest.num_micro_batches > 1):
+        return []
+    return [
+        f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is a mean over its own targets that count, and "
+        "all weigh alike, whether many of their targets count or few"
+    ]
 
 
 def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: Decision) -> str:

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from hvdlarge import yaml_source
 from hvdlarge.controller import Plan
+from hvdlarge.named import LOSSES
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
-from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+from hvdlarge.schedule.growth import LARGEST_BATCH, AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
 from hvdlarge.schedule.scaling import Scaling
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
 
 Count = Annotated[int, Field(ge=1)]
+Samples = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]  # of a batch
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Arguments = dict[str, Any]
@@ -63,6 +65,11 @@ class Loss(Section):
     args: Arguments = {}
 
     @property
+    def is_torchs(self) -> bool:
+        """Whether it is one of torch.nn: all built-in ones are."""
+        return LOSSES.get(self.name, self.name).startswith("torch.nn:")
+
+    @property
     def arguments(self) -> Arguments:
         """All arguments of the loss."""
         smoothing = {} if self.label_smoothing is None else {"label_smoothing": self.label_smoothing}
@@ -72,9 +79,9 @@ class Loss(Section):
 class Batch(Section):
     """The batch and how it grows."""
 
-    base: Count  # samples; the batch for which lr.base was tuned
-    initial: Count | None = None  # samples; default: base
-    micro: Count | Literal["auto"]  # samples in one forward/backward pass on one worker
+    base: Samples  # the batch for which lr.base was tuned
+    initial: Samples | None = None  # default: base
+    micro: Samples | Literal["auto"]  # samples in one forward/backward pass on one worker
     growth: Annotated[NoGrowth | AdaBatchGrowth, Field(discriminator="policy")] = NoGrowth()
 
     @property
@@ -319,6 +326,16 @@ class Job(Section):
     stop_after_minutes: Positive | None = None  # a time limit: stop with a checkpoint, exit code 75
     timeouts: Timeouts = Timeouts()
     horovod: Horovod = Horovod()
+    _variables: dict[yaml_source.Path, str] = PrivateAttr(default_factory=dict)  # see keeping_variables
+
+    def keeping_variables(self, written: Mapping[yaml_source.Path, str]) -> Job:
+        """The same job, whose texts at these places in `args` came from the environment and may be secrets.
+
+        Files, messages and other ranks get to see how such a text was written, or its SHA-256; only the run itself sees it.
+        """
+        job = self.model_copy()
+        job._variables = {path: text for path, text in written.items() if path[1:2] == ("args",)}
+        return job
 
     @property
     def run_folder(self) -> Path:
@@ -338,28 +355,43 @@ class Job(Section):
         )
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, as plain values."""
-        return self.model_dump(mode="json")
+        """Every key with its value, defaults included, as plain values; of texts from the environment in `args` the SHA-256."""
+        return _each(self.model_dump(mode="json"), lambda path, value: sha256_of(value) if path in self._variables else value)
 
     def to_yaml(self) -> str:
-        """The job with every default written out; reading it gives the same job."""
-        return yaml_source.write(self.resolved())
+        """The job with every default written out; reading it in the same environment gives the same job."""
+        written = {path: yaml_source.AsWritten(text) for path, text in self._variables.items()}
+        return yaml_source.write(_each(self.model_dump(mode="json"), lambda path, value: written.get(path, value)))
 
     def mathematics(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
-        return mathematics_of(self.resolved())
+        resolved = self.resolved()
+        found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
+        found["gradients"] = {key: value for key, value in resolved["gradients"].items() if key != "missing"}
+        # Of these sections the other keys say how samples come and how the model is carried out.
+        return found | {section: {key: resolved[section][key] for key in ("name", "args")} for section in ("data", "model")}
 
     def fingerprint(self) -> str:
         """SHA-256 over every key and value."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
 
-def mathematics_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the weights, of a job with every key, as `Job.resolved` gives it and a run folder keeps it."""
-    found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
-    found["gradients"] = {key: value for key, value in resolved["gradients"].items() if key != "missing"}
-    # Of these sections the other keys say how samples come and how the model is carried out.
-    return found | {section: {key: resolved[section].get(key) for key in ("name", "args")} for section in ("data", "model")}
+def sha256_of(text: str) -> str:
+    """What stands for a text that is not to be shown.
+
+    >>> sha256_of("secret")
+    'sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b'
+    """
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _each(values: Any, change: Callable[[yaml_source.Path, Any], Any], path: yaml_source.Path = ()) -> Any:
+    """Plain values with `change` made to each, by its place."""
+    if isinstance(values, dict):
+        return {key: _each(value, change, (*path, key)) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_each(value, change, (*path, number)) for number, value in enumerate(values)]
+    return change(path, values)
 
 
 # May change between the parts of a run: where things go, how often they are looked at, how failures are met.

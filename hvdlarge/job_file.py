@@ -34,6 +34,7 @@ class Place(NamedTuple):
 
     file: str
     line: int | None = None
+    variable: str | None = None  # a text that the environment gave, as it was written
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
@@ -91,7 +92,7 @@ def _read_text(text: bytes | str, path: str, extended_by: tuple[Place, ...]) -> 
         raise JobError(f"{path}: the job file is empty; the smallest job has name, epochs, data, model, batch and lr")
     if not isinstance(source.values, dict):
         raise JobError(f"{path}: a job file is a list of `key: value` pairs, not a {type(source.values).__name__}")
-    places = {(): Place(path)} | {key: Place(path, line) for key, line in source.lines.items()}
+    places = {(): Place(path)} | {key: Place(path, line, source.variables.get(key)) for key, line in source.lines.items()}
     written = Written(source.values, places)
     if _EXTENDS not in written.values:
         return written
@@ -159,7 +160,8 @@ def _accepted(written: Written, overrides: Sequence[str]) -> Job:
     problems = [f"  {written.place(key)}: {'.'.join(map(str, key))}: {message}" for key, message in impossible(job)]
     if problems:
         raise _refused(path, problems)
-    return job
+    variables = {key: place.variable for key, place in written.places.items() if place.variable is not None}
+    return job.keeping_variables(variables)
 
 
 def _refused(path: str, problems: Sequence[str]) -> JobError:
@@ -173,7 +175,7 @@ def _override(written: Written, override: str) -> None:
     if not equals or not all(parts):
         raise JobError(f"command line: {override!r} is not of the form key.sub=value")
     try:
-        new = yaml_source.read(value, os.environ).values
+        new = yaml_source.read(value, os.environ)
     except yaml_source.SourceError as error:
         raise JobError(f"command line: {override!r}: {error}") from None
     section = written.values
@@ -181,10 +183,11 @@ def _override(written: Written, override: str) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise JobError(f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section")
-    section[parts[-1]] = new
+    section[parts[-1]] = new.values
     for other in [other for other in written.places if other[: len(parts)] == parts]:
         del written.places[other]
     written.places[parts] = _COMMAND_LINE
+    written.places.update({(*parts, *path): _COMMAND_LINE._replace(variable=text) for path, text in new.variables.items()})
 
 
 # --- words for what is wrong

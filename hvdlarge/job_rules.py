@@ -14,6 +14,7 @@ def impossible(job: Job) -> Iterator[Problem]:
     yield from _batch(job)
     yield from _warmup(job)
     yield from _gradients(job)
+    yield from _loss(job)
     decay, growth = job.lr.decay, job.batch.growth
     if decay.policy == "multistep":
         yield from _past_the_end(("lr", "decay", "milestones"), decay.milestones, job.epochs)
@@ -49,6 +50,17 @@ def _gradients(job: Job) -> Iterator[Problem]:
         yield ("gradients", "compression"), "precision: fp64 asks for 53 bits, compression: fp16 sends 11: choose one of them"
     if job.horovod.groups is not None and job.reduction == "exact":
         yield ("horovod", "groups"), "reduction: exact sends all gradients of a worker as one: leave horovod.groups out"
+
+
+def _loss(job: Job) -> Iterator[Problem]:
+    if not job.loss.is_torchs:
+        return
+    given = job.loss.args
+    sums = {"reduction": given.get("reduction", "mean") not in ("mean", "batchmean")}
+    sums |= {old: given.get(old) is False for old in ("size_average", "reduce")}  # torch's older names for it
+    for key in (key for key, says_so in sums.items() if says_so):
+        why = "the engine weighs the mean over each micro-batch by its share of the global batch"
+        yield ("loss", "args", key), f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}"
 
 
 def _past_the_end(key: tuple[str, ...], marks: Sequence[float] | None, epochs: float) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from hvdlarge.runlog import RunLog
 from hvdlarge.saver import Saver
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.progress import marks_reached
-from hvdlarge.step import Learner, NotFinitePolicy, train_step
+from hvdlarge.step import Learner, NotFinitePolicy, StepOutcome, train_step
 from hvdlarge.step_agreement import StepAgreement
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
@@ -99,7 +99,7 @@ def train(parts: Parts, state: RunState) -> None:
         if not outcome.applied:
             state.skipped += 1
 
-        record(parts, state, decision, outcome.loss_share, timed)
+        record(parts, state, decision, outcome, timed)
         best = evaluate(parts, state, decision, timed)
         due = best or parts.saver.is_due(decision)
         if due or outcome.verdict.save or outcome.verdict.stop:
@@ -114,14 +114,18 @@ def train(parts: Parts, state: RunState) -> None:
             )
 
 
-def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.Tensor, timed: PhaseTimers) -> None:
-    """Measure and write down the step's loss where the cadence asks for it. Every rank calls this together."""
+def record(parts: Parts, state: RunState, decision: Decision, outcome: StepOutcome, timed: PhaseTimers) -> None:
+    """Measure and write down the step's loss where the cadence asks for it. Every rank calls this together.
+
+    Raises:
+        Diverged, RollBack: on every rank alike, where the step was applied though its loss is not finite.
+    """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
     parts.policy.settle(parts.learner)  # before a loss that is not finite is written down as if it were one
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
-        heard = parts.control.allgather(struct.pack("<d", loss_share.item()))
+        heard = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
         loss = sum(struct.unpack("<d", share)[0] for share in heard)
     samples_seen = decision.samples_seen + decision.global_batch
     if parts.log is not None:
@@ -130,6 +134,8 @@ def record(parts: Parts, state: RunState, decision: Decision, loss_share: torch.
         parts.log.metrics(progress | step | trust_ratios(parts.learner.update.optimizer) | timed.read())
         parts.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
+    if outcome.applied and not math.isfinite(loss):
+        parts.policy.judge_loss(decision, loss)
 
 
 def evaluate(parts: Parts, state: RunState, decision: Decision, timed: PhaseTimers) -> bool:

@@ -39,7 +39,8 @@ def build(key: str, name: str, arguments: dict[str, Any], built_in: dict[str, st
     try:
         inspect.signature(target).bind(**arguments)
     except TypeError as error:
-        raise JobError(f"{key}: the arguments {arguments} do not fit {name}{inspect.signature(target)}: {error}") from None
+        given = ", ".join(arguments) or "none"  # not their values, which may be secrets and cannot be what is wrong
+        raise JobError(f"{key}: the arguments ({given}) do not fit {name}{inspect.signature(target)}: {error}") from None
     except ValueError:  # a callable without a signature; it will say itself what it does not accept
         pass
     try:

@@ -1,11 +1,13 @@
 """What becomes of a step whose mean gradients are not finite: the run stops, the step is left out, or the run goes back.
 
-The gradients are reduced before they are looked at, so every rank sees the same and takes the same branch.
+The gradients are reduced before they are looked at, so every rank sees the same and takes the same branch. A loss may be not
+finite while the gradients are. It is summed only where it is logged, behind the update: such a step cannot be left out any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from hvdlarge.arithmetic import LossScale
 from hvdlarge.exits import Diverged
@@ -29,6 +31,10 @@ class _AtOnce:
 
     def settle(self, learner: Learner) -> None:
         """Nothing is left to be judged."""
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """Raise Diverged."""
+        raise Diverged(_describe_loss(decision, loss))
 
 
 class StopPolicy(_AtOnce):
@@ -92,11 +98,18 @@ class RollbackPolicy(_AtOnce):
 
     def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
         """Raise RollBack, or Diverged when it has been done too often."""
-        if not (not_finite := norms.not_finite(learner.names)):
-            return True
+        if not_finite := norms.not_finite(learner.names):
+            self._go_back(_describe(decision, not_finite))
+        return True
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """As `judge`."""
+        self._go_back(_describe_loss(decision, loss))
+
+    def _go_back(self, reason: str) -> NoReturn:
         if self._rolled_back >= self._limit:
-            raise Diverged(f"{_describe(decision, not_finite)}; the run was rolled back {self._limit} times already")
-        raise RollBack(_describe(decision, not_finite), self._lr_factor)
+            raise Diverged(f"{reason}; the run was rolled back {self._limit} times already")
+        raise RollBack(reason, self._lr_factor)
 
 
 class LossScalingPolicy(_AtOnce):
@@ -135,6 +148,10 @@ class LossScalingPolicy(_AtOnce):
         self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
         return applied
 
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """As the other policy."""
+        self._then.judge_loss(decision, loss)
+
 
 class JudgedLate:
     """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no step waits for them.
@@ -159,6 +176,10 @@ class JudgedLate:
         self._open = decision, norms.later()
         return True
 
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """As the other policy."""
+        self._then.judge_loss(decision, loss)
+
     def settle(self, learner: Learner) -> None:
         """Judge the last step now. Waits for the GPU."""
         if self._open is None:
@@ -172,4 +193,12 @@ def _describe(decision: Decision, not_finite: list[str]) -> str:
     return (
         f"the gradient of {not_finite[0]}{others} is not finite at step {decision.step} (epoch {decision.epoch:.2f}, "
         f"global batch {decision.global_batch}, lr {decision.lr:.4g}): lower lr.base or warm up longer"
+    )
+
+
+def _describe_loss(decision: Decision, loss: float) -> str:
+    return (
+        f"the loss is {loss} at step {decision.step} (epoch {decision.epoch:.2f}, global batch {decision.global_batch}) "
+        "while the gradients are finite: most often all targets of a micro-batch are ignored (ignore_index), so that its mean "
+        "has no sample; else look for a logarithm or a division by zero in the loss"
     )

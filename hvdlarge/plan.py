@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hvdlarge import exits
+from hvdlarge import exits, yaml_source
 from hvdlarge.controller import Controller, Plan
 from hvdlarge.introduction import batch_line, columns, duration, rule_notes, stage_table
 from hvdlarge.job import Job
@@ -170,7 +168,7 @@ def read_measured(folder: Path) -> Measured:
     """
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        job = yaml.safe_load((folder / "job.resolved.yaml").read_text(encoding="utf-8"))
+        job = yaml_source.read((folder / "job.resolved.yaml").read_bytes(), fill_in=False).values
         micro = job["batch"]["micro"]
         last = folder / "checkpoints" / "last.pt"
         return Measured(
@@ -181,7 +179,7 @@ def read_measured(folder: Path) -> Measured:
             peak_memory_bytes=summary.get("peak_memory_bytes"),
             checkpoint_bytes=last.stat().st_size if last.exists() else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, yaml_source.SourceError) as error:
         raise exits.JobError(f"--measured {folder}: not the folder of a finished run ({type(error).__name__}: {error})") from None
 
 

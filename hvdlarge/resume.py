@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.comm.world import ControlWire, TensorWire
 from hvdlarge.controller import Position
-from hvdlarge.exits import BadCheckpoint
-from hvdlarge.job import mathematics_of
+from hvdlarge.exits import BadCheckpoint, JobError
+from hvdlarge.job import sha256_of
+from hvdlarge.job_file import read_job
 from hvdlarge.models.state import Modules
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import FolderLock, holds_run, make_folder, set_aside
@@ -37,6 +37,11 @@ class Found:
     def position(self) -> Position:
         """Where the run stands."""
         return Position() if self.content is None else Position.from_plain(self.content["position"])
+
+    @property
+    def world_size(self) -> int:
+        """Workers of the part that wrote the checkpoint."""
+        return 0 if self.content is None else self.content["world_size"]
 
     @property
     def log_offsets(self) -> dict[str, int]:
@@ -123,8 +128,7 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     """
     good = checkpoints.newest_good()
     if good is None:
-        written = yaml.safe_load((folder / "job.resolved.yaml").read_text(encoding="utf-8"))
-        _refuse_another(folder, {"job": mathematics_of(written)}, {"job": facts["job"]})
+        _refuse_another(folder, {"job": _written_job(folder)}, {"job": facts["job"]})
         return Found(None, None, [])
     path, content, problems = good
     notes = [f"passed over: {problem}" for problem in problems]
@@ -141,6 +145,16 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
         if content["versions"].get(name) != facts["versions"][name]:
             notes.append(f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}")
     return Found(path, content, notes)
+
+
+def _written_job(folder: Path) -> dict[str, Any]:
+    """What decides the weights, of the job that an earlier start has written down as one to run."""
+    try:
+        return read_job(str(folder / "job.resolved.yaml")).mathematics()
+    except JobError as error:
+        raise BadCheckpoint(
+            f"{folder} holds a run whose job cannot be read; --fresh sets it aside and begins anew\n{error}"
+        ) from None
 
 
 def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -165,7 +179,12 @@ def _differences(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]
             for key in sorted(there.keys() | here.keys())
             for found in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
         ]
-    return [] if there == here else [(name.removeprefix("job."), there, here)]
+    return [] if _alike(there, here) else [(name.removeprefix("job."), there, here)]
+
+
+def _alike(there: Any, here: Any) -> bool:
+    """Whether two values are the same, where one of them may be kept as its SHA-256: it came from the environment."""
+    return there == here or any(isinstance(one, str) and sha256_of(one) == other for one, other in [(there, here), (here, there)])
 
 
 def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> None:

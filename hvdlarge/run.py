@@ -32,7 +32,7 @@ from hvdlarge.nonfinite import RollBack
 from hvdlarge.planning import plan_run
 from hvdlarge.rehearsal import rehearse
 from hvdlarge.run_state import RunState
-from hvdlarge.runlog import RunLog, say, write_documents
+from hvdlarge.runlog import RunLog, say, summary_of, write_documents, write_summary
 from hvdlarge.saver import Saver
 from hvdlarge.step import Learner
 from hvdlarge.step_agreement import StepAgreement
@@ -130,8 +130,7 @@ def _train(
         position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
     found, cut_notes = _keep_cutting(found, state, control.size)
     if position.samples_seen >= found.plan.clock.total_samples:
-        if control.rank == 0:
-            say(f"already finished: {folder} holds this run, complete; --fresh sets it aside and begins anew")
+        on_rank_0(control, lambda: _already_finished(folder, start, found.plan, position, state, _gradient_bytes(job, learner)))
         return
 
     def open_log() -> RunLog:
@@ -156,6 +155,20 @@ def _train(
     finally:
         if log is not None:
             log.close()
+
+
+def _already_finished(
+    folder: Path, start: resume.Start | None, plan: Plan, position: Position, state: RunState, gradient_bytes: int
+) -> None:
+    """Leave a finished run alone, but for a summary that it did not come to write: it was killed behind its last checkpoint."""
+    made_up = ""
+    if not (folder / "summary.json").exists():
+        assert start is not None  # rank 0 has it
+        assert start.found is not None  # what is finished was begun
+        plan = replace(plan, world_size=start.found.world_size)
+        write_summary(folder, summary_of(plan, state, position, state.train_seconds, None, gradient_bytes))
+        made_up = ", and its summary.json, which was missing, is written"
+    say(f"already finished: {folder} holds this run, complete{made_up}; --fresh sets it aside and begins anew")
 
 
 def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire, watchdog: Watchdog) -> Ingredients:
@@ -247,9 +260,7 @@ def follow(
         finally:
             parts.loader.close()
     memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device)))
-    half = job.gradients.compression == "fp16"
-    size = sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)
-    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, size))
+    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, _gradient_bytes(job, learner)))
 
 
 def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_memory: int, gradient_bytes: int) -> None:
@@ -257,6 +268,12 @@ def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_m
     parts.saver.finish()
     if parts.log is not None and controller is not None:
         parts.log.finish(state, controller.final_position(), peak_memory, gradient_bytes)
+
+
+def _gradient_bytes(job: Job, learner: Learner) -> int:
+    """What a worker sends in each step."""
+    half = job.gradients.compression == "fp16"
+    return sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -324,7 +341,7 @@ def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None
         )
     assembly.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)
-    position = replace(position, lr_factor=position.lr_factor * reason.lr_factor, ahead=())
+    position = replace(position, lr_factor=position.lr_factor * reason.lr_factor)
     state.rolled_back = rolled_back
     log = parts.log
     on_rank_0(control, lambda: log.go_back(found.log_offsets, position) if log is not None and found is not None else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -10,7 +11,7 @@ class RunState:
     """What a checkpoint holds beside weights, optimizer and position."""
 
     results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation
-    best: dict[str, float] | None = None  # value of the best evaluation, and its step
+    best: dict[str, Any] | None = None  # the best evaluation: by which result, its value and its step
     skipped: int = 0  # steps left out as not finite
     rolled_back: int = 0
     overflows: int = 0  # of those left out, the ones that only asked for a smaller loss scale

@@ -128,7 +128,7 @@ def write_documents(
     position: Position,
     notes: Sequence[str],
 ) -> None:
-    """Write down what runs, and that it has been started (again).
+    """Write down what runs, and that it has been started (again); the summary of an end that it goes on from is removed.
 
     Raises:
         CannotSave: if that cannot be written.
@@ -140,6 +140,7 @@ def write_documents(
         if not (folder / "job.yaml").exists():  # as it was first given
             _write_whole(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
         write_json(folder / "environment.json", environment)
+        (folder / "summary.json").unlink(missing_ok=True)
         with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**started, "versions": environment["versions"], "notes": list(notes)}) + "\n")
     except OSError as error:
@@ -155,6 +156,44 @@ def _write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def summary_of(
+    plan: Plan, state: RunState, position: Position, seconds: float, peak_memory: int | None, gradient_bytes: int
+) -> dict[str, Any]:
+    """What a run has come to, under the words of its other files.
+
+    Args:
+        plan: what it followed.
+        state: its results.
+        position: behind the last step.
+        seconds: of training.
+        peak_memory: of the worker that needed most, in bytes; None where that is not known any more.
+        gradient_bytes: that a worker sends in each step.
+    """
+    return {
+        **state.results,
+        "steps": position.step,
+        "epochs": plan.clock.epoch(position.samples_seen),
+        "samples_seen": position.samples_seen,
+        "growths": len(position.stages) - 1,
+        "global_batch": position.stage_batch,
+        "world_size": plan.world_size,
+        "steps_left_out": state.skipped,
+        "rollbacks": state.rolled_back,
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak_memory,
+        "gradient_bytes": gradient_bytes,
+        "samples_per_second": position.samples_seen / seconds,
+    }
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary of a run. Raises CannotSave if that cannot be written."""
+    try:
+        write_json(folder / "summary.json", _plain(summary))
+    except OSError as error:
+        raise CannotSave.of(f"the summary in {folder}", folder, error, "the checkpoints are untouched") from None
 
 
 class RunLog:
@@ -288,29 +327,13 @@ class RunLog:
         """
         self._write(self._flush)
         self.check()
-        seconds, epoch = self.seconds, self._plan.clock.epoch(position.samples_seen)
+        summary = summary_of(self._plan, state, position, self.seconds, peak_memory, gradient_bytes)
+        write_summary(self.folder, summary)
         results = state.results
-        summary = {
-            **results,
-            "steps": position.step,
-            "epochs": epoch,
-            "samples_seen": position.samples_seen,
-            "growths": len(position.stages) - 1,
-            "global_batch": position.stage_batch,
-            "world_size": self._plan.world_size,
-            "steps_left_out": state.skipped,
-            "rollbacks": state.rolled_back,
-            "train_seconds": seconds,
-            "peak_memory_bytes": peak_memory,
-            "gradient_bytes": gradient_bytes,
-            "samples_per_second": position.samples_seen / seconds,
-        }
-        with self._told():
-            write_json(self.folder / "summary.json", _plain(summary))
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         say(
-            f"done: {accuracy}loss {results['loss']:.4f} after {epoch:g} epochs, {position.step:,} steps and "
-            f"{duration(seconds)} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
+            f"done: {accuracy}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, {position.step:,} steps and "
+            f"{duration(summary['train_seconds'])} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
 
     def close(self) -> None:

@@ -95,9 +95,11 @@ class Saver:
         if by not in found:
             return False
         value = found[by] if by == "accuracy" else -found[by]
-        if state.best is not None and value <= state.best["value"]:
+        best = state.best
+        # Where a resume goes by another result, the best so far says nothing: it is begun anew.
+        if best is not None and best.get("by", by) == by and value <= best["value"]:
             return False
-        state.best = {"value": value, "step": float(decision.step + 1)}
+        state.best = {"by": by, "value": value, "step": float(decision.step + 1)}
         return True
 
     def position_behind(self, decision: Decision) -> Position | None:

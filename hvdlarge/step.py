@@ -66,6 +66,10 @@ class NotFinitePolicy(Protocol):
         """
         ...
 
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """The mean loss of an applied step is not finite. Raises what `judge` does, on every rank alike."""
+        ...
+
     def settle(self, learner: Learner) -> None:
         """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `judge` does."""
         ...

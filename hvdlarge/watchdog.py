@@ -28,7 +28,7 @@ _SECOND_LINE_SECONDS, _SECOND_LINE_AT_THE_START_SECONDS = 30.0, 2.0
 
 
 class Watchdog:
-    """Watches the progress of one rank.
+    """Watches the progress of one rank, between `start` and `stop`; before and behind them nothing is armed.
 
     Args:
         rank: this worker.
@@ -42,11 +42,13 @@ class Watchdog:
         self._since = self._armed = time.monotonic()
         self._notes: Path | None = None
         self._last_line = LastLine(HANGS)
+        self._watching = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch, before Horovod or MPI can hang."""
+        self._watching = True
         self._rearm()
         self._thread.start()
 
@@ -80,6 +82,7 @@ class Watchdog:
 
     def stop(self) -> None:
         """The run has ended; watch no longer."""
+        self._watching = False
         self._ended.set()
         self._last_line.disarm()
 
@@ -87,6 +90,8 @@ class Watchdog:
         return self._limits.get(self._phase, self._limits["step"])
 
     def _rearm(self) -> None:
+        if not self._watching:
+            return
         self._armed = time.monotonic()
         after = _SECOND_LINE_AT_THE_START_SECONDS if self._phase == "start" else _SECOND_LINE_SECONDS
         self._last_line.arm(

@@ -37,6 +37,7 @@ class Source:
 
     values: Any
     lines: dict[Path, int] = field(default_factory=dict)
+    variables: dict[Path, str] = field(default_factory=dict)  # texts that the environment gave, as they were written
 
     def line(self, path: Path) -> int | None:
         """The line (from 1) of the longest part of `path` that stands in the text."""
@@ -45,12 +46,17 @@ class Source:
         return self.lines.get(path)
 
 
-def read(text: bytes | str, environ: Mapping[str, str] | None = None) -> Source:
+class AsWritten(str):
+    """A text with variables in it, which `write` leaves for the next reader to fill in."""
+
+
+def read(text: bytes | str, environ: Mapping[str, str] | None = None, fill_in: bool = True) -> Source:
     """The values of one YAML document, with the line of each key.
 
     Args:
         text: the document.
         environ: what `${NAME}` stands for.
+        fill_in: put that in; else such values stay as they are written.
 
     Raises:
         SourceError: for anything that is not one plain document, and for a variable that is not set and has no default.
@@ -75,9 +81,11 @@ def read(text: bytes | str, environ: Mapping[str, str] | None = None) -> Source:
             if node is None:
                 return Source(None)
             lines: dict[Path, int] = {}
+            variables: dict[Path, str] = {}
             _record(node, (), lines)
-            _fill_in(node, (), loader, environ or {})
-            return Source(loader.construct_document(node), lines)
+            if fill_in:
+                _fill_in(node, (), loader, environ or {}, variables)
+            return Source(loader.construct_document(node), lines, variables)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -132,15 +140,16 @@ def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
             _record(item, path + (number,), lines)
 
 
-def _fill_in(node: yaml.Node, path: Path, loader: _Loader, environ: Mapping[str, str]) -> None:
-    """Put the environment's values into the nodes of a document."""
+def _fill_in(node: yaml.Node, path: Path, loader: _Loader, environ: Mapping[str, str], variables: dict[Path, str]) -> None:
+    """Put the environment's values into the nodes of a document, and keep in `variables` how such texts were written."""
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            _fill_in(value_node, (*path, key_node.value), loader, environ)
+            _fill_in(value_node, (*path, key_node.value), loader, environ, variables)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            _fill_in(item, (*path, number), loader, environ)
+            _fill_in(item, (*path, number), loader, environ, variables)
     elif isinstance(node, yaml.ScalarNode) and "${" in node.value:
+        written = node.value
         try:
             node.value = _VARIABLE.sub(lambda found: _value_of(found, environ), node.value)
         except LookupError as error:
@@ -148,6 +157,8 @@ def _fill_in(node: yaml.Node, path: Path, loader: _Loader, environ: Mapping[str,
             raise SourceError(f"{where}: {error.args[0]}" if where else error.args[0], node.start_mark.line + 1) from None
         if node.style is None:  # not quoted: of the type that it would have had if it had been written here
             node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if node.tag == _TEXT and any(name for _, name, _ in _VARIABLE.findall(written)):
+            variables[path] = written
 
 
 def _value_of(found: re.Match[str], environ: Mapping[str, str]) -> str:
@@ -205,6 +216,10 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+# In quotes, so that it is a text whatever the variable holds.
+_Dumper.add_representer(AsWritten, lambda dumper, text: dumper.represent_scalar(_TEXT, str(text), style="'"))
+
+
 def write(values: Any) -> str:
     """Plain values as a text that `read` gives back as they are, whatever the environment.
 
@@ -219,4 +234,4 @@ def _escaped(values: Any) -> Any:
         return {key: _escaped(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [_escaped(value) for value in values]
-    return values.replace("${", "$${") if isinstance(values, str) else values
+    return values.replace("${", "$${") if isinstance(values, str) and not isinstance(values, AsWritten) else values

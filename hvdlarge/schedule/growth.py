@@ -1,6 +1,6 @@
 """Growth of the global batch during a run.
 
-Formula:  global_batch(epoch) = min(max, round(initial · factor^n)),  n = growth marks reached at `epoch`
+Formula:  global_batch(epoch) = min(max, round(initial · factor^n)),  n = growth marks reached at `epoch`; 2^62 at most
 Source:   AdaBatch: Devarakonda, Naumov, Garland, "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks"
           (2017), section 3: at fixed epoch marks the batch is multiplied by beta (2 in the main experiments).
 Contract: pure; epochs are floats; a mark acts on the first step that starts at or after it, and only between steps.
@@ -13,7 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdlarge.schedule.progress import check_marks, marks_reached, next_mark
+from hvdlarge.schedule.progress import check_marks, marks_reached
+
+LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of a decision holds
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,6 @@ class NoGrowth:
     def global_batch(self, initial: int, epoch: float) -> int:
         """Samples per update at `epoch`: `initial`, always."""
         return initial
-
-    def next_mark(self, initial: int, epoch: float) -> float | None:
-        """No growth is ahead."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -66,22 +64,12 @@ class AdaBatchGrowth:
         """Samples per update at `epoch`, for a run that began with `initial` samples."""
         return self._after(initial, marks_reached(epoch, self.every_epochs, self.at_epochs))
 
-    def next_mark(self, initial: int, epoch: float) -> float | None:
-        """The epoch of the next growth that changes the batch, or None."""
-        now = self.global_batch(initial, epoch)
-        if self.max is not None and now >= self.max:
-            return None
-        mark = next_mark(epoch, self.every_epochs, self.at_epochs)
-        while mark is not None and self.global_batch(initial, mark) == now:  # a small factor may round to no change
-            mark = next_mark(mark, self.every_epochs, self.at_epochs)
-        return mark
-
     def _after(self, initial: int, growths: int) -> int:
+        largest = LARGEST_BATCH if self.max is None else max(initial, min(self.max, LARGEST_BATCH))
         try:
-            grown = round(initial * self.factor**growths)
-        except OverflowError:  # more than any data set; the last step of a run is cut to what is left of it
-            grown = 2**62
-        return grown if self.max is None else max(initial, min(grown, self.max))
+            return min(largest, round(initial * self.factor**growths))
+        except OverflowError:
+            return largest
 
 
 Growth = NoGrowth | AdaBatchGrowth

@@ -6,6 +6,7 @@ Contract: pure; the stages, step counts and rates are those that the controller 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,9 +54,7 @@ def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate:
         epoch = clock.epoch(samples)
         batch = growth.global_batch(initial, epoch)
         starts.append(StageStart(epoch, batch / base_batch))
-        mark = growth.next_mark(initial, epoch)
-        until = total if mark is None else min(total, clock.samples_until(mark))
-        steps = -(-(until - samples) // batch)
+        steps = _steps_of(clock, initial, growth, samples, batch)
 
         def lr(step: int, begun: tuple[StageStart, ...] = tuple(starts), first: int = samples, batch: int = batch) -> float:
             start = first + step * batch
@@ -63,6 +62,17 @@ def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate:
 
         yield Stretch(samples, steps, batch, tuple(starts), lr)
         samples = min(total, samples + steps * batch)
+
+
+def _steps_of(clock: Clock, initial: int, growth: Growth, first: int, batch: int) -> int:
+    """Steps of `batch` samples from sample `first` on, up to the end of the run or the first step of a larger batch."""
+    left = -(-(clock.total_samples - first) // batch)
+
+    def has_grown(step: int) -> bool:
+        return growth.global_batch(initial, clock.epoch(first + step * batch)) > batch
+
+    # Batches only grow, so this is a search: marks may be many more than steps, and most of them may round to no change.
+    return 1 + bisect_left(range(1, left), True, key=has_grown)
 
 
 def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule) -> list[StageOutline]:

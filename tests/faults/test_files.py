@@ -1,5 +1,6 @@
 """Run folders, checkpoints and what befalls them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -168,6 +169,31 @@ def test_what_may_change_is_allowed_and_recorded(stopped):
     ended = stopped.run(3, "epochs=2.5", "checkpoint.every_steps=20")
     assert ended.code == 0
     assert "already finished" in ended.text
+
+
+@pytest.mark.parametrize("workers", [None, 2, 3])
+@pytest.mark.parametrize(("epochs", "pass_of_stop"), [(2, 44), (0.23, 10)], ids=["longer", "shorter"])
+def test_a_run_stopped_near_its_end_and_given_another_length_is_the_undisturbed_run_of_that_length(
+    bench, workers, epochs, pass_of_stop
+):
+    """Of 45 steps it takes 44, or 10; the last step of either length is decided by then, and is another one in the other length."""
+    arguments = ["lr.warmup={policy: none}", "batch.micro=16" if workers != 3 else "batch.micro=8"]
+    fault = f"usr1@0:{2 * pass_of_stop}" if workers is None else f"usr1@1:{pass_of_stop}"
+    stopped = bench.run(workers, *arguments, "epochs=1", FAULT=fault)
+    assert stopped.fired
+    assert stopped.code == 75, stopped.text
+    assert bench.checkpoint()["position"]["step"] == pass_of_stop
+    ended = bench.run(workers, *arguments, f"epochs={epochs}", FAULT="")
+    assert ended.code == 0, ended.text
+    assert f"epochs changes from 1 to {epochs}" in ended.text
+    assert bench.run(workers, *arguments, f"epochs={epochs}", "run_dir=runs/whole", FAULT="").code == 0
+    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    folders = [bench.run_folder(name) for name in ("runs/faults", "runs/whole")]
+    ours, theirs = ((folder / "decisions.jsonl").read_text() for folder in folders)
+    assert ours == theirs
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in folders)
+    for key in ("steps", "samples_seen", "epochs", "loss", "accuracy", "global_batch"):
+        assert ours[key] == theirs[key], key
 
 
 def test_a_run_with_exponential_decay_may_be_lengthened(bench):

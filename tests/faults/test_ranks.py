@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 import pytest
-from comparing import distance, same
+from comparing import distance, read_lines, same
 from launching import MPIRUN, TRAIN
 
 short = pytest.mark.short  # part of `make test`; the others run with `make test-faults`
@@ -242,6 +242,14 @@ def test_44_the_run_goes_back_and_on_with_a_lower_rate(bench):
     assert "back to step 20, the rate is multiplied by 0.25" in ended.text
     found = bench.checkpoint()
     assert (found["state"]["rolled_back"], found["position"]["lr_factor"]) == (1, 0.25)
+
+
+def test_a_step_left_out_where_its_loss_is_logged_does_not_end_the_run(bench):
+    ended = bench.run(2, "on_nonfinite={policy: skip}", "log.every_steps=1", FAULT="nan@1:25")
+    assert ended.fired
+    assert ended.code == 0, ended.text
+    logged = {line["step"]: line["loss"] for line in read_lines(bench.run_folder() / "metrics.jsonl") if "loss" in line}
+    assert [step for step, loss in logged.items() if loss == "nan"] == [24]
 
 
 def test_47_rollbacks_are_bounded(bench):

@@ -105,6 +105,36 @@ def test_a_run_that_diverges_says_so_on_all_ranks(train):
     assert "lower lr.base" in ended.err
 
 
+IGNORED_PARTS = """
+import torch
+from hvdlarge.data.datasets import InMemory, digits
+
+def data():  # a set whose targets are all left out of the mean, as those of padding are
+    train, test = digits()
+    return InMemory(train.inputs, torch.full_like(train.targets, -100)), test
+"""
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize(
+    ("policy", "steps", "words"),
+    [
+        ("{policy: stop}", "log.every_steps=10", ["the loss is nan at step 9 "]),
+        ("{policy: stop}", "log.every_steps=1000", ["the loss is nan at step 44 "]),  # the last one
+        ("{policy: skip}", "log.every_steps=10", ["the loss is nan at step 9 "]),
+        ("{policy: rollback, limit: 2}", "log.every_steps=10", ["back to step 0", "the run was rolled back 2 times already"]),
+    ],
+)
+def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(train, folder, workers, policy, steps, words):
+    (folder / "ignored_parts.py").write_text(IGNORED_PARTS)
+    job = ["jobs/digits.yaml", "data.name=ignored_parts:data", "model={name: mlp}", "epochs=1"]
+    ended = train(workers, *job, f"on_nonfinite={policy}", steps)
+    assert ended.code == 73, ended.out + ended.err
+    assert len(ended.errors) == 1
+    for word in ["most often all targets of a micro-batch are ignored", *words]:
+        assert word in ended.out + ended.err
+
+
 @pytest.mark.parametrize("package", ["horovod", "mpi4py"])
 def test_a_launch_without_a_part_is_never_many_solo_runs(train, folder, package):
     (folder / package).mkdir()

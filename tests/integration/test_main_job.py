@@ -1,13 +1,16 @@
 """The main job, end to end."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from comparing import read_lines
-from launching import MPIRUN, ROOT, TRAIN
+from launching import MPIRUN, ROOT, TRAIN, environment
 
 from hvdlarge.job_file import parse_job, read_job
 
@@ -109,6 +112,39 @@ def test_the_run_folder_says_what_ran(train, folder):
     assert {"global_batch", "lr", "loss", "trust_ratio_min", "allreduce_seconds"} <= metrics[0].keys()
     assert 0 < metrics[0]["trust_ratio_min"] <= metrics[0]["trust_ratio_max"]
     assert [line["accuracy"] for line in metrics if "accuracy" in line]
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_gets_the_summary_at_the_next_start(train, folder):
+    """A pipe that nobody reads stands where the summary is written aside: the run waits there for its end."""
+    arguments = ["jobs/digits.yaml", "epochs=1", "log.every_steps=1"]
+    assert train(None, *arguments, "run_dir=whole").code == 0
+    whole = json.loads((folder / "whole/summary.json").read_text())
+    (folder / "run").mkdir()
+    pipe = folder / "run/.summary.json.part"
+    os.mkfifo(pipe)
+    process = subprocess.Popen([*TRAIN, *arguments, "run_dir=run"], cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
+    listing, last = folder / "run/checkpoints/SHA256SUMS", f"step_{whole['steps']:09d}.pt"
+    deadline = time.monotonic() + 60
+    while not (listing.exists() and last in listing.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    pipe.unlink()
+    ended = train(2, *arguments, "run_dir=run")
+    assert ended.code == 0, ended.err
+    assert "already finished: run holds this run, complete, and its summary.json, which was missing, is written" in ended.out
+    summary = json.loads((folder / "run/summary.json").read_text())
+    measured = {"train_seconds", "samples_per_second", "peak_memory_bytes"}
+    assert {key: value for key, value in summary.items() if key not in measured} == {
+        key: value for key, value in whole.items() if key not in measured
+    }
+    assert summary["samples_per_second"] == summary["samples_seen"] / summary["train_seconds"]
+    assert summary["peak_memory_bytes"] is None
+    written = (folder / "run/summary.json").read_bytes()
+    assert "which was missing" not in train(None, *arguments, "run_dir=run").out
+    assert (folder / "run/summary.json").read_bytes() == written
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])

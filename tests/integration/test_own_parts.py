@@ -33,3 +33,27 @@ def test_the_readmes_own_model_and_data_set_run_alike_on_any_world(train, folder
     for other in weights[1:]:
         for name, value in other.items():
             assert (value - weights[0][name]).norm() <= 1e-10 * weights[0][name].norm().clamp_min(1e-3), name
+
+
+SECRET_PARTS = """
+from hvdlarge.data.datasets import digits
+
+def data(token):
+    assert token == "s3cret-of-ada" or token == "s3cret-of-bob"
+    return digits()
+"""
+
+
+def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_a_changed_one_is_noticed(train, folder):
+    (folder / "secret_parts.py").write_text(SECRET_PARTS)
+    arguments = ["jobs/digits.yaml", "data={name: 'secret_parts:data', args: {token: '${TOKEN}'}}", "epochs=1", "run_dir=run"]
+    ended = train(2, *arguments, TOKEN="s3cret-of-ada")
+    assert ended.code == 0, ended.err
+    files = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".pt" for path in files)
+    assert [path for path in files if b"s3cret" in path.read_bytes()] == []
+    assert "already finished" in train(2, *arguments, TOKEN="s3cret-of-ada").out
+    other = train(2, *arguments, TOKEN="s3cret-of-bob")
+    assert other.code == 77
+    assert 'data.args.token is "sha256:' in other.err
+    assert "s3cret" not in ended.out + ended.err + other.out + other.err

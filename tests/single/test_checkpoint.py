@@ -79,6 +79,127 @@ def test_a_failed_write_is_told_at_the_next_call_and_leaves_the_old_one(folder):
     assert folder.newest_good()[1]["position"]["step"] == 3
 
 
+class TooLarge:
+    def __reduce__(self):
+        raise MemoryError
+
+
+def test_a_write_that_runs_out_of_memory_is_told_and_leaves_nothing_behind(folder):
+    save(folder, 1)
+    with pytest.raises(CannotSave, match="step_000000002.pt could not be written \\(MemoryError\\).*last good one is untouched"):
+        folder.save({**content(2), "large": TooLarge()}, 2, best=False, wait=True)
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["SHA256SUMS", "last.pt", "step_000000001.pt"]
+    assert folder.newest_good()[1]["position"]["step"] == 1
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_are_not_among_those_that_are_kept(folder, keep):
+    for step in (10, 20, 30, 40):
+        save(folder, step)
+    for path in folder.newest_first()[:2]:
+        path.write_bytes(path.read_bytes()[:-7])
+    again = CheckpointFolder(folder.folder, keep)
+    assert again.newest_good()[1]["position"]["step"] == 20
+    save(again, 25)
+    assert [path.stem[-2:] for path in again.newest_first()] == ["40", "30", "25", "20"][: 2 + keep]
+    path, _, problems = CheckpointFolder(folder.folder, keep).newest_good()
+    assert (path.name, len(problems)) == ("step_000000025.pt", 2)
+    save(again, 30)  # written anew
+    save(again, 45)  # and the last damaged one lies behind
+    assert [path.stem[-2:] for path in again.newest_first()] == ["45", "30"][:keep]
+    assert set(again.listed()) == {path.name for path in again.newest_first()}
+
+
+def test_a_checkpoint_that_was_never_listed_is_removed_in_its_turn(folder):
+    for step in (1, 2, 3):
+        save(folder, step)
+    listing = folder.folder / "SHA256SUMS"
+    listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "step_000000002" not in line))
+    for step in (4, 5):
+        save(folder, step)
+    assert [path.stem[-1] for path in folder.newest_first()] == ["5", "4", "3"]
+
+
+KILLED_AT_EVERY_OPERATION = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+from hvdlarge.checkpoint import CheckpointFolder
+
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.link"}  # by their names among Python's audit events
+place, (steps, damaged, (new_step,), (keep,)) = Path(sys.argv[1]), (list(map(int, word.split())) for word in sys.argv[2:])
+whole, work = place / "whole", place / "work"
+kill_at, seen = 0, 0
+
+
+def kill(event, arguments):
+    global seen
+    seen += event in OPERATIONS
+    if kill_at and event in OPERATIONS and seen == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save(folder, step, part, keep):
+    content = {"model": {"weight": torch.full((1000,), float(part))}, "position": {"step": step}, "part": part}
+    CheckpointFolder(folder, keep).save(content, step, best=True, wait=True)
+
+
+def newest(folder):
+    found = CheckpointFolder(folder, keep).newest_good()
+    if found is None:
+        return None
+    assert (found[1]["model"]["weight"] == found[1]["part"]).all()
+    return found[1]["position"]["step"], found[1]["part"]
+
+
+for step in steps:
+    save(whole, step, 1, keep=9)
+for step in damaged:
+    path = whole / f"step_{step:09d}.pt"
+    path.write_bytes(path.read_bytes()[:-7])
+before = newest(whole)
+sys.addaudithook(kill)
+for number in range(1, 1000):
+    shutil.rmtree(work, ignore_errors=True)
+    if whole.exists():
+        shutil.copytree(whole, work)
+    child = os.fork()
+    if child == 0:
+        newest(work)  # as at a resume
+        kill_at, seen = number, 0
+        save(work, new_step, 2, keep)
+        os._exit(0)
+    ended = os.waitpid(child, 0)[1]
+    assert newest(work) in ([before, (new_step, 2)] if ended else [(new_step, 2)]), number
+    if not ended:
+        break
+    assert ended == signal.SIGKILL, ended
+    save(work, new_step, 3, keep)  # the next writer
+    assert newest(work) == (new_step, 3), number
+    assert not list(work.glob(".*")), number
+    print("killed at", number)
+"""
+SITUATIONS = {  # steps that are there, those of them that are damaged, the step that is written, how many are kept
+    "the first one": ("", "", "0", "3"),
+    "one that pushes the oldest out": ("10 20", "", "30", "2"),
+    "the only one anew, as a rollback does with step 0": ("0", "", "0", "3"),
+    "the newest anew": ("10 20", "", "20", "2"),
+    "the only one that is kept anew": ("20", "", "20", "1"),
+    "one behind which a damaged one lies": ("10 20 30", "30", "25", "1"),
+    "one in the place of a damaged one": ("10 20 30", "30", "30", "1"),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_writer_killed_before_any_one_of_its_file_operations_leaves_a_whole_one(tmp_path, situation):
+    """By SIGKILL, at each operation in turn; what is found is what was there before, or what was written."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_OPERATION, str(tmp_path), *SITUATIONS[situation]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed at") >= 10
+
+
 WRITER = """
 import sys, torch
 from pathlib import Path

@@ -12,6 +12,7 @@ from hvdlarge.introduction import growth_line, stage_table
 from hvdlarge.job_file import read_job
 from hvdlarge.planning import stages_of
 from hvdlarge.schedule.decay import CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
+from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.rate import RateSchedule
@@ -42,6 +43,8 @@ PLANS = {
     "jump": make_plan(rate=RateSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
     "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
     "growth too small for the rounding at first": make_plan(initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)),
+    "growth beyond what a record holds": make_plan(growth=AdaBatchGrowth(factor=3, every_epochs=0.2), epochs=200, micro=None),
+    "growth too small for the rounding at most marks": make_plan(growth=AdaBatchGrowth(factor=1.0001, every_epochs=0.001)),
     "no warmup": make_plan(rate=RateSchedule(1, "linear", NoWarmup())),
     "one cycle": make_plan(rate=RateSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
     "cosine": make_plan(rate=RateSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
@@ -68,6 +71,7 @@ def test_steps_follow_each_other_without_gap_and_end_with_the_last_sample(plan):
         assert decision.is_last == (number == len(decisions) - 1)
         assert decision.global_batch == decision.stage_batch or decision.is_last
         assert decision.lr >= 0
+        assert Decision.from_bytes(decision.to_bytes()) == decision
         seen += decision.global_batch
     assert seen == plan.clock.total_samples
 
@@ -130,10 +134,25 @@ def test_a_controller_goes_on_from_any_position_as_if_it_had_never_stopped(plan)
             given = [controller.decide() for _ in range(min(len(whole), stop + 1 + ahead))]
             position = controller.position_after(given[stop])
             assert position.samples_seen == whole[stop].samples_seen + whole[stop].global_batch
-            assert len(position.ahead) == len(given) - stop - 1
             again = Controller(plan, Position.from_plain(json.loads(json.dumps(position.to_plain()))))
             assert list(iter(again.decide, None)) == whole[stop + 1 :]
-            assert dataclasses.replace(again.final_position(), ahead=()) == controller_at_end(plan)
+            assert again.final_position() == controller_at_end(plan)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 0.9), (1, 0.23), (2, 1)])
+@pytest.mark.parametrize("left", [1, 2, 7])
+def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of_the_new_length(before, after, left):
+    """Resumed `left` steps before the end that comes first, with more decisions in hand than steps are left."""
+    plans = [
+        make_plan(size=1437, epochs=epochs, initial=32, growth=NoGrowth(), rate=RateSchedule(1)) for epochs in (before, after)
+    ]
+    short, whole = min(map(all_of, plans), key=len), all_of(plans[1])
+    controller = Controller(plans[0])
+    position = controller.position_after([controller.decide() for _ in all_of(plans[0])][len(short) - 1 - left])
+    again = Controller(plans[1], Position.from_plain(json.loads(json.dumps(position.to_plain()))))
+    feed = DecisionFeed(SoloControl(), again, ahead=3, announce=lambda decision: None)
+    assert list(iter(feed.next, None)) == whole[len(short) - left :]
+    assert again.final_position() == controller_at_end(plans[1])
 
 
 def controller_at_end(plan):
@@ -159,12 +178,12 @@ def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
     whole = all_of(plan)
     controller = Controller(plan)
     position = controller.position_after([controller.decide() for _ in range(7)][4])
-    lower = Controller(plan, dataclasses.replace(position, lr_factor=0.25, ahead=()))
+    lower = Controller(plan, dataclasses.replace(position, lr_factor=0.25))
     assert [decision.lr for decision in iter(lower.decide, None)] == [decision.lr * 0.25 for decision in whole[5:]]
     shared = make_plan(micro=None, world_size=3)
     controller = Controller(shared)
-    position = controller.position_after(controller.decide())
-    other = Controller(dataclasses.replace(shared, world_size=2), dataclasses.replace(position, ahead=tuple(all_of(shared)[1:4])))
+    given = [controller.decide() for _ in range(4)]
+    other = Controller(dataclasses.replace(shared, world_size=2), controller.position_after(given[0]))
     assert [other.decide().micro_batch for _ in range(3)] == [-(-d.global_batch // 2) for d in all_of(shared)[1:4]]
 
 

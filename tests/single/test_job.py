@@ -88,6 +88,7 @@ def test_overrides_on_the_command_line():
         ("base: 32", "base: '32'", ['job.yaml:6: batch.base is "32"']),
         ("base: 32", "base: 1.5", ["batch.base is 1.5"]),
         ("base: 32", "base: 0", ["batch.base is 0"]),
+        ("micro: 16", "micro: 5000000000000000000", ["batch.micro is 5000000000000000000: input should be less than or equal"]),
         ("every_epochs: 6", "every_epochs: 6, at_epochs: [1]", ["batch.growth: give either every_epochs or at_epochs"]),
         ("every_epochs: 6", "at_epochs: [2, 1]", ["rising positive epochs"]),
         ("factor: 2", "factor: 1", ["factor must be a number above 1, got 1"]),
@@ -275,3 +276,57 @@ def test_the_schema_takes_jobs_and_refuses_mistakes():
     for wrong in ({"epochs": "3"}, {"epochz": 3}, {"lr": 0.1}, {"batch": {"base": 0, "micro": 1}}, {"optimizer": {"name": "x"}}):
         assert list(check.iter_errors(good | wrong)), wrong
     assert list(check.iter_errors({"seed": 3}))
+
+
+SECRETS = """\
+name: run-${JOB}
+epochs: ${EPOCHS}
+data: {name: digits, args: {token: "${TOKEN}", nested: {keys: ["a", "$${X}-${TOKEN}"]}, size: "${EPOCHS}"}}
+model: {name: convnet, args: {}}
+batch: {base: 32, micro: 16}
+lr: {base: 1e-1}
+"""
+
+
+def test_texts_that_the_environment_gives_to_args_are_known_to_the_run_alone(monkeypatch, tmp_path):
+    for name, value in (("TOKEN", "s3cret"), ("JOB", "17"), ("EPOCHS", "3")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "base.yaml").write_text(SECRETS)
+    (tmp_path / "job.yaml").write_text("extends: base.yaml\nloss: {args: {proxy: 'http://${TOKEN}@far'}}\n")
+    job = read_job(str(tmp_path / "job.yaml"), ["model.args.key=x${TOKEN:-y}", "data.args.more={deep: ['${TOKEN}']}"])
+    assert (job.name, job.epochs, job.loss.args, job.model.args) == (
+        "run-17", 3, {"proxy": "http://s3cret@far"}, {"key": "xs3cret"},
+    )  # fmt: skip
+    assert job.data.args == {
+        "token": "s3cret", "nested": {"keys": ["a", "${X}-s3cret"]}, "size": "3", "more": {"deep": ["s3cret"]},
+    }  # fmt: skip
+    for seen in (job.to_yaml(), json.dumps(job.resolved()), json.dumps(job.mathematics())):
+        assert "s3cret" not in seen
+    assert "token: '${TOKEN}'" in job.to_yaml()
+    again = parse_job(job.to_yaml(), "resolved")
+    assert again == job
+    assert again.data.args == job.data.args
+    assert again.mathematics() == job.mathematics()
+    monkeypatch.setenv("TOKEN", "other")
+    assert parse_job(job.to_yaml(), "resolved").mathematics() != job.mathematics()
+    assert read_job(str(tmp_path / "job.yaml"), ["data.args={token: none}", "loss.args={}"]).to_yaml().count("${") == 0
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse", "torch.nn:L1Loss"])
+@pytest.mark.parametrize(
+    "argument", ["reduction: sum", "reduction: none", "reduction: ~", "size_average: false", "reduce: false"]
+)
+def test_a_loss_of_torch_that_is_no_mean_is_refused(name, argument):
+    loss = f"loss={{name: '{name}', args: {{{argument}}}}}"
+    with pytest.raises(
+        JobError, match=f"loss.args.{argument.split(':')[0]}: .* makes the loss no mean over its micro-batch"
+    ) as raised:
+        parse_job(GOOD, "job.yaml", [loss])
+    assert raised.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "loss", ["{args: {reduction: mean}}", "{args: {reduce: true}}", "{name: 'mine:loss', args: {reduction: sum}}"]
+)
+def test_a_loss_that_is_a_mean_or_ones_own_is_taken(loss):
+    assert parse_job(GOOD, "job.yaml", [f"loss={loss}"]).loss.args

@@ -139,6 +139,21 @@ def test_a_plan_in_words_and_side_by_side(capsys):
     assert "model.name                   convnet           row_lstm" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_said"),
+    [
+        (["loss.args={ignore_index: -1}"], True),
+        (["loss={name: 'torch.nn:NLLLoss', args: {ignore_index: 0}}", "batch.growth={policy: none}"], True),
+        (["loss={name: 'mine:loss', args: {ignore_index: 0}}"], False),
+        (["loss.args={ignore_index: -1}", "batch.growth={policy: none}", "batch.micro=32"], False),
+        ([], False),
+    ],
+)
+def test_that_ignored_targets_count_by_micro_batch_is_said_where_a_step_has_several(changes, is_said, capsys):
+    assert main([str(ROOT / "jobs/digits.yaml"), *changes]) == 0
+    assert ("note     loss.args.ignore_index: " in capsys.readouterr().out) == is_said
+
+
 def test_a_first_batch_below_the_base_takes_more_steps(capsys):
     assert main([str(ROOT / "jobs/digits_lstm.yaml"), "batch.base=1024", "lr.warmup.epochs=1"]) == 0
     assert "× more than the 127 of a fixed batch of 1024" in capsys.readouterr().out
@@ -168,6 +183,16 @@ def test_figures_of_a_measured_run_give_time_memory_and_disk(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(seconds, rel=0.01)
     assert main([str(ROOT / "jobs/digits.yaml"), "batch.micro=8", "--measured", str(run)]) == 0
     assert "not measured with this micro-batch" in capsys.readouterr().out
+
+
+def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "of the machine that ran it")
+    job = parse_job(IMAGENET, "imagenet", ["model.args={since: 2020-13-45, token: '${TOKEN}'}"])
+    monkeypatch.delenv("TOKEN")
+    (tmp_path / "job.resolved.yaml").write_text(job.to_yaml())
+    (tmp_path / "summary.json").write_text(json.dumps({"samples_per_second": 4000.0, "world_size": 2}))
+    code = main([str(ROOT / "jobs/digits.yaml"), "batch.micro=16", "--measured", str(tmp_path)])
+    assert code == 0, capsys.readouterr().err
 
 
 def test_what_cannot_run_is_refused():

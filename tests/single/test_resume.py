@@ -1,91 +1,59 @@
-"""What a checkpoint brings back lies where it belongs."""
-
-from dataclasses import replace
+"""What is found in a run folder, and whether it is the run that is being started."""
 
 import pytest
-import torch
 
-from hvdlarge import assembly, resume
-from hvdlarge.arithmetic import Arithmetic
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge import resume
+from hvdlarge.checkpoint import CheckpointFolder
 from hvdlarge.exits import BadCheckpoint
 from hvdlarge.job_file import parse_job
-from hvdlarge.models.state import trained_modules
-from hvdlarge.saver import optimizer_state
+from hvdlarge.runlog import write_documents
 
-JOB = """
-name: resumed
-epochs: 1
+JOB = """\
+name: trial
+epochs: 3
 data: {name: digits}
-model: {name: 'test_resume:Scaled'}
-batch: {base: 8, micro: 4}
-lr: {base: 1}
+model: {name: convnet}
+batch: {base: 32, micro: 16}
+lr: {base: 1e-1}
 """
+WORDS = "model.args={mode: on, other: off, yes: no, at: 12:30:45, day: 2020-01-01, price: 1_000, home: '$${HOME}'}"
 
 
-class Scaled(torch.nn.Linear):
-    """A parameter without dimensions, as CLIP's logit_scale."""
-
-    def __init__(self):
-        super().__init__(3, 2)
-        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, inputs):
-        return super().forward(inputs) * self.logit_scale
+def begin(folder, job):
+    """A start that left no checkpoint."""
+    given = folder.parent / "given.yaml"
+    given.write_text(JOB)
+    folder.mkdir(exist_ok=True)
+    write_documents(folder, given, job.to_yaml(), {"world_size": 1, "versions": {}}, resume.Position(), [])
 
 
-class Learnt(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.temperature = torch.nn.Parameter(torch.tensor(1.0))
-        self.history = {"calls": 0}
-
-    def get_extra_state(self):
-        return self.history
-
-    def set_extra_state(self, state):
-        self.history = state
+def find(folder, job):
+    facts = {"job": job.mathematics(), "data": {"training samples": 1437}, "versions": {}, "world_size": 1}
+    return resume.find(folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True)
 
 
-def learner_of(monkeypatch, *changes):
-    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
-    job = parse_job(JOB, "job", changes)
-    arithmetic = Arithmetic("fp32", torch.device("cpu"))
-    model, loss, optimizer, *_ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    return assembly.join_learning(
-        model, loss, optimizer, arithmetic, job.gradients, None, False, SoloControl(), SoloTensors(), 0, exact=False
-    )
+def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_the_same_job(tmp_path):
+    begin(tmp_path / "run", parse_job(JOB, "job", [WORDS]))
+    assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])).content is None
+    with pytest.raises(BadCheckpoint, match='model.args.mode is "on" there and "off" here'):
+        find(tmp_path / "run", parse_job(JOB, "job", [WORDS, "model.args.mode=off"]))
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
-def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatch, optimizer):
-    """The device "meta" stands for a GPU."""
-    learner = learner_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
-    learner.model(torch.ones(4, 3)).sum().backward()
-    learner.update.optimizer.step()
-    state = optimizer_state(learner)
-    entries = resume._small({"position": {}, "state": {}, "optimizer": state, "statistics": {"world_size": 1, "parts": []}})
-    there = {torch.nn.Parameter(weight.detach().to("meta")): name for weight, name in learner.names.items()}
-    learner = replace(learner, names=there)
-    resume._share_optimizer(entries["optimizer"], None, learner, SoloTensors())
-    restored = learner.update.optimizer.state
-    assert {there[weight] for weight in restored} == {"weight", "bias", "logit_scale"}
-    for weight, values in restored.items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                assert value.device.type == ("cpu" if key == "step" else "meta")
-                assert key == "step" or value.shape == weight.shape
+def test_a_job_that_cannot_be_read_when_a_run_left_no_checkpoint_is_refused(tmp_path):
+    begin(tmp_path / "run", parse_job(JOB, "job"))
+    (tmp_path / "run/job.resolved.yaml").write_text("name: [trial\n")
+    with pytest.raises(BadCheckpoint, match="cannot be read; --fresh sets it aside"):
+        find(tmp_path / "run", parse_job(JOB, "job"))
 
 
-def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
-    model, loss = Scaled(), Learnt()
-    modules = trained_modules(model, loss)
-    content = {
-        "model": {name: value + 1 for name, value in model.state_dict().items()},
-        "loss": {"temperature": torch.tensor(3.0), "_extra_state": {"calls": 5}},
-    }
-    resume.load_modules(modules, content, tmp_path)
-    assert (loss.temperature.item(), loss.history, model.logit_scale.item()) == (3.0, {"calls": 5}, 2.0)
-    with pytest.raises(BadCheckpoint, match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing"):
-        resume.load_modules(modules, {**content, "loss": {"_extra_state": {}}}, tmp_path)
-    assert loss.temperature.item() == 3.0
+def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "s3cret")
+    begin(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"]))
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])).content is None
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])).content is None
+    with pytest.raises(BadCheckpoint, match='model.args.token is "sha256:.*" there and "other" here') as raised:
+        find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: other}"]))
+    assert "s3cret" not in str(raised.value)
+    monkeypatch.delenv("TOKEN")
+    with pytest.raises(BadCheckpoint, match="the variable TOKEN is not set"):
+        find(tmp_path / "run", parse_job(JOB, "job"))

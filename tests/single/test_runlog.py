@@ -78,6 +78,14 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
     assert len((tmp_path / "run/starts.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_summary_when_a_run_goes_on_from_its_end_is_removed(tmp_path, plan):
+    log = begin(tmp_path / "run", plan)
+    log.finish(RunState(results={"loss": 0.5}), at_end(plan), 1000, 4000)
+    log.close()
+    begin(tmp_path / "run", plan, position=at_end(plan)).close()  # with more epochs
+    assert not (tmp_path / "run/summary.json").exists()
+
+
 def test_an_earlier_run_is_set_aside_and_never_overwritten(tmp_path, plan):
     for number in range(3):
         if number:

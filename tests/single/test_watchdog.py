@@ -38,6 +38,31 @@ def test_a_rank_that_hangs_is_ended_and_one_that_goes_on_is_not(tmp_path, how):
     assert (tmp_path / "rank_3.json").exists()
 
 
+NOT_WATCHING = """
+import sys, time
+from hvdlarge.watchdog import Watchdog
+watchdog = Watchdog(0, {"start": 0.5, "step": 0.5})
+if sys.argv[1] == "stopped":
+    watchdog.start()
+    watchdog.stop()
+for step in range(2):
+    time.sleep(1.1)
+    watchdog.progress("start", step)
+with watchdog.during("start"):
+    pass
+del watchdog
+time.sleep(3.5)
+print("ended well")
+"""
+
+
+@pytest.mark.parametrize("how", ["never started", "stopped"])
+def test_a_watchdog_that_is_not_watching_leaves_nothing_armed_behind(how):
+    """Such a one follows the turns of a benchmark, and the runs of tests in one process."""
+    done = subprocess.run([sys.executable, "-c", NOT_WATCHING, how], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
+
+
 HOLDS_THE_LOCK = """
 import ctypes, sys, time
 from hvdlarge.last_line import LastLine

@@ -1,10 +1,14 @@
 """AdaBatch's batches: FACTS of the paper, sections 6.A.2, 6.A.4, 6.A.5 and 6.A.9."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+from hvdlarge.schedule.outline import outline
+from hvdlarge.schedule.progress import Clock
+from hvdlarge.schedule.rate import RateSchedule
 
 
 def test_the_paper_doubles_128_to_2048():
@@ -34,8 +38,9 @@ def test_update_counts_of_the_paper_with_incomplete_batches_dropped():
 def test_max_caps_and_never_shrinks():
     growth = AdaBatchGrowth(factor=3, every_epochs=1, max=100)
     assert [growth.global_batch(10, epoch) for epoch in range(5)] == [10, 30, 90, 100, 100]
-    assert growth.next_mark(10, 2.5) == 3
-    assert growth.next_mark(10, 3) is None
+    assert [(stage.start, stage.global_batch) for stage in stages_of(growth, 10, Clock(900, 50))] == [
+        (0, 10), (1, 30), (2, 90), (3, 100),
+    ]  # fmt: skip
     assert AdaBatchGrowth(every_epochs=1, max=5).global_batch(10, 3) == 10
 
 
@@ -46,6 +51,36 @@ def test_factors_need_not_be_whole():
 
 def test_growth_without_limit_does_not_overflow():
     assert AdaBatchGrowth(factor=10, every_epochs=0.001).global_batch(10, 90) >= 2**62
+
+
+@pytest.mark.parametrize("max_batch", [None, 2**70])
+def test_growth_without_limit_ends_at_what_the_record_of_a_decision_holds(max_batch):
+    growth = AdaBatchGrowth(factor=3, every_epochs=0.2, max=max_batch)
+    assert [growth.global_batch(32, epoch) for epoch in (7, 8, 30, 1e6)] == [32 * 3**35, 2**62, 2**62, 2**62]
+
+
+@pytest.mark.timeout(20)
+def test_an_outline_of_a_growth_that_has_reached_its_end_is_finished():
+    """Every later mark gives the same batch, for ever."""
+    stages = stages_of(AdaBatchGrowth(factor=1e20, every_epochs=0.001), 32, Clock(1437, 120))
+    assert [(stage.global_batch, stage.end) for stage in stages] == [(32, 32 / 1437), (2**62, 120)]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("factor", "every_epochs"), [(1 + 1e-7, 1e-5), (1 + 1e-12, 1e-10), (math.nextafter(1, 2), 1e-14)])
+def test_marks_that_round_to_no_change_cost_no_time(factor, every_epochs):
+    """Millions of them lie between two batches."""
+    growth, clock = AdaBatchGrowth(factor=factor, every_epochs=every_epochs), Clock(200, 40)
+    stages = stages_of(growth, 32, clock)
+    assert len(stages) > 2
+    for before, after in pairwise(stages):
+        assert growth.global_batch(32, after.start) == after.global_batch > before.global_batch
+        last_start = round(after.start * clock.dataset_size) - before.global_batch
+        assert growth.global_batch(32, clock.epoch(last_start)) == before.global_batch
+
+
+def stages_of(growth, initial, clock):
+    return outline(clock, initial, initial, growth, RateSchedule(1))
 
 
 @pytest.mark.parametrize("factor", [1, 0.5, 0, -2, math.nan, math.inf])

@@ -1,0 +1,91 @@
+"""What a checkpoint brings back lies where it belongs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hvdlarge import assembly, resume
+from hvdlarge.arithmetic import Arithmetic
+from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.exits import BadCheckpoint
+from hvdlarge.job_file import parse_job
+from hvdlarge.models.state import trained_modules
+from hvdlarge.saver import optimizer_state
+
+JOB = """
+name: resumed
+epochs: 1
+data: {name: digits}
+model: {name: 'test_resumed_state:Scaled'}
+batch: {base: 8, micro: 4}
+lr: {base: 1}
+"""
+
+
+class Scaled(torch.nn.Linear):
+    """A parameter without dimensions, as CLIP's logit_scale."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.logit_scale
+
+
+class Learnt(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.tensor(1.0))
+        self.history = {"calls": 0}
+
+    def get_extra_state(self):
+        return self.history
+
+    def set_extra_state(self, state):
+        self.history = state
+
+
+def learner_of(monkeypatch, *changes):
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    job = parse_job(JOB, "job", changes)
+    arithmetic = Arithmetic("fp32", torch.device("cpu"))
+    model, loss, optimizer, *_ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    return assembly.join_learning(
+        model, loss, optimizer, arithmetic, job.gradients, None, False, SoloControl(), SoloTensors(), 0, exact=False
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
+def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatch, optimizer):
+    """The device "meta" stands for a GPU."""
+    learner = learner_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
+    learner.model(torch.ones(4, 3)).sum().backward()
+    learner.update.optimizer.step()
+    state = optimizer_state(learner)
+    entries = resume._small({"position": {}, "state": {}, "optimizer": state, "statistics": {"world_size": 1, "parts": []}})
+    there = {torch.nn.Parameter(weight.detach().to("meta")): name for weight, name in learner.names.items()}
+    learner = replace(learner, names=there)
+    resume._share_optimizer(entries["optimizer"], None, learner, SoloTensors())
+    restored = learner.update.optimizer.state
+    assert {there[weight] for weight in restored} == {"weight", "bias", "logit_scale"}
+    for weight, values in restored.items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                assert value.device.type == ("cpu" if key == "step" else "meta")
+                assert key == "step" or value.shape == weight.shape
+
+
+def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
+    model, loss = Scaled(), Learnt()
+    modules = trained_modules(model, loss)
+    content = {
+        "model": {name: value + 1 for name, value in model.state_dict().items()},
+        "loss": {"temperature": torch.tensor(3.0), "_extra_state": {"calls": 5}},
+    }
+    resume.load_modules(modules, content, tmp_path)
+    assert (loss.temperature.item(), loss.history, model.logit_scale.item()) == (3.0, {"calls": 5}, 2.0)
+    with pytest.raises(BadCheckpoint, match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing"):
+        resume.load_modules(modules, {**content, "loss": {"_extra_state": {}}}, tmp_path)
+    assert loss.temperature.item() == 3.0
