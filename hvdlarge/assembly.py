@@ -277,6 +277,7 @@ def join_learning(
     return Learner(
         model=model,
         loss=loss,
+        modules=modules,
         update=update,
         statistics=statistics,
         arithmetic=arithmetic,

@@ -346,7 +346,10 @@ def describe(error: BaseException) -> str:
 def fingerprint(batch: Any) -> int:
     """A number for what a batch holds, 0 … 2^32 − 1: tensors by their bytes, inside lists, tuples and dicts too."""
     if isinstance(batch, torch.Tensor):
-        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, len(batch.shape))
+        batch = batch.detach() if batch.layout == torch.strided else batch.detach().to_dense()
+        return zlib.crc32(
+            batch.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data, len(batch.shape)
+        )
     if isinstance(batch, Mapping):
         return zlib.crc32(repr([(str(key), fingerprint(value)) for key, value in batch.items()]).encode())
     if isinstance(batch, (list, tuple)):

@@ -16,7 +16,7 @@ from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.loader import Loaded
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.models.running_statistics import RunningStatistics
-from hvdlarge.models.state import trained_modules
+from hvdlarge.models.state import Modules
 from hvdlarge.optim.groups import set_rate
 from hvdlarge.optim.norms import GradientNorms
 from hvdlarge.schedule.decision import Decision
@@ -29,6 +29,7 @@ class Learner:
 
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch; a module's parameters are trained too
+    modules: Modules  # both, the loss where it is a module
     update: SummedUpdate
     statistics: RunningStatistics
     arithmetic: Arithmetic
@@ -39,11 +40,6 @@ class Learner:
     seed: int
     rank: int
     zero_if_missing: bool = False  # a parameter without a gradient on some workers counts as having a gradient of zero there
-
-    @property
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """The model, and the loss where it is a module."""
-        return trained_modules(self.model, self.loss)
 
     def set_mode(self, training: bool) -> None:
         """Put all of it into training or evaluation mode."""
