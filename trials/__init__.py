@@ -1,0 +1,1 @@
+"""Trials of the engine's laws on jobs drawn at random."""

@@ -1,0 +1,732 @@
+"""Models, losses and data sets in all the forms that users write, made of small blocks that a job's arguments name.
+
+A job says `trials.blocks:model` with arguments that describe each block; everything is smooth and tiny, so that a rounding error
+stays one. `REFUSED` holds the blocks that the engine may refuse, and what its message must then speak of.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset, Subset
+
+from hvdlarge.data.datasets import InMemory
+
+Description = dict[str, Any]
+
+# Whether a model's first weights are moved by their last bit; how a trial finds out what rounding alone can do to a job.
+nudged = False
+
+
+def model(blocks: list[Description], features: int = 4, outputs: int = 3, returned: str = "train") -> nn.Module:
+    """A chain of blocks over `features` numbers, and a linear layer behind it.
+
+    Args:
+        blocks: each with its `kind`, a key of BLOCKS, and its arguments.
+        features: numbers of an input, even.
+        outputs: numbers of an output.
+        returned: the mode in which the model is handed over: train or eval.
+    """
+    chain = [BLOCKS[block["kind"]](features, **{key: value for key, value in block.items() if key != "kind"}) for block in blocks]
+    net = Chain(chain, nn.Linear(features, outputs))
+    if nudged:
+        with torch.no_grad():
+            for weight in net.parameters():
+                nudge(weight)
+    return net.train(returned == "train")
+
+
+def nudge(weight: torch.Tensor) -> None:
+    """Move the first number of a tensor by its last bit as float64 has it."""
+    if weight.numel() and weight.is_floating_point():
+        first = weight.data.view(-1)[:1]
+        first.copy_(first * (1 + 2**-52) if weight.dtype == torch.float64 else torch.nextafter(first, first + 9))
+
+
+class Chain(nn.Module):
+    """Blocks, one behind the other."""
+
+    def __init__(self, blocks: list[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features) to (n, outputs)."""
+        for block in self.blocks:
+            inputs = block(inputs)
+        return self.head(inputs)
+
+
+# --- layers with weights
+
+
+class Linear(nn.Module):
+    """A linear layer and tanh."""
+
+    def __init__(self, features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features, bias=bias)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape of which the last is `features`."""
+        return torch.tanh(self.layer(inputs))
+
+
+class Conv(nn.Module):
+    """A convolution over the features and tanh."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.layer(inputs[:, None]))[:, 0]
+
+
+class Embedded(nn.Module):
+    """Each feature looks a row up by its size."""
+
+    def __init__(self, features: int, sparse: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(5, features, sparse=sparse)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        rows = (2.5 + 2 * torch.tanh(inputs[:, 0].detach())).long()
+        return torch.tanh(inputs + self.layer(rows))
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(features, features), nn.Linear(features, features)
+        self.other.weight = self.one.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.other(torch.tanh(self.one(inputs))))
+
+
+class Frozen(nn.Module):
+    """A layer whose weight is not trained; its bias is."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+        self.layer.weight.requires_grad_(False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.layer(inputs))
+
+
+class Unused(nn.Module):
+    """A layer that nobody calls."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The inputs."""
+        return inputs
+
+
+class Scale(nn.Module):
+    """A parameter without dimensions, as a logit scale."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        return torch.tanh(inputs * self.logit_scale.exp())
+
+
+class Spectral(nn.Module):
+    """Complex numbers: a parameter, trained or not, or a buffer (as rotary embeddings have one)."""
+
+    def __init__(self, features: int, form: str = "frozen") -> None:
+        super().__init__()
+        angles = torch.linspace(0.2, 1.4, features // 2)
+        values = torch.polar(torch.ones_like(angles), angles)
+        if form == "buffer":
+            self.register_buffer("phases", values)
+        else:
+            self.phases = nn.Parameter(values, requires_grad=form == "trained")
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features): turned in pairs."""
+        pairs = torch.view_as_complex(inputs.reshape(len(inputs), -1, 2).contiguous())
+        return torch.view_as_real(pairs * self.phases).flatten(1)
+
+
+class Widened(nn.Module):
+    """A buffer that is kept in float64 on purpose."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(1, features + 1, dtype=torch.float64) / 7)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(inputs + torch.sin(self.frequencies).to(inputs.dtype))
+
+
+class Halved(nn.Module):
+    """A weight of 16 bits, as it comes out of a file."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features).to(torch.bfloat16)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.layer(inputs.to(self.layer.weight.dtype))).to(inputs.dtype)
+
+
+class Normed(nn.Module):
+    """Layer or group normalisation."""
+
+    def __init__(self, features: int, form: str = "layer") -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features, eps=0.1) if form == "layer" else nn.GroupNorm(1, features, eps=0.1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return self.norm(inputs)
+
+
+# --- batch normalisation
+
+
+class SameBatchNorm(nn.BatchNorm1d):
+    """A subclass with a forward of its own that computes what its base class does, and an activation (as timm has it)."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, channels, length)."""
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        training = self.training or self.running_mean is None
+        found = nn.functional.batch_norm(
+            inputs, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+        )
+        return torch.tanh(found)
+
+
+class RenormalisingBatchNorm(nn.BatchNorm1d):
+    """Reads its running statistics while it trains (batch renormalisation)."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, channels, length)."""
+        if not self.training:
+            return super().forward(inputs)
+        before = self.running_mean.clone()
+        return super().forward(inputs) + 0.1 * before[:, None]
+
+
+class BatchNormed(nn.Module):
+    """Batch normalisation over pairs of features, in all the ways in which it is used.
+
+    Args:
+        features: even.
+        form: plain, no_affine, frozen (train() keeps it in evaluation), renorm, subclass, untracked, cumulative, never (used),
+            twice (used), twice_apart (used before and behind a layer), named_twice, checkpointed (recomputed in the backward
+            pass), reentrant (likewise, in torch's older way), skipped_by_data, skipped_by_chance.
+        momentum: of its running statistics.
+    """
+
+    def __init__(self, features: int, form: str = "plain", momentum: float = 0.1) -> None:
+        super().__init__()
+        kind = {"renorm": RenormalisingBatchNorm, "subclass": SameBatchNorm}.get(form, nn.BatchNorm1d)
+        self.form = form
+        self.bn = kind(
+            features // 2,
+            eps=0.1,
+            momentum=None if form == "cumulative" else momentum,
+            affine=form != "no_affine",
+            track_running_stats=form != "untracked",
+        )
+        self.layer = nn.Linear(features, features)
+        if form == "named_twice":
+            self.body = nn.Sequential(nn.Identity(), self.bn)
+
+    def train(self, mode: bool = True) -> BatchNormed:
+        """Frozen statistics stay in evaluation mode: the standard idiom."""
+        super().train(mode)
+        if self.form == "frozen":
+            self.bn.eval()
+        return self
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        if self.form == "never":
+            return torch.tanh(self.layer(inputs))
+        if self.form == "skipped_by_data" and inputs.detach().mean() > 0:
+            return torch.tanh(self.layer(inputs))
+        if self.form == "skipped_by_chance" and self.training and torch.rand(()) < 0.5:
+            return torch.tanh(self.layer(inputs))
+        if self.form in ("checkpointed", "reentrant") and self.training:
+            if self.form == "reentrant" and not inputs.requires_grad:
+                inputs = inputs.detach().requires_grad_()
+            return checkpoint(self._inner, inputs, use_reentrant=self.form == "reentrant", preserve_rng_state=True)
+        return self._inner(inputs)
+
+    def _inner(self, inputs: torch.Tensor) -> torch.Tensor:
+        bn = self.body if self.form == "named_twice" else self.bn
+        found = self._normalised(bn, inputs)
+        if self.form == "twice":
+            found = self._normalised(bn, found * 0.5 + 0.1)
+        found = torch.tanh(self.layer(found))
+        return self._normalised(bn, found) if self.form == "twice_apart" else found
+
+    @staticmethod
+    def _normalised(bn: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        return bn(inputs.reshape(len(inputs), -1, 2)).flatten(1)
+
+
+# --- what draws at random
+
+
+class Noise(nn.Module):
+    """Adds noise to what it sees while it trains (or always).
+
+    Args:
+        features: any.
+        source: torch, numpy or random.
+        always: also in evaluation.
+    """
+
+    def __init__(self, features: int, source: str = "torch", always: bool = False) -> None:
+        super().__init__()
+        self.source, self.always = source, always
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        return inputs + 0.3 * drawn(self.source, inputs) if self.training or self.always else inputs
+
+
+class Dropped(nn.Module):
+    """Dropout."""
+
+    def __init__(self, features: int, p: float = 0.3) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        return self.dropout(inputs)
+
+
+class Skipped(nn.Module):
+    """A layer that some micro-batches leave out.
+
+    Args:
+        features: any.
+        by: data (the micro-batch's own values), torch or random (chance), or all (always left out).
+    """
+
+    def __init__(self, features: int, by: str = "data") -> None:
+        super().__init__()
+        self.by = by
+        self.layer = nn.Linear(features, features)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        if self.training:
+            if self.by == "data" and inputs.detach().mean() > 0:
+                return inputs
+            if self.by == "torch" and torch.rand(()) < 0.5:
+                return inputs
+            if self.by == "random" and random.random() < 0.5:
+                return inputs
+            if self.by == "all":
+                return inputs
+        return inputs + torch.tanh(self.layer(inputs))
+
+
+class PrivateNoise(nn.Module):
+    """Draws from a generator of its own: nobody can begin it anew for a micro-batch.
+
+    Args:
+        features: any.
+        seeded: whether it begins alike in every process.
+        chance: that it draws at all in a forward pass; nobody may notice it in the first ones.
+    """
+
+    def __init__(self, features: int, seeded: bool = True) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0 if seeded else None)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        if not self.training:
+            return inputs
+        return inputs + 0.3 * torch.as_tensor(self.generator.normal(size=tuple(inputs.shape)), dtype=inputs.dtype)
+
+
+# --- what a forward pass leaves behind
+
+
+class PowerIteration(nn.Module):
+    """A persistent buffer that each forward pass changes, as spectral normalisation has it."""
+
+    def __init__(self, features: int, persistent: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+        self.register_buffer("direction", torch.ones(features) / math.sqrt(features), persistent=persistent)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        weight = self.layer.weight
+        if self.training:
+            with torch.no_grad():
+                found = weight @ self.direction
+                self.direction = found / (found.norm() + 0.1)
+        size = (weight @ self.direction.clone()).norm() + 0.5
+        return torch.tanh(nn.functional.linear(inputs, weight / size, self.layer.bias))
+
+
+class Counting(nn.Module):
+    """A plain Python number that counts forward passes and changes what they give."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        self.passes += self.training
+        return inputs * (1 + 0.1 / (1 + self.passes))
+
+
+class Extra(nn.Module):
+    """Extra state beside weights and buffers.
+
+    Args:
+        features: any.
+        form: constant, tensor (a constant one), or counted (each forward pass changes it).
+    """
+
+    def __init__(self, features: int, form: str = "constant") -> None:
+        super().__init__()
+        self.form = form
+        self.held: dict[str, Any] = {"passes": 0, "factor": 0.5 + random.random()}
+        if form == "tensor":
+            self.held["row"] = torch.rand(3)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What torch's state_dict asks for."""
+        return dict(self.held)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """What torch's load_state_dict gives."""
+        self.held = dict(state)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        if self.form == "counted":
+            self.held["passes"] += self.training
+        return inputs * self.held["factor"]
+
+
+class Reset(nn.Module):
+    """A buffer that is no state: outside the state_dict, and written anew before it is read in each pass."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(features), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        with torch.no_grad():
+            self.cache.copy_(inputs.mean(0))
+        return inputs - 0.1 * self.cache.clone()
+
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "linear": Linear,
+    "conv": Conv,
+    "embedding": Embedded,
+    "tied": Tied,
+    "frozen": Frozen,
+    "unused": Unused,
+    "scale": Scale,
+    "spectral": Spectral,
+    "widened": Widened,
+    "halved": Halved,
+    "norm": Normed,
+    "batch_norm": BatchNormed,
+    "noise": Noise,
+    "dropout": Dropped,
+    "skipped": Skipped,
+    "private_noise": PrivateNoise,
+    "power_iteration": PowerIteration,
+    "counting": Counting,
+    "extra": Extra,
+    "reset": Reset,
+}
+
+
+def drawn(source: str, like: torch.Tensor) -> torch.Tensor:
+    """Normal noise of a tensor's shape and type, from one of the global generators, or from all three."""
+    if source == "all":
+        return (drawn("torch", like) + drawn("numpy", like) + drawn("random", like)) / 2
+    if source == "torch":
+        return torch.randn(like.shape, dtype=like.dtype)
+    if source == "numpy":
+        return torch.as_tensor(np.random.normal(size=tuple(like.shape)), dtype=like.dtype)
+    numbers = [random.gauss(0, 1) for _ in range(like.numel())]
+    return torch.tensor(numbers, dtype=like.dtype).reshape(like.shape)
+
+
+# --- losses
+
+
+def loss(kind: str = "cross_entropy", **arguments: Any) -> Callable[[Any, Any], torch.Tensor]:
+    """A loss by its kind, a key of LOSSES."""
+    return LOSSES[kind](**arguments)
+
+
+class Temperature(nn.Module):
+    """Cross entropy with a learnt temperature, and a learnt shift of the classes.
+
+    Args:
+        outputs: classes.
+        frozen: whether the temperature is left as it is.
+    """
+
+    def __init__(self, outputs: int = 3, frozen: bool = False) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(0.2), requires_grad=not frozen)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, classes) and (n,)."""
+        return nn.functional.cross_entropy(outputs * self.logit_scale.exp() + self.bias, targets)
+
+
+class Centers(nn.Module):
+    """Cross entropy and the distance from learnt centres of the classes (center loss)."""
+
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.randn(outputs, outputs))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, classes) and (n,)."""
+        return nn.functional.cross_entropy(outputs, targets) + 0.1 * (outputs - self.centers[targets]).square().sum(1).mean()
+
+
+class Mixup(nn.Module):
+    """Cross entropy against a mixture of each target and another one, with a share drawn from numpy."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, classes) and (n,)."""
+        if not torch.is_grad_enabled():
+            return nn.functional.cross_entropy(outputs, targets)
+        share = float(np.random.beta(0.4, 0.4))
+        other = targets[torch.from_numpy(np.random.permutation(len(targets)))]
+        each = nn.functional.cross_entropy
+        return share * each(outputs, targets) + (1 - share) * each(outputs, other)
+
+
+class Averaging(nn.Module):
+    """A loss that keeps a running average of itself in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, classes) and (n,)."""
+        found = nn.functional.cross_entropy(outputs, targets)
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(found.detach(), alpha=0.1)
+        return found
+
+
+def _plain(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def _smooth_l2(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (torch.tanh(outputs[:, 0]) - torch.tanh(targets.to(outputs.dtype))).square().mean()
+
+
+LOSSES: dict[str, Callable[..., Callable[[Any, Any], torch.Tensor]]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "function": lambda: _plain,
+    "regression": lambda: _smooth_l2,
+    "temperature": Temperature,
+    "centers": Centers,
+    "mixup": Mixup,
+    "averaging": Averaging,
+}
+
+
+# --- data sets
+
+
+def data(
+    kind: str, samples: int, test_samples: int = 0, features: int = 4, classes: int = 3, **arguments: Any
+) -> tuple[Dataset, Dataset | None]:
+    """Training and test set of a kind, a key of SETS; `arguments` are the kind's own."""
+    build = SETS[kind]
+    training = build(_samples(samples, features, classes), **arguments)
+    test = build(_samples(test_samples, features, classes), **arguments) if test_samples else None
+    return training, test
+
+
+def _samples(count: int, features: int, classes: int) -> InMemory:
+    inputs = torch.randn(count, features)
+    return InMemory(inputs, (inputs.sum(1) * 1.3).long() % classes)
+
+
+class Listed(Dataset):
+    """A plain map-style set.
+
+    Args:
+        base: where its samples come from.
+        source: what its augmentation draws from: torch, numpy, random, all, or none.
+    """
+
+    def __init__(self, base: Any, source: str = "none") -> None:
+        self.base, self.source = base, source
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.base[index]
+        return (inputs if self.source == "none" else inputs + 0.2 * drawn(self.source, inputs)), targets
+
+
+class ListedMany(Listed):
+    """Gives many samples at once, drawing for all of them together."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As torch asks for it."""
+        shift = 0.0 if self.source == "none" else 0.2 * drawn(self.source, torch.zeros(1))
+        return [(self.base[index][0] + shift, self.base[index][1]) for index in indices]
+
+
+class OwnItem(InMemory):
+    """Tensors, read in a way of its own, one by one."""
+
+    def __init__(self, base: InMemory, source: str = "none") -> None:
+        super().__init__(base.inputs, base.targets)
+        self.source = source
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = super().__getitem__(index)
+        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)), targets
+
+
+class OwnBatch(InMemory):
+    """Tensors, read in a way of its own, many at once."""
+
+    def __init__(self, base: InMemory, source: str = "none") -> None:
+        super().__init__(base.inputs, base.targets)
+        self.source = source
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of many samples."""
+        inputs, targets = super().batch(indices)
+        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)), targets
+
+
+class Transformed(Subset):
+    """A part of a set with a transform of its own: the usual way to give the halves of a split theirs."""
+
+    def __init__(self, base: Any, source: str = "none") -> None:
+        super().__init__(base, _shuffled(len(base)))
+        self.source = source
+
+    def transform(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Of one sample."""
+        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        inputs, targets = self.dataset[self.indices[index]]
+        return self.transform(inputs), targets
+
+
+class TransformedMany(Transformed):
+    """Likewise, and gives many at once."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As torch asks for it."""
+        return [self[index] for index in indices]
+
+
+class Delegating:
+    """No Dataset at all: whatever it has not, the set inside has."""
+
+    def __init__(self, base: Any, source: str = "none") -> None:
+        self.base, self.source = base, source
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.base[index]
+        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)), targets
+
+
+class PrivatelyNoisy(Listed):
+    """Draws its augmentation from a generator of its own."""
+
+    def __init__(self, base: Any, seeded: bool = True) -> None:
+        super().__init__(base)
+        self.generator = np.random.default_rng(0 if seeded else None)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.base[index]
+        return inputs + 0.2 * torch.as_tensor(self.generator.normal(size=len(inputs)), dtype=inputs.dtype), targets
+
+
+def _shuffled(size: int) -> list[int]:
+    return torch.randperm(size).tolist()
+
+
+def _subset(base: Any, source: str = "none") -> Subset:
+    return Subset(Listed(base, source), _shuffled(len(base)))
+
+
+SETS: dict[str, Callable[..., Any]] = {
+    "in_memory": lambda base: base,
+    "listed": Listed,
+    "listed_many": ListedMany,
+    "own_item": OwnItem,
+    "own_batch": OwnBatch,
+    "subset": _subset,
+    "subset_in_memory": lambda base: Subset(base, _shuffled(len(base))),
+    "subset_own_batch": lambda base, source="none": Subset(OwnBatch(base, source), _shuffled(len(base))),
+    "subset_many": lambda base, source="none": Subset(ListedMany(base, source), _shuffled(len(base))),
+    "nested": lambda base, source="none": Subset(_subset(base, source), _shuffled(len(base))),
+    "transformed": Transformed,
+    "transformed_many": TransformedMany,
+    "nested_transformed": lambda base, source="none": Subset(Transformed(base, source), _shuffled(len(base))),
+    "transformed_subset": lambda base, source="none": Transformed(_subset(base), source),
+    "delegating": lambda base, source="none": Delegating(_subset(base), source),
+    "delegating_many": lambda base, source="none": Delegating(ListedMany(base), source),
+    "private": PrivatelyNoisy,
+}
