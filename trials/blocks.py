@@ -101,7 +101,7 @@ class Embedded(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
-        rows = (2.5 + 2 * torch.tanh(inputs[:, 0].detach())).long()
+        rows = (2.5 + 2 * torch.tanh(inputs[:, 0].detach())).long().clamp(0, 4)
         return torch.tanh(inputs + self.layer(rows))
 
 
@@ -581,11 +581,30 @@ LOSSES: dict[str, Callable[..., Callable[[Any, Any], torch.Tensor]]] = {
 
 
 def data(
-    kind: str, samples: int, test_samples: int = 0, features: int = 4, classes: int = 3, **arguments: Any
+    kind: str,
+    samples: int,
+    test_samples: int = 0,
+    features: int = 4,
+    classes: int = 3,
+    poisoned: int | None = None,
+    **arguments: Any,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and test set of a kind, a key of SETS; `arguments` are the kind's own."""
+    """Training and test set.
+
+    Args:
+        kind: a key of SETS.
+        samples: for training.
+        test_samples: 0 for no test set.
+        features: numbers of an input.
+        classes: of the targets.
+        poisoned: a training sample that is not finite; None for none.
+        **arguments: the kind's own.
+    """
     build = SETS[kind]
-    training = build(_samples(samples, features, classes), **arguments)
+    held = _samples(samples, features, classes)
+    if poisoned is not None:
+        held.inputs[poisoned] = math.nan
+    training = build(held, **arguments)
     test = build(_samples(test_samples, features, classes), **arguments) if test_samples else None
     return training, test
 
@@ -730,3 +749,28 @@ SETS: dict[str, Callable[..., Any]] = {
     "delegating_many": lambda base, source="none": Delegating(ListedMany(base), source),
     "private": PrivatelyNoisy,
 }
+
+
+# --- what the engine may refuse
+
+# (section, what its description holds, what the message must speak of)
+REFUSED: list[tuple[str, Description, str]] = [
+    ("blocks", {"kind": "batch_norm", "form": "renorm"}, "statistics"),
+    ("blocks", {"kind": "batch_norm", "form": "cumulative"}, "momentum"),
+    ("blocks", {"kind": "spectral", "form": "trained"}, "complex"),
+    ("blocks", {"kind": "embedding", "sparse": True}, "sparse"),
+    ("blocks", {"kind": "private_noise"}, "generator|result"),
+    ("blocks", {"kind": "power_iteration"}, "direction|result"),
+    ("blocks", {"kind": "counting"}, "result"),
+    ("blocks", {"kind": "extra", "form": "counted"}, "extra"),
+    ("loss", {"kind": "averaging"}, "average"),
+    ("data", {"kind": "private"}, "data|generator|result"),
+]
+
+
+def refusals(job: Description) -> list[str]:
+    """What a refusal of this job may speak of, one pattern for each of its parts that may be refused."""
+    parts = {"blocks": job["model"]["args"]["blocks"], "loss": [job["loss"].get("args", {})], "data": [job["data"]["args"]]}
+    return [
+        pattern for section, wanted, pattern in REFUSED for part in parts[section] if wanted.items() <= part.items()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -19,14 +20,15 @@ from typing import Any
 import torch
 
 from hvdlarge import exits
+from hvdlarge import run as run_module
 from hvdlarge.comm.world import LostRank, RanksMismatch
 from hvdlarge.job import Job
 from hvdlarge.job_file import parse_job
-from hvdlarge.run import Worker, run
+from hvdlarge.run import Worker
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
 from hvdlarge.yaml_source import write
-from trials.thread_world import Ends, run_world
+from trials.thread_world import Ends, kept_generators, run_world
 
 
 @dataclass
@@ -144,13 +146,17 @@ def train(
 
 
 def read(job: Mapping[str, Any], folder: Path) -> Job | Outcome:
-    """The job as the engine accepts it, or how it refuses it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = write(dict(job))
-    job_file = folder.with_suffix(".yaml")
-    job_file.write_text(text, encoding="utf-8")
+    """The job as the engine accepts it, or how it refuses it; its file lies beside the run folder."""
+    text = json.dumps(job)
+    folder.with_suffix(".yaml").write_text(text, encoding="utf-8")
+    accepted = _accepted(text)
+    return accepted.model_copy(update={"run_dir": str(folder)}) if isinstance(accepted, Job) else accepted
+
+
+@functools.lru_cache(maxsize=4)
+def _accepted(text: str) -> Job | Outcome:
     try:
-        return parse_job(text, str(job_file), [f"run_dir={folder}"])
+        return parse_job(write(json.loads(text)), "job.yaml")
     except exits.RunEnds as end:
         return Outcome(end.code, str(end))
 
@@ -159,7 +165,7 @@ def one_rank(job: Job, folder: Path, control: Any, tensors: Any, stop: StopReque
     """What the engine's door does on one rank: the exit code and the message of the end that all ranks share."""
     code, message = exits.FINISHED, ""
     try:
-        run(job, folder.with_suffix(".yaml"), False, Worker(None, {}, control, tensors, Unwatched(), stop))
+        run_module.run(job, folder.with_suffix(".yaml"), False, Worker(None, {}, control, tensors, Unwatched(), stop))
     except exits.RunEnds as end:
         code, message = end.code, str(end)
     tensors.close()
@@ -172,6 +178,10 @@ def finish_writers() -> None:
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
+
+
+# To look the versions of a process up takes longer than a small run.
+run_module.versions = functools.cache(run_module.versions)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,235 @@
+"""Draws cases: a job of blocks, a schedule, an optimizer, and how its run is dealt out and interrupted. All of it is plain JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from hvdlarge.job import Gradients
+
+Case = dict[str, Any]
+
+_SOURCES = ["none", "torch", "numpy", "random", "all"]
+_PLAIN_BLOCKS: list[dict[str, Any]] = [
+    {"kind": "linear"},
+    {"kind": "linear", "bias": False},
+    {"kind": "conv"},
+    {"kind": "norm", "form": "layer"},
+    {"kind": "norm", "form": "group"},
+    {"kind": "batch_norm"},
+    {"kind": "batch_norm", "momentum": 0.5},
+    {"kind": "dropout"},
+    {"kind": "noise", "source": "torch"},
+]
+_ODD_BLOCKS: list[dict[str, Any]] = [
+    *({"kind": "batch_norm", "form": form} for form in (
+        "no_affine", "frozen", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice", "checkpointed",
+        "reentrant", "skipped_by_data", "skipped_by_chance",
+    )),
+    {"kind": "noise", "source": "numpy"},
+    {"kind": "noise", "source": "random"},
+    {"kind": "noise", "source": "all", "always": True},
+    *({"kind": "skipped", "by": by} for by in ("data", "torch", "random", "all")),
+    {"kind": "embedding"},
+    {"kind": "tied"},
+    {"kind": "frozen"},
+    {"kind": "unused"},
+    {"kind": "scale"},
+    {"kind": "spectral", "form": "frozen"},
+    {"kind": "spectral", "form": "buffer"},
+    {"kind": "widened"},
+    {"kind": "halved"},
+    {"kind": "extra", "form": "constant"},
+    {"kind": "extra", "form": "tensor"},
+    {"kind": "reset"},
+]  # fmt: skip
+_BAD_BLOCKS: list[dict[str, Any]] = [
+    {"kind": "batch_norm", "form": "renorm"},
+    {"kind": "batch_norm", "form": "cumulative"},
+    {"kind": "spectral", "form": "trained"},
+    {"kind": "embedding", "sparse": True},
+    {"kind": "private_noise", "seeded": True},
+    {"kind": "private_noise", "seeded": False},
+    {"kind": "power_iteration", "persistent": True},
+    {"kind": "power_iteration", "persistent": False},
+    {"kind": "counting"},
+    {"kind": "extra", "form": "counted"},
+]
+_QUIET_SETS = ["in_memory", "subset_in_memory"]
+_DRAWING_SETS = ["listed", "listed_many", "own_item", "own_batch", "subset", "subset_own_batch", "subset_many", "nested",
+                 "transformed", "transformed_many", "nested_transformed", "transformed_subset", "delegating",
+                 "delegating_many"]  # fmt: skip
+_PLAIN_LOSSES = ["cross_entropy", "function"]
+_ODD_LOSSES = ["regression", "temperature", "centers", "mixup"]
+_RATES = {"lars": 4.0, "lamb": 0.02, "sgd": 0.2, "adam": 0.01, "adamw": 0.01, "adagrad": 0.05, "rmsprop": 0.005}
+
+
+def _often(draw: st.DrawFn, times_in_ten: int) -> bool:
+    return draw(st.integers(0, 9)) >= 10 - times_in_ten
+
+
+@st.composite
+def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case:
+    """A whole case.
+
+    Args:
+        draw: Hypothesis's.
+        largest_world: workers at most.
+        threads: whether worlds can be killed and have any size up to `largest_world`; else all have exactly that size, or one.
+    """
+    bad = _often(draw, 2)
+    model, features = draw(_models(bad))
+    loss = draw(_losses(bad))
+    training, batch, epochs = draw(_batches(features, loss["args"]["kind"], bad))
+    exact = _often(draw, 2)
+    job: dict[str, Any] = {
+        "name": "drawn",
+        "seed": draw(st.integers(0, 3)),
+        "epochs": epochs,
+        "precision": "fp32" if _often(draw, 1) else "fp64",
+        "reduction": "exact" if exact else "fast",
+        "data": {"name": "trials.blocks:data", "args": training, "prefetch_steps": draw(st.integers(1, 4))},
+        "model": {"name": "trials.blocks:model", "args": model},
+        "loss": {"name": "trials.blocks:loss", "args": loss["args"]},
+        "batch": batch,
+        "lr": {},
+        "optimizer": draw(_optimizers()),
+        "evaluate": {"every_epochs": draw(st.sampled_from([1.0, 0.4, 3.0])), "micro_batch": draw(st.integers(1, 12))},
+        "checkpoint": draw(_checkpoints()),
+        "log": {"every_steps": draw(st.sampled_from([1, 2, 10]))},
+        "compare_every_steps": draw(st.integers(1, 3)),
+        "gradients": {},
+    }
+    job["lr"] = draw(_rates(job["optimizer"]["name"], epochs, batch))
+    if _often(draw, 2):
+        job["gradients"]["clip_norm"] = draw(st.sampled_from([0.05, 0.5, 5.0]))
+    if not exact and _often(draw, 1):
+        job["horovod"] = {"groups": draw(st.integers(1, 6))}
+    skips = any(block["kind"] == "skipped" or "skipped" in block.get("form", "") for block in model["blocks"])
+    if "missing" in Gradients.model_fields and (skips or _often(draw, 1)):
+        job["gradients"]["missing"] = "zero" if _often(draw, 9) else "error"
+    if training.get("poisoned") is not None or _often(draw, 1):
+        job["on_nonfinite"] = {"policy": draw(st.sampled_from(["skip", "stop", "rollback"]))}
+    workers = draw(st.integers(1, largest_world)) if threads else largest_world
+    return {
+        "job": job,
+        "workers": workers,
+        "seed": draw(st.integers(0, 99)),
+        "interruptions": draw(st.lists(_interruptions(workers, largest_world, threads), max_size=3)) if _often(draw, 5) else [],
+    }
+
+
+@st.composite
+def _models(draw: st.DrawFn, bad: bool) -> tuple[dict[str, Any], int]:
+    features = draw(st.sampled_from([2, 4, 6]))
+    blocks = draw(st.lists(st.one_of(st.sampled_from(_PLAIN_BLOCKS), st.sampled_from(_ODD_BLOCKS)), max_size=3))
+    if bad and draw(st.booleans()):
+        blocks.insert(draw(st.integers(0, len(blocks))), draw(st.sampled_from(_BAD_BLOCKS)))
+    model = {"blocks": blocks, "features": features, "outputs": 3, "returned": "eval" if _often(draw, 1) else "train"}
+    return model, features
+
+
+@st.composite
+def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
+    kind = draw(st.sampled_from(_ODD_LOSSES if _often(draw, 4) else _PLAIN_LOSSES))
+    if bad and _often(draw, 2):
+        kind = "averaging"
+    more: dict[str, Any] = {}
+    if kind == "temperature" and draw(st.booleans()):
+        more["frozen"] = True
+    if kind == "cross_entropy" and draw(st.booleans()):
+        more["label_smoothing"] = 0.1
+    return {"args": {"kind": kind, **more}}
+
+
+@st.composite
+def _batches(draw: st.DrawFn, features: int, loss: str, bad: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """Data set, batch section and length: some steps, each of some micro-batches."""
+    samples = draw(st.integers(1, 100))
+    first = draw(st.integers(1, 40))
+    micro = draw(st.integers(-(-first // 6), first))
+    total = draw(st.integers(1, 8 * first))
+    kind = draw(st.sampled_from(_DRAWING_SETS if _often(draw, 7) else _QUIET_SETS))
+    training: dict[str, Any] = {"kind": kind, "samples": samples, "features": features}
+    if kind in _DRAWING_SETS:
+        training["source"] = draw(st.sampled_from(_SOURCES))
+    if bad and _often(draw, 2):
+        training = {"kind": "private", "samples": samples, "features": features, "seeded": draw(st.booleans())}
+    if _often(draw, 6):
+        training["test_samples"] = draw(st.integers(1, 25))
+    if _often(draw, 1):
+        training["poisoned"] = draw(st.integers(0, samples - 1))
+    batch: dict[str, Any] = {"base": first, "micro": micro}
+    if _often(draw, 3):
+        batch |= {"base": draw(st.integers(1, 40)), "initial": first}
+    epochs = total / samples
+    if _often(draw, 4):
+        growth: dict[str, Any] = {"policy": "adabatch", "factor": draw(st.sampled_from([2.0, 1.3, 3.0]))}
+        if draw(st.booleans()):
+            growth["every_epochs"] = epochs * draw(st.sampled_from([0.5, 0.3]))
+        else:
+            growth["at_epochs"] = [epochs * part for part in draw(st.sampled_from([[0.5], [0.2, 0.6]]))]
+        if draw(st.booleans()):
+            growth["max"] = first + draw(st.integers(0, 40))
+        batch["growth"] = growth
+    return training, batch, epochs
+
+
+@st.composite
+def _optimizers(draw: st.DrawFn) -> dict[str, Any]:
+    name = draw(st.sampled_from(["lars", "lars", "lars", *_RATES]))
+    options: dict[str, Any] = {"name": name, "weight_decay": draw(st.sampled_from([0.0, 1e-3, 0.05]))}
+    if name == "lars":
+        options["preset"] = draw(st.sampled_from(["paper", "mlperf", "torch", "larc", "optax"]))
+        options["trust_coefficient"] = draw(st.sampled_from([0.001, 0.02]))
+    if name in ("lars", "sgd"):
+        options["momentum"] = draw(st.sampled_from([0.9, 0.5, 0.0]))
+        options["nesterov"] = options["momentum"] > 0 and draw(st.booleans())
+    if _often(draw, 2):
+        options["adapt_everything"] = True
+    if _often(draw, 2):
+        options["not_adapted"] = ["head.*"]
+    if _often(draw, 2):
+        options["not_adapted_lr_factor"] = draw(st.sampled_from([0.5, 0.0, 2.0]))
+    return options
+
+
+@st.composite
+def _rates(draw: st.DrawFn, optimizer: str, epochs: float, batch: dict[str, Any]) -> dict[str, Any]:
+    rate: dict[str, Any] = {"base": _RATES[optimizer] * draw(st.sampled_from([1.0, 0.1]))}
+    rate["scaling"] = draw(st.sampled_from(["none", "linear", "sqrt"]))
+    factor = batch.get("initial", batch["base"]) / batch["base"]
+    decay = draw(st.sampled_from(["constant", "polynomial", "cosine", "exponential", "multistep", "one_cycle"]))
+    rate["decay"] = {"policy": decay}
+    if decay == "multistep":
+        rate["decay"] |= {"gamma": 0.5, "every_epochs": epochs / 3}
+    if decay == "exponential":
+        rate["decay"] |= {"gamma": 0.7, "every_epochs": epochs / 3}
+    warmup = draw(st.sampled_from(["none", "linear", "legw"]))
+    if warmup != "none" and decay != "one_cycle":
+        length = 0.4 * epochs / (factor if warmup == "legw" else 1.0)
+        rate["warmup"] = {"policy": warmup, "epochs": length}
+        if draw(st.booleans()):
+            rate["warmup"]["on_growth"] = draw(st.sampled_from(["ramp", "jump"]))
+    return rate
+
+
+@st.composite
+def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
+    section: dict[str, Any] = {"keep": draw(st.integers(1, 3))}
+    if _often(draw, 7):
+        section["every_steps"] = draw(st.integers(1, 5))
+    elif draw(st.booleans()):
+        section["every_epochs"] = draw(st.sampled_from([0.3, 1.0]))
+    return section
+
+
+@st.composite
+def _interruptions(draw: st.DrawFn, workers: int, largest_world: int, threads: bool) -> dict[str, Any]:
+    """One interruption: where it comes, as a part of the way, and how many workers go on."""
+    how = draw(st.sampled_from(["stop", "kill"])) if threads else "stop"
+    found = {"how": how, "at": draw(st.integers(0, 100)) / 100, "by_rank": draw(st.integers(0, 3)), "workers": workers}
+    if _often(draw, 4):
+        found["workers"] = draw(st.integers(1, largest_world)) if threads else largest_world
+    return found

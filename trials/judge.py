@@ -1,0 +1,355 @@
+"""Holds one drawn case against the laws: every run that it asks for is made, and what differs is told."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdlarge import exits
+from hvdlarge.job import Job
+from trials import blocks, engine, reference
+from trials.cases import Case
+from trials.engine import Interruption, Outcome
+from trials.thread_world import kept_generators
+
+# Largest relative distance of a tensor, by precision: from the reference, and between numbers of workers.
+FROM_REFERENCE = {"fp64": 1e-9, "fp32": 1e-4}
+BETWEEN_WORLDS = {"fp64": 1e-10, "fp32": 1e-4}
+CHAOS = 1000.0  # times what a last bit does is still rounding
+_LEAST_NORM = 1e-3  # of a tensor that a distance is relative to
+
+# job, run folder, workers, seed of the world, interruption
+Start = Callable[[Mapping[str, Any], Path, int, int, Interruption | None], Outcome]
+
+
+@dataclass
+class Verdict:
+    """What became of a case.
+
+    Attributes:
+        kind: held, refused, chaotic or violation.
+        laws: those that were tried and held.
+        reason: of a refusal; of a violation, the law and what broke it.
+    """
+
+    kind: str
+    laws: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+class Broken(Exception):
+    """A law does not hold."""
+
+
+def judge(case: Case, place: Path, start: Start = engine.train) -> Verdict:
+    """Try every law that a case asks for.
+
+    Args:
+        case: as `cases.py` draws it.
+        place: a folder for its runs.
+        start: starts a run; of one worker always in this process.
+    """
+    trial = _Trial(case, place, start)
+    try:
+        return trial.verdict()
+    except Broken as broken:
+        return Verdict("violation", trial.held, str(broken))
+
+
+class _Trial:
+    def __init__(self, case: Case, place: Path, start: Start) -> None:
+        self.case, self.place, self.start = case, place, start
+        self.job: dict[str, Any] = case["job"]
+        self.held: list[str] = []
+        self.chaotic = False
+        self._folders = 0
+        self._amplified: float | None = None
+
+    def verdict(self) -> Verdict:
+        """Of the case."""
+        alone = self.run(1)
+        many = self.run(self.case["workers"]) if self.case["workers"] > 1 else alone
+        self.whole(alone, "1 worker")
+        self.whole(many, f"{self.case['workers']} workers")
+        if (ended := self.ended_alike(alone, many)) is not None:
+            return ended
+        self.law("0 reference", self.like_the_reference, alone)
+        if many is not alone:
+            self.law("1 world", self.like_one_worker, many, alone)
+            if self.job["reduction"] == "exact":
+                self.law("3 exact", self.same_bits, many, alone)
+        if self.case["interruptions"]:
+            self.law("2 resume", self.interrupted, many, alone)
+        return Verdict("chaotic" if self.chaotic else "held", self.held)
+
+    def law(self, name: str, holds: Callable[..., None], *arguments: Any) -> None:
+        """Try one law."""
+        try:
+            holds(*arguments)
+        except Broken as broken:
+            raise Broken(f"law {name}: {broken}") from None
+        self.held.append(name)
+
+    def run(self, workers: int, folder: Path | None = None, more: int = 0, interruption: Interruption | None = None) -> Outcome:
+        """Start the job on so many workers."""
+        return self.start(self.job, folder or self.new_folder(), workers, self.case["seed"] + 1000 * more, interruption)
+
+    def new_folder(self) -> Path:
+        """For one more run."""
+        self._folders += 1
+        return self.place / f"run{self._folders}"
+
+    @staticmethod
+    def whole(outcome: Outcome, where: str) -> None:
+        """The ranks stayed together and no internal error ended the run."""
+        if outcome.broken is not None:
+            raise Broken(f"the ranks fall apart on {where}: {outcome.broken}")
+        if outcome.code not in (exits.FINISHED, exits.WRONG_JOB, exits.DIVERGED, exits.RANKS_DISAGREE):
+            raise Broken(f"exit code {outcome.code} on {where}: {_last_lines(outcome.message)}")
+
+    def ended_alike(self, alone: Outcome, many: Outcome) -> Verdict | None:
+        """The verdict on a job that is not trained to its end; None for one that is."""
+        if alone.code == many.code == exits.FINISHED:
+            return None
+        text = many.message if many.code else alone.message
+        exact = self.job["reduction"] == "exact" and many.code == exits.WRONG_JOB and "exact needs 1, 2, 4" in many.message
+        if exact:
+            return Verdict("refused", reason="reduction exact on 3 workers")
+        if many.code == exits.RANKS_DISAGREE and self.may_miss_gradients() and alone.code == exits.FINISHED:
+            if not any(name in many.message for name in alone.checkpoint["model"]):  # type: ignore[index]
+                raise Broken(f"a missing gradient is not named: {many.message}")
+            return Verdict("refused", reason="a gradient is missing on some ranks (gradients.missing: error)")
+        if (alone.code, alone.message) != (many.code, many.message):
+            raise Broken(f"1 worker ends with {alone.code} {alone.message!r}, the others with {many.code} {many.message!r}")
+        if alone.code == exits.DIVERGED:
+            if self.job["data"]["args"].get("poisoned") is None:
+                raise Broken(f"diverged: {text}")
+            return Verdict("refused", reason=f"diverged: {text}")
+        if alone.code != exits.WRONG_JOB:
+            raise Broken(f"exit code {alone.code} on every number of workers: {text}")
+        patterns = blocks.refusals(self.job)
+        if not patterns:
+            raise Broken(f"a sound job is refused: {text}")
+        if alone.steps or many.steps:
+            raise Broken(f"refused after {max(alone.steps, many.steps)} steps have begun: {text}")
+        if not any(re.search(pattern, text) for pattern in patterns):
+            raise Broken(f"the refusal speaks of none of {patterns}: {text}")
+        return Verdict("refused", reason=text)
+
+    def may_miss_gradients(self) -> bool:
+        """Whether the job has layers that some micro-batches leave out, and asks for no zeros in their place."""
+        described = self.job["model"]["args"]["blocks"]
+        skips = any(block["kind"] == "skipped" or "skipped" in block.get("form", "") for block in described)
+        return skips and self.job["gradients"].get("missing", "error") == "error"
+
+    def like_the_reference(self, alone: Outcome) -> None:
+        """One worker comes to what a plain loop comes to."""
+        if self.job.get("on_nonfinite", {}).get("policy") == "rollback" and "poisoned" in self.job["data"]["args"]:
+            return
+        accepted = engine.read(self.job, self.new_folder())
+        assert isinstance(accepted, Job)
+        with engine.unchanged_settings(), engine.quietly(), kept_generators():
+            try:
+                learnt = reference.train(accepted)
+            except Exception as error:
+                raise Broken(f"the plain loop cannot train this job ({type(error).__name__}: {error}), the engine did") from None
+        assert alone.checkpoint is not None and alone.results is not None
+        bound = FROM_REFERENCE[self.job["precision"]]
+        self.near(_flat({"model": learnt.model, "loss": learnt.loss}), state_of(alone), bound, alone)
+        if alone.results["steps"] != learnt.steps:
+            raise Broken(f"{alone.results['steps']} steps, not {learnt.steps}")
+        ours = {name: alone.results.get(name) for name in learnt.results}
+        ours["loss"] = ours["loss"] if len(alone.decisions) else None
+        self.near(learnt.results, ours, bound, alone)
+
+    def like_one_worker(self, many: Outcome, alone: Outcome) -> None:
+        """Another number of workers comes to what one comes to."""
+        if many.decisions != alone.decisions:
+            raise Broken(f"other decisions: {_first_other(many.decisions, alone.decisions)}")
+        bound = BETWEEN_WORLDS[self.job["precision"]]
+        self.near(state_of(alone), state_of(many), bound, alone)
+        self.near(_results(alone), _results(many), bound, alone)
+
+    def same_bits(self, ours: Outcome, theirs: Outcome) -> None:
+        """Two runs have come to the same to the last bit, optimizer state included."""
+        one, other = state_of(theirs, optimizer=True), state_of(ours, optimizer=True)
+        if one.keys() != other.keys():
+            raise Broken(f"other tensors: {sorted(one.keys() ^ other.keys())}")
+        for name, value in one.items():
+            if not _same(value, other[name]):
+                away = _distance(value, other[name])
+                raise Broken(f"{name} differs by {away:.1e}: {_show(value)} and {_show(other[name])}")
+        for name, value in _results(theirs).items():
+            if not _same(value, _results(ours).get(name)):
+                raise Broken(f"{name} is {value} and {_results(ours).get(name)}")
+
+    def interrupted(self, many: Outcome, alone: Outcome) -> None:
+        """Stopped or killed and started again, a run comes to what it comes to undisturbed."""
+        folder, workers, kept = self.new_folder(), self.case["workers"], True
+        steps = max(1, len(many.decisions))
+        told = []
+        for number, interruption in enumerate(self.case["interruptions"]):
+            breaks = _interruption(interruption, steps, many.calls * workers // self.case["workers"])
+            outcome = self.run(workers, folder, number + 1, breaks)
+            told.append(f"{interruption['how']} on {workers} ({'killed' if outcome.killed else outcome.code})")
+            if outcome.broken is not None or not (outcome.killed or outcome.code in (exits.FINISHED, exits.STOPPED)):
+                raise Broken(f"{', '.join(told)}: {outcome.broken or _last_lines(outcome.message)}")
+            if outcome.code == exits.STOPPED and breaks.stop_at is None:
+                raise Broken(f"stopped by nobody: {outcome.message}")
+            if not outcome.killed and outcome.code == exits.FINISHED:
+                break
+            if self.job["reduction"] == "exact" and interruption["workers"] == 3:
+                continue
+            kept = kept and interruption["workers"] == workers
+            workers = interruption["workers"]
+        else:
+            outcome = self.run(workers, folder, 9)
+            told.append(f"then {workers} workers")
+        try:
+            self.like_undisturbed(outcome, many if kept else alone, kept)
+        except Broken as broken:
+            raise Broken(f"{', '.join(told)}: {broken}") from None
+
+    def like_undisturbed(self, again: Outcome, undisturbed: Outcome, kept: bool) -> None:
+        """An interrupted run's end."""
+        self.whole(again, "the last start")
+        if again.code != exits.FINISHED:
+            raise Broken(f"exit code {again.code}: {again.message}")
+        if again.results is None:
+            raise Broken("there is no summary")
+        if again.decisions != undisturbed.decisions:
+            raise Broken(f"other decisions: {_first_other(again.decisions, undisturbed.decisions)}")
+        if kept or self.job["reduction"] == "exact":
+            self.same_bits(again, undisturbed)
+            return
+        bound = BETWEEN_WORLDS[self.job["precision"]]
+        self.near(state_of(undisturbed), state_of(again), bound, undisturbed)
+        self.near(_results(undisturbed), _results(again), bound, undisturbed)
+
+    def near(self, expected: Mapping[str, Any], found: Mapping[str, Any], bound: float, alone: Outcome) -> None:
+        """Two states agree but for rounding, or for what rounding alone may make of this job."""
+        if expected.keys() != found.keys():
+            raise Broken(f"other names: {sorted(map(str, expected.keys() ^ found.keys()))}")
+        for name, value in expected.items():
+            problem = _unlike(value, found[name])
+            if problem:
+                raise Broken(f"{name}: {problem}")
+            away = _distance(value, found[name])
+            if away <= bound:
+                continue
+            allowed = max(bound, CHAOS * self.amplified())
+            if not away <= allowed:
+                raise Broken(
+                    f"{name} differs by {away:.1e} (allowed {allowed:.0e}): {_show(value)} and {_show(found[name])}"
+                )
+            self.chaotic = True
+
+    def amplified(self) -> float:
+        """The largest distance of any tensor on one worker when the first number of each weight is moved by its last bit.
+
+        0 for a job that does not come to the same twice: nothing excuses what it does.
+        """
+        if self._amplified is None:
+            plain, again = self.run(1), self.run(1, more=1)
+            blocks.nudged = True
+            try:
+                moved = self.run(1)
+            finally:
+                blocks.nudged = False
+            if _furthest(plain, again) > 0:
+                self._amplified = 0.0
+            else:
+                self._amplified = _furthest(plain, moved) if moved.code == exits.FINISHED else math.inf
+        return self._amplified
+
+
+def state_of(outcome: Outcome, optimizer: bool = False) -> dict[str, Any]:
+    """What a run has learnt, by name: the model's state, the loss's, and the optimizer's where it is asked for."""
+    held = outcome.checkpoint or {}
+    found = _flat({"model": held.get("model", {}), "loss": held.get("loss") or {}})
+    return found | (_flat({"optimizer": held.get("optimizer", {})}) if optimizer else {})
+
+
+def _furthest(one: Outcome, other: Outcome) -> float:
+    """The largest distance of any tensor or result of two runs."""
+    pairs = ((state_of(one), state_of(other)), (_results(one), _results(other)))
+    return max((_distance(value, theirs.get(name)) for ours, theirs in pairs for name, value in ours.items()), default=0.0)
+
+
+def _results(outcome: Outcome) -> dict[str, Any]:
+    return dict(outcome.results or {})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def _interruption(interruption: Mapping[str, Any], steps: int, calls: int) -> Interruption:
+    if interruption["how"] == "stop":
+        return Interruption(stop_at=int(interruption["at"] * (steps - 1)), by_rank=interruption["by_rank"])
+    return Interruption(kill_at=int(interruption["at"] * calls))
+
+
+def _unlike(one: Any, other: Any) -> str:
+    """How two values differ in kind; nothing where only their numbers may differ."""
+    if isinstance(one, torch.Tensor) != isinstance(other, torch.Tensor):
+        return f"{one!r} and {other!r}"
+    if isinstance(one, torch.Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return f"{one.dtype}{list(one.shape)} and {other.dtype}{list(other.shape)}"
+        if not (one.is_floating_point() or one.is_complex()) and not torch.equal(one, other):
+            return f"{_show(one)} and {_show(other)}"
+        return ""
+    numbers = all(isinstance(value, (int, float)) for value in (one, other))
+    return "" if numbers or one == other else f"{one!r} and {other!r}"
+
+
+def _distance(one: Any, other: Any) -> float:
+    """The relative distance of two tensors or numbers; 0 where both are not finite in the same places."""
+    if one is None or other is None or isinstance(one, (str, bool)):
+        return 0.0 if one == other else math.inf
+    if not isinstance(one, torch.Tensor):
+        one, other = torch.tensor(float(one), dtype=torch.float64), torch.tensor(float(other), dtype=torch.float64)
+    if one.shape != other.shape:
+        return math.inf
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    one, other = one.detach().to(wide), other.detach().to(wide)
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return math.inf
+    one, other = one[one.isfinite()], other[other.isfinite()]
+    return float((one - other).norm() / max(_LEAST_NORM, float(one.norm())))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same_kind = one.dtype == other.dtype and one.shape == other.shape
+        return same_kind and torch.equal(torch.nan_to_num(one, 7.0), torch.nan_to_num(other, 7.0))
+    return one == other or (one != one and other != other)
+
+
+def _first_other(ours: list[str], theirs: list[str]) -> Iterator[str] | str:
+    for one, other in zip(ours, theirs, strict=False):
+        if one != other:
+            return f"{one} and {other}"
+    return f"{len(ours)} and {len(theirs)} of them"
+
+
+def _show(value: Any) -> str:
+    return f"{value.flatten()[:4].tolist()}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _last_lines(text: str) -> str:
+    return " | ".join(text.strip().splitlines()[-4:])
