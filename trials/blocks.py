@@ -21,8 +21,8 @@ from hvdlarge.data.datasets import InMemory
 
 Description = dict[str, Any]
 
-# Whether a model's first weights are moved by their last bit; how a trial finds out what rounding alone can do to a job.
-nudged = False
+# The precision of a job whose weights are moved by their last bit; how a trial finds out what rounding alone can do to it.
+nudged: str | None = None
 
 
 def model(blocks: list[Description], features: int = 4, outputs: int = 3, returned: str = "train") -> nn.Module:
@@ -36,18 +36,19 @@ def model(blocks: list[Description], features: int = 4, outputs: int = 3, return
     """
     chain = [BLOCKS[block["kind"]](features, **{key: value for key, value in block.items() if key != "kind"}) for block in blocks]
     net = Chain(chain, nn.Linear(features, outputs))
-    if nudged:
-        with torch.no_grad():
-            for weight in net.parameters():
-                nudge(weight)
+    if nudged is not None:
+        for weight in net.parameters():
+            nudge(weight, nudged)
     return net.train(returned == "train")
 
 
-def nudge(weight: torch.Tensor) -> None:
-    """Move the first number of a tensor by its last bit as float64 has it."""
-    if weight.numel() and weight.is_floating_point():
+def nudge(weight: torch.Tensor, precision: str) -> None:
+    """Move the first number of a tensor by its last bit, as a job of this precision has it."""
+    if weight.is_floating_point():
+        if precision == "fp64":
+            weight.data = weight.data.double()
         first = weight.data.view(-1)[:1]
-        first.copy_(first * (1 + 2**-52) if weight.dtype == torch.float64 else torch.nextafter(first, first + 9))
+        first.copy_(torch.nextafter(first, first + 9))
 
 
 class Chain(nn.Module):
@@ -668,10 +669,13 @@ class OwnBatch(InMemory):
 
 
 class Transformed(Subset):
-    """A part of a set with a transform of its own: the usual way to give the halves of a split theirs."""
+    """A part of a set with a transform of its own: the usual way to give the halves of a split theirs.
+
+    Without a way to many samples of its own, as torch allowed it before 2.10 (its constructor refuses that now).
+    """
 
     def __init__(self, base: Any, source: str = "none") -> None:
-        super().__init__(base, _shuffled(len(base)))
+        self.dataset, self.indices = base, _shuffled(len(base))
         self.source = source
 
     def transform(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -743,8 +747,8 @@ SETS: dict[str, Callable[..., Any]] = {
     "nested": lambda base, source="none": Subset(_subset(base, source), _shuffled(len(base))),
     "transformed": Transformed,
     "transformed_many": TransformedMany,
-    "nested_transformed": lambda base, source="none": Subset(Transformed(base, source), _shuffled(len(base))),
-    "transformed_subset": lambda base, source="none": Transformed(_subset(base), source),
+    "nested_transformed": lambda base, source="none": Subset(TransformedMany(base, source), _shuffled(len(base))),
+    "transformed_subset": lambda base, source="none": TransformedMany(_subset(base), source),
     "delegating": lambda base, source="none": Delegating(_subset(base), source),
     "delegating_many": lambda base, source="none": Delegating(ListedMany(base), source),
     "private": PrivatelyNoisy,

@@ -249,5 +249,6 @@ def _read_folder(outcome: Outcome, folder: Path) -> Outcome:
         outcome.decisions = decisions.read_text(encoding="utf-8").splitlines()
     if outcome.code == exits.FINISHED and summary.exists():
         found = json.loads(summary.read_text(encoding="utf-8"))
-        outcome.results = {name: value for name, value in found.items() if name not in _OF_THE_MACHINE}
+        # What is not finite is a word there.
+        outcome.results = {name: float(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
     return outcome

@@ -257,11 +257,11 @@ class _Trial:
         """
         if self._amplified is None:
             plain, again = self.run(1), self.run(1, more=1)
-            blocks.nudged = True
+            blocks.nudged = self.job["precision"]
             try:
                 moved = self.run(1)
             finally:
-                blocks.nudged = False
+                blocks.nudged = None
             if _furthest(plain, again) > 0:
                 self._amplified = 0.0
             else:
@@ -352,4 +352,7 @@ def _show(value: Any) -> str:
 
 
 def _last_lines(text: str) -> str:
-    return " | ".join(text.strip().splitlines()[-4:])
+    """The error of a traceback, and where it was raised."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    places = [line for line in lines[:-1] if line.startswith("File ")]
+    return " | ".join([*lines[-1:], *places[-1:]])

@@ -62,17 +62,21 @@ class Tally:
         self._shrinking: tuple[str, float] | None = None
 
     def draw(self, number: int, seed: int, judged: Judge, **drawn: Any) -> None:
-        """Draw and judge `number` cases."""
-        for chunk in range(-(-number // _CHUNK)):
-            left = min(_CHUNK, number - chunk * _CHUNK)
+        """Draw and judge `number` cases; a new kind of violation ends a chunk of them, when it has been made smaller."""
+        chunk = 0
+        while self.jobs < number:
+            before = self.jobs
             try:
-                self._chunk(left, seed * 100_003 + chunk, judged, drawn)
+                self._chunk(min(_CHUNK, number - self.jobs), seed * 100_003 + chunk, judged, drawn)
             except _Enough:
                 if time.monotonic() >= self._until:
                     return
             except AssertionError:  # the smallest case has been noted
                 pass
             self._shrinking = None
+            chunk += 1
+            if self.jobs == before:
+                raise RuntimeError("Hypothesis draws nothing")
 
     def _chunk(self, number: int, seed: int, judged: Judge, drawn: dict[str, Any]) -> None:
         phases = [Phase.generate, Phase.shrink] if self._shrink_seconds else [Phase.generate]
