@@ -32,14 +32,14 @@ def model(blocks: list[Description], features: int = 4, outputs: int = 3, return
         blocks: each with its `kind`, a key of BLOCKS, and its arguments.
         features: numbers of an input, even.
         outputs: numbers of an output.
-        returned: the mode in which the model is handed over: train or eval.
+        returned: eval for a model that is handed over in evaluation mode, as those out of a file are.
     """
     chain = [BLOCKS[block["kind"]](features, **{key: value for key, value in block.items() if key != "kind"}) for block in blocks]
     net = Chain(chain, nn.Linear(features, outputs))
     if nudged is not None:
         for weight in net.parameters():
             nudge(weight, nudged)
-    return net.train(returned == "train")
+    return net.eval() if returned == "eval" else net
 
 
 def nudge(weight: torch.Tensor, precision: str) -> None:
@@ -243,8 +243,8 @@ class BatchNormed(nn.Module):
 
     Args:
         features: even.
-        form: plain, no_affine, frozen (train() keeps it in evaluation), renorm, subclass, untracked, cumulative, never (used),
-            twice (used), twice_apart (used before and behind a layer), named_twice, checkpointed (recomputed in the backward
+        form: plain, no_affine, frozen (train() keeps it in evaluation), evaluated (put into evaluation once, by hand), renorm,
+            subclass, untracked, cumulative, never (used), twice (used), twice_apart (used before and behind a layer), named_twice, checkpointed (recomputed in the backward
             pass), reentrant (likewise, in torch's older way), skipped_by_data, skipped_by_chance.
         momentum: of its running statistics.
     """
@@ -261,6 +261,8 @@ class BatchNormed(nn.Module):
             track_running_stats=form != "untracked",
         )
         self.layer = nn.Linear(features, features)
+        if form == "evaluated":
+            self.bn.eval()
         if form == "named_twice":
             self.body = nn.Sequential(nn.Identity(), self.bn)
 

@@ -24,7 +24,7 @@ _PLAIN_BLOCKS: list[dict[str, Any]] = [
 ]
 _ODD_BLOCKS: list[dict[str, Any]] = [
     *({"kind": "batch_norm", "form": form} for form in (
-        "no_affine", "frozen", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice", "checkpointed",
+        "no_affine", "frozen", "evaluated", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice", "checkpointed",
         "reentrant", "skipped_by_data", "skipped_by_chance",
     )),
     {"kind": "noise", "source": "numpy"},
