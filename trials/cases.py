@@ -78,11 +78,12 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
         largest_world: workers at most.
         threads: whether worlds can be killed and have any size up to `largest_world`; else all have exactly that size, or one.
     """
+    sizes = [*range(2, largest_world + 1), 1]
     bad = _often(draw, 2)
     model, features = draw(_models(bad))
     loss = draw(_losses(bad))
     training, batch, epochs = draw(_batches(features, loss["args"]["kind"], bad))
-    exact = _often(draw, 2)
+    exact = _often(draw, 3)
     job: dict[str, Any] = {
         "name": "drawn",
         "seed": draw(st.integers(0, 3)),
@@ -111,12 +112,13 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
         job["gradients"]["missing"] = "zero" if _often(draw, 9) else "error"
     if training.get("poisoned") is not None or _often(draw, 1):
         job["on_nonfinite"] = {"policy": draw(st.sampled_from(["skip", "stop", "rollback"]))}
-    workers = draw(st.integers(1, largest_world)) if threads else largest_world
+    workers = draw(st.sampled_from(sizes)) if threads else largest_world
+    breaks = st.lists(_interruptions(workers, largest_world, threads), min_size=1, max_size=3)
     return {
         "job": job,
         "workers": workers,
         "seed": draw(st.integers(0, 99)),
-        "interruptions": draw(st.lists(_interruptions(workers, largest_world, threads), max_size=3)) if _often(draw, 5) else [],
+        "interruptions": draw(breaks) if _often(draw, 6) else [],
     }
 
 

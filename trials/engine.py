@@ -135,14 +135,17 @@ def train(
     def action(control: Any, tensors: Any) -> tuple[int, str]:
         stop = AskedFor(breaks.stop_at if control.rank == breaks.by_rank % workers else None)
         try:
-            return one_rank(accepted, folder, control, tensors, stop)
+            ended = one_rank(accepted, folder, control, tensors, stop)
         finally:
             steps[control.rank] = stop.steps
+        tensors.close()
+        control.close()
+        return ended
 
     with unchanged_settings(), quietly():
         ends = run_world(workers, action, seed, breaks.kill_at)
         finish_writers()
-    return _read_folder(_judged(ends, max(steps)), folder)
+    return read_folder(_judged(ends, max(steps)), folder)
 
 
 def read(job: Mapping[str, Any], folder: Path) -> Job | Outcome:
@@ -162,14 +165,15 @@ def _accepted(text: str) -> Job | Outcome:
 
 
 def one_rank(job: Job, folder: Path, control: Any, tensors: Any, stop: StopRequest) -> tuple[int, str]:
-    """What the engine's door does on one rank: the exit code and the message of the end that all ranks share."""
+    """What the engine's door does on one rank: the exit code and the message of the end that all ranks share.
+
+    The wires are still open then.
+    """
     code, message = exits.FINISHED, ""
     try:
         run_module.run(job, folder.with_suffix(".yaml"), False, Worker(None, {}, control, tensors, Unwatched(), stop))
     except exits.RunEnds as end:
         code, message = end.code, str(end)
-    tensors.close()
-    control.close()
     return code, message
 
 
@@ -241,7 +245,8 @@ def _judged(ends: Ends, steps: int) -> Outcome:
 _OF_THE_MACHINE = ("train_seconds", "samples_per_second", "peak_memory_bytes", "world_size")
 
 
-def _read_folder(outcome: Outcome, folder: Path) -> Outcome:
+def read_folder(outcome: Outcome, folder: Path) -> Outcome:
+    """What a run has left, put beside how it ended."""
     last, decisions, summary = folder / "checkpoints" / "last.pt", folder / "decisions.jsonl", folder / "summary.json"
     if last.exists():
         outcome.checkpoint = torch.load(last, weights_only=True)
