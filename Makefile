@@ -1,6 +1,7 @@
 # make demo    set up, then train the main job on two workers
 # make test    set up, then run every test
 # make test-faults  every fault of the list in the README; make test-kill: the long kill trial; make test-laws: whole jobs
+# make test-fuzz    the laws on 5,000 jobs drawn at random, and some hundreds of them over MPI and Horovod
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make test-kernels  what moves the weights on a GPU, also without one (installs Triton into .triton)
 # make lint    style, types
@@ -22,7 +23,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-peers test-kernels bench lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers test-kernels bench lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -72,6 +73,13 @@ test-kill: $(stamp)
 # The three laws on whole jobs at 1, 2, 3 and 4 workers: about 11 minutes.
 test-laws: $(stamp)
 	$(bin)/python tests/integration/law_trial.py
+
+# The laws on jobs drawn at random, ranks as threads; then a share of them over the real wires: about XX minutes. A violation is
+# written to violations.jsonl; `python trials/laws.py --replay FILE` judges it again.
+test-fuzz: $(stamp)
+	$(bin)/python trials/laws.py --jobs 5000 --processes 2
+	$(mpirun) -np 2 $(bin)/python trials/laws.py --jobs 300 --seed 1
+	$(mpirun) -np 3 $(bin)/python trials/laws.py --jobs 300 --seed 2
 
 # Other projects' LARS and LAMB, in a folder of their own. timm's package wants torchvision, pytorch_optimizer a torch that is there:
 # both without what they depend on.

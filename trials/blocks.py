@@ -177,6 +177,8 @@ class Spectral(nn.Module):
 class Widened(nn.Module):
     """A buffer that is kept in float64 on purpose."""
 
+    frequencies: torch.Tensor
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.arange(1, features + 1, dtype=torch.float64) / 7)
@@ -213,7 +215,14 @@ class Normed(nn.Module):
 # --- batch normalisation
 
 
-class SameBatchNorm(nn.BatchNorm1d):
+class _Tracking(nn.BatchNorm1d):
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
+
+class SameBatchNorm(_Tracking):
     """A subclass with a forward of its own that computes what its base class does, and an activation (as timm has it)."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -227,7 +236,7 @@ class SameBatchNorm(nn.BatchNorm1d):
         return torch.tanh(found)
 
 
-class RenormalisingBatchNorm(nn.BatchNorm1d):
+class RenormalisingBatchNorm(_Tracking):
     """Reads its running statistics while it trains (batch renormalisation)."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -243,9 +252,10 @@ class BatchNormed(nn.Module):
 
     Args:
         features: even.
-        form: plain, no_affine, frozen (train() keeps it in evaluation), evaluated (put into evaluation once, by hand), renorm,
-            subclass, untracked, cumulative, never (used), twice (used), twice_apart (used before and behind a layer), named_twice, checkpointed (recomputed in the backward
-            pass), reentrant (likewise, in torch's older way), skipped_by_data, skipped_by_chance.
+        form: plain; no_affine; frozen (train() keeps it in evaluation); evaluated (put into evaluation once, by hand); subclass
+            (see SameBatchNorm); renorm (see RenormalisingBatchNorm); untracked; cumulative (no momentum); never (used); twice
+            (used); twice_apart (used before and behind a layer); named_twice; checkpointed (recomputed in the backward pass);
+            reentrant (likewise, in torch's older way); skipped_by_data; skipped_by_chance.
         momentum: of its running statistics.
     """
 
@@ -384,7 +394,9 @@ class PrivateNoise(nn.Module):
 
 
 class PowerIteration(nn.Module):
-    """A persistent buffer that each forward pass changes, as spectral normalisation has it."""
+    """A buffer that each forward pass changes, as spectral normalisation has it."""
+
+    direction: torch.Tensor
 
     def __init__(self, features: int, persistent: bool = True) -> None:
         super().__init__()
@@ -447,6 +459,8 @@ class Extra(nn.Module):
 
 class Reset(nn.Module):
     """A buffer that is no state: outside the state_dict, and written anew before it is read in each pass."""
+
+    cache: torch.Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -548,6 +562,8 @@ class Mixup(nn.Module):
 
 class Averaging(nn.Module):
     """A loss that keeps a running average of itself in a buffer."""
+
+    average: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -684,7 +700,7 @@ class Transformed(Subset):
         """Of one sample."""
         return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.dataset[self.indices[index]]
         return self.transform(inputs), targets
 
@@ -777,6 +793,4 @@ REFUSED: list[tuple[str, Description, str]] = [
 def refusals(job: Description) -> list[str]:
     """What a refusal of this job may speak of, one pattern for each of its parts that may be refused."""
     parts = {"blocks": job["model"]["args"]["blocks"], "loss": [job["loss"].get("args", {})], "data": [job["data"]["args"]]}
-    return [
-        pattern for section, wanted, pattern in REFUSED for part in parts[section] if wanted.items() <= part.items()
-    ]
+    return [pattern for section, wanted, pattern in REFUSED for part in parts[section] if wanted.items() <= part.items()]

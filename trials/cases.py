@@ -1,4 +1,4 @@
-"""Draws cases: a job of blocks, a schedule, an optimizer, and how its run is dealt out and interrupted. All of it is plain JSON."""
+"""Draws cases as plain JSON: a job of blocks, a schedule and an optimizer, and how its run is dealt out and interrupted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _PLAIN_BLOCKS: list[dict[str, Any]] = [
 ]
 _ODD_BLOCKS: list[dict[str, Any]] = [
     *({"kind": "batch_norm", "form": form} for form in (
-        "no_affine", "frozen", "evaluated", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice", "checkpointed",
-        "reentrant", "skipped_by_data", "skipped_by_chance",
+        "no_affine", "frozen", "evaluated", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice",
+        "checkpointed", "reentrant", "skipped_by_data", "skipped_by_chance",
     )),
     {"kind": "noise", "source": "numpy"},
     {"kind": "noise", "source": "random"},

@@ -28,7 +28,7 @@ from hvdlarge.run import Worker
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
 from hvdlarge.yaml_source import write
-from trials.thread_world import Ends, kept_generators, run_world
+from trials.thread_world import Ends, run_world
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Outcome:
 
     Attributes:
         code: the exit code that every rank leaves with.
-        message: of the end, or the traceback of what one rank raised.
+        message: of the end, or what one rank raised: in a line, then its traceback.
         broken: how the ranks fell apart, where they did.
         killed: whether the world was killed, as was asked.
         steps: that were begun.
@@ -114,9 +114,7 @@ class Unwatched(Watchdog):
         """There is nothing to stop."""
 
 
-def train(
-    job: Mapping[str, Any], folder: Path, workers: int, seed: int = 0, interruption: Interruption | None = None
-) -> Outcome:
+def train(job: Mapping[str, Any], folder: Path, workers: int, seed: int = 0, interruption: Interruption | None = None) -> Outcome:
     """Start a job in a run folder, in a world of threads or alone, and go on to its end or its interruption.
 
     Args:
@@ -195,7 +193,7 @@ def unchanged_settings() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), cudnn.allow_tf32, cuda.allow_tf32, os.environ.copy()
     set_num_threads = torch.set_num_threads
     set_num_threads(1)
-    torch.set_num_threads = lambda threads: None
+    torch.set_num_threads = lambda nthreads: None
     try:
         yield
     finally:
@@ -232,8 +230,11 @@ def _judged(ends: Ends, steps: int) -> Outcome:
         rank, error = ends.error
         lost = isinstance(error, LostRank)
         code = exits.LOST_RANK if lost else exits.RANKS_DISAGREE if isinstance(error, RanksMismatch) else exits.INTERNAL_ERROR
-        text = "".join(traceback.format_exception(error))
-        return Outcome(code, f"on rank {rank}: {text}", ends.broken, False, steps, ends.calls)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = (str(error).splitlines() or [""])[0]
+        text = f"{type(error).__name__}: {told} (rank {rank}, {Path(place.filename).name}:{place.lineno})\n"
+        text += "".join(traceback.format_exception(error))
+        return Outcome(code, text, ends.broken, False, steps, ends.calls)
     if ends.broken is not None or ends.killed:
         return Outcome(-1, ends.broken or "", ends.broken, ends.killed, steps, ends.calls)
     if len(set(ends.results)) > 1:

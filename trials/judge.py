@@ -111,7 +111,7 @@ class _Trial:
         if outcome.broken is not None:
             raise Broken(f"the ranks fall apart on {where}: {outcome.broken}")
         if outcome.code not in (exits.FINISHED, exits.WRONG_JOB, exits.DIVERGED, exits.RANKS_DISAGREE):
-            raise Broken(f"exit code {outcome.code} on {where}: {_last_lines(outcome.message)}")
+            raise Broken(f"exit code {outcome.code} on {where}: {_first_line(outcome.message)}")
 
     def ended_alike(self, alone: Outcome, many: Outcome) -> Verdict | None:
         """The verdict on a job that is not trained to its end; None for one that is."""
@@ -167,7 +167,8 @@ class _Trial:
                 learnt = reference.train(accepted)
             except Exception as error:
                 raise Broken(f"the plain loop cannot train this job ({type(error).__name__}: {error}), the engine did") from None
-        assert alone.checkpoint is not None and alone.results is not None
+        assert alone.checkpoint is not None
+        assert alone.results is not None
         bound = FROM_REFERENCE[self.job["precision"]]
         self.near(_flat({"model": learnt.model, "loss": learnt.loss}), state_of(alone), bound, alone)
         if alone.results["steps"] != learnt.steps:
@@ -214,7 +215,7 @@ class _Trial:
             if self.misses_gradients(outcome):
                 return
             if outcome.broken is not None or not (outcome.killed or outcome.code in (exits.FINISHED, exits.STOPPED)):
-                raise Broken(f"{', '.join(told)}: {outcome.broken or _last_lines(outcome.message)}")
+                raise Broken(f"{outcome.broken or _first_line(outcome.message)} ({', '.join(told)})")
             if outcome.code == exits.STOPPED and breaks.stop_at is None:
                 raise Broken(f"stopped by nobody: {outcome.message}")
             if not outcome.killed and outcome.code == exits.FINISHED:
@@ -231,7 +232,7 @@ class _Trial:
         try:
             self.like_undisturbed(outcome, many if kept else alone, kept)
         except Broken as broken:
-            raise Broken(f"{', '.join(told)}: {broken}") from None
+            raise Broken(f"{broken} ({', '.join(told)})") from None
 
     def like_undisturbed(self, again: Outcome, undisturbed: Outcome, kept: bool) -> None:
         """An interrupted run's end."""
@@ -264,9 +265,7 @@ class _Trial:
                 continue
             allowed = max(bound, CHAOS * self.amplified())
             if not away <= allowed:
-                raise Broken(
-                    f"{name} differs by {away:.1e} (allowed {allowed:.0e}): {_show(value)} and {_show(found[name])}"
-                )
+                raise Broken(f"{name} differs by {away:.1e} (allowed {allowed:.0e}): {_show(value)} and {_show(found[name])}")
             self.chaotic = True
 
     def amplified(self) -> float:
@@ -370,8 +369,5 @@ def _show(value: Any) -> str:
     return f"{value.flatten()[:4].tolist()}" if isinstance(value, torch.Tensor) else repr(value)
 
 
-def _last_lines(text: str) -> str:
-    """The error of a traceback, and where it was raised."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    places = [line for line in lines[:-1] if line.startswith("File ")]
-    return " | ".join([*lines[-1:], *places[-1:]])
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0]

@@ -4,10 +4,10 @@
     mpirun -np 3 python trials/laws.py --jobs 200          one long-lived world over the real wires
     python trials/laws.py --replay trials/found/x.json     one case, or all of a folder
 
-Each job must either be refused before its first step, in the same words on every number of workers, or hold: law 0, one worker
-comes to what a plain loop comes to (reference.py); law 1, n workers come to what one comes to; law 2, stopped or killed and started
-again, on as many workers or others, a run comes to what it comes to undisturbed; law 3, exact mode, to the last bit. Exit code 1
-if one does not. A violation is written to a file as soon as it is found, as a case that --replay takes.
+Each job must be refused before its first step, in the same words on every number of workers, or hold: law 0, one worker comes to
+what a plain loop comes to (reference.py); law 1, n workers come to what one comes to; law 2, stopped or killed and started again,
+on as many workers or others, a run comes to what it comes to undisturbed; law 3, exact mode, to the last bit. Exit code 1 if one
+does not. A violation is written to a file as soon as it is found, as a case that --replay takes.
 """
 
 from __future__ import annotations
@@ -163,21 +163,21 @@ def main() -> int:
         from trials import over_mpi
 
         return over_mpi.main(options)
-    shares = [options.jobs // options.processes + (number < options.jobs % options.processes) for number in range(options.processes)]
     if options.processes == 1:
-        tally = _share(0, options.jobs, options)
+        tally = _share(0, options)
     else:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            tallies = pool.starmap(_share, [(number, share, options) for number, share in enumerate(shares)])
-        tally = tallies[0]
-        for other in tallies[1:]:
+            tally, *others = pool.starmap(_share, [(number, options) for number in range(options.processes)])
+        for other in others:
             tally.add(other)
     print("\n".join(tally.lines(time.monotonic() - began)))
     return 1 if tally.violations else 0
 
 
-def _share(number: int, jobs: int, options: argparse.Namespace) -> Tally:
+def _share(number: int, options: argparse.Namespace) -> Tally:
+    """One process's share of the jobs."""
     warnings.simplefilter("ignore")
+    jobs = options.jobs // options.processes + (number < options.jobs % options.processes)
     tally = Tally(options.found, options.shrink_seconds, time.monotonic() + 60 * options.minutes)
     tally.draw(jobs, options.seed * 1000 + number, judge_here)
     return tally

@@ -1,8 +1,8 @@
 """The same run by a plain loop on one worker: slow, short, and without the engine's loader, step, sums and optimizers.
 
-What it takes from the engine is what a job means: the sections of the job, the controller's decisions, the order of the data and
-the keys of the random draws. All else is written down anew: the user's own objects are called as torch's documentation has it, and
-the update is the textbook's, in float64.
+What it takes from the engine is what a job means: the sections of the job, the controller's decisions, the order of the data
+and the keys of the random draws. All else is written down anew: the user's own objects are called as torch's documentation has
+it, and the update is the textbook's, in float64.
 """
 
 from __future__ import annotations

@@ -137,11 +137,9 @@ class World:
 
     def _pass_on(self, rank: int) -> None:
         """Hand the baton to a rank that can go on, perhaps this one, and come back with it."""
-        chosen = self._next_of(rank)
+        chosen = self._next()
         if chosen is None:
-            places = (f"rank {other} waits in {_shown(meeting.signature)}" for other, meeting in enumerate(self._waits_for) if meeting)
-            gone = [f"rank {other} has left" for other in range(self.size) if self._left[other]]
-            self._break("the ranks wait for ever: " + ", ".join([*places, *gone]))
+            self._break("the ranks wait for ever: " + ", ".join(self._places()))
         if chosen != rank:
             self._generators[rank] = _generators()
             self._turns[chosen].release()
@@ -150,7 +148,14 @@ class World:
         if self._over:
             raise WorldOver
 
-    def _next_of(self, rank: int | None) -> int | None:
+    def _places(self) -> Iterator[str]:
+        for rank, meeting in enumerate(self._waits_for):
+            if self._left[rank]:
+                yield f"rank {rank} has left"
+            elif meeting is not None:
+                yield f"rank {rank} waits in {_shown(meeting.signature)}"
+
+    def _next(self) -> int | None:
         able = [other for other in range(self.size) if not self._left[other] and (self._over or self._can_go_on(other))]
         return self._chance.choice(able) if able else None
 
@@ -171,11 +176,11 @@ class World:
             self._over = True
         self._left[rank] = True
         self._waits_for[rank] = None
-        chosen = self._next_of(None)
+        chosen = self._next()
         if chosen is None and not all(self._left):
             with contextlib.suppress(WorldOver):
                 self._pass_on(rank)  # says who waits for whom
-            chosen = self._next_of(None)
+            chosen = self._next()
         if chosen is None:
             self._ended.release()
         else:
@@ -202,9 +207,7 @@ class ThreadControl:
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin to find the largest of each value. Every rank calls this together, and later the result."""
         mine = [float(value) for value in values]
-        meeting = self._world.begin(
-            self.rank, "decisions", ("start_max", len(mine)), mine, lambda given: [max(column) for column in zip(*given, strict=True)]
-        )
+        meeting = self._world.begin(self.rank, "decisions", ("start_max", len(mine)), mine, _largest)
         return lambda: list(self._world.wait(self.rank, meeting))
 
     def barrier(self) -> None:
@@ -295,7 +298,8 @@ class ThreadUpdate:
         self._tensors = tensors
         self._named = sorted(named_parameters)
         self._compressed, self._groups = compressed, groups
-        self.optimizer = type(optimizer)(optimizer.param_groups)
+        kind: Any = type(optimizer)
+        self.optimizer: torch.optim.Optimizer = kind(optimizer.param_groups)
         self._left: dict[torch.Tensor, int] = {}
         self._sent: dict[torch.Tensor, torch.Tensor] = {}
         for _, weight in named_parameters:
@@ -402,6 +406,10 @@ def added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total
+
+
+def _largest(rows: list[list[float]]) -> list[float]:
+    return [max(column) for column in zip(*rows, strict=True)]
 
 
 def _added_each(rows: list[list[torch.Tensor]]) -> list[torch.Tensor]:
