@@ -25,7 +25,9 @@ Description = dict[str, Any]
 nudged: str | None = None
 
 
-def model(blocks: list[Description], features: int = 4, outputs: int = 3, returned: str = "train") -> nn.Module:
+def model(
+    blocks: list[Description], features: int = 4, outputs: int = 3, returned: str = "train", gives: str = "tensor"
+) -> nn.Module:
     """A chain of blocks over `features` numbers, and a linear layer behind it.
 
     Args:
@@ -33,9 +35,10 @@ def model(blocks: list[Description], features: int = 4, outputs: int = 3, return
         features: numbers of an input, even.
         outputs: numbers of an output.
         returned: eval for a model that is handed over in evaluation mode, as those out of a file are.
+        gives: tensor, or dict for outputs under a name (which the loss `named` takes).
     """
     chain = [BLOCKS[block["kind"]](features, **{key: value for key, value in block.items() if key != "kind"}) for block in blocks]
-    net = Chain(chain, nn.Linear(features, outputs))
+    net = Chain(chain, nn.Linear(features, outputs), gives)
     if nudged is not None:
         for weight in net.parameters():
             nudge(weight, nudged)
@@ -44,26 +47,33 @@ def model(blocks: list[Description], features: int = 4, outputs: int = 3, return
 
 def nudge(weight: torch.Tensor, precision: str) -> None:
     """Move the first number of a tensor by its last bit, as a job of this precision has it."""
-    if weight.is_floating_point():
+    if weight.is_floating_point() and weight.is_contiguous() and not isinstance(weight, nn.UninitializedParameter):
         if precision == "fp64":
             weight.data = weight.data.double()
         first = weight.data.view(-1)[:1]
-        first.copy_(torch.nextafter(first, first + 9))
+        first.copy_(torch.nextafter(first, first + 9))  # nothing, where the tensor is empty
 
 
 class Chain(nn.Module):
     """Blocks, one behind the other."""
 
-    def __init__(self, blocks: list[nn.Module], head: nn.Module) -> None:
+    def __init__(self, blocks: list[nn.Module], head: nn.Module, gives: str) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.head = head
+        self.gives = gives
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Shape (n, features) to (n, outputs)."""
+    def forward(self, inputs: Any) -> Any:
+        """Shape (n, features) to (n, outputs); the inputs may stand in a dict, a list or a tuple, or be images."""
+        if isinstance(inputs, dict):
+            inputs = inputs["x"]
+        if isinstance(inputs, (list, tuple)):
+            inputs = inputs[0]
+        inputs = inputs.flatten(1)
         for block in self.blocks:
             inputs = block(inputs)
-        return self.head(inputs)
+        found = self.head(inputs)
+        return {"logits": found} if self.gives == "dict" else found
 
 
 # --- layers with weights
@@ -212,6 +222,148 @@ class Normed(nn.Module):
         return self.norm(inputs)
 
 
+class Conv2d(nn.Module):
+    """A convolution over the features as an image."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, (2, 1), padding=(1, 0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        images = inputs.reshape(len(inputs), 2, -1, 1)
+        return torch.tanh(self.layer(images)[:, :, :-1]).flatten(1)
+
+
+class Lstm(nn.Module):
+    """Two layers of LSTM over the features in pairs, with dropout between them."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(2, 2, num_layers=2, dropout=0.2, batch_first=True)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return self.layer(inputs.reshape(len(inputs), -1, 2))[0].flatten(1)
+
+
+class Attended(nn.Module):
+    """Attention between pairs of features."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(2, 1, dropout=0.1, batch_first=True)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        pairs = inputs.reshape(len(inputs), -1, 2)
+        return torch.tanh(inputs + self.layer(pairs, pairs, pairs, need_weights=False)[0].flatten(1))
+
+
+class Parametrized(nn.Module):
+    """A weight that is computed from others: weight or spectral normalisation as torch has them."""
+
+    def __init__(self, features: int, form: str = "weight") -> None:
+        super().__init__()
+        kind = torch.nn.utils.parametrizations
+        self.layer = (kind.weight_norm if form == "weight" else kind.spectral_norm)(nn.Linear(features, features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.layer(inputs))
+
+
+class Empty(nn.Module):
+    """A parameter of no elements."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0, features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        return inputs + self.nothing.sum()
+
+
+class Buffered(nn.Module):
+    """A constant buffer of any type, saved or not; its values are drawn when it is built."""
+
+    held: torch.Tensor
+
+    def __init__(self, features: int, dtype: str = "bool", persistent: bool = True, scalar: bool = False) -> None:
+        super().__init__()
+        drawn_values = torch.randint(0, 2, () if scalar else (features,)).to(getattr(torch, dtype))
+        self.register_buffer("held", drawn_values, persistent=persistent)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        held = self.held.real if self.held.is_complex() else self.held
+        return inputs * (1 + 0.5 * held.to(inputs.dtype))
+
+
+class Integers(nn.Module):
+    """A parameter of whole numbers, which is not trained, and a buffer that is not there."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.arange(features).flip(0), requires_grad=False)
+        self.register_buffer("absent", None)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return inputs[:, self.places]
+
+
+class Expanded(nn.Module):
+    """A buffer whose elements share their memory."""
+
+    held: torch.Tensor
+
+    def __init__(self, features: int, rows: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("held", torch.linspace(-1, 1, features).expand(rows, -1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(inputs + self.held[0])
+
+
+class Transposed(nn.Module):
+    """A weight that is not contiguous in memory."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, features).t() / 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(inputs @ self.weight)
+
+
+class Lazy(nn.Module):
+    """A layer that learns its shape from the first inputs."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(features)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.layer(inputs))
+
+
+class InstanceNormed(nn.Module):
+    """Instance normalisation over pairs of features, with or without running statistics."""
+
+    def __init__(self, features: int, tracks: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(features // 2, eps=0.1, affine=True, track_running_stats=tracks)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return self.norm(inputs.reshape(len(inputs), -1, 2)).flatten(1)
+
+
 # --- batch normalisation
 
 
@@ -255,7 +407,8 @@ class BatchNormed(nn.Module):
         form: plain; no_affine; frozen (train() keeps it in evaluation); evaluated (put into evaluation once, by hand); subclass
             (see SameBatchNorm); renorm (see RenormalisingBatchNorm); untracked; cumulative (no momentum); never (used); twice
             (used); twice_apart (used before and behind a layer); named_twice; checkpointed (recomputed in the backward pass);
-            reentrant (likewise, in torch's older way); skipped_by_data; skipped_by_chance.
+            reentrant (likewise, in torch's older way); skipped_by_data; skipped_by_chance; flat (over single features, of which a
+            micro-batch must have more than one); shared (a second layer with the same running statistics).
         momentum: of its running statistics.
     """
 
@@ -264,13 +417,17 @@ class BatchNormed(nn.Module):
         kind = {"renorm": RenormalisingBatchNorm, "subclass": SameBatchNorm}.get(form, nn.BatchNorm1d)
         self.form = form
         self.bn = kind(
-            features // 2,
+            features if form == "flat" else features // 2,
             eps=0.1,
             momentum=None if form == "cumulative" else momentum,
             affine=form != "no_affine",
             track_running_stats=form != "untracked",
         )
         self.layer = nn.Linear(features, features)
+        if form == "shared":
+            self.other = nn.BatchNorm1d(features // 2, eps=0.1, momentum=momentum)
+            for name, buffer in self.bn.named_buffers():
+                setattr(self.other, name, buffer)
         if form == "evaluated":
             self.bn.eval()
         if form == "named_twice":
@@ -303,11 +460,12 @@ class BatchNormed(nn.Module):
         if self.form == "twice":
             found = self._normalised(bn, found * 0.5 + 0.1)
         found = torch.tanh(self.layer(found))
+        if self.form == "shared":
+            return self._normalised(self.other, found)
         return self._normalised(bn, found) if self.form == "twice_apart" else found
 
-    @staticmethod
-    def _normalised(bn: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        return bn(inputs.reshape(len(inputs), -1, 2)).flatten(1)
+    def _normalised(self, bn: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        return bn(inputs) if self.form == "flat" else bn(inputs.reshape(len(inputs), -1, 2)).flatten(1)
 
 
 # --- what draws at random
@@ -320,15 +478,22 @@ class Noise(nn.Module):
         features: any.
         source: torch, numpy or random.
         always: also in evaluation.
+        checkpointed: recomputed in the backward pass, which draws again from all but torch.
     """
 
-    def __init__(self, features: int, source: str = "torch", always: bool = False) -> None:
+    def __init__(self, features: int, source: str = "torch", always: bool = False, checkpointed: bool = False) -> None:
         super().__init__()
-        self.source, self.always = source, always
+        self.source, self.always, self.checkpointed = source, always, checkpointed
+        self.layer = nn.Linear(features, features)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Any shape."""
-        return inputs + 0.3 * drawn(self.source, inputs) if self.training or self.always else inputs
+        """Shape (n, features)."""
+        if not (self.training or self.always):
+            return torch.tanh(self.layer(inputs))
+        return checkpoint(self._noisy, inputs, use_reentrant=False) if self.checkpointed else self._noisy(inputs)
+
+    def _noisy(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(inputs + 0.3 * drawn(self.source, inputs)))
 
 
 class Dropped(nn.Module):
@@ -376,7 +541,6 @@ class PrivateNoise(nn.Module):
     Args:
         features: any.
         seeded: whether it begins alike in every process.
-        chance: that it draws at all in a forward pass; nobody may notice it in the first ones.
     """
 
     def __init__(self, features: int, seeded: bool = True) -> None:
@@ -425,6 +589,70 @@ class Counting(nn.Module):
         """Any shape."""
         self.passes += self.training
         return inputs * (1 + 0.1 / (1 + self.passes))
+
+
+class Remembering(nn.Module):
+    """What it gives depends on what it saw before, as a recurrent net that keeps its state."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.before: torch.Tensor | float = 0.0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        found = torch.tanh(inputs + self.before)
+        if self.training:
+            self.before = 0.5 * found.detach().mean(0)
+        return found
+
+
+class ActNormed(nn.Module):
+    """Takes its first scale from the first inputs that it sees."""
+
+    begun: torch.Tensor
+
+    def __init__(self, features: int, by_weight: bool = False) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(features))
+        self.by_weight = by_weight
+        self.register_buffer("begun", torch.tensor(False), persistent=not by_weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        if self.training and not self.begun:
+            with torch.no_grad():
+                self.scale.copy_(0.5 / (inputs.abs().mean(0) + 0.1))
+                self.begun.fill_(True)
+        return torch.tanh(inputs * self.scale)
+
+
+class Renormed(nn.Module):
+    """An embedding whose rows are shortened in place as they are looked up."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(5, features, max_norm=1.0)
+        with torch.no_grad():
+            self.layer.weight.mul_(9.0)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        rows = (2.5 + 2 * torch.tanh(inputs[:, 0].detach())).long().clamp(0, 4)
+        return torch.tanh(inputs + self.layer(rows))
+
+
+class Switching(nn.Module):
+    """Puts a layer of its own into evaluation mode while it computes."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        found = self.dropout(inputs)
+        self.dropout.eval()
+        return found
 
 
 class Extra(nn.Module):
@@ -485,6 +713,17 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "widened": Widened,
     "halved": Halved,
     "norm": Normed,
+    "conv2d": Conv2d,
+    "lstm": Lstm,
+    "attention": Attended,
+    "parametrized": Parametrized,
+    "empty": Empty,
+    "buffer": Buffered,
+    "integers": Integers,
+    "expanded": Expanded,
+    "transposed": Transposed,
+    "lazy": Lazy,
+    "instance_norm": InstanceNormed,
     "batch_norm": BatchNormed,
     "noise": Noise,
     "dropout": Dropped,
@@ -492,6 +731,10 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "private_noise": PrivateNoise,
     "power_iteration": PowerIteration,
     "counting": Counting,
+    "remembering": Remembering,
+    "act_norm": ActNormed,
+    "renormed": Renormed,
+    "switching": Switching,
     "extra": Extra,
     "reset": Reset,
 }
@@ -577,6 +820,28 @@ class Averaging(nn.Module):
         return found
 
 
+class NormedLoss(nn.Module):
+    """Cross entropy behind a batch normalisation of the outputs, and dropout: a loss with a mode and running statistics."""
+
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(outputs, eps=0.1)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, classes) and (n,)."""
+        twice = torch.stack([outputs, 0.5 * outputs], dim=2)  # a single sample has no variance
+        return nn.functional.cross_entropy(self.dropout(self.bn(twice)[:, :, 0]), targets)
+
+
+def _named(outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs["logits"], targets)
+
+
+def _vector(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
 def _plain(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(outputs, targets)
 
@@ -592,7 +857,10 @@ LOSSES: dict[str, Callable[..., Callable[[Any, Any], torch.Tensor]]] = {
     "temperature": Temperature,
     "centers": Centers,
     "mixup": Mixup,
+    "normed": NormedLoss,
+    "named": lambda: _named,
     "averaging": Averaging,
+    "vector": lambda: _vector,
 }
 
 
@@ -639,17 +907,23 @@ class Listed(Dataset):
     Args:
         base: where its samples come from.
         source: what its augmentation draws from: torch, numpy, random, all, or none.
+        gives: tensor, numpy (numbers of 64 bits), dict, tuple, or image.
     """
 
-    def __init__(self, base: Any, source: str = "none") -> None:
-        self.base, self.source = base, source
+    def __init__(self, base: Any, source: str = "none", gives: str = "tensor") -> None:
+        self.base, self.source, self.gives = base, source, gives
 
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         inputs, targets = self.base[index]
-        return (inputs if self.source == "none" else inputs + 0.2 * drawn(self.source, inputs)), targets
+        inputs = inputs if self.source == "none" else inputs + 0.2 * drawn(self.source, inputs)
+        if self.gives == "numpy":
+            return inputs.double().numpy(), int(targets)
+        if self.gives == "image":
+            return inputs.reshape(2, -1, 1), targets
+        return {"tensor": inputs, "dict": {"x": inputs, "number": index}, "tuple": (inputs, [index])}[self.gives], targets
 
 
 class ListedMany(Listed):
@@ -787,6 +1061,18 @@ REFUSED: list[tuple[str, Description, str]] = [
     ("blocks", {"kind": "extra", "form": "counted"}, "extra"),
     ("loss", {"kind": "averaging"}, "average"),
     ("data", {"kind": "private"}, "data|generator|result"),
+    ("blocks", {"kind": "parametrized", "form": "spectral"}, "parametrizations"),
+    ("blocks", {"kind": "expanded", "rows": 2}, "held"),
+    ("blocks", {"kind": "transposed"}, "contiguous"),
+    ("blocks", {"kind": "lazy"}, "ninitialized"),
+    ("blocks", {"kind": "instance_norm", "tracks": True}, "instance"),
+    ("blocks", {"kind": "batch_norm", "form": "flat"}, "more than 1 value"),
+    ("blocks", {"kind": "batch_norm", "form": "shared"}, "statistics|running"),
+    ("blocks", {"kind": "remembering"}, "result"),
+    ("blocks", {"kind": "act_norm"}, "scale|begun|result"),
+    ("blocks", {"kind": "renormed"}, "layer.weight|result"),
+    ("blocks", {"kind": "switching"}, "mode|result"),
+    ("loss", {"kind": "vector"}, "loss|scalar"),
 ]
 
 

@@ -21,12 +21,28 @@ _PLAIN_BLOCKS: list[dict[str, Any]] = [
     {"kind": "batch_norm", "momentum": 0.5},
     {"kind": "dropout"},
     {"kind": "noise", "source": "torch"},
+    {"kind": "lstm"},
+    {"kind": "attention"},
 ]
 _ODD_BLOCKS: list[dict[str, Any]] = [
     *({"kind": "batch_norm", "form": form} for form in (
         "no_affine", "frozen", "evaluated", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice",
         "checkpointed", "reentrant", "skipped_by_data", "skipped_by_chance",
     )),
+    {"kind": "batch_norm", "form": "flat"},
+    {"kind": "batch_norm", "momentum": 1.0},
+    {"kind": "batch_norm", "momentum": 0.0},
+    {"kind": "conv2d"},
+    {"kind": "parametrized", "form": "weight"},
+    {"kind": "empty"},
+    *({"kind": "buffer", "dtype": dtype, "persistent": persistent, "scalar": scalar} for dtype, persistent, scalar in (
+        ("bool", True, False), ("uint8", True, True), ("int32", True, False), ("float16", True, True), ("bfloat16", True, False),
+        ("float64", False, False), ("complex64", True, False), ("float32", False, True), ("int16", True, False),
+    )),
+    {"kind": "integers"},
+    {"kind": "expanded", "rows": 1},
+    {"kind": "instance_norm"},
+    *({"kind": "noise", "source": source, "checkpointed": True} for source in ("torch", "numpy", "random")),
     {"kind": "noise", "source": "numpy"},
     {"kind": "noise", "source": "random"},
     {"kind": "noise", "source": "all", "always": True},
@@ -55,13 +71,33 @@ _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "power_iteration", "persistent": False},
     {"kind": "counting"},
     {"kind": "extra", "form": "counted"},
+    {"kind": "parametrized", "form": "spectral"},
+    {"kind": "expanded", "rows": 2},
+    {"kind": "transposed"},
+    {"kind": "lazy"},
+    {"kind": "instance_norm", "tracks": True},
+    {"kind": "batch_norm", "form": "shared"},
+    {"kind": "remembering"},
+    {"kind": "act_norm", "by_weight": False},
+    {"kind": "act_norm", "by_weight": True},
+    {"kind": "renormed"},
+    {"kind": "switching"},
 ]
 _QUIET_SETS = ["in_memory", "subset_in_memory"]
 _DRAWING_SETS = ["listed", "listed_many", "own_item", "own_batch", "subset", "subset_own_batch", "subset_many", "nested",
                  "transformed", "transformed_many", "nested_transformed", "transformed_subset", "delegating",
                  "delegating_many"]  # fmt: skip
 _PLAIN_LOSSES = ["cross_entropy", "function"]
-_ODD_LOSSES = ["regression", "temperature", "centers", "mixup"]
+_ODD_LOSSES = ["regression", "temperature", "centers", "mixup", "normed", "named"]
+# What may be otherwise in a part of a run.
+_CHANGES: list[dict[str, Any]] = [
+    {"data": {"prefetch_steps": 2}},
+    {"checkpoint": {"every_steps": 2, "keep": 2}},
+    {"evaluate": {"every_epochs": 0.5, "micro_batch": 3}},
+    {"log": {"every_steps": 3}, "compare_every_steps": 2},
+    {"checkpoint": {"best": "test_loss"}},
+    {"on_nonfinite": {"policy": "skip"}},
+]
 _RATES = {"lars": 4.0, "lamb": 0.02, "sgd": 0.2, "adam": 0.01, "adamw": 0.01, "adagrad": 0.05, "rmsprop": 0.005}
 
 
@@ -82,7 +118,9 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
     bad = _often(draw, 2)
     model, features = draw(_models(bad))
     loss = draw(_losses(bad))
-    training, batch, epochs = draw(_batches(features, loss["args"]["kind"], bad))
+    if loss["args"]["kind"] == "named":
+        model["gives"] = "dict"
+    training, batch, epochs = draw(_batches(features, bad))
     exact = _often(draw, 3)
     job: dict[str, Any] = {
         "name": "drawn",
@@ -103,6 +141,12 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
         "gradients": {},
     }
     job["lr"] = draw(_rates(job["optimizer"]["name"], epochs, batch))
+    if training.get("gives") == "image" and _often(draw, 5):
+        job["model"]["channels_last"] = True
+    if exact and _often(draw, 2):  # in 16 bits only exact mode has a law: a last bit of a sum becomes the last of 8 or 11
+        job["precision"] = draw(st.sampled_from(["bf16", "fp16"]))
+    if _is_quiet(model, loss["args"], training) and _often(draw, 4):
+        batch["micro"] = "auto"
     if _often(draw, 2):
         job["gradients"]["clip_norm"] = draw(st.sampled_from([0.05, 0.5, 5.0]))
     if not exact and _often(draw, 1):
@@ -113,13 +157,20 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
     if training.get("poisoned") is not None or _often(draw, 1):
         job["on_nonfinite"] = {"policy": draw(st.sampled_from(["skip", "stop", "rollback"]))}
     workers = draw(st.sampled_from(sizes)) if threads else largest_world
-    breaks = st.lists(_interruptions(workers, largest_world, threads), min_size=1, max_size=3)
+    grows = job["lr"]["decay"]["policy"] in ("constant", "multistep", "exponential")
+    breaks = st.lists(_interruptions(workers, largest_world, threads, grows), min_size=1, max_size=3)
     return {
         "job": job,
         "workers": workers,
         "seed": draw(st.integers(0, 99)),
         "interruptions": draw(breaks) if _often(draw, 6) else [],
     }
+
+
+def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, Any]) -> bool:
+    """Whether nothing depends on how a step is cut into micro-batches, so that the workers may cut it."""
+    still = all(block["kind"] in ("linear", "conv", "conv2d", "norm", "tied", "scale", "integers") for block in model["blocks"])
+    return still and loss["kind"] in ("cross_entropy", "function", "temperature") and "many" not in training["kind"]
 
 
 @st.composite
@@ -146,7 +197,7 @@ def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
 
 
 @st.composite
-def _batches(draw: st.DrawFn, features: int, loss: str, bad: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
+def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Data set, batch section and length: some steps, each of some micro-batches."""
     samples = draw(st.integers(1, 100))
     first = draw(st.integers(1, 40))
@@ -156,6 +207,8 @@ def _batches(draw: st.DrawFn, features: int, loss: str, bad: bool) -> tuple[dict
     training: dict[str, Any] = {"kind": kind, "samples": samples, "features": features}
     if kind in _DRAWING_SETS:
         training["source"] = draw(st.sampled_from(_SOURCES))
+    if kind == "listed":
+        training["gives"] = draw(st.sampled_from(["tensor", "numpy", "dict", "tuple", "image"]))
     if bad and _often(draw, 2):
         training = {"kind": "private", "samples": samples, "features": features, "seeded": draw(st.booleans())}
     if _often(draw, 6):
@@ -228,10 +281,14 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def _interruptions(draw: st.DrawFn, workers: int, largest_world: int, threads: bool) -> dict[str, Any]:
-    """One interruption: where it comes, as a part of the way, and how many workers go on."""
+def _interruptions(draw: st.DrawFn, workers: int, largest_world: int, threads: bool, grows: bool) -> dict[str, Any]:
+    """One interruption: where it comes, as a part of the way, how many workers go on, and what was otherwise in its job."""
     how = draw(st.sampled_from(["stop", "kill"])) if threads else "stop"
     found = {"how": how, "at": draw(st.integers(0, 100)) / 100, "by_rank": draw(st.integers(0, 3)), "workers": workers}
     if _often(draw, 4):
         found["workers"] = draw(st.integers(1, largest_world)) if threads else largest_world
+    if _often(draw, 2):
+        found["changes"] = draw(st.sampled_from(_CHANGES))
+    if grows and _often(draw, 2):
+        found["epochs"] = draw(st.sampled_from([0.4, 0.7, 0.9]))
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from hvdlarge import exits
+from hvdlarge.controller import Controller
 from hvdlarge.job import Job
 from trials import blocks, engine, reference
 from trials.cases import Case
@@ -20,7 +22,7 @@ from trials.thread_world import kept_generators
 
 # Largest relative distance of a tensor, by precision: from the reference, and between numbers of workers.
 FROM_REFERENCE = {"fp64": 1e-9, "fp32": 1e-4}
-BETWEEN_WORLDS = {"fp64": 1e-10, "fp32": 1e-4}
+BETWEEN_WORLDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-6, "fp16": 1e-6}  # in 16 bits only exact mode is drawn
 CHAOS = 1000.0  # times what a last bit does is still rounding
 _LEAST_NORM = 1e-3  # of a tensor that a distance is relative to
 
@@ -79,7 +81,8 @@ class _Trial:
         self.whole(many, f"{self.case['workers']} workers")
         if (ended := self.ended_alike(alone, many)) is not None:
             return ended
-        self.law("0 reference", self.like_the_reference, alone)
+        if self.has_reference():
+            self.law("0 reference", self.like_the_reference, alone)
         if many is not alone:
             self.law("1 world", self.like_one_worker, many, alone)
             if self.job["reduction"] == "exact":
@@ -96,9 +99,9 @@ class _Trial:
             raise Broken(f"law {name}: {broken}") from None
         self.held.append(name)
 
-    def run(self, workers: int, folder: Path | None = None, more: int = 0, interruption: Interruption | None = None) -> Outcome:
+    def run(self, workers: int, folder: Path | None = None, more: int = 0, breaks: Interruption | None = None) -> Outcome:
         """Start the job on so many workers."""
-        return self.start(self.job, folder or self.new_folder(), workers, self.case["seed"] + 1000 * more, interruption)
+        return self.start(self.job, folder or self.new_folder(), workers, self.case["seed"] + 1000 * more, breaks)
 
     def new_folder(self) -> Path:
         """For one more run."""
@@ -134,6 +137,8 @@ class _Trial:
         patterns = blocks.refusals(self.job)
         if not patterns:
             raise Broken(f"a sound job is refused: {text}")
+        if "more than 1 value" in text and not self.has_single_samples():
+            raise Broken(f"no micro-batch has a single sample: {text}")
         if alone.steps or many.steps:
             raise Broken(f"refused after {max(alone.steps, many.steps)} steps have begun: {text}")
         if not any(re.search(pattern, text) for pattern in patterns):
@@ -146,6 +151,13 @@ class _Trial:
             return outcome.message
         return re.sub(r"[0-9]+\.[0-9]+(e-?[0-9]+)?", "#", re.sub(r"^on rank [0-9, ]+: ", "", outcome.message))
 
+    def has_single_samples(self) -> bool:
+        """Whether a micro-batch of the run has one sample only."""
+        accepted = engine.read(self.job, self.new_folder())
+        assert isinstance(accepted, Job)
+        controller = Controller(accepted.plan(self.job["data"]["args"]["samples"], 1))
+        return any(1 in (step.global_batch % step.micro_batch, step.micro_batch) for step in iter(controller.decide, None))
+
     def misses_gradients(self, outcome: Outcome) -> bool:
         """Whether a run ended as it may: the job leaves layers out by its data or by chance, and asks for no zeros instead."""
         described = self.job["model"]["args"]["blocks"]
@@ -156,10 +168,13 @@ class _Trial:
             raise Broken(f"a missing gradient is not named: {outcome.message}")
         return True
 
+    def has_reference(self) -> bool:
+        """Whether the plain loop knows this job's arithmetic: no 16 bits and no rollbacks."""
+        goes_back = self.job.get("on_nonfinite", {}).get("policy") == "rollback" and "poisoned" in self.job["data"]["args"]
+        return self.job["precision"] in FROM_REFERENCE and not goes_back
+
     def like_the_reference(self, alone: Outcome) -> None:
         """One worker comes to what a plain loop comes to."""
-        if self.job.get("on_nonfinite", {}).get("policy") == "rollback" and "poisoned" in self.job["data"]["args"]:
-            return
         accepted = engine.read(self.job, self.new_folder())
         assert isinstance(accepted, Job)
         with engine.unchanged_settings(), engine.quietly(), kept_generators():
@@ -179,8 +194,7 @@ class _Trial:
 
     def like_one_worker(self, many: Outcome, alone: Outcome) -> None:
         """Another number of workers comes to what one comes to."""
-        if many.decisions != alone.decisions:
-            raise Broken(f"other decisions: {_first_other(many.decisions, alone.decisions)}")
+        self.same_decisions(many, alone)
         bound = BETWEEN_WORLDS[self.job["precision"]]
         self.near(state_of(alone), state_of(many), bound, alone)
         self.near(_results(alone), _results(many), bound, alone)
@@ -204,21 +218,22 @@ class _Trial:
                 raise Broken(f"{name} differs by {away:.1e}: {_show(value)} and {_show(other[name])}")
 
     def interrupted(self, many: Outcome, alone: Outcome) -> None:
-        """Stopped or killed and started again, a run comes to what it comes to undisturbed."""
+        """Stopped or killed and started again, perhaps with other keys for a while, a run comes to what it does undisturbed."""
         folder, workers, kept = self.new_folder(), self.case["workers"], True
-        steps = max(1, len(many.decisions))
-        told = []
+        steps, told = max(1, len(many.decisions)), []
         for number, interruption in enumerate(self.case["interruptions"]):
+            job = self.job_of_part(interruption)
             breaks = _interruption(interruption, steps, many.calls * workers // self.case["workers"])
-            outcome = self.run(workers, folder, number + 1, breaks)
+            outcome = self.start(job, folder, workers, self.case["seed"] + 1000 * (number + 1), breaks)
             told.append(f"{interruption['how']} on {workers} ({'killed' if outcome.killed else outcome.code})")
-            if self.misses_gradients(outcome):
+            kept = kept and job == self.job
+            if self.misses_gradients(outcome) or self.cannot_be_shorter(outcome, interruption):
                 return
             if outcome.broken is not None or not (outcome.killed or outcome.code in (exits.FINISHED, exits.STOPPED)):
                 raise Broken(f"{outcome.broken or _first_line(outcome.message)} ({', '.join(told)})")
             if outcome.code == exits.STOPPED and breaks.stop_at is None:
                 raise Broken(f"stopped by nobody: {outcome.message}")
-            if not outcome.killed and outcome.code == exits.FINISHED:
+            if not outcome.killed and outcome.code == exits.FINISHED and "epochs" not in interruption:
                 break
             if self.job["reduction"] == "exact" and interruption["workers"] == 3:
                 continue
@@ -227,12 +242,40 @@ class _Trial:
         else:
             outcome = self.run(workers, folder, 9)
             told.append(f"then {workers} workers")
-            if self.misses_gradients(outcome):
+            shorter = any("epochs" in interruption for interruption in self.case["interruptions"])
+            if self.misses_gradients(outcome) or (shorter and self.cannot_be_longer(outcome)):
                 return
         try:
             self.like_undisturbed(outcome, many if kept else alone, kept)
         except Broken as broken:
             raise Broken(f"{broken} ({', '.join(told)})") from None
+
+    def job_of_part(self, interruption: Mapping[str, Any]) -> dict[str, Any]:
+        """The job as it is until an interruption: with other keys that decide nothing, or shorter."""
+        job = dict(self.job)
+        for section, values in interruption.get("changes", {}).items():
+            job[section] = {**job.get(section, {}), **values} if isinstance(values, dict) else values
+        if "epochs" in interruption:
+            job["epochs"] = self.job["epochs"] * interruption["epochs"]
+        return job
+
+    @staticmethod
+    def cannot_be_shorter(outcome: Outcome, interruption: Mapping[str, Any]) -> bool:
+        """Whether a start was refused because its job is shorter than its warmup, its growths, or what is behind it."""
+        return "epochs" in interruption and outcome.code in (exits.WRONG_JOB, exits.BAD_CHECKPOINT)
+
+    @staticmethod
+    def cannot_be_longer(outcome: Outcome) -> bool:
+        """Whether a start was refused because the run has ended already with a step that its end had cut short."""
+        return outcome.code == exits.BAD_CHECKPOINT and "epochs is" in outcome.message
+
+    def same_decisions(self, ours: Outcome, theirs: Outcome) -> None:
+        """Every decision is the same, but for the micro-batches where each number of workers cuts its own."""
+        kept = [[json.loads(line) for line in outcome.decisions] for outcome in (ours, theirs)]
+        if self.job["batch"]["micro"] == "auto":
+            kept = [[{**line, "micro_batch": None} for line in lines] for lines in kept]
+        if kept[0] != kept[1]:
+            raise Broken(f"other decisions: {_first_other(*kept)}")
 
     def like_undisturbed(self, again: Outcome, undisturbed: Outcome, kept: bool) -> None:
         """An interrupted run's end."""
@@ -241,8 +284,7 @@ class _Trial:
             raise Broken(f"exit code {again.code}: {again.message}")
         if again.results is None:
             raise Broken("there is no summary")
-        if again.decisions != undisturbed.decisions:
-            raise Broken(f"other decisions: {_first_other(again.decisions, undisturbed.decisions)}")
+        self.same_decisions(again, undisturbed)
         if kept:
             self.same_bits(again, undisturbed)
             return
@@ -358,7 +400,7 @@ def _same(one: Any, other: Any) -> bool:
     return one == other or (one != one and other != other)
 
 
-def _first_other(ours: list[str], theirs: list[str]) -> Iterator[str] | str:
+def _first_other(ours: list[Any], theirs: list[Any]) -> str:
     for one, other in zip(ours, theirs, strict=False):
         if one != other:
             return f"{one} and {other}"

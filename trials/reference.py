@@ -57,9 +57,9 @@ def train(job: Job) -> Learnt:
     training, test = named(job.data.name)(**job.data.args)
     seed_all(seeds.key(job.seed, seeds.WEIGHTS))
     model, loss = named(job.model.name)(**job.model.args), named(job.loss.name)(**job.loss.arguments)
-    for part in (model, loss):
-        if isinstance(part, nn.Module):
-            part._apply(lambda tensor: tensor.to(type_of(tensor.dtype, job.precision)))
+    parts = [part for part in (model, loss) if isinstance(part, nn.Module)]
+    for part in parts:
+        part._apply(lambda tensor: tensor.to(type_of(tensor.dtype, job.precision)))
     weights = dict(model.named_parameters())
     if isinstance(loss, nn.Module):
         weights |= {f"loss.{name}": weight for name, weight in loss.named_parameters()}
@@ -67,7 +67,7 @@ def train(job: Job) -> Learnt:
     optimizer = TEXTBOOK[job.optimizer.name](job, weights, not_adapted(job, {"": model, "loss": loss}, weights))
     controller, results, steps = Controller(job.plan(len(training), 1)), {}, 0
     while (decision := controller.decide()) is not None:
-        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        before = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
         mean = step(job, decision, training, model, loss, weights)
         grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         if all(grad.isfinite().all() for grad in grads.values()):
@@ -85,7 +85,7 @@ def train(job: Job) -> Learnt:
 
 def step(job: Job, decision: Decision, training: Any, model: nn.Module, loss: Any, weights: Mapping[str, nn.Parameter]) -> float:
     """Add up the gradients of a step, one micro-batch after the other; returns the mean loss."""
-    model.train()
+    _set_mode(model, loss, training=True)
     for weight in weights.values():
         weight.grad = None
     total, end = 0.0, decision.samples_seen + decision.global_batch
@@ -101,9 +101,15 @@ def step(job: Job, decision: Decision, training: Any, model: nn.Module, loss: An
     return total
 
 
+def _set_mode(model: nn.Module, loss: Any, training: bool) -> None:
+    for part in (model, loss):
+        if isinstance(part, nn.Module):
+            part.train(training)
+
+
 def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, float]:
     """Mean loss over the test set, and the share of right answers where the targets are classes."""
-    model.eval()
+    _set_mode(model, loss, training=False)
     total = right = 0.0
     each, size = job.evaluate.micro_batch, len(test)
     classes = False
@@ -114,7 +120,7 @@ def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, floa
             seed_all(seeds.key(job.seed, getattr(seeds, "EVALUATION", 6), start))
             outputs, targets = model(typed(job, inputs)), typed(job, targets)
             total += float(loss(outputs, targets)) * len(samples)
-            classes = not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
+            classes = isinstance(outputs, torch.Tensor) and not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
             right += float((outputs.argmax(1) == targets).sum()) if classes else 0.0
     return {"test_loss": total / size} | ({"accuracy": right / size} if classes else {})
 
@@ -163,8 +169,12 @@ def type_of(dtype: torch.dtype, precision: str) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def typed(job: Job, batch: torch.Tensor) -> torch.Tensor:
+def typed(job: Job, batch: Any) -> Any:
     """A batch in the type of the weights."""
+    if isinstance(batch, dict):
+        return {name: typed(job, value) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [typed(job, value) for value in batch]
     return batch.to(torch.float64 if job.precision == "fp64" else torch.float32) if batch.is_floating_point() else batch
 
 
