@@ -212,14 +212,31 @@ EVERYWHERE = """
 import torch
 
 class Everywhere(torch.nn.Linear):
-    def __init__(self):
-        super().__init__(7, 10)  # the digits have 64 pixels
+    def __init__(self, features=64, passes=1000):
+        super().__init__(features, 10)  # the digits have 64 pixels
+        self.passes = passes
+
+    def forward(self, images):
+        self.passes -= 1
+        return super().forward(images.flatten(1)[:, : 64 if self.passes >= 0 else 7])
 """
+
+
+@pytest.mark.parametrize("workers", [None, 3])
+def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(train, folder, workers):
+    (folder / "everywhere.py").write_text(EVERYWHERE)
+    ended = train(workers, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere', args: {features: 7}}")
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert "the first micro-batch does not go through model and loss: RuntimeError: mat1 and mat2" in ended.errors[0]
+    assert "everywhere.py, line 11, in forward" in ended.errors[0]
+    assert ended.err.count("Traceback") == 1
+    assert not (folder / "runs").exists()
 
 
 def test_a_mistake_on_every_rank_is_told_once(train, folder):
     (folder / "everywhere.py").write_text(EVERYWHERE)
-    ended = train(3, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere'}")
+    ended = train(3, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere', args: {passes: 3}}")  # the rehearsal's
     assert ended.code == 70
     assert len(ended.errors) == 1
     assert "internal error on rank 1 of 3" in ended.err  # rank 0 has no micro-batch in the first step
@@ -260,8 +277,12 @@ class Slow(torch.utils.data.Dataset):
 class Failing(torch.nn.Linear):
     def __init__(self):
         super().__init__(64, 10)
+        self.passes = 0
     def forward(self, x):
-        raise RuntimeError("made to fail")
+        self.passes += 1
+        if self.passes > 5:
+            raise RuntimeError("made to fail")
+        return super().forward(x)
 
 def data():
     return Slow(), None
