@@ -47,10 +47,11 @@ test: test-single test-parallel test-integration test-faults-short
 test-single: $(stamp)
 	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge --ignore=hvdlarge/optim/lars_kernels.py
 
+# Every model, data set and loss of tests/parallel/own_parts.py on 1, 2 and 3 workers, against one; on 4 what powers of two promise.
 test-parallel: $(stamp)
 	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel
 	$(mpirun) -np 3 $(bin)/python -m pytest --color=no tests/parallel
-	$(mpirun) -np 4 $(bin)/python -m pytest --color=no tests/parallel
+	$(mpirun) -np 4 $(bin)/python -m pytest --color=no tests/parallel -k "not interruptions and not before_its_first_step"
 
 test-integration: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration

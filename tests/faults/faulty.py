@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -92,6 +93,11 @@ def fault(moment, passes):
     return None
 
 
+def starts():
+    """How often a run has begun to train in this folder: the rehearsal comes before that, and no fault is meant for it."""
+    return sum(path.read_text().count("\n") for path in Path().rglob("starts.jsonl"))
+
+
 class Net(torch.nn.Module):
     """A small net with batch norm and dropout."""
 
@@ -108,6 +114,7 @@ class Net(torch.nn.Module):
         self.head = torch.nn.Linear(width, 10)
         self.register_buffer("gain", torch.ones(()))
         self.passes = 0
+        self.starts_before = starts()
 
     def forward(self, images):
         if not self.training:
@@ -115,6 +122,9 @@ class Net(torch.nn.Module):
             if kind is not None:
                 ACTIONS[kind]()
             return self.head(self.body(images.flatten(1)))
+        if self.passes == 0 and starts() == self.starts_before:
+            features = self.body(images.flatten(1))
+            return self.head(self.gain * features + 0.1 * self.extra(features))
         self.passes += 1
         kind = fault("", self.passes)
         features = self.body(images.flatten(1))
@@ -140,6 +150,7 @@ class Slow(torch.utils.data.Dataset):
     def __init__(self, dataset, size=None):
         self.dataset = dataset
         self.size = size or len(dataset)
+        self.starts_before = starts()
 
     def __len__(self):
         return self.size
@@ -156,7 +167,7 @@ class Slow(torch.utils.data.Dataset):
             if described == "block":
                 os.mkfifo("fifo")
                 os.open("fifo", os.O_RDONLY)  # nobody ever writes
-        if os.environ.get("LOG_SAMPLES"):
+        if os.environ.get("LOG_SAMPLES") and starts() > self.starts_before:
             with open(os.environ["LOG_SAMPLES"], "a") as file:
                 file.write(f"{index}\n")
         return self.dataset[index]
