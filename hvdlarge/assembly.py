@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from hvdlarge.data import seeds
 from hvdlarge.data.datasets import reads_batches
 from hvdlarge.data.draws import seed_all
 from hvdlarge.data.layout import MicroBatch
-from hvdlarge.data.loader import Fetch, Loader, TensorLoader, WorkerLoader, make_dataloader
+from hvdlarge.data.loader import Fetch, Loaded, Loader, TensorLoader, WorkerLoader, make_dataloader
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import JobError, OutOfMemory, WrongEnvironment
 from hvdlarge.models.exact_statistics import ExactStatistics
@@ -159,6 +159,7 @@ def build_learning(
         notes = [note for whole in modules.values() if (note := _train_mode(whole))]
         for module in modules.values():
             arithmetic.convert(module)
+        _own_memory(modules)
         _check_parameters(modules)
         tracking_layers(modules)  # says whether the engine can keep these modules' statistics
         if extra := extra_states(modules):
@@ -183,6 +184,13 @@ def _train_mode(module: torch.nn.Module) -> str | None:
         f"{trained[0]!r}{f' and {len(trained) - 1} more' if len(trained) > 1 else ''} came in evaluation mode and now "
         "train, as after any call of train(); a layer stays frozen where the model's own train() keeps it in evaluation mode"
     )
+
+
+def _own_memory(modules: Modules) -> None:
+    """Give each value of a buffer a place of its own in memory: one that is expanded cannot be written to."""
+    for _, buffer in named_buffers(modules):
+        if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+            buffer.data = buffer.clone(memory_format=torch.contiguous_format)
 
 
 def _check_parameters(modules: Modules) -> None:
@@ -328,6 +336,14 @@ def build_evaluation(
         return None
     num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(test_set, len(test_set), evaluate.micro_batch, rank, world_size, num_workers, data.prefetch_factor)
+
+
+def test_samples(data: sections.Data, evaluate: sections.Evaluate, test_set: Any) -> Callable[[], Iterable[Loaded]]:
+    """What reads the first micro-batch of a test set twice; from a loader process where there are some."""
+    first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
+    processes = 0 if reads_batches(test_set) else min(1, data.num_workers)
+    loader = make_dataloader(Fetch(test_set, 0, shuffled=False), [first, first], processes, data.prefetch_factor)
+    return lambda: loader
 
 
 def build_feed(

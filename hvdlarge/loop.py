@@ -19,6 +19,7 @@ from hvdlarge.exits import Diverged, JobError, Stopped
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.memory import smaller_micro_batch, told_what_to_change
 from hvdlarge.models.running_statistics import ModeChanged
+from hvdlarge.models.state import extra_states, saved_tensors
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog
 from hvdlarge.saver import Saver
@@ -73,6 +74,7 @@ def train(parts: Parts, state: RunState) -> None:
         RollBack: on every rank alike, by the job's policy.
     """
     timed = PhaseTimers()
+    resting: dict[str, int] | None = None  # digests of what must not change
     parts.learner.set_mode(training=True)
     while True:
         with timed("decide"):
@@ -87,13 +89,16 @@ def train(parts: Parts, state: RunState) -> None:
         compare = decision.step % parts.cadence.compare_every_steps == 0
         if compare and parts.unlike:
             take_over(parts.learner, parts.tensors)
-        digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
+        own = digests(parts.learner) if compare else {}
+        digest = combined(own) if compare and not parts.unlike else None
         where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
         try:
             with told_what_to_change(where, smaller_micro_batch(decision.micro_batch, decision.global_batch)):
                 outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
         except ModeChanged as error:
             raise JobError(f"model.name: {error}") from None
+        if compare:
+            resting = refuse_changed(parts.control, resting, {name: own[name] for name in resting_names(parts.learner)})
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
             on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:
@@ -206,6 +211,36 @@ def digests(learner: Learner) -> dict[str, int]:
 def take_over(learner: Learner, tensors: TensorWire) -> None:
     """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every rank calls this together."""
     tensors.broadcast_(list(shared_state(learner).items()))
+
+
+def resting_names(learner: Learner) -> list[str]:
+    """The saved buffers and extra state that nothing may change while a run trains."""
+    followed = learner.statistics.followed_buffers()
+    saved = saved_tensors(learner.modules).items()
+    buffers = [name for name, value in saved if not isinstance(value, torch.nn.Parameter) and id(value) not in followed]
+    return [*buffers, *extra_states(learner.modules)]
+
+
+def refuse_changed(control: ControlWire, before: dict[str, int] | None, now: dict[str, int]) -> dict[str, int]:
+    """Refuse a model whose forward pass changes saved state later than in its rehearsal. Every rank calls this together.
+
+    Returns:
+        The digests to compare with next time: `now`, which is like `before` where there is one.
+
+    Raises:
+        JobError: on every rank alike, naming the buffer.
+    """
+
+    def compare() -> None:
+        for name in now if before is not None else ():
+            if before is not None and before.get(name, now[name]) != now[name]:
+                raise JobError(
+                    f"model.name: {name!r}, which is saved with the model, is changed while it trains; what it becomes "
+                    "would depend on how many micro-batches a worker processes (a cache may be a buffer with persistent=False)"
+                )
+
+    all_or_none(control, compare, name_ranks=False)
+    return now
 
 
 def compare_states(control: ControlWire, learner: Learner) -> None:

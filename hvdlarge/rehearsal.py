@@ -2,9 +2,11 @@
 same result on another number of workers, or after an interruption, is refused by its name.
 
 Formula:  pass A: forward and backward with everything as it is;  pass B: the same micro-batch and seeds, every saved tensor put
-          back, the running statistics of batch normalisation moved by δ, their counts by a million. A sound model has
-              loss and gradients of B = those of A;    running after B − running after A = (1 − m)^u · δ  for u uses in A;
-          and no saved tensor but those statistics changes in either.
+          back, the running statistics of batch normalisation moved by δ, their counts by a million, gradients added to A's. With
+              loss of B = loss of A;    gradients after B = 2 · those after A;
+              running after B − running after A = (1 − m)^u · δ  for u uses in A
+          the model is sound, if no saved tensor but those statistics changes. Where the run evaluates, a forward pass in
+          evaluation mode follows each of the two: they must agree and change nothing.
 Source:   the contract of models/running_statistics.py (the average is linear, nothing reads it while training), and DESIGN of
           this project, section 5: a result belongs to the samples, the seeds and the saved state, and to nothing else.
 Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts are as before. On the model as
@@ -17,7 +19,7 @@ import math
 import struct
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +52,7 @@ def rehearse(
     arithmetic: Arithmetic,
     to_device: Callable[[Any], Any],
     loader: Loader,
+    test_samples: Callable[[], Iterable[Loaded]] | None,
     seed: int,
     control: ControlWire,
 ) -> bool:
@@ -62,6 +65,7 @@ def rehearse(
         arithmetic: see Rehearsal.
         to_device: see Rehearsal.
         loader: of the training set, unused so far.
+        test_samples: reads the first micro-batch of the test set twice; None for a run that evaluates nothing.
         seed: of the run.
         control: the wire.
 
@@ -75,13 +79,15 @@ def rehearse(
     """
     sizes = _sizes(plan)
     loaded = all_or_none(control, lambda: _read(loader, sizes))
+    if test_samples is not None:
+        all_or_none(control, lambda: _read_again(test_samples, "test set"))
     samples = {"inputs": fingerprint(loaded[0].inputs), "targets": fingerprint(loaded[0].targets)}
     hint = f"do all hosts have the same files, listed in the same order? The first {sizes.first} of the run were compared"
     same_everywhere(control, samples, f"training samples ({hint}, by a digest)")
 
     def passes() -> Outcome:
         trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
-        outcome = trial.run(loaded[0].inputs, loaded[0].targets)
+        outcome = trial.run(loaded[0].inputs, loaded[0].targets, evaluates=test_samples is not None)
         if len(loaded) > 1:
             trial.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         return outcome
@@ -125,19 +131,24 @@ def _read(loader: Loader, sizes: _Sizes) -> list[Loaded]:
     """
     wanted = [sizes.first, sizes.first, *([sizes.smallest] if sizes.smallest < sizes.first else [])]
     loader.announce([MicroBatch(0, 0, size) for size in wanted], is_last=False)
+    return _read_again(lambda: loader.fetch(len(wanted)), "training set")
+
+
+def _read_again(read: Callable[[], Iterable[Loaded]], what: str) -> list[Loaded]:
+    """What `read` gives, but for the second, which must be like the first."""
     try:
-        first, again, *smaller = loader.fetch(len(wanted))
+        first, again, *others = read()
     except Exception as error:
         if isinstance(error, RunEnds) or is_out_of_memory(error):
             raise
-        raise JobError(f"data.name: the first samples of the run cannot be read: {describe(error)}") from None
+        raise JobError(f"data.name: the first samples of the {what} cannot be read: {describe(error)}") from None
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
-            "data.name: the training set gives other samples when it is read again with the same seeds: it draws from a "
+            f"data.name: the {what} gives other samples when it is read again with the same seeds: it draws from a "
             "generator of its own (draw from torch, numpy.random or random, which are seeded for each sample), or changes as "
             "it is read"
         )
-    return [first, *smaller]
+    return [first, *others]
 
 
 class Outcome(NamedTuple):
@@ -172,8 +183,13 @@ class Rehearsal:
         self._modules = trained_modules(model, loss)
         self._layers = [layer for layer in tracking_layers(self._modules) if layer.module.training]
 
-    def run(self, inputs: Any, targets: Any) -> Outcome:
+    def run(self, inputs: Any, targets: Any, evaluates: bool = False) -> Outcome:
         """Both passes; what A came to.
+
+        Args:
+            inputs: of the micro-batch, as the loader gives them.
+            targets: likewise.
+            evaluates: whether passes in evaluation mode are tried too.
 
         Raises:
             JobError: naming the layer, parameter or buffer because of which the job cannot have one result, or what the user's
@@ -184,12 +200,17 @@ class Rehearsal:
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
             restore()
+            evaluated = self._evaluate(inputs, targets) if evaluates else None
+            before.refuse_changes(self._modules, [])
             moved = _move(self._layers)
-            second = self._pass(inputs, targets)
-            if not self._same(first, second):
+            second = self._pass(inputs, targets, add=True)
+            if not self._same(first, second._replace(gradient=second.gradient / 2)):
                 restore()
                 self._explain(first, inputs, targets, restore)
             self._refuse_other_rules(first, averages, moved)
+            restore()
+            if evaluates and evaluated is not None:
+                self._refuse_other_evaluation(evaluated, self._evaluate(inputs, targets))
             return first
 
     def run_once(self, inputs: Any, targets: Any, what: str) -> None:
@@ -197,17 +218,14 @@ class Rehearsal:
         with _kept(self._modules, self._layers), _eager(self._model):
             self._pass(inputs, targets, what)
 
-    def _pass(self, inputs: Any, targets: Any, what: str = "the first micro-batch") -> Outcome:
+    def _pass(self, inputs: Any, targets: Any, what: str = "the first micro-batch", add: bool = False) -> Outcome:
+        """Forward and backward; the gradients are added to those of the pass before where `add` says so."""
+        if not add:
+            _clear(self._modules)
         counts = [int(layer.uses) for layer in self._layers]
-        try:
-            seed_all(self._key)
-            with self._arithmetic.autocast():
-                value = self._loss(self._model(self._to_device(inputs)), self._to_device(targets))
+        with _users(what):
+            value = self._forward(inputs, targets)
             value.backward()
-        except Exception as error:
-            if isinstance(error, RunEnds) or is_out_of_memory(error):
-                raise
-            raise JobError(f"model.name: {what} does not go through model and loss: {describe(error)}") from None
         grads = {name: weight.grad for name, weight in named_parameters(self._modules) if weight.grad is not None}
         for name, grad in grads.items():
             if grad.is_sparse:
@@ -216,10 +234,36 @@ class Rehearsal:
                     "other workers: build the embedding with sparse=False"
                 )
         norms = [float(torch.linalg.vector_norm(grad)) for grad in grads.values()]
-        for _, weight in named_parameters(self._modules):
-            weight.grad = None
         uses = tuple(int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True))
         return Outcome(value.item(), math.hypot(*norms), uses)
+
+    def _forward(self, inputs: Any, targets: Any) -> torch.Tensor:
+        seed_all(self._key)
+        with self._arithmetic.autocast():
+            value: Any = self._loss(self._model(self._to_device(inputs)), self._to_device(targets))
+        if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise JobError(f"loss.name: a loss must be a mean over samples, a tensor of shape (); this one is {shape}")
+        return value
+
+    @torch.no_grad()
+    def _evaluate(self, inputs: Any, targets: Any) -> float:
+        """The loss in evaluation mode."""
+        for module in self._modules.values():
+            module.eval()
+        try:
+            with _users("the first micro-batch, in evaluation mode,"):
+                return self._forward(inputs, targets).item()
+        finally:
+            for module in self._modules.values():
+                module.train()
+
+    def _refuse_other_evaluation(self, first: float, again: float) -> None:
+        if not self._same(Outcome(first, 0.0, ()), Outcome(again, 0.0, ())):
+            raise JobError(
+                "model.name: in evaluation mode the model or the loss gives another result for the same samples, seeds and "
+                f"state: loss {first!r}, then {again!r}"
+            )
 
     def _same(self, one: Outcome, other: Outcome) -> bool:
         close = _CLOSE[self._arithmetic.precision]
@@ -249,6 +293,15 @@ class Rehearsal:
                     f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) reads its running statistics while it "
                     "trains; a worker has only a part of them then, so the result would depend on the number of workers"
                 )
+        restore()
+        self._pass(inputs, targets)
+        restore()
+        twice = self._pass(inputs, targets, add=True)
+        if not self._same(first, twice._replace(gradient=twice.gradient / 2)):
+            raise JobError(
+                "model.name: the gradients of two micro-batches do not add up: a hook changes what has been accumulated, so the "
+                "result would depend on how many micro-batches a worker processes (a hook on the gradient of one pass does not)"
+            )
         raise JobError("model.name: the model reads running statistics of batch normalisation while it trains")
 
     def _refuse_other_rules(self, first: Outcome, averages: list[torch.Tensor], moved: list[torch.Tensor]) -> None:
@@ -316,8 +369,23 @@ def _kept(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], No
         yield restore
     finally:
         restore()
-        for _, weight in named_parameters(modules):
-            weight.grad = None
+        _clear(modules)
+
+
+def _clear(modules: Modules) -> None:
+    for _, weight in named_parameters(modules):
+        weight.grad = None
+
+
+@contextmanager
+def _users(what: str) -> Iterator[None]:
+    """Tell what the user's own code raises in the `with` block as the user's."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunEnds) or is_out_of_memory(error):
+            raise
+        raise JobError(f"model.name: {what} does not go through model and loss: {describe(error)}") from None
 
 
 @torch.no_grad()

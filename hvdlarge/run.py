@@ -96,8 +96,11 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
 
 def _rehearse(job: Job, found: Ingredients, loader: Loader, worker: Worker) -> Ingredients:
     to_device = assembly.device_mover(found.arithmetic, job.model.channels_last)
+    read = None if found.test_set is None else assembly.test_samples(job.data, job.evaluate, found.test_set)
     with worker.watchdog.during("rehearse"):
-        unlike = rehearse(found.plan, found.model, found.loss, found.arithmetic, to_device, loader, job.seed, worker.control)
+        unlike = rehearse(
+            found.plan, found.model, found.loss, found.arithmetic, to_device, loader, read, job.seed, worker.control
+        )
     if found.arithmetic.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(found.arithmetic.device)
     note = (

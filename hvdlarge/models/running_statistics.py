@@ -108,8 +108,10 @@ class RunningStatistics:
 
     def partial_buffers(self) -> set[int]:
         """The identities of the buffers of which each rank holds a part of its own while a run trains."""
-        if self._world_size == 1:
-            return set()
+        return self.followed_buffers() if self._world_size > 1 else set()
+
+    def followed_buffers(self) -> set[int]:
+        """The identities of the buffers that change while a run trains."""
         return {id(buffer) for layer in self._layers for buffer in (*layer.averages, layer.uses)}
 
     # --- in a step

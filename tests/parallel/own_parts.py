@@ -109,6 +109,10 @@ def own_generator():
     return OwnGenerator(), None
 
 
+def own_generator_of_the_test_set():
+    return Pairs(), OwnGenerator()
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __len__(self):
         return 53
@@ -376,6 +380,65 @@ class Raising(Net):
         raise ValueError("heads must divide the width")
 
 
+class Expanded(Net):
+    """A buffer whose values share their place in memory."""
+
+    def build(self):
+        self.register_buffer("window", torch.tensor([0.5]).expand(5))
+
+    def between(self, hidden):
+        return hidden * self.window
+
+
+class RemembersEvaluations(Net):
+    """Changes what is saved in evaluation mode."""
+
+    def build(self):
+        self.register_buffer("evaluations", torch.zeros(()))
+
+    def between(self, hidden):
+        if not self.training:
+            self.evaluations += 1
+        return hidden
+
+
+class NoisyEvaluations(Net):
+    """Draws from a generator of its own in evaluation mode."""
+
+    def build(self):
+        self.generator = np.random.default_rng()
+
+    def between(self, hidden):
+        return hidden if self.training else hidden + self.generator.normal()
+
+
+class ClipsWhatIsAccumulated(Net):
+    def build(self):
+        self.last.weight.register_post_accumulate_grad_hook(self.clip)
+
+    @staticmethod
+    def clip(weight):
+        weight.grad.clamp_(-1e-3, 1e-3)
+
+
+class ClipsEachPass(Net):
+    def build(self):
+        self.last.weight.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+
+
+class ChangesLater(Net):
+    """A saved buffer that a forward pass changes once the weights have moved."""
+
+    def build(self):
+        self.register_buffer("scale", torch.ones(()))
+        self.start = self.first.weight.detach().clone()
+
+    def between(self, hidden):
+        if not torch.equal(self.first.weight.detach(), self.start.to(hidden)):
+            self.scale *= 1.01
+        return hidden
+
+
 class OnlyDeterministic(Net):
     def between(self, hidden):
         if not torch.are_deterministic_algorithms_enabled():
@@ -396,6 +459,11 @@ class Temperature(nn.Module):
 
     def forward(self, outputs, targets):
         return nn.functional.cross_entropy(self.shift(outputs) * self.log_scale.exp(), targets)
+
+
+class Unreduced(nn.Module):
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
 class Mixed(nn.Module):

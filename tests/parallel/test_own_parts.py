@@ -112,6 +112,8 @@ SOUND = {
     "extra state": ["model.name=own_parts:Remembering"],
     "a loss with parameters": ["loss.name=own_parts:Temperature"],
     "a loss that draws from numpy": ["loss.name=own_parts:Mixed"],
+    "an expanded buffer": ["model.name=own_parts:Expanded"],
+    "a hook on the gradient of each pass": ["model.name=own_parts:ClipsEachPass"],
     "more groups than tensors": ["horovod={groups: 80}"],
 }
 
@@ -189,6 +191,11 @@ def test_parameters_of_a_loss_are_trained_and_saved(control, tensors, folder):
 REFUSED = {
     "data={name: 'own_parts:own_generator'}": "training set gives other samples when it is read again",
     "data={name: 'own_parts:iterable'}": "IterableDataset",
+    "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set gives other samples when it is read again",
+    "model.name=own_parts:RemembersEvaluations": "changes 'evaluations', which is saved",
+    "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives another result",
+    "model.name=own_parts:ClipsWhatIsAccumulated": "a hook changes what has been accumulated",
+    "loss.name=own_parts:Unreduced": r"a loss must be a mean over samples, .* this one is a tensor of shape \(4,\)",
     "model.name=own_parts:OwnNoise": "draws from a generator of its own",
     "model.name=own_parts:Renormed": "'norm' .Renorm. reads its running statistics while it trains",
     "model.name=own_parts:OtherRule": "'norm' .Geometric. does not follow",
@@ -212,6 +219,13 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(control, tens
         assert raised.value.code == JobError.code
         assert not (folder / where).exists()
     control.barrier()
+
+
+def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(control, tensors, folder):
+    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloControl(), SoloTensors())}.items():
+        with pytest.raises(RunEnds, match="'scale'|disagree about the digest"):
+            train(job_of(["model.name=own_parts:ChangesLater", "compare_every_steps=1"]), *wires, folder / where)
+        control.barrier()
 
 
 def test_a_gradient_that_is_there_on_some_ranks_only_is_named(control, tensors, folder):
