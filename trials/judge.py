@@ -123,7 +123,7 @@ class _Trial:
         text = many.message if many.code else alone.message
         exact = self.job["reduction"] == "exact" and many.code == exits.WRONG_JOB and "exact needs 1, 2, 4" in many.message
         if exact:
-            return Verdict("refused", reason="reduction exact on 3 workers")
+            return Verdict("refused", reason="reduction exact on a number of workers that is no power of two")
         if alone.code == exits.FINISHED and self.misses_gradients(many):
             return Verdict("refused", reason="a gradient is missing on some ranks (gradients.missing: error)")
         if (alone.code, self.told(alone)) != (many.code, self.told(many)):
@@ -226,7 +226,7 @@ class _Trial:
             breaks = _interruption(interruption, steps, many.calls * workers // self.case["workers"])
             outcome = self.start(job, folder, workers, self.case["seed"] + 1000 * (number + 1), breaks)
             told.append(f"{interruption['how']} on {workers} ({'killed' if outcome.killed else outcome.code})")
-            kept = kept and job == self.job
+            kept = kept and not self.moves_bits(interruption)
             if self.misses_gradients(outcome) or self.has_another_length(outcome, shorter or "epochs" in interruption):
                 return
             shorter = shorter or "epochs" in interruption
@@ -237,7 +237,7 @@ class _Trial:
             if not outcome.killed and outcome.code == exits.FINISHED and "epochs" not in interruption:
                 break
             if self.job["reduction"] == "exact" and interruption["workers"] == 3:
-                continue
+                continue  # exact mode has no such world: as many go on as before
             kept = kept and interruption["workers"] == workers
             workers = interruption["workers"]
         else:
@@ -249,6 +249,17 @@ class _Trial:
             self.like_undisturbed(outcome, many if kept else alone, kept)
         except Broken as broken:
             raise Broken(f"{broken} ({', '.join(told)})") from None
+
+    def moves_bits(self, interruption: Mapping[str, Any]) -> bool:
+        """Whether what was otherwise in a part of a run may change its last bits.
+
+        Running statistics are put together, and so rounded, where the job's cadence has an evaluation or a checkpoint; one that
+        a clock asks for is no part of that. (Without any other cadence there is one an epoch, which the clock's replaces.)
+        """
+        changes = interruption.get("changes", {})
+        cadence = {"every_steps", "every_epochs"}
+        clock_alone = not cadence & changes.get("checkpoint", {}).keys() and cadence & self.job["checkpoint"].keys()
+        return "epochs" in interruption or "evaluate" in changes or ("checkpoint" in changes and not clock_alone)
 
     def job_of_part(self, interruption: Mapping[str, Any]) -> dict[str, Any]:
         """The job as it is until an interruption: with other keys that decide nothing, or shorter."""
