@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, TensorDataset
 
 from hvdlarge.data.datasets import InMemory
 
@@ -655,6 +655,49 @@ class Switching(nn.Module):
         return found
 
 
+class Hooked(nn.Module):
+    """Hooks on the gradient of a weight.
+
+    Args:
+        features: any.
+        when: pass, on the gradient of each backward pass; or sum, on what has been added up so far.
+    """
+
+    def __init__(self, features: int, when: str = "pass") -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+        if when == "pass":
+            self.layer.weight.register_hook(torch.tanh)
+        else:
+            self.layer.weight.register_post_accumulate_grad_hook(self._flatten)
+
+    @staticmethod
+    def _flatten(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.mul_(20).tanh_()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Shape (n, features)."""
+        return torch.tanh(self.layer(inputs))
+
+
+class Evaluated(nn.Module):
+    """What it gives in evaluation depends on what was evaluated before, by a buffer or by a number of its own."""
+
+    count: torch.Tensor
+
+    def __init__(self, features: int, saved: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()), persistent=saved)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        if self.training:
+            return inputs
+        self.count += 1
+        return inputs * (1 + 0.1 / self.count)
+
+
 class Extra(nn.Module):
     """Extra state beside weights and buffers.
 
@@ -735,6 +778,8 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "act_norm": ActNormed,
     "renormed": Renormed,
     "switching": Switching,
+    "hooked": Hooked,
+    "evaluated": Evaluated,
     "extra": Extra,
     "reset": Reset,
 }
@@ -874,6 +919,7 @@ def data(
     features: int = 4,
     classes: int = 3,
     poisoned: int | None = None,
+    private_test: bool = False,
     **arguments: Any,
 ) -> tuple[Dataset, Dataset | None]:
     """Training and test set.
@@ -885,6 +931,7 @@ def data(
         features: numbers of an input.
         classes: of the targets.
         poisoned: a training sample that is not finite; None for none.
+        private_test: whether the test set draws from a generator of its own.
         **arguments: the kind's own.
     """
     build = SETS[kind]
@@ -892,8 +939,10 @@ def data(
     if poisoned is not None:
         held.inputs[poisoned] = math.nan
     training = build(held, **arguments)
-    test = build(_samples(test_samples, features, classes), **arguments) if test_samples else None
-    return training, test
+    if not test_samples:
+        return training, None
+    tested = _samples(test_samples, features, classes)
+    return training, PrivatelyNoisy(tested) if private_test else build(tested, **arguments)
 
 
 def _samples(count: int, features: int, classes: int) -> InMemory:
@@ -933,6 +982,26 @@ class ListedMany(Listed):
         """As torch asks for it."""
         shift = 0.0 if self.source == "none" else 0.2 * drawn(self.source, torch.zeros(1))
         return [(self.base[index][0] + shift, self.base[index][1]) for index in indices]
+
+
+class OneBelowMany(ListedMany):
+    """A set that gives many at once, and a class below it that reads single samples in another way."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        inputs, targets = super().__getitem__(index)
+        return 0.7 * inputs + 0.3, targets
+
+
+class _Shifts:
+    """Something to be mixed into a set."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = super().__getitem__(index)  # type: ignore[misc]
+        return inputs + 0.2 * drawn("all", inputs), targets
+
+
+class MixedIn(_Shifts, InMemory):
+    """Tensors, and a way to single samples from another class."""
 
 
 class OwnItem(InMemory):
@@ -1018,6 +1087,19 @@ class PrivatelyNoisy(Listed):
         return inputs + 0.2 * torch.as_tensor(self.generator.normal(size=len(inputs)), dtype=inputs.dtype), targets
 
 
+class _First(Dataset):
+    """The inputs of a set."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.base[index][0]
+
+
 def _shuffled(size: int) -> list[int]:
     return torch.randperm(size).tolist()
 
@@ -1043,6 +1125,11 @@ SETS: dict[str, Callable[..., Any]] = {
     "transformed_subset": lambda base, source="none": TransformedMany(_subset(base), source),
     "delegating": lambda base, source="none": Delegating(_subset(base), source),
     "delegating_many": lambda base, source="none": Delegating(ListedMany(base), source),
+    "one_below_many": OneBelowMany,
+    "mixed_in": lambda base: MixedIn(base.inputs, base.targets),
+    "tensors": lambda base: TensorDataset(base.inputs, base.targets),
+    "concatenated": lambda base, source="none": ConcatDataset([Listed(base, source), OwnItem(base, source)]),
+    "stacked": lambda base, source="none": StackDataset(_First(Listed(base, source)), base.targets),
     "private": PrivatelyNoisy,
 }
 
@@ -1073,6 +1160,9 @@ REFUSED: list[tuple[str, Description, str]] = [
     ("blocks", {"kind": "renormed"}, "layer.weight|result"),
     ("blocks", {"kind": "switching"}, "mode|result"),
     ("loss", {"kind": "vector"}, "loss|scalar"),
+    ("blocks", {"kind": "hooked", "when": "sum"}, "hook"),
+    ("blocks", {"kind": "evaluated"}, "count|evaluat"),
+    ("data", {"private_test": True}, "test set"),
 ]
 
 

@@ -40,6 +40,7 @@ _ODD_BLOCKS: list[dict[str, Any]] = [
         ("float64", False, False), ("complex64", True, False), ("float32", False, True), ("int16", True, False),
     )),
     {"kind": "integers"},
+    {"kind": "hooked", "when": "pass"},
     {"kind": "expanded", "rows": 1},
     {"kind": "instance_norm"},
     *({"kind": "noise", "source": source, "checkpointed": True} for source in ("torch", "numpy", "random")),
@@ -71,8 +72,6 @@ _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "power_iteration", "persistent": False},
     {"kind": "counting"},
     {"kind": "extra", "form": "counted"},
-    {"kind": "parametrized", "form": "spectral"},
-    {"kind": "expanded", "rows": 2},
     {"kind": "transposed"},
     {"kind": "lazy"},
     {"kind": "instance_norm", "tracks": True},
@@ -83,12 +82,22 @@ _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "renormed"},
     {"kind": "switching"},
 ]
-_QUIET_SETS = ["in_memory", "subset_in_memory"]
+# What the engine does not notice yet: drawn with --open only.
+_OPEN_BLOCKS: list[dict[str, Any]] = [
+    {"kind": "hooked", "when": "sum"},
+    {"kind": "expanded", "rows": 2},
+    {"kind": "parametrized", "form": "spectral"},
+    {"kind": "evaluated", "saved": True},
+    {"kind": "evaluated", "saved": False},
+]
+_QUIET_SETS = ["in_memory", "subset_in_memory", "mixed_in", "tensors"]
 _DRAWING_SETS = ["listed", "listed_many", "own_item", "own_batch", "subset", "subset_own_batch", "subset_many", "nested",
                  "transformed", "transformed_many", "nested_transformed", "transformed_subset", "delegating",
-                 "delegating_many"]  # fmt: skip
+                 "delegating_many", "one_below_many", "concatenated", "stacked"]  # fmt: skip
 _PLAIN_LOSSES = ["cross_entropy", "function"]
 _ODD_LOSSES = ["regression", "temperature", "centers", "mixup", "normed", "named"]
+_EVERY_STEP_BY_THE_CLOCK = 1e-9  # minutes
+
 # What may be otherwise in a part of a run.
 _CHANGES: list[dict[str, Any]] = [
     {"data": {"prefetch_steps": 2}},
@@ -96,6 +105,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"evaluate": {"every_epochs": 0.5, "micro_batch": 3}},
     {"log": {"every_steps": 3}, "compare_every_steps": 2},
     {"checkpoint": {"best": "test_loss"}},
+    {"checkpoint": {"every_minutes": _EVERY_STEP_BY_THE_CLOCK}},
     {"on_nonfinite": {"policy": "skip"}},
 ]
 _RATES = {"lars": 4.0, "lamb": 0.02, "sgd": 0.2, "adam": 0.01, "adamw": 0.01, "adagrad": 0.05, "rmsprop": 0.005}
@@ -106,25 +116,26 @@ def _often(draw: st.DrawFn, times_in_ten: int) -> bool:
 
 
 @st.composite
-def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case:
+def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True, open_too: bool = False) -> Case:
     """A whole case.
 
     Args:
         draw: Hypothesis's.
         largest_world: workers at most.
         threads: whether worlds can be killed and have any size up to `largest_world`; else all have exactly that size, or one.
+        open_too: also what the engine is known not to notice yet.
     """
-    sizes = [*range(2, largest_world + 1), 1]
+    sizes = [size for size in (2, 3, 4, 2, 3, 4, 5, 8, 1) if size <= largest_world]
     bad = _often(draw, 2)
-    model, features = draw(_models(bad))
-    loss = draw(_losses(bad))
+    model, features = draw(_models(bad, open_too))
+    loss = draw(_losses(bad, open_too))
     if loss["args"]["kind"] == "named":
         model["gives"] = "dict"
-    training, batch, epochs = draw(_batches(features, bad))
+    training, batch, epochs = draw(_batches(features, bad, open_too))
     exact = _often(draw, 3)
     job: dict[str, Any] = {
         "name": "drawn",
-        "seed": draw(st.integers(0, 3)),
+        "seed": draw(st.sampled_from([0, 1, 2, 2**63 - 1])),
         "epochs": epochs,
         "precision": "fp32" if _often(draw, 1) else "fp64",
         "reduction": "exact" if exact else "fast",
@@ -145,7 +156,7 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
         job["model"]["channels_last"] = True
     if exact and _often(draw, 2):  # in 16 bits only exact mode has a law: a last bit of a sum becomes the last of 8 or 11
         job["precision"] = draw(st.sampled_from(["bf16", "fp16"]))
-    if _is_quiet(model, loss["args"], training) and _often(draw, 4):
+    if (not exact or open_too) and _is_quiet(model, loss["args"], training) and _often(draw, 4):
         batch["micro"] = "auto"
     if _often(draw, 2):
         job["gradients"]["clip_norm"] = draw(st.sampled_from([0.05, 0.5, 5.0]))
@@ -170,24 +181,25 @@ def cases(draw: st.DrawFn, largest_world: int = 4, threads: bool = True) -> Case
 def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, Any]) -> bool:
     """Whether nothing depends on how a step is cut into micro-batches, so that the workers may cut it."""
     still = all(block["kind"] in ("linear", "conv", "conv2d", "norm", "tied", "scale", "integers") for block in model["blocks"])
-    return still and loss["kind"] in ("cross_entropy", "function", "temperature") and "many" not in training["kind"]
+    by_sample = training.get("source", "none") == "none" or training["kind"] in ("listed", "own_item", "subset", "nested")
+    return still and loss["kind"] in ("cross_entropy", "function", "temperature") and by_sample
 
 
 @st.composite
-def _models(draw: st.DrawFn, bad: bool) -> tuple[dict[str, Any], int]:
+def _models(draw: st.DrawFn, bad: bool, open_too: bool) -> tuple[dict[str, Any], int]:
     features = draw(st.sampled_from([2, 4, 6]))
     blocks = draw(st.lists(st.one_of(st.sampled_from(_PLAIN_BLOCKS), st.sampled_from(_ODD_BLOCKS)), max_size=3))
     if bad and draw(st.booleans()):
-        blocks.insert(draw(st.integers(0, len(blocks))), draw(st.sampled_from(_BAD_BLOCKS)))
+        blocks.insert(draw(st.integers(0, len(blocks))), draw(st.sampled_from(_BAD_BLOCKS + _OPEN_BLOCKS * open_too)))
     model = {"blocks": blocks, "features": features, "outputs": 3, "returned": "eval" if _often(draw, 1) else "train"}
     return model, features
 
 
 @st.composite
-def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
+def _losses(draw: st.DrawFn, bad: bool, open_too: bool) -> dict[str, Any]:
     kind = draw(st.sampled_from(_ODD_LOSSES if _often(draw, 4) else _PLAIN_LOSSES))
     if bad and _often(draw, 2):
-        kind = "averaging"
+        kind = draw(st.sampled_from(["averaging", "vector"][: 1 + open_too]))
     more: dict[str, Any] = {}
     if kind == "temperature" and draw(st.booleans()):
         more["frozen"] = True
@@ -197,7 +209,7 @@ def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
 
 
 @st.composite
-def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
+def _batches(draw: st.DrawFn, features: int, bad: bool, open_too: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Data set, batch section and length: some steps, each of some micro-batches."""
     samples = draw(st.integers(1, 100))
     first = draw(st.integers(1, 40))
@@ -213,6 +225,8 @@ def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any],
         training = {"kind": "private", "samples": samples, "features": features, "seeded": draw(st.booleans())}
     if _often(draw, 6):
         training["test_samples"] = draw(st.integers(1, 25))
+        if bad and open_too and _often(draw, 2):
+            training["private_test"] = True
     if _often(draw, 1):
         training["poisoned"] = draw(st.integers(0, samples - 1))
     batch: dict[str, Any] = {"base": first, "micro": micro}
@@ -277,6 +291,8 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
         section["every_steps"] = draw(st.integers(1, 5))
     elif draw(st.booleans()):
         section["every_epochs"] = draw(st.sampled_from([0.3, 1.0]))
+    if _often(draw, 1):
+        section["every_minutes"] = _EVERY_STEP_BY_THE_CLOCK
     return section
 
 
@@ -286,7 +302,7 @@ def _interruptions(draw: st.DrawFn, workers: int, largest_world: int, threads: b
     how = draw(st.sampled_from(["stop", "kill"])) if threads else "stop"
     found = {"how": how, "at": draw(st.integers(0, 100)) / 100, "by_rank": draw(st.integers(0, 3)), "workers": workers}
     if _often(draw, 4):
-        found["workers"] = draw(st.integers(1, largest_world)) if threads else largest_world
+        found["workers"] = draw(st.integers(1, min(4, largest_world))) if threads else largest_world
     if _often(draw, 2):
         found["changes"] = draw(st.sampled_from(_CHANGES))
     if grows and _often(draw, 2):

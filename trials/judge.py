@@ -123,7 +123,7 @@ class _Trial:
         text = many.message if many.code else alone.message
         exact = self.job["reduction"] == "exact" and many.code == exits.WRONG_JOB and "exact needs 1, 2, 4" in many.message
         if exact:
-            return Verdict("refused", reason="reduction exact on 3 workers")
+            return Verdict("refused", reason="reduction exact on a number of workers that is no power of two")
         if alone.code == exits.FINISHED and self.misses_gradients(many):
             return Verdict("refused", reason="a gradient is missing on some ranks (gradients.missing: error)")
         if (alone.code, self.told(alone)) != (many.code, self.told(many)):
@@ -220,15 +220,16 @@ class _Trial:
     def interrupted(self, many: Outcome, alone: Outcome) -> None:
         """Stopped or killed and started again, perhaps with other keys for a while, a run comes to what it does undisturbed."""
         folder, workers, kept = self.new_folder(), self.case["workers"], True
-        steps, told = max(1, len(many.decisions)), []
+        steps, told, shorter = max(1, len(many.decisions)), [], False
         for number, interruption in enumerate(self.case["interruptions"]):
             job = self.job_of_part(interruption)
             breaks = _interruption(interruption, steps, many.calls * workers // self.case["workers"])
             outcome = self.start(job, folder, workers, self.case["seed"] + 1000 * (number + 1), breaks)
             told.append(f"{interruption['how']} on {workers} ({'killed' if outcome.killed else outcome.code})")
-            kept = kept and job == self.job
-            if self.misses_gradients(outcome) or self.cannot_be_shorter(outcome, interruption):
+            kept = kept and not self.moves_bits(interruption)
+            if self.misses_gradients(outcome) or self.has_another_length(outcome, shorter or "epochs" in interruption):
                 return
+            shorter = shorter or "epochs" in interruption
             if outcome.broken is not None or not (outcome.killed or outcome.code in (exits.FINISHED, exits.STOPPED)):
                 raise Broken(f"{outcome.broken or _first_line(outcome.message)} ({', '.join(told)})")
             if outcome.code == exits.STOPPED and breaks.stop_at is None:
@@ -236,19 +237,29 @@ class _Trial:
             if not outcome.killed and outcome.code == exits.FINISHED and "epochs" not in interruption:
                 break
             if self.job["reduction"] == "exact" and interruption["workers"] == 3:
-                continue
+                continue  # exact mode has no such world: as many go on as before
             kept = kept and interruption["workers"] == workers
             workers = interruption["workers"]
         else:
             outcome = self.run(workers, folder, 9)
             told.append(f"then {workers} workers")
-            shorter = any("epochs" in interruption for interruption in self.case["interruptions"])
-            if self.misses_gradients(outcome) or (shorter and self.cannot_be_longer(outcome)):
+            if self.misses_gradients(outcome) or self.has_another_length(outcome, shorter):
                 return
         try:
             self.like_undisturbed(outcome, many if kept else alone, kept)
         except Broken as broken:
             raise Broken(f"{broken} ({', '.join(told)})") from None
+
+    def moves_bits(self, interruption: Mapping[str, Any]) -> bool:
+        """Whether what was otherwise in a part of a run may change its last bits.
+
+        Running statistics are put together, and so rounded, where the job's cadence has an evaluation or a checkpoint; one that
+        a clock asks for is no part of that. (Without any other cadence there is one an epoch, which the clock's replaces.)
+        """
+        changes = interruption.get("changes", {})
+        cadence = {"every_steps", "every_epochs"}
+        clock_alone = not cadence & changes.get("checkpoint", {}).keys() and cadence & self.job["checkpoint"].keys()
+        return "epochs" in interruption or "evaluate" in changes or ("checkpoint" in changes and not clock_alone)
 
     def job_of_part(self, interruption: Mapping[str, Any]) -> dict[str, Any]:
         """The job as it is until an interruption: with other keys that decide nothing, or shorter."""
@@ -260,20 +271,25 @@ class _Trial:
         return job
 
     @staticmethod
-    def cannot_be_shorter(outcome: Outcome, interruption: Mapping[str, Any]) -> bool:
-        """Whether a start was refused because its job is shorter than its warmup, its growths, or what is behind it."""
-        return "epochs" in interruption and outcome.code in (exits.WRONG_JOB, exits.BAD_CHECKPOINT)
+    def has_another_length(outcome: Outcome, changes: bool) -> bool:
+        """Whether a start was refused, as it may be, because its length changes.
 
-    @staticmethod
-    def cannot_be_longer(outcome: Outcome) -> bool:
-        """Whether a start was refused because the run has ended already with a step that its end had cut short."""
-        return outcome.code == exits.BAD_CHECKPOINT and "epochs is" in outcome.message
+        It is shorter than its warmup, its growths or what lies behind it; or the run's last step had been cut by its end already.
+        """
+        if not changes or outcome.code not in (exits.WRONG_JOB, exits.BAD_CHECKPOINT):
+            return False
+        return outcome.code == exits.WRONG_JOB or "epochs is" in outcome.message
 
     def same_decisions(self, ours: Outcome, theirs: Outcome) -> None:
-        """Every decision is the same, but for the micro-batches where each number of workers cuts its own."""
-        kept = [[json.loads(line) for line in outcome.decisions] for outcome in (ours, theirs)]
-        if self.job["batch"]["micro"] == "auto":
-            kept = [[{**line, "micro_batch": None} for line in lines] for lines in kept]
+        """Every decision is the same.
+
+        But for the micro-batches where each number of workers cuts its own, and for what was the last step of a shorter run.
+        """
+        free = {"micro_batch"} if self.job["batch"]["micro"] == "auto" else set()
+        if any("epochs" in interruption for interruption in self.case["interruptions"]):
+            free.add("is_last")
+        read = [[json.loads(line) for line in outcome.decisions] for outcome in (ours, theirs)]
+        kept = [[{key: value for key, value in line.items() if key not in free} for line in lines] for lines in read]
         if kept[0] != kept[1]:
             raise Broken(f"other decisions: {_first_other(*kept)}")
 
