@@ -75,7 +75,7 @@ test-kill: $(stamp)
 test-laws: $(stamp)
 	$(bin)/python tests/integration/law_trial.py
 
-# The laws on jobs drawn at random, ranks as threads; then a share of them over the real wires: about XX minutes. A violation is
+# The laws on jobs drawn at random, ranks as threads; then a share of them over the real wires: about half an hour. A violation is
 # written to violations.jsonl; `python trials/laws.py --replay FILE` judges it again.
 test-fuzz: $(stamp)
 	$(bin)/python trials/laws.py --jobs 5000 --processes 2

@@ -12,6 +12,7 @@ Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its val
 def impossible(job: Job) -> Iterator[Problem]:
     """Every combination of values that cannot be meant, with the key to look at first."""
     yield from _batch(job)
+    yield from _exact(job)
     yield from _warmup(job)
     yield from _gradients(job)
     yield from _loss(job)
@@ -26,6 +27,14 @@ def _batch(job: Job) -> Iterator[Problem]:
     micro, first = job.batch.micro, job.batch.first
     if micro != "auto" and micro > first:
         yield ("batch", "micro"), f"a micro-batch of {micro} samples is more than the first global batch of {first}"
+
+
+def _exact(job: Job) -> Iterator[Problem]:
+    if job.reduction == "exact" and job.batch.micro == "auto":
+        yield (
+            ("batch", "micro"),
+            "reduction: exact adds up micro-batches that are the same on any number of workers: give a number",
+        )
 
 
 def _warmup(job: Job) -> Iterator[Problem]:

@@ -81,9 +81,6 @@ _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "act_norm", "by_weight": True},
     {"kind": "renormed"},
     {"kind": "switching"},
-]
-# What the engine does not notice yet: drawn with --open only.
-_OPEN_BLOCKS: list[dict[str, Any]] = [
     {"kind": "hooked", "when": "sum"},
     {"kind": "expanded", "rows": 2},
     {"kind": "parametrized", "form": "spectral"},
@@ -116,22 +113,21 @@ def _often(draw: st.DrawFn, times_in_ten: int) -> bool:
 
 
 @st.composite
-def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True, open_too: bool = False) -> Case:
+def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case:
     """A whole case.
 
     Args:
         draw: Hypothesis's.
         largest_world: workers at most.
         threads: whether worlds can be killed and have any size up to `largest_world`; else all have exactly that size, or one.
-        open_too: also what the engine is known not to notice yet.
     """
     sizes = [size for size in (2, 3, 4, 2, 3, 4, 5, 8, 1) if size <= largest_world]
     bad = _often(draw, 2)
-    model, features = draw(_models(bad, open_too))
-    loss = draw(_losses(bad, open_too))
+    model, features = draw(_models(bad))
+    loss = draw(_losses(bad))
     if loss["args"]["kind"] == "named":
         model["gives"] = "dict"
-    training, batch, epochs = draw(_batches(features, bad, open_too))
+    training, batch, epochs = draw(_batches(features, bad))
     exact = _often(draw, 3)
     job: dict[str, Any] = {
         "name": "drawn",
@@ -156,7 +152,7 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True, open_to
         job["model"]["channels_last"] = True
     if exact and _often(draw, 2):  # in 16 bits only exact mode has a law: a last bit of a sum becomes the last of 8 or 11
         job["precision"] = draw(st.sampled_from(["bf16", "fp16"]))
-    if (not exact or open_too) and _is_quiet(model, loss["args"], training) and _often(draw, 4):
+    if (not exact or _often(draw, 1)) and _is_quiet(model, loss["args"], training) and _often(draw, 4):
         batch["micro"] = "auto"
     if _often(draw, 2):
         job["gradients"]["clip_norm"] = draw(st.sampled_from([0.05, 0.5, 5.0]))
@@ -186,20 +182,20 @@ def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, A
 
 
 @st.composite
-def _models(draw: st.DrawFn, bad: bool, open_too: bool) -> tuple[dict[str, Any], int]:
+def _models(draw: st.DrawFn, bad: bool) -> tuple[dict[str, Any], int]:
     features = draw(st.sampled_from([2, 4, 6]))
     blocks = draw(st.lists(st.one_of(st.sampled_from(_PLAIN_BLOCKS), st.sampled_from(_ODD_BLOCKS)), max_size=3))
     if bad and draw(st.booleans()):
-        blocks.insert(draw(st.integers(0, len(blocks))), draw(st.sampled_from(_BAD_BLOCKS + _OPEN_BLOCKS * open_too)))
+        blocks.insert(draw(st.integers(0, len(blocks))), draw(st.sampled_from(_BAD_BLOCKS)))
     model = {"blocks": blocks, "features": features, "outputs": 3, "returned": "eval" if _often(draw, 1) else "train"}
     return model, features
 
 
 @st.composite
-def _losses(draw: st.DrawFn, bad: bool, open_too: bool) -> dict[str, Any]:
+def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
     kind = draw(st.sampled_from(_ODD_LOSSES if _often(draw, 4) else _PLAIN_LOSSES))
     if bad and _often(draw, 2):
-        kind = draw(st.sampled_from(["averaging", "vector"][: 1 + open_too]))
+        kind = draw(st.sampled_from(["averaging", "vector"]))
     more: dict[str, Any] = {}
     if kind == "temperature" and draw(st.booleans()):
         more["frozen"] = True
@@ -209,7 +205,7 @@ def _losses(draw: st.DrawFn, bad: bool, open_too: bool) -> dict[str, Any]:
 
 
 @st.composite
-def _batches(draw: st.DrawFn, features: int, bad: bool, open_too: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
+def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Data set, batch section and length: some steps, each of some micro-batches."""
     samples = draw(st.integers(1, 100))
     first = draw(st.integers(1, 40))
@@ -225,7 +221,7 @@ def _batches(draw: st.DrawFn, features: int, bad: bool, open_too: bool) -> tuple
         training = {"kind": "private", "samples": samples, "features": features, "seeded": draw(st.booleans())}
     if _often(draw, 6):
         training["test_samples"] = draw(st.integers(1, 25))
-        if bad and open_too and _often(draw, 2):
+        if bad and _often(draw, 2):
             training["private_test"] = True
     if _often(draw, 1):
         training["poisoned"] = draw(st.integers(0, samples - 1))

@@ -179,7 +179,7 @@ def _share(number: int, options: argparse.Namespace) -> Tally:
     warnings.simplefilter("ignore")
     jobs = options.jobs // options.processes + (number < options.jobs % options.processes)
     tally = Tally(options.found, options.shrink_seconds, time.monotonic() + 60 * options.minutes)
-    tally.draw(jobs, options.seed * 1000 + number, judge_here, open_too=options.open)
+    tally.draw(jobs, options.seed * 1000 + number, judge_here)
     return tally
 
 
@@ -204,7 +204,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=24 * 60, help="end after so long")
     parser.add_argument("--shrink-seconds", type=float, default=20.0, help="for each kind of violation; 0: as it was found")
     parser.add_argument("--found", type=Path, default=Path("violations.jsonl"), help="where violations are written down")
-    parser.add_argument("--open", action="store_true", help="draw what the engine is known not to notice yet, too")
     parser.add_argument("--replay", type=Path, help="a file of cases, or a folder of such files")
     return parser.parse_args()
 

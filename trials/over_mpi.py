@@ -110,7 +110,7 @@ def main(options: argparse.Namespace) -> int:
         with engine.scratch() as place:
             return judge.judge(case, place, start)
 
-    tally.draw(options.jobs, options.seed, judged, largest_world=world.control.size, threads=False, open_too=options.open)
+    tally.draw(options.jobs, options.seed, judged, largest_world=world.control.size, threads=False)
     world.tell({"job": None})
     code = 1 if tally.violations else 0
     world.tell({"code": code})

@@ -330,3 +330,8 @@ def test_a_loss_of_torch_that_is_no_mean_is_refused(name, argument):
 )
 def test_a_loss_that_is_a_mean_or_ones_own_is_taken(loss):
     assert parse_job(GOOD, "job.yaml", [f"loss={loss}"]).loss.args
+
+
+def test_exact_mode_asks_for_a_micro_batch_that_no_number_of_workers_changes():
+    with pytest.raises(JobError, match="batch.micro: reduction: exact adds up micro-batches that are the same"):
+        parse_job(GOOD, "job", ["reduction=exact", "batch.micro=auto"])
