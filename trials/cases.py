@@ -99,7 +99,7 @@ _EVERY_STEP_BY_THE_CLOCK = 1e-9  # minutes
 _CHANGES: list[dict[str, Any]] = [
     {"data": {"prefetch_steps": 2}},
     {"checkpoint": {"every_steps": 2, "keep": 2}},
-    {"evaluate": {"every_epochs": 0.5, "micro_batch": 3}},
+    {"evaluate": {"every_epochs": 0.5}},  # another micro_batch would change what is drawn in an evaluation
     {"log": {"every_steps": 3}, "compare_every_steps": 2},
     {"checkpoint": {"best": "test_loss"}},
     {"checkpoint": {"every_minutes": _EVERY_STEP_BY_THE_CLOCK}},
