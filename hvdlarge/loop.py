@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ from hvdlarge.exits import Diverged, JobError, Stopped
 from hvdlarge.measure.timers import PhaseTimers
 from hvdlarge.memory import smaller_micro_batch, told_what_to_change
 from hvdlarge.models.running_statistics import ModeChanged
-from hvdlarge.models.state import extra_states, saved_tensors
+from hvdlarge.resting import RestingState
 from hvdlarge.run_state import RunState
 from hvdlarge.runlog import RunLog
 from hvdlarge.saver import Saver
@@ -59,6 +59,7 @@ class Parts:
     cadence: Cadence
     log: RunLog | None  # rank 0's; None elsewhere
     unlike: bool = False  # whether the ranks round differently
+    resting: RestingState = field(default_factory=RestingState)
 
 
 def train(parts: Parts, state: RunState) -> None:
@@ -74,8 +75,8 @@ def train(parts: Parts, state: RunState) -> None:
         RollBack: on every rank alike, by the job's policy.
     """
     timed = PhaseTimers()
-    resting: dict[str, int] | None = None  # digests of what must not change
     parts.learner.set_mode(training=True)
+    parts.resting.begin(parts.learner)
     while True:
         with timed("decide"):
             decision = parts.feed.next()
@@ -89,8 +90,7 @@ def train(parts: Parts, state: RunState) -> None:
         compare = decision.step % parts.cadence.compare_every_steps == 0
         if compare and parts.unlike:
             take_over(parts.learner, parts.tensors)
-        own = digests(parts.learner) if compare else {}
-        digest = combined(own) if compare and not parts.unlike else None
+        digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
         where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
         try:
             with told_what_to_change(where, smaller_micro_batch(decision.micro_batch, decision.global_batch)):
@@ -98,7 +98,7 @@ def train(parts: Parts, state: RunState) -> None:
         except ModeChanged as error:
             raise JobError(f"model.name: {error}") from None
         if compare:
-            resting = refuse_changed(parts.control, resting, {name: own[name] for name in resting_names(parts.learner)})
+            parts.resting.refuse_changes(parts.control, parts.learner)
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
             on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:
@@ -182,6 +182,7 @@ def save(parts: Parts, state: RunState, position: Position | None, cut: bool, be
         take_over(parts.learner, parts.tensors)
     else:
         compare_states(parts.control, parts.learner)
+    parts.resting.refuse_changes(parts.control, parts.learner)
     not_finite = [name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()]
     if not_finite:
         raise Diverged(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
@@ -211,36 +212,6 @@ def digests(learner: Learner) -> dict[str, int]:
 def take_over(learner: Learner, tensors: TensorWire) -> None:
     """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every rank calls this together."""
     tensors.broadcast_(list(shared_state(learner).items()))
-
-
-def resting_names(learner: Learner) -> list[str]:
-    """The saved buffers and extra state that nothing may change while a run trains."""
-    followed = learner.statistics.followed_buffers()
-    saved = saved_tensors(learner.modules).items()
-    buffers = [name for name, value in saved if not isinstance(value, torch.nn.Parameter) and id(value) not in followed]
-    return [*buffers, *extra_states(learner.modules)]
-
-
-def refuse_changed(control: ControlWire, before: dict[str, int] | None, now: dict[str, int]) -> dict[str, int]:
-    """Refuse a model whose forward pass changes saved state later than in its rehearsal. Every rank calls this together.
-
-    Returns:
-        The digests to compare with next time: `now`, which is like `before` where there is one.
-
-    Raises:
-        JobError: on every rank alike, naming the buffer.
-    """
-
-    def compare() -> None:
-        for name in now if before is not None else ():
-            if before is not None and before.get(name, now[name]) != now[name]:
-                raise JobError(
-                    f"model.name: {name!r}, which is saved with the model, is changed while it trains; what it becomes "
-                    "would depend on how many micro-batches a worker processes (a cache may be a buffer with persistent=False)"
-                )
-
-    all_or_none(control, compare, name_ranks=False)
-    return now
 
 
 def compare_states(control: ControlWire, learner: Learner) -> None:

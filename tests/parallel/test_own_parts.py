@@ -221,10 +221,11 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(control, tens
     control.barrier()
 
 
-def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(control, tensors, folder):
+@pytest.mark.parametrize("every", [1, 1000])
+def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(control, tensors, folder, every):
     for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloControl(), SoloTensors())}.items():
-        with pytest.raises(RunEnds, match="'scale'|disagree about the digest"):
-            train(job_of(["model.name=own_parts:ChangesLater", "compare_every_steps=1"]), *wires, folder / where)
+        with pytest.raises(RunEnds, match="'scale'|disagree about the digest|scale is"):
+            train(job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]), *wires, folder / where)
         control.barrier()
 
 
