@@ -16,12 +16,12 @@ def slow():
 """
 
 
-def test_a_data_set_that_takes_long_to_build_is_no_hang(train, folder):
+def test_building_the_data_set_has_a_limit_of_its_own(train, folder):
     (folder / "slow_set.py").write_text(SLOW_SET)
-    limits = ["timeouts={start_seconds: 5, data_seconds: 60}", "epochs=0.5", "batch.growth={policy: none}"]
-    ended = train(2, "jobs/digits.yaml", "data.name=slow_set:slow", *limits)
+    job = ["jobs/digits.yaml", "data.name=slow_set:slow", "epochs=0.5", "batch.growth={policy: none}"]
+    ended = train(2, *job)
     assert ended.code == 0, ended.err
-    ended = train(2, "jobs/digits.yaml", "data.name=slow_set:slow", *limits, "timeouts.data_seconds=3", "run_dir=runs/b")
+    ended = train(2, *job, "timeouts.data_seconds=3", "run_dir=runs/b")
     assert ended.code == 72, ended.err
     assert "in phase data" in ended.err
 
