@@ -66,9 +66,10 @@ def tracking_layers(modules: Modules) -> list[NormLayer]:
 
     Raises:
         ValueError: for a layer whose statistics the engine cannot keep: with momentum=None, whose cumulative average depends on
-            counts that one worker lacks; without a count; instance normalisation.
+            counts that one worker lacks; without a count; that shares its statistics with another; instance normalisation.
     """
-    found = []
+    found: list[NormLayer] = []
+    owners: dict[int, str] = {}
     for name, module in named_modules(modules):
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             if module.momentum is None:
@@ -76,6 +77,9 @@ def tracking_layers(modules: Modules) -> list[NormLayer]:
             if module.num_batches_tracked is None:
                 raise ValueError(f"batch normalisation {name!r} does not count its batches")
             found.append(NormLayer(name, module, module.momentum))
+            for buffer in (*found[-1].averages, found[-1].uses):
+                if owners.setdefault(id(buffer), name) != name:
+                    raise ValueError(f"batch normalisation {owners[id(buffer)]!r} and {name!r} share their running statistics")
         elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(f"{name!r}: instance normalisation with running statistics is not supported")
     return found

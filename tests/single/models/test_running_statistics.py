@@ -174,6 +174,10 @@ def test_gathering_twice_does_nothing_the_second_time():
 def test_a_cumulative_average_is_refused_and_layers_without_statistics_pass():
     with pytest.raises(ValueError, match="momentum=None"):
         tracking_layers({"": torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=None))})
+    first, second = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    second.running_var = first.running_var
+    with pytest.raises(ValueError, match="'0' and '1' share their running statistics"):
+        tracking_layers({"": torch.nn.Sequential(first, second)})
     with pytest.raises(ValueError, match="instance normalisation"):
         tracking_layers({"": torch.nn.InstanceNorm1d(2, track_running_stats=True)})
     assert tracking_layers({"": torch.nn.BatchNorm1d(2, track_running_stats=False, momentum=None)}) == []
