@@ -46,7 +46,7 @@ class CheckpointFolder:
 
     # --- writing
 
-    def save(self, content: dict[str, Any], step: int, best: bool, wait: bool) -> None:
+    def save(self, content: dict[str, Any], step: int, best: bool, wait: bool, also_keep: int | None = None) -> None:
         """Write a checkpoint; with `wait` False its writing goes on beside the training.
 
         Args:
@@ -54,12 +54,13 @@ class CheckpointFolder:
             step: steps taken.
             best: whether it is the best so far, and shall also be best.pt.
             wait: return when it is on disk.
+            also_keep: the step of one that is kept though newer ones are enough.
 
         Raises:
             CannotSave: if it, or the one before it, cannot be written; what was there before is left alone.
         """
         self.finish()
-        self._writer = threading.Thread(target=self._write, args=(content, step, best), name="checkpoint")
+        self._writer = threading.Thread(target=self._write, args=(content, step, best, also_keep), name="checkpoint")
         self._writer.start()
         if wait:
             self.finish()
@@ -82,7 +83,7 @@ class CheckpointFolder:
         """Whether a checkpoint could not be written; `finish` says why."""
         return self._failure is not None
 
-    def _write(self, content: dict[str, Any], step: int, best: bool) -> None:
+    def _write(self, content: dict[str, Any], step: int, best: bool, also_keep: int | None) -> None:
         name = f"step_{step:09d}.pt"
         path = self.folder / name
         aside = self.folder / f".{name}.part"
@@ -102,7 +103,7 @@ class CheckpointFolder:
             if best:
                 self._point("best.pt", path)
             self._list({**self.listed(), name: digest})
-            self._remove_old(step)
+            self._remove_old(step, also_keep)
         except BaseException as error:  # whatever it is: nobody else hears of what a thread raises
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -136,13 +137,22 @@ class CheckpointFolder:
         if names & digests.keys():
             self._list({name: digests[name] for name in digests if name not in names})
 
-    def _remove_old(self, step: int) -> None:
-        """Keep the newest up to `step`. Damaged ones are not counted; all above `step` are damaged, and are left alone."""
+    def _remove_old(self, step: int, also_keep: int | None) -> None:
+        """Keep the newest up to `step`, and that of `also_keep`.
+
+        Damaged ones are not counted; all above `step` are damaged, and are left alone.
+        """
         behind = [path for path in self.newest_first() if _step_of(path) <= step]
         kept = [path for path in behind if path.name not in self._damaged][: self._keep]
-        old = [path for path in behind if path not in kept]
-        self._unlist({path.name for path in old})
-        for path in old:
+        self._remove([path for path in behind if path not in kept and _step_of(path) != also_keep])
+
+    def remove_above(self, step: int) -> None:
+        """Remove those of a way on which the run does not go any more."""
+        self._remove([path for path in self.newest_first() if _step_of(path) > step])
+
+    def _remove(self, paths: list[Path]) -> None:
+        self._unlist({path.name for path in paths})
+        for path in paths:
             path.unlink(missing_ok=True)
 
     # --- reading
@@ -161,17 +171,20 @@ class CheckpointFolder:
         pairs = (line.split("  ", 1) for line in lines)
         return {pair[1]: pair[0] for pair in pairs if len(pair) == 2 and _NAME.fullmatch(pair[1])}
 
-    def newest_good(self) -> tuple[Path, dict[str, Any], list[str]] | None:
+    def newest_good(self, up_to: int | None = None) -> tuple[Path, dict[str, Any], list[str]] | None:
         """The newest checkpoint that is whole: its path, its content, and what is wrong with those passed over.
 
+        Args:
+            up_to: a step; those above are not looked at.
+
         Returns:
-            None where there is no checkpoint at all.
+            None where there is no such checkpoint at all.
 
         Raises:
             BadCheckpoint: if there are some and none is whole.
         """
         problems: list[str] = []
-        for path, content, problem in self._read_all():
+        for path, content, problem in self._read_all(up_to):
             if content is not None:
                 return path, content, problems
             problems.append(problem)
@@ -180,9 +193,11 @@ class CheckpointFolder:
             raise BadCheckpoint("\n".join(["no checkpoint of this run is whole:", *(f"  {problem}" for problem in problems)]))
         return None
 
-    def _read_all(self) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
+    def _read_all(self, up_to: int | None) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
         listed = self.listed()
         for path in self.newest_first():
+            if up_to is not None and _step_of(path) > up_to:
+                continue
             try:
                 yield path, read_checkpoint(path, listed.get(path.name)), ""
             except BadCheckpoint as error:

@@ -269,7 +269,10 @@ class SkipWhenNotFinite(Section):
 
 
 class RollbackWhenNotFinite(Section):
-    """The run goes back to its last checkpoint and on from there with a lower rate."""
+    """The run goes back to the last checkpoint of the job's cadence and on from there with a lower rate.
+
+    Those that a stop or the clock (`checkpoint.every_minutes`) asked for are passed over: an interruption changes nothing.
+    """
 
     policy: Literal["rollback"] = "rollback"
     limit: Count = 3  # rollbacks in a run

@@ -107,6 +107,8 @@ def train(parts: Parts, state: RunState) -> None:
         record(parts, state, decision, outcome, timed)
         best = evaluate(parts, state, decision, timed)
         due = best or parts.saver.is_due(decision)
+        if due:
+            state.cadence_step = decision.step + 1
         if due or outcome.verdict.save or outcome.verdict.stop:
             with timed("save"), parts.watchdog.during("save"):
                 position, cut = parts.saver.position_behind(decision), decision.global_batch < decision.stage_batch

@@ -80,7 +80,7 @@ class SkipPolicy(_AtOnce):
 
 
 class RollbackPolicy(_AtOnce):
-    """The run goes back to its last checkpoint.
+    """The run goes back to the last checkpoint of its cadence.
 
     Args:
         limit: rollbacks in a run.

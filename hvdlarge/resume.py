@@ -100,18 +100,26 @@ def enter(
     return Start(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
 
 
-def go_back(checkpoints: CheckpointFolder, modules: Modules) -> Found:
-    """Load the newest whole checkpoint of the run that is going on. Rank 0 only.
+def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> Found:
+    """Load a checkpoint of the run that is going on, and remove those above it. Rank 0 only.
+
+    Args:
+        checkpoints: of the run.
+        modules: get its state.
+        step: behind which the job's cadence asked for the last one. Those that a stop or a clock asked for are passed over: an
+            interruption must not decide where a run goes back to. None, or none there: the newest.
 
     Raises:
         BadCheckpoint: if none is whole.
     """
-    good = checkpoints.newest_good()
+    good = (checkpoints.newest_good(step) if step is not None else None) or checkpoints.newest_good()
     if good is None:
         raise BadCheckpoint(f"{checkpoints.folder} has no checkpoint to go back to")
     path, content, notes = good
     load_modules(modules, content, path)
-    return Found(path, content, notes)
+    found = Found(path, content, notes)
+    checkpoints.remove_above(found.position.step)
+    return found
 
 
 def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool) -> Found:

@@ -245,18 +245,21 @@ def follow(
 
     Every rank calls this together; `checkpoints` and `log` are rank 0's.
     """
+    went_back = False
     while True:
         controller = Controller(found.plan, position) if worker.control.rank == 0 else None
         parts = parts_of(job, found, worker, learner, loader, controller, checkpoints, facts, log, state)
         try:
-            if job.on_nonfinite.policy == "rollback" and (position.step == 0 or state.rolled_back):
+            if went_back or (job.on_nonfinite.policy == "rollback" and position.step == 0):
                 # Something to go back to; and after going back, the lower rate must outlive an interruption.
+                state.cadence_step = position.step
                 here = position if controller is not None else None
                 save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
             train(parts, state)
         except RollBack as reason:
             loader.close()
             position, state = _go_back(parts, state, checkpoints, reason)
+            went_back = True
             loader = assembly.build_loader(job.data, found.training_set, job.seed)
         else:
             break
@@ -313,6 +316,7 @@ def parts_of(
         best_by=job.checkpoint.best,
         facts=dict(facts),
         log_offsets=log.offsets if log is not None else dict,
+        goes_back=job.on_nonfinite.policy == "rollback",
     )
     asks = functools.partial(_wishes, worker.stop, saver, log)
     return Parts(
@@ -340,7 +344,8 @@ def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None
     on_rank_0(control, parts.saver.finish)
     with parts.watchdog.during("checkpoint"):
         found = on_rank_0(
-            control, lambda: resume.go_back(checkpoints, parts.learner.modules) if checkpoints is not None else None
+            control,
+            lambda: resume.go_back(checkpoints, parts.learner.modules, state.cadence_step) if checkpoints is not None else None,
         )
     assembly.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)

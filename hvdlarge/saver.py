@@ -39,6 +39,7 @@ class Saver:
         best_by: accuracy or test_loss, or None for whichever there is.
         facts: what every checkpoint carries: the job, the data, versions.
         log_offsets: where rank 0's logs end, so that a resumed run can cut off what came behind.
+        goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept then.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Saver:
         best_by: str | None,
         facts: dict[str, Any],
         log_offsets: Callable[[], dict[str, int]],
+        goes_back: bool = False,
     ) -> None:
         self._control, self._tensors, self._learner = control, tensors, learner
         self._controller, self._folder = controller, folder
@@ -64,6 +66,7 @@ class Saver:
         self._best_by = best_by
         self._facts = facts
         self._log_offsets = log_offsets
+        self._goes_back = goes_back
         self._last_save = time.monotonic()
 
     def wants_save(self) -> bool:
@@ -140,7 +143,7 @@ class Saver:
                     "statistics": {"world_size": self._control.size, "parts": parts},
                     "logs": self._log_offsets(),
                 }
-                self._folder.save(content, position.step, best, wait)
+                self._folder.save(content, position.step, best, wait, state.cadence_step if self._goes_back else None)
         finally:
             if in_cadence:
                 statistics.scatter()

@@ -166,6 +166,51 @@ class Scale(nn.Module):
         return torch.tanh(inputs * self.logit_scale.exp())
 
 
+class Brittle(nn.Module):
+    """A square root behind a `where`, whose gradient is not a number for micro-batches with a sample below zero.
+
+    Args:
+        features: any.
+        shift: how far the usual sample lies above.
+    """
+
+    def __init__(self, features: int, shift: float = 2.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+        self.shift = shift
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape of which the last is `features`."""
+        return _root(self.layer(inputs) + self.shift) - math.sqrt(self.shift)
+
+
+class Leashed(nn.Module):
+    """A layer whose gradient is not a number once its weight has moved too far from where it began.
+
+    Args:
+        features: any.
+        limit: how far, relative to the norm of the weight.
+    """
+
+    start: torch.Tensor
+
+    def __init__(self, features: int, limit: float = 0.01) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+        self.register_buffer("start", self.layer.weight.detach().clone())
+        self.limit = limit
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Any shape of which the last is `features`."""
+        left = self.limit**2 - (self.layer.weight - self.start).square().sum() / self.start.square().sum()
+        return torch.tanh(self.layer(inputs)) + 0.0 * _root(left)
+
+
+def _root(values: torch.Tensor) -> torch.Tensor:
+    """The square root, or 0; the gradient of the branch that is not taken is 0 · NaN."""
+    return torch.where(values > 0, torch.sqrt(values), 0.0)
+
+
 class Spectral(nn.Module):
     """Complex numbers: a parameter, trained or not, or a buffer (as rotary embeddings have one)."""
 
@@ -752,6 +797,8 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "frozen": Frozen,
     "unused": Unused,
     "scale": Scale,
+    "brittle": Brittle,
+    "leashed": Leashed,
     "spectral": Spectral,
     "widened": Widened,
     "halved": Halved,

@@ -53,6 +53,8 @@ _ODD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "frozen"},
     {"kind": "unused"},
     {"kind": "scale"},
+    *({"kind": "brittle", "shift": shift} for shift in (1.0, 1.5, 2.0, 3.0)),
+    *({"kind": "leashed", "limit": limit} for limit in (0.003, 0.01, 0.03, 0.1)),
     {"kind": "spectral", "form": "frozen"},
     {"kind": "spectral", "form": "buffer"},
     {"kind": "widened"},
@@ -161,17 +163,38 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
     skips = any(block["kind"] == "skipped" or "skipped" in block.get("form", "") for block in model["blocks"])
     if "missing" in Gradients.model_fields and (skips or _often(draw, 1)):
         job["gradients"]["missing"] = "zero" if _often(draw, 9) else "error"
-    if training.get("poisoned") is not None or _often(draw, 1):
-        job["on_nonfinite"] = {"policy": draw(st.sampled_from(["skip", "stop", "rollback"]))}
+    if training.get("poisoned") is not None or not _stays_finite(model) or _often(draw, 1):
+        job["on_nonfinite"] = draw(_nonfinite())
     workers = draw(st.sampled_from(sizes)) if threads else largest_world
     grows = job["lr"]["decay"]["policy"] in ("constant", "multistep", "exponential")
-    breaks = st.lists(_interruptions(workers, largest_world, threads, grows), min_size=1, max_size=3)
+    changes = _CHANGES
+    if training.get("poisoned") is not None or not _stays_finite(model):
+        changes = [change for change in changes if "on_nonfinite" not in change]
+        if job["on_nonfinite"]["policy"] == "rollback":  # where it goes back to follows from these, and from the length
+            changes = [change for change in changes if not change.keys() & {"checkpoint", "evaluate"}]
+            grows = False
+    breaks = st.lists(_interruptions(workers, largest_world, threads, grows, changes), min_size=1, max_size=3)
     return {
         "job": job,
         "workers": workers,
         "seed": draw(st.integers(0, 99)),
         "interruptions": draw(breaks) if _often(draw, 6) else [],
     }
+
+
+def _stays_finite(model: dict[str, Any]) -> bool:
+    return all(block["kind"] not in ("brittle", "leashed") for block in model["blocks"])
+
+
+@st.composite
+def _nonfinite(draw: st.DrawFn) -> dict[str, Any]:
+    policy = draw(st.sampled_from(["skip", "stop", "rollback", "rollback"]))
+    section: dict[str, Any] = {"policy": policy}
+    if policy != "stop" and draw(st.booleans()):
+        section["limit"] = draw(st.integers(1, 20))
+    if policy == "rollback" and draw(st.booleans()):
+        section["lr_factor"] = draw(st.sampled_from([0.9, 0.1]))
+    return section
 
 
 def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, Any]) -> bool:
@@ -293,14 +316,16 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def _interruptions(draw: st.DrawFn, workers: int, largest_world: int, threads: bool, grows: bool) -> dict[str, Any]:
+def _interruptions(
+    draw: st.DrawFn, workers: int, largest_world: int, threads: bool, grows: bool, changes: list[dict[str, Any]]
+) -> dict[str, Any]:
     """One interruption: where it comes, as a part of the way, how many workers go on, and what was otherwise in its job."""
     how = draw(st.sampled_from(["stop", "kill"])) if threads else "stop"
     found = {"how": how, "at": draw(st.integers(0, 100)) / 100, "by_rank": draw(st.integers(0, 3)), "workers": workers}
     if _often(draw, 4):
         found["workers"] = draw(st.integers(1, min(4, largest_world))) if threads else largest_world
     if _often(draw, 2):
-        found["changes"] = draw(st.sampled_from(_CHANGES))
+        found["changes"] = draw(st.sampled_from(changes))
     if grows and _often(draw, 2):
         found["epochs"] = draw(st.sampled_from([0.4, 0.7, 0.9]))
     return found

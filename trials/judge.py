@@ -124,16 +124,18 @@ class _Trial:
         exact = self.job["reduction"] == "exact" and many.code == exits.WRONG_JOB and "exact needs 1, 2, 4" in many.message
         if exact:
             return Verdict("refused", reason="reduction exact on a number of workers that is no power of two")
-        if alone.code == exits.FINISHED and self.misses_gradients(many):
+        if alone.code in (exits.FINISHED, exits.DIVERGED) and self.misses_gradients(many):
             return Verdict("refused", reason="a gradient is missing on some ranks (gradients.missing: error)")
         if (alone.code, self.told(alone)) != (many.code, self.told(many)):
             raise Broken(f"1 worker ends with {alone.code} {alone.message!r}, the others with {many.code} {many.message!r}")
         if alone.code == exits.DIVERGED:
-            if self.job["data"]["args"].get("poisoned") is None:
+            if not self.may_diverge():
                 raise Broken(f"diverged: {text}")
             return Verdict("refused", reason=f"diverged: {text}")
         if alone.code != exits.WRONG_JOB:
             raise Broken(f"exit code {alone.code} on every number of workers: {text}")
+        if self.job["reduction"] == "exact" and self.job["batch"]["micro"] == "auto" and "batch.micro: reduction: exact" in text:
+            return Verdict("refused", reason="micro-batches that the workers cut, in exact mode")
         patterns = blocks.refusals(self.job)
         if not patterns:
             raise Broken(f"a sound job is refused: {text}")
@@ -170,8 +172,13 @@ class _Trial:
 
     def has_reference(self) -> bool:
         """Whether the plain loop knows this job's arithmetic: no 16 bits and no rollbacks."""
-        goes_back = self.job.get("on_nonfinite", {}).get("policy") == "rollback" and "poisoned" in self.job["data"]["args"]
+        goes_back = self.job.get("on_nonfinite", {}).get("policy") == "rollback" and self.may_diverge()
         return self.job["precision"] in FROM_REFERENCE and not goes_back
+
+    def may_diverge(self) -> bool:
+        """Whether the job has something whose gradient need not be finite."""
+        brittle = any(block["kind"] in ("brittle", "leashed") for block in self.job["model"]["args"]["blocks"])
+        return brittle or self.job["data"]["args"].get("poisoned") is not None
 
     def like_the_reference(self, alone: Outcome) -> None:
         """One worker comes to what a plain loop comes to."""
