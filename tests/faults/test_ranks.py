@@ -114,7 +114,7 @@ def test_32_33_34_a_rank_hangs(bench, kind):
 
 def test_35_the_data_set_blocks(bench):
     limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=6"]
-    ended = bench.run(2, "data={name: 'faulty:data'}", "epochs=5", *limits, DATA_FAULT="block")
+    ended = bench.run(2, "data={name: 'faulty:data'}", "epochs=4", *limits, DATA_FAULT="block")
     assert ended.fired
     assert ended.code == 72, ended.text
     assert "in phase" in ended.text
