@@ -15,6 +15,7 @@ Contract: leaves nothing behind but caches of the model's own: gradients, saved 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import traceback
@@ -196,9 +197,12 @@ class Rehearsal:
                 own code raised, with its line.
         """
         with _kept(self._modules, self._layers) as restore, _eager(self._model):
-            before = _State.of(self._modules, self._layers)
+            before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
+            written = [name for name, version in self._versions().items() if versions.get(name) != version]
+            restore()
+            self._refuse_steps_of_its_own(written, before, inputs, targets)
             restore()
             evaluated = self._evaluate(inputs, targets) if evaluates else None
             before.refuse_changes(self._modules, [])
@@ -264,6 +268,39 @@ class Rehearsal:
                 "model.name: in evaluation mode the model or the loss gives another result for the same samples, seeds and "
                 f"state: loss {first!r}, then {again!r}"
             )
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """For each saved tensor of floats but the running statistics, what changes whenever it is written to."""
+        moving = {id(buffer) for layer in self._layers for buffer in layer.averages}
+        return {
+            name: (id(value), value._version)
+            for name, value in saved_tensors(self._modules).items()
+            if value.is_floating_point() and id(value) not in moving
+        }
+
+    def _refuse_steps_of_its_own(self, written: list[str], before: _State, inputs: Any, targets: Any) -> None:
+        """Refuse tensors that a pass moves on from where they are, though it did not move them from where they began.
+
+        Spectral normalisation that has converged, or an embedding all of whose rows are within its max_norm: moved away, they do
+        not stay there. A tensor that each pass computes anew does come back to what it was.
+        """
+        if not written:
+            return
+        tensors = saved_tensors(self._modules)
+        kept = {name: tensors[name].detach().clone() for name in written}
+        with torch.no_grad():
+            for name in written:
+                tensors[name].add_(1000 * (1 + tensors[name].abs()))
+        moved = _State.of(self._modules, self._layers)
+        with contextlib.suppress(JobError):  # of a pass that reads such a tensor before it writes it
+            self._pass(inputs, targets)
+        now = _State.of(self._modules, self._layers)
+        with torch.no_grad():
+            for name, value in kept.items():
+                tensors[name].copy_(value)
+        stays = {name for name in written if now.digests[name] in (before.digests[name], moved.digests[name])}
+        if depends := sorted(set(written) - stays):
+            raise JobError(_changed(depends[0]))
 
     def _same(self, one: Outcome, other: Outcome) -> bool:
         close = _CLOSE[self._arithmetic.precision]
@@ -337,13 +374,16 @@ class _State(NamedTuple):
         changed = [name for name in self.digests if now.digests.get(name) != self.digests[name]]
         changed += [name for name in self.extra if now.extra.get(name) != self.extra[name]]
         if changed:
-            raise JobError(
-                f"model.name: the forward or backward pass changes {changed[0]!r}, which is saved with the model: what it "
-                "becomes would depend on how many micro-batches a worker processes (a cache may be a buffer with "
-                "persistent=False)"
-            )
+            raise JobError(_changed(changed[0]))
         if switched := [name for name, mode in now.modes.items() if self.modes.get(name, mode) != mode]:
             raise JobError(f"model.name: the forward pass changes the mode (training or evaluation) of {switched[0]!r}")
+
+
+def _changed(name: str) -> str:
+    return (
+        f"model.name: the forward or backward pass changes {name!r}, which is saved with the model: what it becomes would depend "
+        "on how many micro-batches a worker processes (a cache may be a buffer with persistent=False)"
+    )
 
 
 def _eager(model: torch.nn.Module) -> AbstractContextManager[Any]:

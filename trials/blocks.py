@@ -306,12 +306,18 @@ class Attended(nn.Module):
 
 
 class Parametrized(nn.Module):
-    """A weight that is computed from others: weight or spectral normalisation as torch has them."""
+    """A weight that is computed from others: weight or spectral normalisation as torch has them (settled: already converged)."""
 
     def __init__(self, features: int, form: str = "weight") -> None:
         super().__init__()
         kind = torch.nn.utils.parametrizations
         self.layer = (kind.weight_norm if form == "weight" else kind.spectral_norm)(nn.Linear(features, features))
+        if form == "settled":
+            weight: Any = self.layer.parametrizations["weight"]  # type: ignore[index]
+            with torch.no_grad():
+                weight.original.copy_(torch.diag(torch.arange(float(features), 0.0, -1.0)))
+            for vector in (weight[0]._u, weight[0]._v):
+                vector.copy_(torch.eye(1, features)[0])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
@@ -672,13 +678,13 @@ class ActNormed(nn.Module):
 
 
 class Renormed(nn.Module):
-    """An embedding whose rows are shortened in place as they are looked up."""
+    """An embedding whose rows are shortened in place as they are looked up; none is too long at first if `within`."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, within: bool = False) -> None:
         super().__init__()
         self.layer = nn.Embedding(5, features, max_norm=1.0)
         with torch.no_grad():
-            self.layer.weight.mul_(9.0)
+            self.layer.weight.mul_(0.01 if within else 9.0)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
@@ -774,18 +780,24 @@ class Extra(nn.Module):
 
 
 class Reset(nn.Module):
-    """A buffer that is no state: outside the state_dict, and written anew before it is read in each pass."""
+    """A buffer that each pass writes before it reads it: outside the state_dict, or always to the same.
+
+    Args:
+        features: any.
+        saved: whether it is in the state_dict, and constant.
+    """
 
     cache: torch.Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, saved: bool = False) -> None:
         super().__init__()
-        self.register_buffer("cache", torch.zeros(features), persistent=False)
+        self.saved = saved
+        self.register_buffer("cache", torch.full((features,), 0.25), persistent=saved)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
         with torch.no_grad():
-            self.cache.copy_(inputs.mean(0))
+            self.cache.copy_(torch.full_like(self.cache, 0.25) if self.saved else inputs.mean(0))
         return inputs - 0.1 * self.cache.clone()
 
 
@@ -1196,6 +1208,7 @@ REFUSED: list[tuple[str, Description, str]] = [
     ("loss", {"kind": "averaging"}, "average"),
     ("data", {"kind": "private"}, "data|generator|result"),
     ("blocks", {"kind": "parametrized", "form": "spectral"}, "parametrizations"),
+    ("blocks", {"kind": "parametrized", "form": "settled"}, "parametrizations"),
     ("blocks", {"kind": "expanded", "rows": 2}, "held"),
     ("blocks", {"kind": "transposed"}, "contiguous"),
     ("blocks", {"kind": "lazy"}, "ninitialized"),

@@ -62,6 +62,7 @@ _ODD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "extra", "form": "constant"},
     {"kind": "extra", "form": "tensor"},
     {"kind": "reset"},
+    {"kind": "reset", "saved": True},
 ]  # fmt: skip
 _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "batch_norm", "form": "renorm"},
@@ -82,6 +83,8 @@ _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "act_norm", "by_weight": False},
     {"kind": "act_norm", "by_weight": True},
     {"kind": "renormed"},
+    {"kind": "renormed", "within": True},
+    {"kind": "parametrized", "form": "settled"},
     {"kind": "switching"},
     {"kind": "hooked", "when": "sum"},
     {"kind": "expanded", "rows": 2},
@@ -167,7 +170,7 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
         job["on_nonfinite"] = draw(_nonfinite())
     workers = draw(st.sampled_from(sizes)) if threads else largest_world
     grows = job["lr"]["decay"]["policy"] in ("constant", "multistep", "exponential")
-    changes = _CHANGES
+    changes = [change for change in _CHANGES if "on_nonfinite" not in change or "on_nonfinite" not in job]
     if training.get("poisoned") is not None or not _stays_finite(model):
         changes = [change for change in changes if "on_nonfinite" not in change]
         if job["on_nonfinite"]["policy"] == "rollback":  # where it goes back to follows from these, and from the length

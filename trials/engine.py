@@ -28,6 +28,7 @@ from hvdlarge.run import Worker
 from hvdlarge.stopping import StopRequest
 from hvdlarge.watchdog import Watchdog
 from hvdlarge.yaml_source import write
+from trials.folder import flaws, read_lines
 from trials.thread_world import Ends, run_world
 
 
@@ -45,6 +46,9 @@ class Outcome:
         checkpoint: the content of last.pt; None where there is none.
         decisions: the lines of decisions.jsonl.
         results: of summary.json, what does not depend on time and machine; None where there is none.
+        metrics: the lines of metrics.jsonl, without times.
+        flaws: of the folder of a run that has finished.
+        folder: of the run.
     """
 
     code: int
@@ -56,6 +60,9 @@ class Outcome:
     checkpoint: dict[str, Any] | None = None
     decisions: list[str] = field(default_factory=list)
     results: dict[str, Any] | None = None
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    flaws: list[str] = field(default_factory=list)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -257,4 +264,11 @@ def read_folder(outcome: Outcome, folder: Path) -> Outcome:
         found = json.loads(summary.read_text(encoding="utf-8"))
         # What is not finite is a word there.
         outcome.results = {name: float(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
+        outcome.metrics = [_without_times(line) for line in read_lines(folder / "metrics.jsonl")]
+        outcome.flaws = list(flaws(folder))
+    outcome.folder = folder
     return outcome
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in line.items() if not name.endswith("_seconds")}

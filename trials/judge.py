@@ -18,6 +18,7 @@ from hvdlarge.job import Job
 from trials import blocks, engine, reference
 from trials.cases import Case
 from trials.engine import Interruption, Outcome
+from trials.folder import contents
 from trials.thread_world import kept_generators
 
 # Largest relative distance of a tensor, by precision: from the reference, and between numbers of workers.
@@ -89,6 +90,8 @@ class _Trial:
                 self.law("3 exact", self.same_state, many, alone)
         if self.case["interruptions"]:
             self.law("2 resume", self.interrupted, many, alone)
+        if self.case["seed"] % 3 == 0:
+            self.law("4 finished", self.left_alone, many)
         return Verdict("chaotic" if self.chaotic else "held", self.held)
 
     def law(self, name: str, holds: Callable[..., None], *arguments: Any) -> None:
@@ -115,6 +118,8 @@ class _Trial:
             raise Broken(f"the ranks fall apart on {where}: {outcome.broken}")
         if outcome.code not in (exits.FINISHED, exits.WRONG_JOB, exits.DIVERGED, exits.RANKS_DISAGREE):
             raise Broken(f"exit code {outcome.code} on {where}: {_first_line(outcome.message)}")
+        if outcome.flaws:
+            raise Broken(f"in the folder of the run on {where}: {'; '.join(outcome.flaws)}")
 
     def ended_alike(self, alone: Outcome, many: Outcome) -> Verdict | None:
         """The verdict on a job that is not trained to its end; None for one that is."""
@@ -205,6 +210,7 @@ class _Trial:
         bound = BETWEEN_WORLDS[self.job["precision"]]
         self.near(state_of(alone), state_of(many), bound, alone)
         self.near(_results(alone), _results(many), bound, alone)
+        self.near(_losses(alone), _losses(many), bound, alone)
 
     def same_bits(self, ours: Outcome, theirs: Outcome) -> None:
         """Two runs have come to the same to the last bit, results included."""
@@ -212,6 +218,17 @@ class _Trial:
         for name, value in _results(theirs).items():
             if not _same(value, _results(ours).get(name)):
                 raise Broken(f"{name} is {value} and {_results(ours).get(name)}")
+
+    def left_alone(self, many: Outcome) -> None:
+        """A run that has finished stays as it is when it is started again."""
+        assert many.folder is not None
+        before = contents(many.folder)
+        again = self.run(self.case["workers"], many.folder, more=9)
+        self.whole(again, "a start of a finished run")
+        if again.code != exits.FINISHED or again.steps:
+            raise Broken(f"exit code {again.code} after {again.steps} steps: {again.message}")
+        if (after := contents(many.folder)) != before:
+            raise Broken(f"other files: {sorted(name for name, _ in before.items() ^ after.items())}")
 
     @staticmethod
     def same_state(ours: Outcome, theirs: Outcome) -> None:
@@ -310,12 +327,30 @@ class _Trial:
         self.same_decisions(again, undisturbed)
         if kept:
             self.same_bits(again, undisturbed)
+            if self.logs_alike():
+                self.same_metrics(again, undisturbed)
             return
         if self.job["reduction"] == "exact":
             self.same_state(again, undisturbed)
         bound = BETWEEN_WORLDS[self.job["precision"]]
         self.near(state_of(undisturbed), state_of(again), bound, undisturbed)
         self.near(_results(undisturbed), _results(again), bound, undisturbed)
+        if self.logs_alike():
+            self.near(_losses(undisturbed), _losses(again), bound, undisturbed)
+
+    @staticmethod
+    def same_metrics(ours: Outcome, theirs: Outcome) -> None:
+        """Two runs have written down the same to the last bit."""
+        if len(ours.metrics) != len(theirs.metrics):
+            raise Broken(f"{len(ours.metrics)} lines of metrics, and {len(theirs.metrics)}")
+        for one, other in zip(ours.metrics, theirs.metrics, strict=True):
+            if one.keys() != other.keys() or not all(_same(value, other[name]) for name, value in one.items()):
+                raise Broken(f"other metrics: {one} and {other}")
+
+    def logs_alike(self) -> bool:
+        """Whether no part of the run wrote down more or less than the others."""
+        parts = [interruption.get("changes", {}).keys() | interruption.keys() for interruption in self.case["interruptions"]]
+        return not any(part & {"log", "evaluate", "epochs"} for part in parts)
 
     def near(self, expected: Mapping[str, Any], found: Mapping[str, Any], bound: float, alone: Outcome) -> None:
         """Two states agree but for rounding, or for what rounding alone may make of this job."""
@@ -367,6 +402,13 @@ def _furthest(one: Outcome, other: Outcome) -> float:
 
 def _results(outcome: Outcome) -> dict[str, Any]:
     return dict(outcome.results or {})
+
+
+def _losses(outcome: Outcome) -> dict[str, Any]:
+    """The losses on the way, by step."""
+    return {
+        f"{name} at {line['step']:g}": line[name] for line in outcome.metrics for name in ("loss", "test_loss") if name in line
+    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
