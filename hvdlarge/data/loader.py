@@ -69,6 +69,7 @@ class Fetch(Dataset):
             self._chosen.append(dataset.indices)
             dataset = dataset.dataset
         self._dataset = dataset
+        self._reads_batches, self._reads_many = reads_batches(dataset), reads_many(dataset)
         self._seed = seed
         self._shuffled = shuffled
         self._stream = order.Stream(seed, self._size)
@@ -78,17 +79,16 @@ class Fetch(Dataset):
             return None
         indices = self._through_subsets(self.indices(micro_batch))
         # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it. A set
-        # that gives many samples at once draws for the micro-batch.
-        keys = self._keys(micro_batch)
-        if reads_batches(self._dataset):
-            seed_all(keys[0])
+        # that gives many samples at once draws for the micro-batch, under the key of its first sample.
+        if self._reads_batches or self._reads_many:
+            seed_all(seeds.key(self._seed, seeds.SAMPLE, micro_batch.start))
+        if self._reads_batches:
             return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
-        if reads_many(self._dataset):
-            seed_all(keys[0])
+        if self._reads_many:
             pairs = self._dataset.__getitems__(indices.tolist())
         else:
             pairs = []
-            for key, index in zip(keys, indices.tolist(), strict=True):
+            for key, index in zip(self._keys(micro_batch), indices.tolist(), strict=True):
                 seed_all(key)
                 pairs.append(self._dataset[index])
         inputs, targets = default_collate(pairs)

@@ -123,8 +123,9 @@ class RunningStatistics:
     def begin_step(self) -> None:
         """Let the layers begin the step from zero."""
         if self._world_size > 1 and self._layers:
-            self._parts = [buffer.clone() for buffer in self._buffers()]
-            torch._foreach_zero_(self._buffers())
+            buffers = self._buffers()
+            self._parts = [buffer.clone() for buffer in buffers]
+            torch._foreach_zero_(buffers)
 
     def end_pass(self) -> None:
         """Nothing to do: the layers have followed the micro-batch themselves."""
@@ -157,12 +158,11 @@ class RunningStatistics:
             self._refuse_changed_modes()
         if self._world_size == 1 or not self._layers:
             return
-        uses = self._uses_of_ranks(layout, uneven)  # by rank and layer
+        after, everyone = self._uses_in_step(layout, uneven)
         for number, layer in enumerate(self._layers):
-            after = sum(row[number] for row in uses[self._rank + 1 :])
-            everyone = sum(row[number] for row in uses)
+            kept, before = (1 - layer.momentum) ** after[number], (1 - layer.momentum) ** everyone[number]
             for buffer, part in zip(layer.averages, self._parts[2 * number : 2 * number + 2], strict=True):
-                buffer.mul_((1 - layer.momentum) ** after).add_(part, alpha=(1 - layer.momentum) ** everyone)
+                buffer.mul_(kept).add_(part, alpha=before)
 
     def _refuse_changed_modes(self) -> None:
         changed = torch.tensor([layer.module.training for layer in self._tracking]) != torch.tensor(self._modes)
@@ -174,10 +174,13 @@ class RunningStatistics:
                 "evaluations"
             )
 
-    def _uses_of_ranks(self, layout: BatchLayout, uneven: bool) -> Sequence[Sequence[int]]:
+    def _uses_in_step(self, layout: BatchLayout, uneven: bool) -> tuple[list[int], list[int]]:
+        """How often each layer was used after this rank's block of micro-batches, and in all of the step."""
         if uneven:
-            return self._gather_ranks(torch.tensor(self._used, dtype=torch.int64), "running_statistics.uses").tolist()
-        return [[len(layout.numbers_of_rank(rank))] * len(self._layers) for rank in range(self._world_size)]
+            uses = self._gather_ranks(torch.tensor(self._used, dtype=torch.int64), "running_statistics.uses")
+            return uses[self._rank + 1 :].sum(dim=0).tolist(), uses.sum(dim=0).tolist()
+        after = layout.num_micro_batches - layout.numbers_of_rank(self._rank).stop
+        return [after] * len(self._layers), [layout.num_micro_batches] * len(self._layers)
 
     # --- between steps
 
