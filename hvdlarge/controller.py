@@ -7,81 +7,13 @@ can load data across a growth or an epoch's end without a bubble. No rank recomp
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
 
-from hvdlarge.comm.world import ControlWire
-from hvdlarge.data.layout import BatchLayout
+from hvdlarge.comm.interfaces import ControlWire
 from hvdlarge.schedule.decision import DECISION_BYTES, Decision
-from hvdlarge.schedule.growth import Growth
-from hvdlarge.schedule.progress import Clock
-from hvdlarge.schedule.rate import RateSchedule
+from hvdlarge.schedule.plan import Plan, Position
 from hvdlarge.schedule.warmup import StageStart
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the controller follows: the schedules of a job and the size of its world."""
-
-    clock: Clock
-    base_batch: int  # samples; where k = 1
-    initial_batch: int  # samples, of the first stage
-    micro_batch: int | None  # samples; None: each step is shared evenly over the workers
-    growth: Growth
-    rate: RateSchedule
-    world_size: int  # workers
-    largest_micro_batch: int | None = None  # samples that fit at once on every worker; None: as many as there are
-
-    def micro_batch_of(self, global_batch: int) -> int:
-        """Samples of one forward/backward pass in a step of `global_batch` samples."""
-        if self.micro_batch is not None:
-            return self.micro_batch
-        share = -(-global_batch // self.world_size)
-        passes = 1 if self.largest_micro_batch is None else -(-share // self.largest_micro_batch)
-        return -(-share // passes)
-
-    def fingerprint(self) -> str:
-        """What stands for the schedule: 16 hexadecimal digits, the same for the same decisions whatever the number of workers."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("world_size", "largest_micro_batch")}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-    def layout(self, decision: Decision) -> BatchLayout:
-        """How a decided step is dealt to the workers."""
-        return BatchLayout(decision.global_batch, decision.micro_batch, self.world_size)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands between two steps: all that the controller needs to go on from there.
-
-    What was decided ahead of it is no part of it: every decision is a function of the plan and of this, and the plan may change
-    at a resume (a run may become longer or shorter, and with it what its last step is).
-    """
-
-    step: int = 0  # steps taken
-    samples_seen: int = 0  # samples
-    stages: tuple[StageStart, ...] = ()  # begun so far
-    stage_batch: int = 0  # samples per update of the last of them
-    lr_factor: float = 1.0  # what rollbacks have made of the rate
-
-    def to_plain(self) -> dict[str, Any]:
-        """As builtins, for a checkpoint."""
-        return {
-            **{name: getattr(self, name) for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
-            "stages": [[stage.epoch, stage.batch_factor] for stage in self.stages],
-        }
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Position:
-        """The position that `to_plain` wrote down."""
-        return cls(
-            **{name: plain[name] for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
-            stages=tuple(StageStart(*stage) for stage in plain["stages"]),
-        )
 
 
 class Controller:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from hvdlarge.comm.world import TensorWire
+from hvdlarge.comm.interfaces import TensorWire
 from hvdlarge.data import seeds
-from hvdlarge.data.draws import seed_all
-from hvdlarge.data.layout import BatchLayout, MicroBatch
 from hvdlarge.data.loader import Fetch, Loaded, make_dataloader
-from hvdlarge.memory import told_what_to_change
-from hvdlarge.step import Learner
+from hvdlarge.data.rng import seed_all
+from hvdlarge.replica import Learner
+from hvdlarge.resilience.out_of_memory import told_what_to_change
+from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 
 
 class Evaluation:

@@ -23,8 +23,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from hvdlarge import exits
-from hvdlarge.job_file import read_job
-from hvdlarge.runlog import complain, say
+from hvdlarge.config.job_file import read_job
+from hvdlarge.telemetry.console import complain, say
 
 # A rank hung or was lost: it, or its host, is worth another try. 134, 137, 139: abort, kill and segmentation fault of a rank.
 _TRY_AGAIN = frozenset([exits.HANGS, exits.LOST_RANK, 134, 137, 139])

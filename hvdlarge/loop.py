@@ -9,26 +9,29 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hvdlarge.agreement import all_or_none, on_rank_0, same_everywhere
-from hvdlarge.comm.world import ControlWire, TensorWire
-from hvdlarge.controller import DecisionFeed, Plan, Position
+from hvdlarge.checkpoint.saver import Saver
+from hvdlarge.comm.interfaces import ControlWire, TensorWire
+from hvdlarge.comm.rank_checks import all_or_none, on_rank_0, same_everywhere
+from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.loader import Loaded, Loader
-from hvdlarge.digest import combined, named_state, tensor_digests
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import Diverged, JobError, Stopped
-from hvdlarge.measure.timers import PhaseTimers
-from hvdlarge.memory import smaller_micro_batch, told_what_to_change
-from hvdlarge.models.running_statistics import ModeChanged
-from hvdlarge.resting import RestingState
-from hvdlarge.run_state import RunState
-from hvdlarge.runlog import RunLog
-from hvdlarge.saver import Saver
+from hvdlarge.reduction.batch_norm import ModeChanged
+from hvdlarge.replica import Learner
+from hvdlarge.resilience.buffer_guard import RestingState
+from hvdlarge.resilience.consistency import StepAgreement
+from hvdlarge.resilience.digest import combined, named_state, tensor_digests
+from hvdlarge.resilience.nonfinite import NotFinitePolicy
+from hvdlarge.resilience.out_of_memory import smaller_micro_batch, told_what_to_change
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.schedule.decision import Decision
+from hvdlarge.schedule.plan import Plan, Position
 from hvdlarge.schedule.progress import marks_reached
-from hvdlarge.step import Learner, NotFinitePolicy, StepOutcome, train_step
-from hvdlarge.step_agreement import StepAgreement
-from hvdlarge.stopping import StopRequest
-from hvdlarge.watchdog import Watchdog
+from hvdlarge.step import StepOutcome, train_step
+from hvdlarge.telemetry.run_log import RunLog
+from hvdlarge.telemetry.timers import PhaseTimers
+from hvdlarge.train_state import RunState
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Parts:
     control: ControlWire
     tensors: TensorWire
     plan: Plan
+    controller: Controller | None  # rank 0's; None elsewhere
     feed: DecisionFeed
     loader: Loader
     learner: Learner
@@ -111,7 +115,8 @@ def train(parts: Parts, state: RunState) -> None:
             state.cadence_step = decision.step + 1
         if due or outcome.verdict.save or outcome.verdict.stop:
             with timed("save"), parts.watchdog.during("save"):
-                position, cut = parts.saver.position_behind(decision), decision.global_batch < decision.stage_batch
+                position = parts.controller.position_after(decision) if parts.controller is not None else None
+                cut = decision.global_batch < decision.stage_batch
                 save(parts, state, position, cut, best, in_cadence=due, wait=outcome.verdict.stop or decision.is_last)
         if outcome.verdict.stop and not decision.is_last:
             reasons = {message.decode() for message in parts.control.allgather((parts.stop.reason or "").encode())} - {""}

@@ -13,15 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdlarge import exits, yaml_source
-from hvdlarge.controller import Controller, Plan
-from hvdlarge.introduction import batch_line, columns, duration, rule_notes, stage_table
-from hvdlarge.job import Job
-from hvdlarge.job_file import read_job
-from hvdlarge.job_schema import job_schema
-from hvdlarge.measure.cost_model import AllreduceCost
-from hvdlarge.planning import Measured, curve_of, on_paper, plan_run, training_samples
-from hvdlarge.runlog import complain, decision_line
+from hvdlarge import exits
+from hvdlarge.comm.cost_model import AllreduceCost
+from hvdlarge.config import yaml_source
+from hvdlarge.config.job import Job
+from hvdlarge.config.job_file import read_job
+from hvdlarge.config.json_schema import job_schema
+from hvdlarge.config.planning import Measured, curve_of, on_paper, plan_run, training_samples
+from hvdlarge.controller import Controller
+from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
+from hvdlarge.schedule.plan import Plan
+from hvdlarge.telemetry.console import complain
+from hvdlarge.telemetry.run_log import decision_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ Formula:  pass A: forward and backward with everything as it is;  pass B: the sa
               running after B − running after A = (1 − m)^u · δ  for u uses in A
           the model is sound, if no saved tensor but those statistics changes. Where the run evaluates, a forward pass in
           evaluation mode follows each of the two: they must agree and change nothing.
-Source:   the contract of models/running_statistics.py (the average is linear, nothing reads it while training), and DESIGN of
+Source:   the contract of reduction/batch_norm.py (the average is linear, nothing reads it while training), and DESIGN of
           this project, section 5: a result belongs to the samples, the seeds and the saved state, and to nothing else.
 Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts are as before. On the model as
           it was built, before any other worker is joined; every rank rehearses the same samples.
@@ -27,20 +27,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvdlarge.agreement import all_or_none, same_everywhere
-from hvdlarge.arithmetic import Arithmetic
-from hvdlarge.comm.world import ControlWire
-from hvdlarge.controller import Plan
+from hvdlarge.comm.interfaces import ControlWire
+from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
+from hvdlarge.config.planning import stages_of
 from hvdlarge.data import seeds
-from hvdlarge.data.draws import seed_all
-from hvdlarge.data.layout import MicroBatch
 from hvdlarge.data.loader import Loaded, Loader
-from hvdlarge.digest import tensor_digests
+from hvdlarge.data.rng import seed_all
 from hvdlarge.exits import JobError, RunEnds
-from hvdlarge.memory import is_out_of_memory, smaller_micro_batch, told_what_to_change
-from hvdlarge.models.running_statistics import NormLayer, tracking_layers
 from hvdlarge.models.state import Modules, extra_states, named_modules, named_parameters, pack, saved_tensors, trained_modules
-from hvdlarge.planning import stages_of
+from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
+from hvdlarge.resilience.digest import tensor_digests
+from hvdlarge.resilience.out_of_memory import is_out_of_memory, smaller_micro_batch, told_what_to_change
+from hvdlarge.schedule.batch import MicroBatch
+from hvdlarge.schedule.plan import Plan
 
 _CLOSE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # relative; a GPU may add up in any order
 _COUNTS = 1_000_000

@@ -14,30 +14,43 @@ from typing import Any
 
 import torch
 
-from hvdlarge import assembly, resume
-from hvdlarge.agreement import all_or_none, on_rank_0, same_everywhere
-from hvdlarge.arithmetic import Arithmetic
-from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge import build
+from hvdlarge.checkpoint import resume
+from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.checkpoint.saver import Saver
+from hvdlarge.comm.environment import host, versions
+from hvdlarge.comm.interfaces import ControlWire, TensorWire
 from hvdlarge.comm.launcher import Launch, cores_per_worker
-from hvdlarge.comm.world import ControlWire, TensorWire
-from hvdlarge.controller import Controller, Plan, Position
+from hvdlarge.comm.rank_checks import all_or_none, on_rank_0, same_everywhere
+from hvdlarge.config.job import Job
+from hvdlarge.config.planning import plan_run
+from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
-from hvdlarge.environment import host, versions
 from hvdlarge.exits import Stopped
-from hvdlarge.introduction import batch_line, model_line, notes, rule_notes, stage_table, update_line, update_notes, world_line
-from hvdlarge.job import Job
 from hvdlarge.loop import Cadence, Parts, save, train
 from hvdlarge.models.state import trained_modules
-from hvdlarge.nonfinite import RollBack
-from hvdlarge.planning import plan_run
+from hvdlarge.optim.precision import Arithmetic
 from hvdlarge.rehearsal import rehearse
-from hvdlarge.run_state import RunState
-from hvdlarge.runlog import RunLog, say, summary_of, write_documents, write_summary
-from hvdlarge.saver import Saver
-from hvdlarge.step import Learner
-from hvdlarge.step_agreement import StepAgreement
-from hvdlarge.stopping import StopRequest
-from hvdlarge.watchdog import Watchdog
+from hvdlarge.replica import Learner
+from hvdlarge.reporting.describe import (
+    batch_line,
+    model_line,
+    notes,
+    rule_notes,
+    stage_table,
+    update_line,
+    update_notes,
+    world_line,
+)
+from hvdlarge.resilience.consistency import StepAgreement
+from hvdlarge.resilience.nonfinite import RollBack
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
+from hvdlarge.schedule.plan import Plan, Position
+from hvdlarge.telemetry.console import say
+from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
+from hvdlarge.telemetry.run_log import RunLog
+from hvdlarge.train_state import RunState
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
     exact = job.reduction == "exact"
     _settle_torch(1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32")
     found = gather_ingredients(job, control, worker.tensors, worker.watchdog)
-    loader = assembly.build_loader(job.data, found.training_set, job.seed)
+    loader = build.build_loader(job.data, found.training_set, job.seed)
     try:
         found = _rehearse(job, found, loader, worker)
         _train(job, job_file, fresh, worker, found, loader, hosts, cores)
@@ -95,8 +108,8 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
 
 
 def _rehearse(job: Job, found: Ingredients, loader: Loader, worker: Worker) -> Ingredients:
-    to_device = assembly.device_mover(found.arithmetic, job.model.channels_last)
-    read = None if found.test_set is None else assembly.test_samples(job.data, job.evaluate, found.test_set)
+    to_device = build.device_mover(found.arithmetic, job.model.channels_last)
+    read = None if found.test_set is None else build.test_samples(job.data, job.evaluate, found.test_set)
     with worker.watchdog.during("rehearse"):
         unlike = rehearse(
             found.plan, found.model, found.loss, found.arithmetic, to_device, loader, read, job.seed, worker.control
@@ -180,17 +193,17 @@ def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire, watc
     Raises:
         JobError, WrongEnvironment, RanksDisagree: on every rank alike.
     """
-    device = all_or_none(control, lambda: assembly.choose_device(tensors))
+    device = all_or_none(control, lambda: build.choose_device(tensors))
     arithmetic = all_or_none(control, lambda: Arithmetic(job.precision, device))
-    notes = assembly.check_gpus(device, control, tensors)
+    notes = build.check_gpus(device, control, tensors)
     with watchdog.during("data"):
-        training_set, test_set = all_or_none(control, lambda: assembly.load_data(job.data, job.seed))
+        training_set, test_set = all_or_none(control, lambda: build.load_data(job.data, job.seed))
     sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
     same_everywhere(control, sizes | {"device": device.type}, "data and devices")
     plan = all_or_none(control, lambda: plan_run(job, len(training_set), control.size))
-    built = all_or_none(control, lambda: assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed))
+    built = all_or_none(control, lambda: build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed))
     if job.batch.micro == "auto" and device.type == "cuda":
-        largest = assembly.largest_micro_batch(
+        largest = build.largest_micro_batch(
             plan, built.model, built.loss, arithmetic, training_set, job.data, job.model.channels_last, control
         )
         torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
@@ -214,7 +227,7 @@ def _keep_cutting(found: Ingredients, state: RunState, world_size: int) -> tuple
 
 def join(job: Job, found: Ingredients, control: ControlWire, tensors: TensorWire) -> Learner:
     """Put the sum over all workers before the update. Every rank calls this together."""
-    return assembly.join_learning(
+    return build.join_learning(
         found.model,
         found.loss,
         found.optimizer,
@@ -260,7 +273,7 @@ def follow(
             loader.close()
             position, state = _go_back(parts, state, checkpoints, reason)
             went_back = True
-            loader = assembly.build_loader(job.data, found.training_set, job.seed)
+            loader = build.build_loader(job.data, found.training_set, job.seed)
         else:
             break
         finally:
@@ -307,7 +320,6 @@ def parts_of(
         control,
         tensors,
         learner,
-        controller,
         checkpoints,
         found.plan.clock,
         every_epochs=job.checkpoint.epochs,
@@ -323,12 +335,13 @@ def parts_of(
         control=control,
         tensors=tensors,
         plan=found.plan,
-        feed=assembly.build_feed(job.data, found.plan, control, controller, loader),
+        controller=controller,
+        feed=build.build_feed(job.data, found.plan, control, controller, loader),
         loader=loader,
         learner=learner,
-        evaluation=assembly.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
+        evaluation=build.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
         agreement=StepAgreement(control, int(job.fingerprint()[:8], 16), asks),
-        policy=assembly.build_policy(job.on_nonfinite, state, learner),
+        policy=build.build_policy(job.on_nonfinite, state, learner),
         saver=saver,
         stop=worker.stop,
         watchdog=worker.watchdog,
@@ -347,7 +360,7 @@ def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None
             control,
             lambda: resume.go_back(checkpoints, parts.learner.modules, state.cadence_step) if checkpoints is not None else None,
         )
-    assembly.share_state(parts.learner.modules, control, tensors)
+    build.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)
     position = replace(position, lr_factor=position.lr_factor * reason.lr_factor)
     state.rolled_back = rolled_back

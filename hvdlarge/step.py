@@ -2,73 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
-from hvdlarge.arithmetic import Arithmetic, LossScale
-from hvdlarge.comm.world import SummedUpdate
 from hvdlarge.data import seeds
-from hvdlarge.data.draws import seed_all
-from hvdlarge.data.layout import BatchLayout
 from hvdlarge.data.loader import Loaded
-from hvdlarge.measure.timers import PhaseTimers
-from hvdlarge.models.running_statistics import RunningStatistics
-from hvdlarge.models.state import Modules
-from hvdlarge.optim.groups import set_rate
-from hvdlarge.optim.norms import GradientNorms
+from hvdlarge.data.rng import seed_all
+from hvdlarge.optim.param_groups import set_rate
+from hvdlarge.replica import Learner
+from hvdlarge.resilience.consistency import StepAgreement, Verdict
+from hvdlarge.resilience.nonfinite import NotFinitePolicy
+from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.step_agreement import StepAgreement, Verdict
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What learns, on one worker."""
-
-    model: torch.nn.Module
-    loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch; a module's parameters are trained too
-    modules: Modules  # both, the loss where it is a module
-    update: SummedUpdate
-    statistics: RunningStatistics
-    arithmetic: Arithmetic
-    scale: LossScale
-    clip_norm: float | None  # of all mean gradients together
-    to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the type of the weights
-    names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order
-    seed: int
-    rank: int
-    zero_if_missing: bool = False  # a parameter without a gradient on some workers counts as having a gradient of zero there
-
-    def set_mode(self, training: bool) -> None:
-        """Put all of it into training or evaluation mode."""
-        for module in self.modules.values():
-            module.train(training)
-
-
-class NotFinitePolicy(Protocol):
-    """What becomes of a step whose mean gradients are not finite."""
-
-    def before_step(self, learner: Learner) -> None:
-        """Keep what a step that is left out must leave as it was."""
-        ...
-
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
-        """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
-
-        Raises:
-            RunEnds: on every rank alike, where the run does not go on from here.
-        """
-        ...
-
-    def judge_loss(self, decision: Decision, loss: float) -> None:
-        """The mean loss of an applied step is not finite. Raises what `judge` does, on every rank alike."""
-        ...
-
-    def settle(self, learner: Learner) -> None:
-        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `judge` does."""
-        ...
+from hvdlarge.telemetry.timers import PhaseTimers
 
 
 class StepOutcome(NamedTuple):

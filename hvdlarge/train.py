@@ -18,24 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvdlarge import __version__, exits
-from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.comm.connect import open_control, open_tensors
+from hvdlarge.comm.environment import settle, shared_settings, versions
+from hvdlarge.comm.interfaces import CollectiveFailed, ControlWire, LostRank, RanksMismatch, WrongWorld
 from hvdlarge.comm.launcher import Launch, detect
-from hvdlarge.comm.world import (
-    CollectiveFailed,
-    ControlWire,
-    LostRank,
-    RanksMismatch,
-    WrongWorld,
-    open_control,
-    open_tensors,
-)
-from hvdlarge.environment import settle, shared_settings, versions
-from hvdlarge.job import Horovod, Timeouts
-from hvdlarge.job_file import read_job
-from hvdlarge.planning import UnknownSamples, plan_run, training_samples
-from hvdlarge.runlog import complain, say
-from hvdlarge.stopping import StopRequest
-from hvdlarge.watchdog import Watchdog
+from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
+from hvdlarge.config.job import Horovod, Timeouts
+from hvdlarge.config.job_file import read_job
+from hvdlarge.config.planning import UnknownSamples, plan_run, training_samples
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
+from hvdlarge.telemetry.console import complain, say
 
 # torch is imported inside the functions that need it: it takes a second, and a wrong job file should be answered at once.
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, TensorDataset
 
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.in_memory import InMemory
 
 Description = dict[str, Any]
 

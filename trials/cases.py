@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from hvdlarge.job import Gradients
+from hvdlarge.config.job import Gradients
 
 Case = dict[str, Any]
 

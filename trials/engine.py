@@ -21,13 +21,13 @@ import torch
 
 from hvdlarge import exits
 from hvdlarge import run as run_module
-from hvdlarge.comm.world import LostRank, RanksMismatch
-from hvdlarge.job import Job
-from hvdlarge.job_file import parse_job
+from hvdlarge.comm.interfaces import LostRank, RanksMismatch
+from hvdlarge.config.job import Job
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.config.yaml_source import write
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Worker
-from hvdlarge.stopping import StopRequest
-from hvdlarge.watchdog import Watchdog
-from hvdlarge.yaml_source import write
 from trials.folder import flaws, read_lines
 from trials.thread_world import Ends, run_world
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hvdlarge.job_file import read_job
+from hvdlarge.config.job_file import read_job
 
 _FILES = {"job.yaml", "job.resolved.yaml", "environment.json", "starts.jsonl", "decisions.jsonl", "metrics.jsonl", "summary.json"}
 _FILES |= {".lock", "checkpoints/last.pt", "checkpoints/best.pt", "checkpoints/SHA256SUMS"}

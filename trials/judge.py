@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from hvdlarge import exits
+from hvdlarge.config.job import Job
 from hvdlarge.controller import Controller
-from hvdlarge.job import Job
 from trials import blocks, engine, reference
 from trials.cases import Case
 from trials.engine import Interruption, Outcome

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hvdlarge import exits
+from hvdlarge.comm.connect import open_control, open_tensors
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
-from hvdlarge.comm.world import open_control, open_tensors
-from hvdlarge.job import Job
+from hvdlarge.config.job import Job
 from trials import engine, judge
 from trials.cases import Case
 from trials.engine import AskedFor, Interruption, Outcome

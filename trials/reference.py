@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, default_collate
 
+from hvdlarge.config.job import Job
 from hvdlarge.controller import Controller
 from hvdlarge.data import seeds
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.in_memory import InMemory
 from hvdlarge.data.order import permute
-from hvdlarge.job import Job
 from hvdlarge.schedule.decision import Decision
 
 BUILT_IN = {"cross_entropy": "torch.nn:CrossEntropyLoss", "mse": "torch.nn:MSELoss"}

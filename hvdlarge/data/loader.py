@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from hvdlarge.data import order, seeds
-from hvdlarge.data.datasets import reads_batches, reads_many
-from hvdlarge.data.draws import seed_all
-from hvdlarge.data.layout import MicroBatch
+from hvdlarge.data.in_memory import reads_batches, reads_many
+from hvdlarge.data.rng import seed_all
+from hvdlarge.schedule.batch import MicroBatch
 
 _PATIENCE_SECONDS = 5.0  # torch's own, for its processes
 

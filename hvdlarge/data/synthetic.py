@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.in_memory import InMemory
 
 _POOL = 512
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from hvdlarge.models.state import Modules
-from hvdlarge.optim.from_torch import SGD, Adagrad, Adam, AdamW, RMSprop
-from hvdlarge.optim.groups import parameter_groups
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
+from hvdlarge.optim.param_groups import parameter_groups
+from hvdlarge.optim.torch_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 
 _CLASSES: dict[str, Any] = {
     "lars": LARS,
@@ -36,12 +36,12 @@ def build_optimizer(
     """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each step.
 
     Args:
-        modules: a model, or several modules; their parameters are put into groups (groups.py says what the last three are).
+        modules: a model, or several modules; their parameters are put into groups (param_groups.py says what the last three are).
         name: lars, lamb, sgd, adam, adamw, adagrad or rmsprop.
         weight_decay: of the adapted parameters.
-        adapt_everything: see groups.py.
-        not_adapted: see groups.py.
-        not_adapted_lr_factor: see groups.py.
+        adapt_everything: see param_groups.py.
+        not_adapted: see param_groups.py.
+        not_adapted_lr_factor: see param_groups.py.
         **options: the optimizer's own, e.g. momentum.
 
     Raises:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from hvdlarge.schedule.decay import Decay, MultistepDecay, OneCycle
 from hvdlarge.schedule.growth import Growth
+from hvdlarge.schedule.lr import RateSchedule
 from hvdlarge.schedule.progress import Clock, next_mark
-from hvdlarge.schedule.rate import RateSchedule
 from hvdlarge.schedule.warmup import StageStart, full_rate_epoch
 
 _PROBES = 64  # rates looked at within a stage to find its highest

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 
-from hvdlarge.data.datasets import digits
+from hvdlarge.data.digits import digits
 
 
 def rank():

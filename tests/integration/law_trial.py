@@ -59,7 +59,7 @@ JOBS = {
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-5}
 NUDGED = """
 import torch
-from hvdlarge import named
+from hvdlarge.config import registry as named
 
 def model(name, **arguments):
     built = named.build("model.name", name, arguments, named.MODELS)

@@ -107,7 +107,8 @@ def test_a_run_that_diverges_says_so_on_all_ranks(train):
 
 IGNORED_PARTS = """
 import torch
-from hvdlarge.data.datasets import InMemory, digits
+from hvdlarge.data.digits import digits
+from hvdlarge.data.in_memory import InMemory
 
 def data():  # a set whose targets are all left out of the mean, as those of padding are
     train, test = digits()
@@ -249,7 +250,7 @@ def test_a_mistake_on_every_rank_is_told_once(train, folder):
 
 OTHER_SIZES = """
 import torch
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.in_memory import InMemory
 from mpi4py import MPI
 
 def data():

@@ -8,7 +8,7 @@ from launching import MPIRUN, TRAIN
 
 SLOW_SET = """
 import time
-from hvdlarge.data.datasets import digits
+from hvdlarge.data.digits import digits
 
 def slow():
     time.sleep(6)  # as a large folder of files on a network file system does

@@ -12,7 +12,7 @@ import torch
 from comparing import read_lines
 from launching import MPIRUN, ROOT, TRAIN, environment
 
-from hvdlarge.job_file import parse_job, read_job
+from hvdlarge.config.job_file import parse_job, read_job
 
 
 def weights(folder, run):

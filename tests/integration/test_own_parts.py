@@ -36,7 +36,7 @@ def test_the_readmes_own_model_and_data_set_run_alike_on_any_world(train, folder
 
 
 SECRET_PARTS = """
-from hvdlarge.data.datasets import digits
+from hvdlarge.data.digits import digits
 
 def data(token):
     assert token == "s3cret-of-ada" or token == "s3cret-of-bob"

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from hvdlarge.comm.connect import open_control, open_tensors
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
-from hvdlarge.comm.world import open_control, open_tensors
 
 LAUNCH = detect(os.environ)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, Subset
 
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.in_memory import InMemory
 
 FEATURES, CLASSES = 6, 3
 

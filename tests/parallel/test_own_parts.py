@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import JobError, RanksDisagree, RunEnds, Stopped
-from hvdlarge.job_file import parse_job
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Worker, run
-from hvdlarge.stopping import StopRequest
-from hvdlarge.watchdog import Watchdog
 
 JOB = """
 name: law

@@ -5,19 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from hvdlarge import assembly
-from hvdlarge.arithmetic import Arithmetic
+from hvdlarge import build
 from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
-from hvdlarge.data.datasets import InMemory
+from hvdlarge.data.in_memory import InMemory
 from hvdlarge.exits import JobError
-from hvdlarge.job_file import parse_job
 from hvdlarge.loop import train
-from hvdlarge.planning import plan_run
+from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Ingredients, Worker, join, parts_of
-from hvdlarge.run_state import RunState
-from hvdlarge.stopping import StopRequest
-from hvdlarge.watchdog import Watchdog
+from hvdlarge.train_state import RunState
 
 JOB = """
 name: law
@@ -49,11 +49,11 @@ class Listed(torch.utils.data.Dataset):
 
 def run(job, control, tensors, wrap=lambda dataset: dataset):
     """Train a job on 203 digits; returns the weights and the results."""
-    train_set, test_set = assembly.load_data(job.data, job.seed)
+    train_set, test_set = build.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
     arithmetic = Arithmetic(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     found = Ingredients(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
     learner = join(job, found, control, tensors)
     learner.statistics.scatter()
@@ -61,7 +61,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     worker = Worker(None, {}, control, tensors, not_watching, StopRequest())
     state = RunState()
     controller = Controller(plan) if control.rank == 0 else None
-    loader = assembly.build_loader(job.data, small, job.seed)
+    loader = build.build_loader(job.data, small, job.seed)
     parts = parts_of(job, found, worker, learner, loader, controller, None, {}, None, state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)

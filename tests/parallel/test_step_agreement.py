@@ -6,8 +6,8 @@ import math
 import pytest
 
 from hvdlarge.exits import RanksDisagree
+from hvdlarge.resilience.consistency import StepAgreement, Verdict
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.step_agreement import StepAgreement, Verdict
 
 DECISION = Decision(20, 5120, 3.5, 1, 256, 256, 16, 0.1, False)
 

@@ -8,8 +8,8 @@ import torch
 
 from hvdlarge.comm.solo import SoloUpdate
 from hvdlarge.optim.build import build_optimizer
-from hvdlarge.optim.groups import named_parameters, parameter_groups, set_rate
 from hvdlarge.optim.lars import LARS
+from hvdlarge.optim.param_groups import named_parameters, parameter_groups, set_rate
 
 
 def wrapped(model, tensors, **options):

@@ -3,7 +3,7 @@ import array
 import pytest
 import torch
 
-from hvdlarge.agreement import all_or_none, same_everywhere
+from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
 from hvdlarge.exits import CannotSave, JobError, RanksDisagree, RunEnds
 
 

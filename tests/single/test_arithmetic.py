@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from hvdlarge.arithmetic import Arithmetic, LossScale, precisions_of, scale_for_compression
 from hvdlarge.exits import Diverged, JobError
-from hvdlarge.nonfinite import JudgedLate, LossScalingPolicy, RollBack, RollbackPolicy, StopPolicy
 from hvdlarge.optim.norms import HostNorms
-from hvdlarge.run_state import RunState
+from hvdlarge.optim.precision import Arithmetic, LossScale, precisions_of, scale_for_compression
+from hvdlarge.resilience.nonfinite import JudgedLate, LossScalingPolicy, RollBack, RollbackPolicy, StopPolicy
 from hvdlarge.schedule.decision import Decision
+from hvdlarge.train_state import RunState
 
 CPU = torch.device("cpu")
 DECISION = Decision(

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvdlarge import assembly
-from hvdlarge.arithmetic import Arithmetic
+from hvdlarge import build
 from hvdlarge.comm.solo import SoloControl, SoloTensors
-from hvdlarge.job_file import parse_job
-from hvdlarge.planning import plan_run
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.config.planning import plan_run
+from hvdlarge.optim.precision import Arithmetic
 from hvdlarge.run import Ingredients, _keep_cutting
-from hvdlarge.run_state import RunState
+from hvdlarge.train_state import RunState
 
 JOB = """
 name: built
@@ -26,8 +26,8 @@ lr: {base: 1}
 def built(*changes):
     job = parse_job(JOB, "job", changes)
     arithmetic = Arithmetic(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    learner = assembly.join_learning(
+    model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    learner = build.join_learning(
         model, loss, optimizer, arithmetic, job.gradients, None, job.model.channels_last,
         SoloControl(), SoloTensors(), job.seed, exact=False,
     )  # fmt: skip
@@ -58,16 +58,16 @@ def test_floats_take_the_type_of_the_weights():
 
 def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_ones():
     job, learner = built("precision=fp16", "on_nonfinite={policy: skip, limit: 2}")
-    policy = assembly.build_policy(job.on_nonfinite, RunState(skipped=7, overflows=6, loss_scale=1.0), learner)
+    policy = build.build_policy(job.on_nonfinite, RunState(skipped=7, overflows=6, loss_scale=1.0), learner)
     assert policy._then.skipped == 1
 
 
 def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
     job, learner = built("batch.micro=auto", "batch.growth={policy: adabatch, factor: 2, every_epochs: 0.5, max: 16}")
-    training_set, _ = assembly.load_data(job.data, job.seed)
+    training_set, _ = build.load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
-    model, loss, *_ = assembly.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
-    found = assembly.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, job.data, True, SoloControl())
+    model, loss, *_ = build.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
+    found = build.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, job.data, True, SoloControl())
     assert found == 16
 
 

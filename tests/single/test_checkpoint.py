@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from hvdlarge.checkpoint import CheckpointFolder, read_checkpoint
+from hvdlarge.checkpoint.folder import CheckpointFolder, read_checkpoint
 from hvdlarge.exits import BadCheckpoint, CannotSave
 
 
@@ -124,7 +124,7 @@ KILLED_AT_EVERY_OPERATION = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.checkpoint.folder import CheckpointFolder
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.link"}  # by their names among Python's audit events
 place, (steps, damaged, (new_step,), (keep,)) = Path(sys.argv[1]), (list(map(int, word.split())) for word in sys.argv[2:])
@@ -203,7 +203,7 @@ def test_a_writer_killed_before_any_one_of_its_file_operations_leaves_a_whole_on
 WRITER = """
 import sys, torch
 from pathlib import Path
-from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.checkpoint.folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]), keep=2)
 step = int(sys.argv[2])
 while True:

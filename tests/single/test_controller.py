@@ -7,15 +7,16 @@ import json
 import pytest
 
 from hvdlarge.comm.solo import SoloControl
-from hvdlarge.controller import Controller, DecisionFeed, Plan, Position
-from hvdlarge.introduction import growth_line, stage_table
-from hvdlarge.job_file import read_job
-from hvdlarge.planning import stages_of
+from hvdlarge.config.job_file import read_job
+from hvdlarge.config.planning import stages_of
+from hvdlarge.controller import Controller, DecisionFeed
+from hvdlarge.reporting.describe import growth_line, stage_table
 from hvdlarge.schedule.decay import CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+from hvdlarge.schedule.lr import RateSchedule
+from hvdlarge.schedule.plan import Plan, Position
 from hvdlarge.schedule.progress import Clock
-from hvdlarge.schedule.rate import RateSchedule
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hvdlarge.digest import combined, named_state, tensor_digests
 from hvdlarge.optim.lars import LARS
+from hvdlarge.resilience.digest import combined, named_state, tensor_digests
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])

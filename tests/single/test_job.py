@@ -6,10 +6,10 @@ import jsonschema
 import pytest
 from launching import ROOT
 
-from hvdlarge import yaml_source
+from hvdlarge.config import yaml_source
+from hvdlarge.config.job_file import parse_job, read_job
+from hvdlarge.config.json_schema import job_schema
 from hvdlarge.exits import JobError
-from hvdlarge.job_file import parse_job, read_job
-from hvdlarge.job_schema import job_schema
 from hvdlarge.schedule.growth import AdaBatchGrowth
 from hvdlarge.schedule.warmup import LegwWarmup
 

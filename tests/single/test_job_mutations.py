@@ -9,9 +9,9 @@ import pytest
 import yaml
 from launching import ROOT
 
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.config.planning import on_paper, plan_run
 from hvdlarge.exits import JobError
-from hvdlarge.job_file import parse_job
-from hvdlarge.planning import on_paper, plan_run
 
 WHOLE = """\
 name: whole

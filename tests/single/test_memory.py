@@ -6,8 +6,8 @@ import sys
 import torch
 from torch.nn.functional import cross_entropy
 
-from hvdlarge.arithmetic import Arithmetic
-from hvdlarge.memory import largest_micro_batch, largest_that_fits
+from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.resilience.out_of_memory import largest_micro_batch, largest_that_fits
 
 CPU = Arithmetic("fp32", torch.device("cpu"))
 

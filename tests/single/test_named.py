@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from hvdlarge import named
+from hvdlarge.config import registry as named
 from hvdlarge.exits import JobError
 
 OWN = """

@@ -9,14 +9,14 @@ import sys
 import pytest
 from launching import ROOT
 
+from hvdlarge.config.job_file import parse_job, read_job
+from hvdlarge.config.planning import checkpoints_of, curve_of, on_paper, plan_run, stages_of
 from hvdlarge.controller import Controller
-from hvdlarge.data.datasets import digits
+from hvdlarge.data.digits import digits
 from hvdlarge.data.sizes import training_samples as built_in_samples
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
-from hvdlarge.job_file import parse_job, read_job
 from hvdlarge.plan import main
-from hvdlarge.planning import checkpoints_of, curve_of, on_paper, plan_run, stages_of
 from hvdlarge.schedule.progress import marks_reached
 
 IMAGENET = """\

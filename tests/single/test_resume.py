@@ -2,11 +2,11 @@
 
 import pytest
 
-from hvdlarge import resume
-from hvdlarge.checkpoint import CheckpointFolder
+from hvdlarge.checkpoint import resume
+from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import BadCheckpoint
-from hvdlarge.job_file import parse_job
-from hvdlarge.runlog import write_documents
+from hvdlarge.telemetry.run_folder import write_documents
 
 JOB = """\
 name: trial

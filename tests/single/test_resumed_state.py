@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvdlarge import assembly, resume
-from hvdlarge.arithmetic import Arithmetic
+from hvdlarge import build
+from hvdlarge.checkpoint import resume
+from hvdlarge.checkpoint.saver import optimizer_state
 from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import BadCheckpoint
-from hvdlarge.job_file import parse_job
 from hvdlarge.models.state import trained_modules
-from hvdlarge.saver import optimizer_state
+from hvdlarge.optim.precision import Arithmetic
 
 JOB = """
 name: resumed
@@ -51,8 +52,8 @@ def learner_of(monkeypatch, *changes):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     job = parse_job(JOB, "job", changes)
     arithmetic = Arithmetic("fp32", torch.device("cpu"))
-    model, loss, optimizer, *_ = assembly.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    return assembly.join_learning(
+    model, loss, optimizer, *_ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    return build.join_learning(
         model, loss, optimizer, arithmetic, job.gradients, None, False, SoloControl(), SoloTensors(), 0, exact=False
     )
 

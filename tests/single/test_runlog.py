@@ -3,11 +3,13 @@ import os
 
 import pytest
 
-from hvdlarge.controller import Controller, Position
+from hvdlarge.config.job_file import read_job
+from hvdlarge.controller import Controller
 from hvdlarge.exits import JobError
-from hvdlarge.job_file import read_job
-from hvdlarge.run_state import RunState
-from hvdlarge.runlog import FolderLock, RunLog, holds_run, make_folder, set_aside, write_documents
+from hvdlarge.schedule.plan import Position
+from hvdlarge.telemetry.run_folder import FolderLock, holds_run, make_folder, set_aside, write_documents
+from hvdlarge.telemetry.run_log import RunLog
+from hvdlarge.train_state import RunState
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_progress_lines_are_rate_limited(tmp_path, plan, capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr("hvdlarge.runlog.time.monotonic", lambda: now)
+    monkeypatch.setattr("hvdlarge.telemetry.run_log.time.monotonic", lambda: now)
     log = begin(tmp_path / "run", plan)
     for decision in iter(Controller(plan).decide, None):
         now += 1.0

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
+from hvdlarge.checkpoint.saver import Saver
 from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
-from hvdlarge.job_file import read_job
-from hvdlarge.run_state import RunState
-from hvdlarge.saver import Saver
+from hvdlarge.train_state import RunState
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 1)
 DECISIONS = list(iter(Controller(PLAN).decide, None))
@@ -15,7 +15,7 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
-    saver = Saver(SoloControl(), SoloTensors(), None, None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
+    saver = Saver(SoloControl(), SoloTensors(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
     return [step for step, found in evaluations if saver.is_best(state, DECISIONS[step - 1], found)]
 
 

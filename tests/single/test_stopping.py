@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hvdlarge.stopping import StopRequest
+from hvdlarge.resilience.preemption import StopRequest
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_the_file_and_the_clock(tmp_path, monkeypatch):
     limited.look(None, 1.0)
     assert not limited.wanted()
     now = time.monotonic()
-    monkeypatch.setattr("hvdlarge.stopping.time.monotonic", lambda: now + 61)
+    monkeypatch.setattr("hvdlarge.resilience.preemption.time.monotonic", lambda: now + 61)
     assert limited.wanted()
     assert limited.reason == "the time limit of 1 minutes"
 
 
 def test_a_second_ctrl_c_leaves_at_once():
     program = (
-        "import os, signal, time\nfrom hvdlarge.stopping import StopRequest\n"
+        "import os, signal, time\nfrom hvdlarge.resilience.preemption import StopRequest\n"
         "stop = StopRequest(); stop.listen()\nos.kill(os.getpid(), signal.SIGINT); print(stop.wanted(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )

@@ -6,7 +6,7 @@ import pytest
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
-from hvdlarge.watchdog import Watchdog
+from hvdlarge.resilience.watchdog import Watchdog
 watchdog = Watchdog(3, {"start": 60, "step": 4.0, "save": 60})
 watchdog.start()
 watchdog.take_notes(Path(sys.argv[2]))
@@ -40,7 +40,7 @@ def test_a_rank_that_hangs_is_ended_and_one_that_goes_on_is_not(tmp_path, how):
 
 NOT_WATCHING = """
 import sys, time
-from hvdlarge.watchdog import Watchdog
+from hvdlarge.resilience.watchdog import Watchdog
 watchdog = Watchdog(0, {"start": 0.5, "step": 0.5})
 if sys.argv[1] == "stopped":
     watchdog.start()
@@ -65,7 +65,7 @@ def test_a_watchdog_that_is_not_watching_leaves_nothing_armed_behind(how):
 
 HOLDS_THE_LOCK = """
 import ctypes, sys, time
-from hvdlarge.last_line import LastLine
+from hvdlarge.resilience.hard_exit import LastLine
 line = LastLine(72)
 line.arm(60, "put off")
 line.arm(1.0, "100% stuck %s")

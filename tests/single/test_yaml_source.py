@@ -1,6 +1,6 @@
 import pytest
 
-from hvdlarge.yaml_source import SourceError, read, write
+from hvdlarge.config.yaml_source import SourceError, read, write
 
 
 def test_numbers_and_words_follow_yaml_1_2():

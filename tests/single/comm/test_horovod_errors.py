@@ -4,8 +4,8 @@ import pytest
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvdlarge.comm.horovod_wire import HorovodUpdate, error_of
-from hvdlarge.comm.world import CollectiveFailed, LostRank, RanksMismatch
+from hvdlarge.comm.horovod_backend import HorovodUpdate, error_of
+from hvdlarge.comm.interfaces import CollectiveFailed, LostRank, RanksMismatch
 
 GONE = "Horovod has been shut down. This was caused by an exception on one of the ranks or an attempt to allreduce"
 

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from hvdlarge.data.layout import BatchLayout
+from hvdlarge.schedule.batch import BatchLayout
 
 CASES = [(32, 16, 2), (100, 16, 3), (1, 1, 1), (5, 64, 4), (8192, 64, 64), (203, 8, 7), (10, 3, 16), (17, 5, 2)]
 

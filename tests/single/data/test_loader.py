@@ -15,10 +15,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, Subset
 
-from hvdlarge.data.datasets import InMemory, _pixels_and_labels, digits
-from hvdlarge.data.layout import BatchLayout, MicroBatch
+from hvdlarge.data.digits import _pixels_and_labels, digits
+from hvdlarge.data.in_memory import InMemory
 from hvdlarge.data.loader import Fetch, TensorLoader, WorkerLoader
 from hvdlarge.data.order import samples
+from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 
 
 class Numbers(Dataset):
@@ -242,7 +243,7 @@ def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
 def test_a_sample_that_takes_very_long_does_not_hold_up_the_end():
     program = (
         "import time, torch\n"
-        "from hvdlarge.data.layout import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
+        "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
         "from test_loader import Stuck\n"
         "loader = WorkerLoader(Fetch(Stuck(), 0, False), 1, 2)\n"
         "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
@@ -284,7 +285,7 @@ def test_an_error_of_the_set_comes_out_where_its_micro_batch_is_asked_for(num_wo
 
 def test_a_program_that_closes_nothing_ends_nevertheless():
     program = (
-        "from hvdlarge.data.layout import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
+        "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
         "loader = WorkerLoader(Fetch([(number, number) for number in range(100)], 3, True), 1, 2)\n"
         "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
         "print(next(loader.fetch(1)).micro_batch.size)\n"

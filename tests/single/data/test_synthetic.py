@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvdlarge import named
+from hvdlarge.config import registry as named
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 

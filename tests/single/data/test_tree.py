@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from hvdlarge.data.layout import BatchLayout
-from hvdlarge.data.tree import additions, combine, depth_of
+from hvdlarge.reduction.tree import additions, combine, depth_of
+from hvdlarge.schedule.batch import BatchLayout
 
 
 def value(values, num_micro_batches, depth, index):

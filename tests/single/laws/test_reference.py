@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from hvdlarge.data.datasets import InMemory
-from hvdlarge.job_file import parse_job
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.data.in_memory import InMemory
 from trials import blocks, engine, judge, reference
 
 SMALL = {
@@ -171,7 +171,7 @@ def test_a_transform_that_is_passed_over_is_seen(judged, monkeypatch):
 
 
 def test_running_statistics_of_one_rank_are_seen(judged, monkeypatch):
-    monkeypatch.setattr("hvdlarge.models.running_statistics.RunningStatistics.begin_step", lambda self, *given: None)
+    monkeypatch.setattr("hvdlarge.reduction.batch_norm.RunningStatistics.begin_step", lambda self, *given: None)
     assert "running" in judged().reason
 
 
@@ -184,7 +184,7 @@ def test_gradients_that_are_weighed_by_worker_are_seen(judged, monkeypatch):
 
 
 def test_a_momentum_that_is_not_saved_is_seen(judged, monkeypatch):
-    monkeypatch.setattr("hvdlarge.saver.optimizer_state", lambda learner: {})
+    monkeypatch.setattr("hvdlarge.checkpoint.saver.optimizer_state", lambda learner: {})
     stopped = [{"how": "stop", "at": 0.5, "by_rank": 1, "workers": 2}]
     assert "law 2" in judged(interruptions=stopped).reason
 
@@ -200,7 +200,7 @@ def test_a_rank_that_calls_less_is_seen(judged, monkeypatch):
 
 
 def test_a_sum_in_another_order_is_seen_in_exact_mode(judged, monkeypatch):
-    from hvdlarge.data import tree
+    from hvdlarge.reduction import tree
 
     monkeypatch.setattr(tree, "combine", lambda values, add: sum(value for value in reversed(values) if value is not None))
     verdict = judged(job=SMALL | {"reduction": "exact", "batch": {"base": 7, "micro": 1}}, workers=4, interruptions=[])
@@ -226,7 +226,7 @@ def test_a_sound_job_that_is_refused_is_seen(judged, monkeypatch):
     def refuse(*given, **more):
         raise JobError("model.name: no")
 
-    monkeypatch.setattr("hvdlarge.assembly.build_learning", refuse)
+    monkeypatch.setattr("hvdlarge.build.build_learning", refuse)
     assert judged().reason == "a sound job is refused: model.name: no"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlarge.optim.from_torch import SGD
+from hvdlarge.optim.torch_optimizers import SGD
 from trials.thread_world import World, alone, run_world
 
 SIZES = [2, 3, 4]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hvdlarge.measure.cost_model import AllreduceCost, fit
-from hvdlarge.measure.turns import Timing, stopwatch, take_turns
+from hvdlarge.bench.interleave import Timing, stopwatch, take_turns
+from hvdlarge.comm.cost_model import AllreduceCost, fit
 
 SIZES = [4 * 4**power for power in range(13)]
 

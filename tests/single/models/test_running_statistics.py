@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from hvdlarge.data.layout import BatchLayout
-from hvdlarge.models.exact_statistics import ExactStatistics
-from hvdlarge.models.running_statistics import ModeChanged, RunningStatistics, tracking_layers
+from hvdlarge.reduction.batch_norm import ModeChanged, RunningStatistics, tracking_layers
+from hvdlarge.reduction.exact_batch_norm import ExactStatistics
+from hvdlarge.schedule.batch import BatchLayout
 
 
 def no_messages(tensor, name):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlarge.job_file import parse_job
+from hvdlarge.config.job_file import parse_job
 from hvdlarge.optim.build import build_optimizer
-from hvdlarge.optim.groups import set_rate
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.momentum import Move, _fused_works, momentum_update, reference_update
+from hvdlarge.optim.param_groups import set_rate
 from hvdlarge.optim.presets import PRESETS
 
 FORMS = [

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlarge.optim.groups import parameter_groups, set_rate
 from hvdlarge.optim.lars import LARS, trust_ratio
 from hvdlarge.optim.norms import norm
+from hvdlarge.optim.param_groups import parameter_groups, set_rate
 
 
 def oracle(w, v, g, lr, momentum, decay, trust, adapt):

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
+from hvdlarge.schedule.lr import RateSchedule
 from hvdlarge.schedule.outline import outline
 from hvdlarge.schedule.progress import Clock
-from hvdlarge.schedule.rate import RateSchedule
 
 
 def test_the_paper_doubles_128_to_2048():

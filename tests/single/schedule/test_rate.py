@@ -7,7 +7,7 @@ import pytest
 
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import AdaBatchGrowth
-from hvdlarge.schedule.rate import RateSchedule
+from hvdlarge.schedule.lr import RateSchedule
 from hvdlarge.schedule.scaling import scale
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup, StageStart, full_rate_epoch, multiplier
 

@@ -1,0 +1,173 @@
+"""The tensor wire over Horovod: the only file that knows Horovod. Lines that exist because of it say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+
+from hvdlarge.comm.interfaces import CollectiveFailed, ControlWire, LostRank, RanksMismatch, WrongWorld
+
+
+@contextmanager
+def _with_the_others() -> Iterator[None]:
+    """Tell a lost rank, ranks that do not fit together and every other failure apart; Horovod has one exception for all."""
+    try:
+        yield
+    except HorovodInternalError as error:
+        raise error_of(str(error)) from None
+
+
+def error_of(text: str) -> LostRank | RanksMismatch | CollectiveFailed:
+    """The error that stands for a failure that Horovod described by `text`.
+
+    >>> type(error_of("Mismatched allreduce tensor shapes: ...")).__name__
+    'RanksMismatch'
+    >>> type(error_of("ncclCommInitRank failed: invalid usage")).__name__
+    'CollectiveFailed'
+    """
+    if "ismatched" in text:
+        return RanksMismatch(text)
+    # What Horovod answers with once a rank has left, wherever it has left from.
+    if "has been shut down" in text:
+        return LostRank(text)
+    return CollectiveFailed(text)
+
+
+class HorovodTensors:
+    """Sums and broadcasts over Horovod's MPI form."""
+
+    def __init__(self, control: ControlWire) -> None:
+        """Start Horovod on the MPI that the control wire has started. Every rank calls this together.
+
+        Raises:
+            WrongWorld: if Horovod was built without MPI or sees other ranks than the control wire.
+        """
+        if not hvd.mpi_built():
+            raise WrongWorld("this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI")
+        hvd.init()
+        if (hvd.size(), hvd.rank()) != (control.size, control.rank):
+            raise WrongWorld(
+                f"Horovod sees rank {hvd.rank()} of {hvd.size()}, MPI sees rank {control.rank} of {control.size}: Horovod "
+                "and mpi4py use two MPIs, or Horovod runs over Gloo; build both with docker/install-horovod.sh and start "
+                "with mpirun or horovodrun --mpi"
+            )
+        self.local_rank: int = hvd.local_rank()
+        self.local_size: int = hvd.local_size()
+        self.carries_gpu_tensors: bool = bool(hvd.cuda_built() or hvd.rocm_built())
+        self.needs_own_gpus: bool = bool(hvd.nccl_built())
+
+    def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
+        handles = []
+        for name, tensor in tensors:
+            # Every name is given: Horovod would make one from the type, and two ranks could then wait for each other.
+            if tensor.dtype not in _CARRIED or not tensor.is_contiguous():  # Horovod refuses these: they go as bytes
+                carried = tensor.contiguous().reshape(-1).view(torch.uint8)
+                with _with_the_others():
+                    hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
+                tensor.copy_(carried.view(tensor.dtype).reshape(tensor.shape))
+            else:
+                handles.append(hvd.broadcast_async_(tensor, root_rank=0, name=f"broadcast.{name}"))
+        with _with_the_others():
+            for handle in handles:
+                hvd.synchronize(handle)
+
+    def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum of `tensor` over all workers, on every rank. Every rank calls this together."""
+        with _with_the_others():
+            return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Every worker's tensor, stacked in the order of the ranks. Every rank calls this together."""
+        with _with_the_others():
+            return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"gather.{name}")
+
+    def summed_update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool = False,
+        groups: int | None = None,
+    ) -> HorovodUpdate:
+        """Put Horovod's allreduce in front of `optimizer`, which must not have any state yet."""
+        return HorovodUpdate(optimizer, named_parameters, compressed, groups)
+
+    def close(self) -> None:
+        """Stop Horovod. Every rank calls this together, before the control wire is closed."""
+        hvd.shutdown()
+
+
+_CARRIED = frozenset([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64])
+
+
+class HorovodUpdate:
+    """`hvd.DistributedOptimizer` with its order of calls: begin, backward passes, reduce, apply.
+
+    Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does op=Sum over the workers;
+    the step scales each micro-batch's loss by its share of the global batch instead. That is exact for uneven workers too,
+    where an average of averages is not.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool,
+        groups: int | None,
+    ) -> None:
+        if optimizer.state:
+            raise ValueError("the optimizer has state already; Horovod would drop it")
+        # Horovod re-creates the optimizer's class from its param_groups: nothing may wrap or subclass the result, and
+        # whatever is not in the groups is lost. It is therefore the last thing done to an optimizer.
+        self.optimizer = hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=named_parameters,
+            op=hvd.Sum,
+            compression=hvd.Compression.fp16 if compressed else hvd.Compression.none,
+            groups=None if groups is None else min(groups, len(named_parameters)),  # Horovod would make empty ones, and fail
+        )
+
+    def begin(self, mine: range, num_micro_batches: int) -> None:
+        """Drop the old gradients and expect a backward pass for each of this worker's micro-batches."""
+        self.optimizer.zero_grad()
+        # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A worker without any
+        # takes part all the same, with zeros that `synchronize` submits for it.
+        passes = max(1, len(mine))
+        if passes != self.optimizer.backward_passes_per_step:
+            self.optimizer.set_backward_passes_per_step(passes)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss; Horovod's hooks send what is complete."""
+        with _with_the_others():
+            loss.backward()
+
+    def end_pass(self) -> None:
+        """Nothing to do: Horovod's hooks have counted the pass."""
+
+    def reduce(self) -> None:
+        """Wait until each gradient is the sum over all workers. Every rank calls this together."""
+        self._complete_groups()
+        with _with_the_others():
+            self.optimizer.synchronize()
+
+    def _complete_groups(self) -> None:
+        # `synchronize` would submit the tensors of an incomplete group one by one, while the other ranks wait for the group:
+        # an idle worker's, and one whose gradients are not all there (which the agreement of the step then tells).
+        handles = self.optimizer._handles
+        for group in self.optimizer._group_counts:
+            if group not in handles:
+                for weight in group:
+                    handles.pop(weight, None)
+                    if weight.grad is None:
+                        weight.grad = torch.zeros_like(weight)
+                handles[group] = self.optimizer._grouped_allreduce_grad_async(group)
+                self.optimizer._group_counts[group] = 0
+
+    def apply(self) -> None:
+        """Move the weights with the reduced gradients."""
+        with self.optimizer.skip_synchronize():
+            self.optimizer.step()

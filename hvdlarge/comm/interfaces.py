@@ -1,0 +1,139 @@
+"""What the rest of the engine may ask of the other workers, and the errors with which they answer.
+
+Two wires (DESIGN of this project, section 4): tensors go over Horovod, decisions over MPI. Both have a solo form, so the
+code behind the door never asks whether it runs alone. Only `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WrongWorld(Exception):
+    """The environment cannot carry this run: a part is missing, or the parts disagree about the world (exit code 3)."""
+
+
+class LostRank(Exception):
+    """Another rank is gone: a call that needs it cannot be answered (exit code 76)."""
+
+
+class RanksMismatch(Exception):
+    """Ranks called with tensors of other names, shapes or types (exit code 71)."""
+
+
+class CollectiveFailed(Exception):
+    """A sum or broadcast failed for a reason of its own, such as NCCL's or CUDA's; the message is theirs (exit code 70)."""
+
+
+class ControlWire(Protocol):
+    """Small messages of bytes. Every method but `abort` is collective: every rank calls it together, in one order."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, record: bytes | None, length: int) -> bytes:
+        """Rank 0's `record` of exactly `length` bytes, on every rank (the others pass None)."""
+        ...
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, in the order of the ranks, on every rank."""
+        ...
+
+    def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin to find the largest of each of some numbers, as many on every rank; what is returned waits and gives it."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        ...
+
+    def close(self) -> None:
+        """Leave in order, after the tensor wire is closed; a rank that left without this would end the others' run badly."""
+        ...
+
+    def abort(self, code: int) -> NoReturn:
+        """End every process of the run with this exit code, at once. Any single rank may call it."""
+        ...
+
+
+class SummedUpdate(Protocol):
+    """An optimizer whose gradients are summed over all workers before it moves the weights."""
+
+    optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
+
+    def begin(self, mine: range, num_micro_batches: int) -> None:
+        """Drop the old gradients and expect a backward pass for each of this worker's micro-batches.
+
+        Called before the first backward pass of each step.
+
+        Args:
+            mine: their numbers; empty for an idle worker.
+            num_micro_batches: of all workers together.
+        """
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, a micro-batch's share of the step's, shape ().
+
+        Raises:
+            LostRank, RanksMismatch, CollectiveFailed: where sums begin beside the backward pass and one fails.
+        """
+        ...
+
+    def end_pass(self) -> None:
+        """A backward pass of this worker has ended."""
+        ...
+
+    def reduce(self) -> None:
+        """Wait until each gradient is the sum over all workers' micro-batches. Every rank calls this together."""
+        ...
+
+    def apply(self) -> None:
+        """Move the weights with the reduced gradients. Called after `reduce`; needs no other worker."""
+        ...
+
+
+class TensorWire(Protocol):
+    """Tensors between workers. Every method is collective: every rank calls it together, in one order."""
+
+    local_rank: int
+    local_size: int
+    carries_gpu_tensors: bool
+    needs_own_gpus: bool  # whether two workers cannot share one
+
+    def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite each named tensor by rank 0's, in place. Names, shapes and types are the same on every rank."""
+        ...
+
+    def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum of `tensor` over all workers, as a new tensor of the same shape on every rank."""
+        ...
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Every worker's tensor, of one shape on all, stacked in the order of the ranks."""
+        ...
+
+    def summed_update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: list[tuple[str, torch.nn.Parameter]],
+        compressed: bool = False,
+        groups: int | None = None,
+    ) -> SummedUpdate:
+        """Put the sum over workers in front of `optimizer`, which must not have any state yet.
+
+        Args:
+            optimizer: plain.
+            named_parameters: all of its parameters, with their names.
+            compressed: whether gradients travel, and are summed, in 16 bits.
+            groups: so many groups of gradients travel, each as one; None: each gradient by itself.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop, before the control wire is closed."""
+        ...

@@ -1,0 +1,44 @@
+"""The JSON Schema of the job file, for editors: completion and checking while a job is written.
+
+jobs/job.schema.json is what this gives; a test keeps the two in step. A job points at it in its first line:
+`# yaml-language-server: $schema=job.schema.json`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvdlarge.config.job import Job
+
+_VARIABLE = {"type": "string", "pattern": r"\$\{", "description": "filled in from the environment"}
+
+
+def job_schema() -> dict[str, Any]:
+    """The schema, JSON Schema 2020-12."""
+    schema = Job.model_json_schema()
+    for definition in [schema, *schema["$defs"].values()]:
+        definition.pop("title", None)
+        for name, entry in definition.get("properties", {}).items():
+            if isinstance(entry.get("default"), dict):  # a section's defaults stand with its keys
+                del entry["default"]
+            entry.pop("title", None)
+            definition["properties"][name] = _with_variables(entry)
+    schema["properties"]["extends"] = {"type": "string", "description": "another job file, of which this one changes some keys"}
+    if "Lars" in schema["$defs"]:
+        schema["properties"]["optimizer"] = {"anyOf": [schema["properties"]["optimizer"], {"$ref": "#/$defs/Lars"}]}
+    # A file that extends another one has the rest of its keys there.
+    required = schema.pop("required")
+    schema["if"] = {"not": {"required": ["extends"]}}
+    schema["then"] = {"required": required}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hvdlarge job", **schema}
+
+
+def _with_variables(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry for a number or a switch may also be a variable of the environment."""
+    if entry.get("type") in ("integer", "number", "boolean") or any(
+        kind.get("type") in ("integer", "number", "boolean") for kind in entry.get("anyOf", [])
+    ):
+        outside = {name: value for name, value in entry.items() if name in ("default", "title", "description")}
+        inside = {name: value for name, value in entry.items() if name not in outside}
+        return {"anyOf": [inside, _VARIABLE], **outside}
+    return entry

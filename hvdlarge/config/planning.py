@@ -1,0 +1,206 @@
+"""The run on paper: what a job comes to on a number of workers, and what cannot run there. Needs no torch, Horovod or MPI.
+
+`train` and `plan` both come through here, so that they refuse the same jobs in the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hvdlarge.comm.cost_model import AllreduceCost
+from hvdlarge.config.job import Checkpoint, Job
+from hvdlarge.data import sizes
+from hvdlarge.exits import JobError
+from hvdlarge.reduction.tree import depth_of
+from hvdlarge.schedule.batch import BatchLayout
+from hvdlarge.schedule.outline import StageOutline, curve, outline
+from hvdlarge.schedule.plan import Plan
+from hvdlarge.schedule.progress import Clock, marks_reached
+
+_MOST_SAMPLES = 2**53  # a float counts samples exactly up to here
+
+
+class UnknownSamples(JobError):
+    """Only the data themselves could tell how many training samples there are."""
+
+
+def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
+    """What the controller follows.
+
+    Args:
+        job: a job.
+        dataset_size: training samples.
+        world_size: workers.
+
+    Raises:
+        JobError: for a run without a sample in it, a rate that overflows, or a number of workers that exact mode cannot serve.
+    """
+    if job.reduction == "exact" and depth_of(world_size) is None:
+        raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
+    try:
+        plan = job.plan(dataset_size, world_size)
+    except (ValueError, OverflowError) as error:
+        raise JobError(f"epochs: {error}") from None
+    if plan.clock.total_samples >= _MOST_SAMPLES:
+        raise JobError(f"epochs: a run of {job.epochs:g} epochs over {dataset_size:,} samples is longer than can be counted")
+    for stage in stages_of(plan):
+        if not math.isfinite(stage.highest_lr):
+            raise JobError(f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch {stage.global_batch})")
+    return plan
+
+
+def training_samples(job: Job) -> int:
+    """Samples of the job's training set, without loading it.
+
+    Raises:
+        UnknownSamples: where the job does not say it and the data set is not a built-in one.
+    """
+    found = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
+    if found is None:
+        raise JobError(f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, or give --samples N")
+    return found
+
+
+def stages_of(plan: Plan) -> list[StageOutline]:
+    """The stages that the plan's controller will go through."""
+    return outline(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.rate)
+
+
+def curve_of(plan: Plan) -> list[tuple[float, int, float]]:
+    """Epoch, global batch and rate over the run, some hundred points a stage."""
+    return curve(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.rate)
+
+
+def layout_of(plan: Plan, global_batch: int) -> BatchLayout:
+    """How a step of `global_batch` samples is dealt to the plan's workers."""
+    return BatchLayout(global_batch, plan.micro_batch_of(global_batch), plan.world_size)
+
+
+def checkpoints_of(cadence: Checkpoint, stages: list[StageOutline], clock: Clock) -> list[int]:
+    """Checkpoints written in each stage at the job's cadence in epochs and steps, the one at the end of the run among them."""
+    counts, step = [], 0
+    for stage in stages:
+        marks = _MarkedSteps(cadence.epochs, stage, clock)
+        count, steps = len(marks), stage.steps
+        if cadence.every_steps is not None:
+            every = cadence.every_steps
+            count += (step + steps) // every - step // every
+            count -= marks.also_every(every, step)
+        if stage is stages[-1] and not marks.hold(steps - 1) and (cadence.every_steps is None or (step + steps) % every):
+            count += 1
+        counts.append(count)
+        step += steps
+    return counts
+
+
+_MOST_LISTED = 100_000
+
+
+class _MarkedSteps:
+    """The steps of a stage within which a mark is reached: 1, 2, 3, … times `every_epochs`."""
+
+    def __init__(self, every_epochs: float | None, stage: StageOutline, clock: Clock) -> None:
+        self._every, self._stage, self._clock = every_epochs, stage, clock
+        self._begin = round(stage.start * clock.dataset_size)
+        first, last = (
+            0 if every_epochs is None else marks_reached(epoch, every_epochs, None) for epoch in (stage.start, stage.end)
+        )
+        self._numbers = range(first + 1, last + 1)
+        # Marks closer than steps: each step reaches one. Marks farther apart than steps: each mark has a step of its own.
+        self._all = every_epochs is not None and every_epochs * clock.dataset_size <= stage.global_batch
+
+    def __len__(self) -> int:
+        return self._stage.steps if self._all else len(self._numbers)
+
+    def hold(self, step: int) -> bool:
+        """Whether the stage's step of this number reaches a mark."""
+        return self._all or (len(self._numbers) > 0 and self._step_of(self._numbers[-1]) == step)
+
+    def also_every(self, every_steps: int, first_step: int) -> int:
+        """How many of them are also a multiple of `every_steps`, counted over the run; the stage begins at `first_step`."""
+        if self._all:
+            return (first_step + self._stage.steps) // every_steps - first_step // every_steps
+        listed = self._numbers[:_MOST_LISTED]  # beyond that a plan need not know which of two rules wrote a checkpoint
+        return sum((first_step + self._step_of(number) + 1) % every_steps == 0 for number in listed)
+
+    def _step_of(self, number: int) -> int:
+        assert self._every is not None
+        samples = self._clock.samples_until(number * self._every) - self._begin
+        return -(-samples // self._stage.global_batch) - 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a run that was measured."""
+
+    samples_per_second: float  # of one busy worker
+    world_size: int  # workers
+    micro_batch: int | None  # samples; None if it differed from step to step
+    peak_memory_bytes: int | None  # of the worker that needed most
+    checkpoint_bytes: int | None
+    gradient_bytes: int | None  # that a worker sends in each step
+
+
+def on_paper(job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None) -> dict[str, Any]:
+    """Everything about a planned run, as JSON values under the words of the run's own files.
+
+    Args:
+        job: a job.
+        plan: of that job.
+        measured: figures of an earlier run, for the time and the memory; None leaves those out.
+        allreduce: its cost, for the time on another number of workers; None: as long as in the earlier run.
+    """
+    stages = stages_of(plan)
+    checkpoints = checkpoints_of(job.checkpoint, stages, plan.clock)
+    rows = []
+    for stage, saved in zip(stages, checkpoints, strict=True):
+        layout = layout_of(plan, stage.global_batch)
+        row: dict[str, Any] = {
+            "stage": stage.stage,
+            "start_epoch": stage.start,
+            "end_epoch": stage.end,
+            "steps": stage.steps,
+            "samples": (stage.steps - 1) * stage.global_batch + stage.last_batch,
+            "global_batch": stage.global_batch,
+            "micro_batch": layout.micro_batch,
+            "accumulation_steps": layout.accumulation_steps,
+            "arithmetic": layout.equation(),
+            "idle_workers": layout.idle_workers,
+            "lr_first": stage.first_lr,
+            "lr_highest": stage.highest_lr,
+            "lr_last": stage.last_lr,
+            "full_rate_epoch": stage.full_rate,
+            "checkpoints": saved,
+        }
+        if measured is not None:
+            row["seconds"] = stage.steps * layout.accumulation_steps * layout.micro_batch / measured.samples_per_second
+        rows.append(row)
+    steps, fixed = sum(stage.steps for stage in stages), -(-plan.clock.total_samples // plan.base_batch)
+    found: dict[str, Any] = {
+        "name": job.name,
+        "fingerprint": plan.fingerprint(),
+        "world_size": plan.world_size,
+        "training_samples": plan.clock.dataset_size,
+        "epochs": plan.clock.epochs,
+        "samples": plan.clock.total_samples,
+        "steps": steps,
+        "steps_at_the_base_batch": fixed,
+        "growths": len(stages) - 1,
+        "warmup_epochs": plan.rate.warmup.length(plan.initial_batch / plan.base_batch),
+        "checkpoints": sum(checkpoints),
+        "stages": rows,
+    }
+    if measured is not None:
+        found["seconds"] = sum(row["seconds"] for row in rows)
+        same = plan.micro_batch is not None and plan.micro_batch == measured.micro_batch
+        found["peak_memory_bytes"] = measured.peak_memory_bytes if same else None
+        found["checkpoint_bytes"] = measured.checkpoint_bytes
+        if allreduce is not None and measured.gradient_bytes is not None:
+            size = measured.gradient_bytes
+            here, there = (allreduce.seconds(size, workers) for workers in (plan.world_size, measured.world_size))
+            # What the earlier run waited for its own allreduce is in its speed already.
+            found["allreduce"] = {"bytes": size, "seconds": here, "seconds_measured": there}
+            found["seconds_if_none_hides"] = found["seconds"] + steps * max(0.0, here - there)
+    return found

@@ -1,0 +1,79 @@
+"""What the values of a job must be to each other; each alone is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hvdlarge.config.job import Job
+
+Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
+
+
+def impossible(job: Job) -> Iterator[Problem]:
+    """Every combination of values that cannot be meant, with the key to look at first."""
+    yield from _batch(job)
+    yield from _exact(job)
+    yield from _warmup(job)
+    yield from _gradients(job)
+    yield from _loss(job)
+    decay, growth = job.lr.decay, job.batch.growth
+    if decay.policy == "multistep":
+        yield from _past_the_end(("lr", "decay", "milestones"), decay.milestones, job.epochs)
+    if growth.policy == "adabatch":
+        yield from _past_the_end(("batch", "growth", "at_epochs"), growth.at_epochs, job.epochs)
+
+
+def _batch(job: Job) -> Iterator[Problem]:
+    micro, first = job.batch.micro, job.batch.first
+    if micro != "auto" and micro > first:
+        yield ("batch", "micro"), f"a micro-batch of {micro} samples is more than the first global batch of {first}"
+
+
+def _exact(job: Job) -> Iterator[Problem]:
+    if job.reduction == "exact" and job.batch.micro == "auto":
+        yield (
+            ("batch", "micro"),
+            "reduction: exact adds up micro-batches that are the same on any number of workers: give a number",
+        )
+
+
+def _warmup(job: Job) -> Iterator[Problem]:
+    warmup = job.lr.warmup
+    if job.lr.decay.policy == "one_cycle" and warmup.policy != "none":
+        yield ("lr", "warmup"), "one_cycle is its own warmup: leave lr.warmup out, or set its policy to none"
+    k = job.batch.first / job.batch.base
+    length = warmup.length(k)
+    if length > job.epochs:
+        by_rule = f" ({warmup.epochs:g} × {k:g}, the first batch over the base batch)" if warmup.policy == "legw" else ""
+        yield (
+            ("lr", "warmup", "epochs"),
+            f"the warmup takes {length:g} epochs{by_rule}, the run has {job.epochs:g}; it is given in epochs, not in steps",
+        )
+
+
+def _gradients(job: Job) -> Iterator[Problem]:
+    compressed = job.gradients.compression != "none"
+    if compressed and job.reduction == "exact":
+        yield ("gradients", "compression"), "reduction: exact keeps every bit, compression does not: choose one of them"
+    if compressed and job.precision == "fp64":
+        yield ("gradients", "compression"), "precision: fp64 asks for 53 bits, compression: fp16 sends 11: choose one of them"
+    if job.horovod.groups is not None and job.reduction == "exact":
+        yield ("horovod", "groups"), "reduction: exact sends all gradients of a worker as one: leave horovod.groups out"
+
+
+def _loss(job: Job) -> Iterator[Problem]:
+    if not job.loss.is_torchs:
+        return
+    given = job.loss.args
+    sums = {"reduction": given.get("reduction", "mean") not in ("mean", "batchmean")}
+    sums |= {old: given.get(old) is False for old in ("size_average", "reduce")}  # torch's older names for it
+    for key in (key for key, says_so in sums.items() if says_so):
+        why = "the engine weighs the mean over each micro-batch by its share of the global batch"
+        yield ("loss", "args", key), f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}"
+
+
+def _past_the_end(key: tuple[str, ...], marks: Sequence[float] | None, epochs: float) -> Iterator[Problem]:
+    late = [mark for mark in marks or () if mark >= epochs]
+    if late:
+        shown = ", ".join(f"{mark:g}" for mark in late)
+        yield key, f"{shown} is not before the end of the run at epoch {epochs:g}; marks are given in epochs, not in steps"

@@ -1,0 +1,38 @@
+"""What learns on one worker: the model, the loss and all that moves or follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hvdlarge.comm.interfaces import SummedUpdate
+from hvdlarge.models.state import Modules
+from hvdlarge.optim.precision import Arithmetic, LossScale
+from hvdlarge.reduction.batch_norm import RunningStatistics
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns, on one worker."""
+
+    model: torch.nn.Module
+    loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch; a module's parameters are trained too
+    modules: Modules  # both, the loss where it is a module
+    update: SummedUpdate
+    statistics: RunningStatistics
+    arithmetic: Arithmetic
+    scale: LossScale
+    clip_norm: float | None  # of all mean gradients together
+    to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the type of the weights
+    names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order
+    seed: int
+    rank: int
+    zero_if_missing: bool = False  # a parameter without a gradient on some workers counts as having a gradient of zero there
+
+    def set_mode(self, training: bool) -> None:
+        """Put all of it into training or evaluation mode."""
+        for module in self.modules.values():
+            module.train(training)

@@ -1,0 +1,228 @@
+"""What becomes of a step whose mean gradients are not finite: the run stops, the step is left out, or the run goes back.
+
+The gradients are reduced before they are looked at, so every rank sees the same and takes the same branch. A loss may be not
+finite while the gradients are. It is summed only where it is logged, behind the update: such a step cannot be left out any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+from hvdlarge.exits import Diverged
+from hvdlarge.optim.norms import GradientNorms
+from hvdlarge.optim.precision import LossScale
+from hvdlarge.reduction.batch_norm import Kept
+from hvdlarge.replica import Learner
+from hvdlarge.schedule.decision import Decision
+from hvdlarge.train_state import RunState
+
+
+class NotFinitePolicy(Protocol):
+    """What becomes of a step whose mean gradients are not finite."""
+
+    def before_step(self, learner: Learner) -> None:
+        """Keep what a step that is left out must leave as it was."""
+        ...
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
+
+        Raises:
+            RunEnds: on every rank alike, where the run does not go on from here.
+        """
+        ...
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """The mean loss of an applied step is not finite. Raises what `judge` does, on every rank alike."""
+        ...
+
+    def settle(self, learner: Learner) -> None:
+        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `judge` does."""
+        ...
+
+
+class RollBack(Exception):
+    """Go back to the last checkpoint and on from there with a lower rate; raised by every rank alike."""
+
+    def __init__(self, reason: str, lr_factor: float) -> None:
+        super().__init__(reason)
+        self.lr_factor = lr_factor
+
+
+class _AtOnce:
+    """For a policy that judges each step in that step."""
+
+    def settle(self, learner: Learner) -> None:
+        """Nothing is left to be judged."""
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """Raise Diverged."""
+        raise Diverged(_describe_loss(decision, loss))
+
+
+class StopPolicy(_AtOnce):
+    """The first such step ends the run."""
+
+    def before_step(self, learner: Learner) -> None:
+        """Nothing to keep."""
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Apply, or raise Diverged."""
+        if not_finite := norms.not_finite(learner.names):
+            raise Diverged(_describe(decision, not_finite))
+        return True
+
+
+class SkipPolicy(_AtOnce):
+    """Such a step is left out on every rank, weights, momentum and running statistics.
+
+    Args:
+        limit: such steps in a run.
+        skipped: before an interruption.
+    """
+
+    def __init__(self, limit: int, skipped: int = 0) -> None:
+        self.skipped = skipped
+        self._limit = limit
+        self._kept: Kept | None = None
+
+    def before_step(self, learner: Learner) -> None:
+        """Keep the running statistics, which the forward passes change."""
+        self._kept = learner.statistics.keep()
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Leave the step out, or raise Diverged when too many have been."""
+        if not (not_finite := norms.not_finite(learner.names)):
+            return True
+        self.skipped += 1
+        if self.skipped > self._limit:
+            raise Diverged(f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped already")
+        assert self._kept is not None
+        learner.statistics.restore(self._kept)
+        return False
+
+
+class RollbackPolicy(_AtOnce):
+    """The run goes back to the last checkpoint of its cadence.
+
+    Args:
+        limit: rollbacks in a run.
+        lr_factor: what multiplies the rate after each.
+        rolled_back: so far.
+    """
+
+    def __init__(self, limit: int, lr_factor: float, rolled_back: int = 0) -> None:
+        self._limit = limit
+        self._lr_factor = lr_factor
+        self._rolled_back = rolled_back
+
+    def before_step(self, learner: Learner) -> None:
+        """The checkpoint has everything."""
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Raise RollBack, or Diverged when it has been done too often."""
+        if not_finite := norms.not_finite(learner.names):
+            self._go_back(_describe(decision, not_finite))
+        return True
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """As `judge`."""
+        self._go_back(_describe_loss(decision, loss))
+
+    def _go_back(self, reason: str) -> NoReturn:
+        if self._rolled_back >= self._limit:
+            raise Diverged(f"{reason}; the run was rolled back {self._limit} times already")
+        raise RollBack(reason, self._lr_factor)
+
+
+class LossScalingPolicy(_AtOnce):
+    """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks for a smaller scale.
+
+    Args:
+        then: what is done where no scaling is left to be taken back.
+        scale: moved by this policy.
+        state: keeps the scale for a resume; changed in place.
+    """
+
+    def __init__(self, then: NotFinitePolicy, scale: LossScale, state: RunState) -> None:
+        self._then = then
+        self._scale = scale
+        self._state = state
+        self._kept: Kept | None = None
+        scale.moving = state.loss_scale or LossScale.FIRST
+
+    def before_step(self, learner: Learner) -> None:
+        """Keep the running statistics, which the forward passes change."""
+        self._kept = learner.statistics.keep()
+        self._then.before_step(learner)
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Leave the step out with half the scale, or let the other policy judge."""
+        clean, scale = self._state.steps_at_loss_scale + 1, self._scale
+        if scale.moving > 1 and norms.not_finite(learner.names):
+            assert self._kept is not None
+            learner.statistics.restore(self._kept)
+            clean, scale.moving, applied = 0, scale.moving / 2, False
+            self._state.overflows += 1
+        else:
+            applied = self._then.judge(decision, learner, norms)
+            if clean == LossScale.STEPS_BEFORE_GROWTH:
+                clean, scale.moving = 0, min(2 * scale.moving, LossScale.LARGEST)
+        self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
+        return applied
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """As the other policy."""
+        self._then.judge_loss(decision, loss)
+
+
+class JudgedLate:
+    """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no step waits for them.
+
+    For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one behind it is never kept.
+
+    Args:
+        then: the policy, which never leaves out a step.
+    """
+
+    def __init__(self, then: StopPolicy | RollbackPolicy) -> None:
+        self._then = then
+        self._open: tuple[Decision, Callable[[], GradientNorms]] | None = None
+
+    def before_step(self, learner: Learner) -> None:
+        """As the other policy."""
+        self._then.before_step(learner)
+
+    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+        """Judge the step before, and apply this one."""
+        self.settle(learner)
+        self._open = decision, norms.later()
+        return True
+
+    def judge_loss(self, decision: Decision, loss: float) -> None:
+        """As the other policy."""
+        self._then.judge_loss(decision, loss)
+
+    def settle(self, learner: Learner) -> None:
+        """Judge the last step now. Waits for the GPU."""
+        if self._open is None:
+            return
+        (decision, arrived), self._open = self._open, None
+        self._then.judge(decision, learner, arrived())
+
+
+def _describe(decision: Decision, not_finite: list[str]) -> str:
+    others = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
+    return (
+        f"the gradient of {not_finite[0]}{others} is not finite at step {decision.step} (epoch {decision.epoch:.2f}, "
+        f"global batch {decision.global_batch}, lr {decision.lr:.4g}): lower lr.base or warm up longer"
+    )
+
+
+def _describe_loss(decision: Decision, loss: float) -> str:
+    return (
+        f"the loss is {loss} at step {decision.step} (epoch {decision.epoch:.2f}, global batch {decision.global_batch}) "
+        "while the gradients are finite: most often all targets of a micro-batch are ignored (ignore_index), so that its mean "
+        "has no sample; else look for a logarithm or a division by zero in the loss"
+    )
