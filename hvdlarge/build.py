@@ -9,63 +9,72 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset
 
-from hvdlarge.comm.interfaces import ControlWire, SummedUpdate, TensorWire
-from hvdlarge.comm.rank_checks import all_or_none
+from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
+from hvdlarge.comm.rank_checks import raise_on_all_ranks
 from hvdlarge.config import job as sections
 from hvdlarge.config import registry as named
 from hvdlarge.config.planning import stages_of
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
 from hvdlarge.data.in_memory import reads_batches
-from hvdlarge.data.loader import Fetch, Loaded, Loader, TensorLoader, WorkerLoader, make_dataloader
+from hvdlarge.data.loader import LoadedMicroBatch, Loader, MicroBatchDataset, TensorLoader, WorkerLoader, make_dataloader
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import JobError, OutOfMemory, WrongEnvironment
+from hvdlarge.exits import InvalidEnvironmentError, JobError, OutOfMemory
 from hvdlarge.models.state import Modules, extra_states, named_buffers, pack, set_extra_states, trained_modules, unpack
 from hvdlarge.models.state import named_parameters as every_parameter
 from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import named_parameters
-from hvdlarge.optim.precision import Arithmetic, LossScale, scale_for_compression
+from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
-from hvdlarge.reduction.exact_sum import ExactUpdate
-from hvdlarge.replica import Learner
+from hvdlarge.reduction.exact_sum import ExactOptimizer
+from hvdlarge.replica import Replica
 from hvdlarge.resilience import out_of_memory as memory
-from hvdlarge.resilience.nonfinite import JudgedLate, LossScalingPolicy, NotFinitePolicy, RollbackPolicy, SkipPolicy, StopPolicy
+from hvdlarge.resilience.nonfinite import (
+    DeferredCheck,
+    LossScalingPolicy,
+    NonFinitePolicy,
+    RollbackPolicy,
+    SkipPolicy,
+    StopPolicy,
+)
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 
-def choose_device(tensors: TensorWire) -> torch.device:
+def choose_device(tensors: Collectives) -> torch.device:
     """The GPU of this worker's number on its host, or the CPU of a host without GPUs.
 
     Raises:
-        WrongEnvironment: if Horovod cannot use the GPUs, or there are fewer of them than workers on this host.
+        InvalidEnvironmentError: if Horovod cannot use the GPUs, or there are fewer of them than workers on this host.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if not tensors.carries_gpu_tensors:
-        raise WrongEnvironment(
+        raise InvalidEnvironmentError(
             f"this host has {gpus} GPUs, but its Horovod was built without CUDA: build it again with CUDA_HOME set (and "
             "HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     # A launcher that gives each worker a GPU of its own shows it that one alone; whether it did, `check_gpus` finds out.
     if 1 < gpus < tensors.local_size and tensors.needs_own_gpus:
-        raise WrongEnvironment(f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU")
+        raise InvalidEnvironmentError(
+            f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU"
+        )
     device = torch.device("cuda", tensors.local_rank % gpus)
     torch.cuda.set_device(device)
     return device
 
 
-def check_gpus(device: torch.device, control: ControlWire, tensors: TensorWire) -> list[str]:
+def check_gpus(device: torch.device, control: ControlChannel, tensors: Collectives) -> list[str]:
     """See whether each worker has a GPU of its own; what the user may not expect. Every rank calls this together.
 
     Raises:
-        WrongEnvironment: on every rank alike, if workers share a GPU and their sums go over NCCL, which cannot serve that.
+        InvalidEnvironmentError: on every rank alike, if workers share a GPU and their sums go over NCCL, which cannot serve that.
     """
     own = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
     places = [message.decode() for message in control.allgather(f"{socket.gethostname()} {own}".encode() if own else b"")]
@@ -74,7 +83,7 @@ def check_gpus(device: torch.device, control: ControlWire, tensors: TensorWire) 
         return []
     ranks = f"ranks {shared[0]} and {shared[1]} have the same GPU ({places[shared[0]]})"
     if tensors.needs_own_gpus:
-        raise WrongEnvironment(
+        raise InvalidEnvironmentError(
             f"{ranks}, and NCCL needs one for each worker: start at most one worker for each GPU, and let the launcher show each "
             "worker its own one, or all of them to all (CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES)"
         )
@@ -141,7 +150,7 @@ def build_learning(
     model: sections.Model,
     loss: sections.Loss,
     optimizer: sections.Optimizer,
-    arithmetic: Arithmetic,
+    arithmetic: Precision,
     seed: int,
 ) -> Built:
     """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on the seed only.
@@ -210,11 +219,11 @@ def largest_micro_batch(
     plan: Plan,
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
-    arithmetic: Arithmetic,
+    arithmetic: Precision,
     training_set: Any,
     data: sections.Data,
     channels_last: bool,
-    control: ControlWire,
+    control: ControlChannel,
 ) -> int:
     """How many samples fit at once on every worker's GPU, tried out with the set's first one. Every rank calls this together.
 
@@ -226,7 +235,7 @@ def largest_micro_batch(
     def found() -> int:
         # From a loader process where there are some: a set that opens its files late must not do so in this one.
         processes = 0 if reads_batches(training_set) else min(1, data.num_workers)
-        fetch = Fetch(training_set, 0, shuffled=False)
+        fetch = MicroBatchDataset(training_set, 0, shuffled=False)
         _, *first = next(iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor)))
         first = [_moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in first]
 
@@ -235,7 +244,7 @@ def largest_micro_batch(
 
         return memory.largest_micro_batch(model, loss, arithmetic, samples, share)
 
-    mine = all_or_none(control, found)
+    mine = raise_on_all_ranks(control, found)
     least = min(int(answer) for answer in control.allgather(b"%d" % mine))
     if least == 0:
         raise OutOfMemory(
@@ -244,19 +253,19 @@ def largest_micro_batch(
     return least
 
 
-def join_learning(
+def build_replica(
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    arithmetic: Arithmetic,
+    arithmetic: Precision,
     gradients: sections.Gradients,
     groups: int | None,
     channels_last: bool,
-    control: ControlWire,
-    tensors: TensorWire,
+    control: ControlChannel,
+    tensors: Collectives,
     seed: int,
     exact: bool,
-) -> Learner:
+) -> Replica:
     """Give every worker rank 0's weights and put the sum over workers before the update. Every rank calls this together.
 
     Args:
@@ -275,23 +284,23 @@ def join_learning(
     modules = trained_modules(model, loss)
     share_state(modules, control, tensors)
     named = named_parameters(optimizer.param_groups)
-    update: SummedUpdate
+    update: DistributedOptimizer
     kind: type[RunningStatistics]
     if exact:
-        update, kind = ExactUpdate(optimizer, tensors.gather, control.rank, control.size), ExactStatistics
+        update, kind = ExactOptimizer(optimizer, tensors.gather, control.rank, control.size), ExactStatistics
     else:
-        update = tensors.summed_update(optimizer, named, gradients.compression == "fp16", groups)
+        update = tensors.distributed_optimizer(optimizer, named, gradients.compression == "fp16", groups)
         kind = RunningStatistics
     statistics = kind(modules, control.rank, control.size, tensors.gather)
     _go_one_way(update.optimizer, control)
-    return Learner(
+    return Replica(
         model=model,
         loss=loss,
         modules=modules,
         update=update,
         statistics=statistics,
         arithmetic=arithmetic,
-        scale=LossScale(scale_for_compression(gradients.compression, control.size)),
+        scale=LossScaler(scale_for_compression(gradients.compression, control.size)),
         clip_norm=gradients.clip_norm,
         zero_if_missing=gradients.missing == "zero",
         to_device=device_mover(arithmetic, channels_last),
@@ -301,7 +310,7 @@ def join_learning(
     )
 
 
-def share_state(modules: Modules, control: ControlWire, tensors: TensorWire) -> None:
+def share_state(modules: Modules, control: ControlChannel, tensors: Collectives) -> None:
     """Give every worker rank 0's parameters, buffers and extra state. Every rank calls this together."""
     tensors.broadcast_([*((name, value.detach()) for name, value in every_parameter(modules)), *named_buffers(modules)])
     extra = extra_states(modules)
@@ -311,8 +320,8 @@ def share_state(modules: Modules, control: ControlWire, tensors: TensorWire) -> 
         set_extra_states(modules, unpack(message))
 
 
-def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlWire) -> None:
-    """Move the weights tensor by tensor on every GPU, if one of them cannot do it together. Every rank calls this together."""
+def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlChannel) -> None:
+    """MomentumStep the weights tensor by tensor on every GPU, if one of them cannot do it together. Every rank calls this together."""
     if not isinstance(optimizer, LARS):
         return
     reasons = [message.decode() for message in control.allgather((optimizer.reason_against_gpu() or "").encode())]
@@ -324,7 +333,7 @@ def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlWire) -> None:
 
 def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for every other."""
-    fetch = Fetch(training_set, seed, shuffled=True)
+    fetch = MicroBatchDataset(training_set, seed, shuffled=True)
     if reads_batches(training_set):
         return TensorLoader(fetch)
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
@@ -340,16 +349,16 @@ def build_evaluation(
     return Evaluation(test_set, len(test_set), evaluate.micro_batch, rank, world_size, num_workers, data.prefetch_factor)
 
 
-def test_samples(data: sections.Data, evaluate: sections.Evaluate, test_set: Any) -> Callable[[], Iterable[Loaded]]:
+def test_samples(data: sections.Data, evaluate: sections.Evaluate, test_set: Any) -> Callable[[], Iterable[LoadedMicroBatch]]:
     """What reads the first micro-batch of a test set twice; from a loader process where there are some."""
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
     processes = 0 if reads_batches(test_set) else min(1, data.num_workers)
-    loader = make_dataloader(Fetch(test_set, 0, shuffled=False), [first, first], processes, data.prefetch_factor)
+    loader = make_dataloader(MicroBatchDataset(test_set, 0, shuffled=False), [first, first], processes, data.prefetch_factor)
     return lambda: loader
 
 
 def build_feed(
-    data: sections.Data, plan: Plan, control: ControlWire, controller: Controller | None, loader: Loader
+    data: sections.Data, plan: Plan, control: ControlChannel, controller: Controller | None, loader: Loader
 ) -> DecisionFeed:
     """The decisions of a run, as many steps ahead as the loader can use; `controller` is rank 0's."""
     ahead = data.prefetch_steps or max(1, data.num_workers * data.prefetch_factor)
@@ -361,7 +370,7 @@ def build_feed(
     return DecisionFeed(control, controller, ahead, announce)
 
 
-def build_policy(not_finite: Any, state: RunState, learner: Learner) -> NotFinitePolicy:
+def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFinitePolicy:
     """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
     policy: StopPolicy | SkipPolicy | RollbackPolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
@@ -374,10 +383,10 @@ def build_policy(not_finite: Any, state: RunState, learner: Learner) -> NotFinit
         return LossScalingPolicy(policy, learner.scale, state)
     if isinstance(policy, SkipPolicy) or waits_for_norms(learner.update.optimizer):
         return policy
-    return JudgedLate(policy)
+    return DeferredCheck(policy)
 
 
-def device_mover(arithmetic: Arithmetic, channels_last: bool) -> Callable[[Any], Any]:
+def device_mover(arithmetic: Precision, channels_last: bool) -> Callable[[Any], Any]:
     """What brings inputs or targets to the device, their floats in the type of the weights."""
     return lambda batch: _moved(batch, arithmetic.device, arithmetic.weights, channels_last)
 

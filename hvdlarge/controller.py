@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from hvdlarge.comm.interfaces import ControlWire
+from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.schedule.decision import DECISION_BYTES, Decision
-from hvdlarge.schedule.plan import Plan, Position
+from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.warmup import StageStart
 
 
 class Controller:
     """Decides one step after the other, from a position to the last sample of the run."""
 
-    def __init__(self, plan: Plan, position: Position | None = None) -> None:
-        position = position or Position()
+    def __init__(self, plan: Plan, position: RunProgress | None = None) -> None:
+        position = position or RunProgress()
         self._plan = plan
         self._step = position.step
         self._samples_seen = position.samples_seen
@@ -56,9 +56,9 @@ class Controller:
         self._samples_seen += global_batch
         return decision
 
-    def position_after(self, followed: Decision) -> Position:
+    def position_after(self, followed: Decision) -> RunProgress:
         """Where the run stands once `followed`, a decision given earlier, has been acted on."""
-        return Position(
+        return RunProgress(
             step=followed.step + 1,
             samples_seen=followed.samples_seen + followed.global_batch,
             stages=tuple(self._stages[: followed.stage + 1]),
@@ -66,9 +66,9 @@ class Controller:
             lr_factor=self._lr_factor,
         )
 
-    def final_position(self) -> Position:
+    def final_position(self) -> RunProgress:
         """Where the run stands when everything that was decided has been followed."""
-        return Position(self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor)
+        return RunProgress(self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor)
 
 
 class DecisionFeed:
@@ -83,7 +83,7 @@ class DecisionFeed:
 
     def __init__(
         self,
-        control: ControlWire,
+        control: ControlChannel,
         controller: Controller | None,
         ahead: int,
         announce: Callable[[Decision], None],

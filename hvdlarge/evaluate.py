@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from hvdlarge.comm.interfaces import TensorWire
+from hvdlarge.comm.interfaces import Collectives
 from hvdlarge.data import seeds
-from hvdlarge.data.loader import Fetch, Loaded, make_dataloader
+from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.replica import Learner
-from hvdlarge.resilience.out_of_memory import told_what_to_change
+from hvdlarge.replica import Replica
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 
 
@@ -39,13 +39,13 @@ class Evaluation:
         num_workers: int,
         prefetch_factor: int,
     ) -> None:
-        fetch = Fetch(dataset, seed=0, shuffled=False)
+        fetch = MicroBatchDataset(dataset, seed=0, shuffled=False)
         mine: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
         self._size = size
-        self._loader: Iterable[Loaded] = make_dataloader(fetch, mine, num_workers, prefetch_factor)
+        self._loader: Iterable[LoadedMicroBatch] = make_dataloader(fetch, mine, num_workers, prefetch_factor)
 
     @torch.no_grad()
-    def run(self, learner: Learner, tensors: TensorWire) -> dict[str, float]:
+    def run(self, learner: Replica, tensors: Collectives) -> dict[str, float]:
         """Evaluate the model as it stands. Every rank calls this together, with the running statistics gathered.
 
         Returns:
@@ -60,7 +60,7 @@ class Evaluation:
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same in every evaluation.
             seed_all(seeds.key(learner.seed, seeds.EVALUATION, micro_batch.start))
             with (
-                told_what_to_change(f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"),
+                explain_out_of_memory(f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"),
                 learner.arithmetic.autocast(),
             ):
                 outputs = learner.model(learner.to_device(inputs))

@@ -1,7 +1,7 @@
 """How a run ends: the exit codes, and the one way in which every rank leaves together.
 
 Source:   DESIGN of this project, section 8. Under MPI a rank that leaves alone makes the launcher's code a race, so there
-          are two ways only: all ranks raise the same `RunEnds`, or one rank aborts the whole run with a code.
+          are two ways only: all ranks raise the same `RunExit`, or one rank aborts the whole run with a code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WRONG_JOB = 2
 WRONG_ENVIRONMENT = 3
 INTERNAL_ERROR = 70
 RANKS_DISAGREE = 71
-HANGS = 72
+HUNG = 72
 DIVERGED = 73
 CANNOT_SAVE = 74
 STOPPED = 75
@@ -22,43 +22,43 @@ LOST_RANK = 76
 BAD_CHECKPOINT = 77
 
 
-class RunEnds(Exception):
+class RunExit(Exception):
     """The run ends here, on every rank alike; the message is for the user, in one piece."""
 
     code = INTERNAL_ERROR
 
 
-class JobError(RunEnds):
+class JobError(RunExit):
     """The job file or the command line is wrong."""
 
     code = WRONG_JOB
 
 
-class WrongEnvironment(RunEnds):
+class InvalidEnvironmentError(RunExit):
     """The machine cannot carry the run."""
 
     code = WRONG_ENVIRONMENT
 
 
-class RanksDisagree(RunEnds):
+class RanksDisagreeError(RunExit):
     """The ranks do not run the same thing."""
 
     code = RANKS_DISAGREE
 
 
-class Diverged(RunEnds):
+class DivergedError(RunExit):
     """Training is no longer finite."""
 
     code = DIVERGED
 
 
-class CannotSave(RunEnds):
+class CheckpointWriteError(RunExit):
     """A checkpoint, or another file of the run, could not be written."""
 
     code = CANNOT_SAVE
 
     @classmethod
-    def of(cls, what: str, folder: Path, error: BaseException, left: str) -> CannotSave:
+    def of(cls, what: str, folder: Path, error: BaseException, left: str) -> CheckpointWriteError:
         """The end of a run that could not write `what` below `folder`.
 
         Args:
@@ -76,17 +76,17 @@ class CannotSave(RunEnds):
         return cls(f"{what} could not be written ({reason}); {free} bytes are free there; {left}")
 
 
-class Stopped(RunEnds):
+class Stopped(RunExit):
     """The run was asked to stop and left a checkpoint: the same command goes on with it."""
 
     code = STOPPED
 
 
-class BadCheckpoint(RunEnds):
+class CheckpointError(RunExit):
     """A checkpoint is damaged or belongs to another job."""
 
     code = BAD_CHECKPOINT
 
 
 class OutOfMemory(Exception):
-    """Memory ran out on one rank, which ends the run for all; the message says what to change. No RunEnds: it is raised alone."""
+    """Memory ran out on one rank, which ends the run for all; the message says what to change. No RunExit: it is raised alone."""

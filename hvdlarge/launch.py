@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from hvdlarge import exits
 from hvdlarge.config.job_file import read_job
-from hvdlarge.telemetry.console import complain, say
+from hvdlarge.telemetry.console import print_error, print_status
 
 # A rank hung or was lost: it, or its host, is worth another try. 134, 137, 139: abort, kill and segmentation fault of a rank.
-_TRY_AGAIN = frozenset([exits.HANGS, exits.LOST_RANK, 134, 137, 139])
+_TRY_AGAIN = frozenset([exits.HUNG, exits.LOST_RANK, 134, 137, 139])
 _NO_PROGRESS_LIMIT = 3
 _PAUSE_SECONDS = 1.0  # before a restart; doubles while there is no progress
 
@@ -112,13 +112,13 @@ class Launcher:
             without_progress = 0 if self._progress() > before else without_progress + 1
             restarts += 1
             if without_progress >= _NO_PROGRESS_LIMIT:
-                complain(f"the last {_NO_PROGRESS_LIMIT} starts came no further (exit code {code}): not started again")
+                print_error(f"the last {_NO_PROGRESS_LIMIT} starts came no further (exit code {code}): not started again")
                 return code
             if restarts > self._max_restarts:
-                complain(f"exit code {code} after {self._max_restarts} restarts: not started again")
+                print_error(f"exit code {code} after {self._max_restarts} restarts: not started again")
                 return code
             pause = _PAUSE_SECONDS * 2**without_progress
-            say(f"launch: exit code {code}; restart {restarts} from the last checkpoint in {pause:g} s")
+            print_status(f"launch: exit code {code}; restart {restarts} from the last checkpoint in {pause:g} s")
             self._sleep(pause)
             if self._asked is not None:
                 return code
@@ -133,12 +133,12 @@ class Launcher:
         if self._hosts is not None:
             hosts = self._hosts()
             workers, where = min(workers, hosts.slots), ["--host", hosts.value]
-            say(f"launch: {workers} workers on {hosts.value}")
+            print_status(f"launch: {workers} workers on {hosts.value}")
         command = [*self._mpirun, "-np", str(workers), *where, *self._command]
         try:
             process = subprocess.Popen(command, start_new_session=True, preexec_fn=_stop_with_parent)
         except FileNotFoundError:
-            complain(f"{command[0]} is not on PATH; install an MPI, or name its launcher with --mpirun")
+            print_error(f"{command[0]} is not on PATH; install an MPI, or name its launcher with --mpirun")
             return exits.WRONG_ENVIRONMENT
         return self._watch(process)
 
@@ -155,11 +155,13 @@ class Launcher:
                 continue
             waited = time.monotonic() - self._asked_at
             if told == 0:
-                say(f"launch: {self._asked}: the run is asked to stop with a checkpoint (at most {self._grace_seconds:g} s)")
+                print_status(
+                    f"launch: {self._asked}: the run is asked to stop with a checkpoint (at most {self._grace_seconds:g} s)"
+                )
                 process.send_signal(signal.SIGUSR1)  # mpirun hands it to every rank, unlike SIGTERM, which kills them after 1 s
                 told = 1
             elif told == 1 and waited > self._grace_seconds:
-                complain("the grace time is over: the run is ended without a further checkpoint")
+                print_error("the grace time is over: the run is ended without a further checkpoint")
                 _signal_group(process, signal.SIGTERM)
                 told = 2
             elif told == 2 and waited > self._grace_seconds + 5:
@@ -232,8 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lambda: checkpointed_steps(folder),
         )
         return launcher.run()
-    except exits.RunEnds as end:
-        complain(str(end))
+    except exits.RunExit as end:
+        print_error(str(end))
         return end.code
 
 

@@ -10,28 +10,28 @@ from dataclasses import dataclass, field
 import torch
 
 from hvdlarge.checkpoint.saver import Saver
-from hvdlarge.comm.interfaces import ControlWire, TensorWire
-from hvdlarge.comm.rank_checks import all_or_none, on_rank_0, same_everywhere
+from hvdlarge.comm.interfaces import Collectives, ControlChannel
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, on_rank_0, raise_on_all_ranks
 from hvdlarge.controller import Controller, DecisionFeed
-from hvdlarge.data.loader import Loaded, Loader
+from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import Diverged, JobError, Stopped
-from hvdlarge.reduction.batch_norm import ModeChanged
-from hvdlarge.replica import Learner
-from hvdlarge.resilience.buffer_guard import RestingState
-from hvdlarge.resilience.consistency import StepAgreement
+from hvdlarge.exits import DivergedError, JobError, Stopped
+from hvdlarge.reduction.batch_norm import ModeChangedError
+from hvdlarge.replica import Replica
+from hvdlarge.resilience.buffer_guard import BufferGuard
+from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.digest import combined, named_state, tensor_digests
-from hvdlarge.resilience.nonfinite import NotFinitePolicy
-from hvdlarge.resilience.out_of_memory import smaller_micro_batch, told_what_to_change
+from hvdlarge.resilience.nonfinite import NonFinitePolicy
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.schedule.plan import Plan, Position
+from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import marks_reached
 from hvdlarge.step import StepOutcome, train_step
 from hvdlarge.telemetry.run_log import RunLog
 from hvdlarge.telemetry.timers import PhaseTimers
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,29 @@ class Cadence:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoopComponents:
     """The objects of a run, on one rank."""
 
-    control: ControlWire
-    tensors: TensorWire
+    control: ControlChannel
+    tensors: Collectives
     plan: Plan
     controller: Controller | None  # rank 0's; None elsewhere
     feed: DecisionFeed
     loader: Loader
-    learner: Learner
+    learner: Replica
     evaluation: Evaluation | None
-    agreement: StepAgreement
-    policy: NotFinitePolicy
+    agreement: ConsistencyCheck
+    policy: NonFinitePolicy
     saver: Saver
     stop: StopRequest
     watchdog: Watchdog
     cadence: Cadence
     log: RunLog | None  # rank 0's; None elsewhere
     unlike: bool = False  # whether the ranks round differently
-    resting: RestingState = field(default_factory=RestingState)
+    resting: BufferGuard = field(default_factory=BufferGuard)
 
 
-def train(parts: Parts, state: RunState) -> None:
+def train(parts: LoopComponents, state: TrainState) -> None:
     """Follow every decision to the end of the run. Every rank calls this together.
 
     Args:
@@ -75,7 +75,7 @@ def train(parts: Parts, state: RunState) -> None:
 
     Raises:
         Stopped: on every rank alike, when a stop was asked for; a checkpoint is on disk.
-        Diverged, RanksDisagree, CannotSave, JobError: on every rank alike.
+        DivergedError, RanksDisagreeError, CheckpointWriteError, JobError: on every rank alike.
         RollBack: on every rank alike, by the job's policy.
     """
     timed = PhaseTimers()
@@ -97,9 +97,9 @@ def train(parts: Parts, state: RunState) -> None:
         digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
         where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
         try:
-            with told_what_to_change(where, smaller_micro_batch(decision.micro_batch, decision.global_batch)):
+            with explain_out_of_memory(where, oom_hint(decision.micro_batch, decision.global_batch)):
                 outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
-        except ModeChanged as error:
+        except ModeChangedError as error:
             raise JobError(f"model.name: {error}") from None
         if compare:
             parts.resting.refuse_changes(parts.control, parts.learner)
@@ -126,11 +126,11 @@ def train(parts: Parts, state: RunState) -> None:
             )
 
 
-def record(parts: Parts, state: RunState, decision: Decision, outcome: StepOutcome, timed: PhaseTimers) -> None:
+def record(parts: LoopComponents, state: TrainState, decision: Decision, outcome: StepOutcome, timed: PhaseTimers) -> None:
     """Measure and write down the step's loss where the cadence asks for it. Every rank calls this together.
 
     Raises:
-        Diverged, RollBack: on every rank alike, where the step was applied though its loss is not finite.
+        DivergedError, RollBack: on every rank alike, where the step was applied though its loss is not finite.
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
@@ -150,7 +150,7 @@ def record(parts: Parts, state: RunState, decision: Decision, outcome: StepOutco
         parts.policy.judge_loss(decision, loss)
 
 
-def evaluate(parts: Parts, state: RunState, decision: Decision, timed: PhaseTimers) -> bool:
+def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed: PhaseTimers) -> bool:
     """Evaluate where the cadence asks for it. Every rank calls this together.
 
     Returns:
@@ -172,17 +172,19 @@ def evaluate(parts: Parts, state: RunState, decision: Decision, timed: PhaseTime
         parts.log.evaluated(found)
     if not math.isfinite(found["test_loss"]):
         loss = found["test_loss"]
-        raise Diverged(f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer")
+        raise DivergedError(f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer")
     return parts.saver.is_best(state, decision, found)
 
 
-def save(parts: Parts, state: RunState, position: Position | None, cut: bool, best: bool, in_cadence: bool, wait: bool) -> None:
+def save(
+    parts: LoopComponents, state: TrainState, position: RunProgress | None, cut: bool, best: bool, in_cadence: bool, wait: bool
+) -> None:
     """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank calls this together.
 
     Args and errors are those of `Saver.save`; further:
 
     Raises:
-        RanksDisagree, Diverged: on every rank alike.
+        RanksDisagreeError, DivergedError: on every rank alike.
     """
     parts.policy.settle(parts.learner)
     if parts.unlike:
@@ -192,48 +194,48 @@ def save(parts: Parts, state: RunState, position: Position | None, cut: bool, be
     parts.resting.refuse_changes(parts.control, parts.learner)
     not_finite = [name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()]
     if not_finite:
-        raise Diverged(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
+        raise DivergedError(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
     if parts.log is not None:
         state.train_seconds = parts.log.seconds
-    all_or_none(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait), name_ranks=False)
+    raise_on_all_ranks(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait), name_ranks=False)
 
 
-def check_files(parts: Parts) -> None:
-    """Raise CannotSave if the last checkpoint or a log could not be written. Rank 0 alone."""
+def check_files(parts: LoopComponents) -> None:
+    """Raise CheckpointWriteError if the last checkpoint or a log could not be written. Rank 0 alone."""
     parts.saver.finish()
     if parts.log is not None:
         parts.log.check()
 
 
-def shared_state(learner: Learner) -> dict[str, torch.Tensor]:
+def shared_state(learner: Replica) -> dict[str, torch.Tensor]:
     """Each tensor that must be the same on every rank, by name."""
     partial = learner.statistics.partial_buffers()
     return named_state(learner.modules, learner.update.optimizer, learner.names, partial)
 
 
-def digests(learner: Learner) -> dict[str, int]:
+def digests(learner: Replica) -> dict[str, int]:
     """A digest of each tensor that must be the same on every rank."""
     return tensor_digests(shared_state(learner))
 
 
-def take_over(learner: Learner, tensors: TensorWire) -> None:
+def take_over(learner: Replica, tensors: Collectives) -> None:
     """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every rank calls this together."""
     tensors.broadcast_(list(shared_state(learner).items()))
 
 
-def compare_states(control: ControlWire, learner: Learner) -> None:
+def compare_states(control: ControlChannel, learner: Replica) -> None:
     """Hold the states of all ranks against each other. Every rank calls this together.
 
     Raises:
-        RanksDisagree: on every rank alike, naming the first differing tensor.
+        RanksDisagreeError: on every rank alike, naming the first differing tensor.
     """
     mine = digests(learner)
     heard = control.allgather(combined(mine).to_bytes(8, "little"))
     if len(set(heard)) > 1:
-        same_everywhere(control, mine, "weights, buffers and optimizer state (by digest)")
+        check_equal_across_ranks(control, mine, "weights, buffers and optimizer state (by digest)")
 
 
-def timed_fetch(parts: Parts, count: int, timed: PhaseTimers) -> Iterator[Loaded]:
+def timed_fetch(parts: LoopComponents, count: int, timed: PhaseTimers) -> Iterator[LoadedMicroBatch]:
     """The loader's next `count` micro-batches; the time spent waiting for them counts as the phase fetch."""
     fetched = parts.loader.fetch(count)
     for _ in range(count):

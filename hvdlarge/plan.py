@@ -19,11 +19,11 @@ from hvdlarge.config import yaml_source
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import read_job
 from hvdlarge.config.json_schema import job_schema
-from hvdlarge.config.planning import Measured, curve_of, on_paper, plan_run, training_samples
+from hvdlarge.config.planning import Measured, curve_of, estimate, plan_run, training_samples
 from hvdlarge.controller import Controller
 from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
 from hvdlarge.schedule.plan import Plan
-from hvdlarge.telemetry.console import complain
+from hvdlarge.telemetry.console import print_error
 from hvdlarge.telemetry.run_log import decision_line
 
 
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.job is None:
             raise exits.JobError("command line: name a job file")
         return _plan(options)
-    except exits.RunEnds as end:
-        complain(str(end))
+    except exits.RunExit as end:
+        print_error(str(end))
         return end.code
 
 
@@ -71,7 +71,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.compare is not None:
         jobs.append(read_job(options.compare))
     plans = [_plan_of(job, options) for job in jobs]
-    papers = [on_paper(job, plan, measured, allreduce) for job, plan in zip(jobs, plans, strict=True)]
+    papers = [estimate(job, plan, measured, allreduce) for job, plan in zip(jobs, plans, strict=True)]
     if options.plot is not None:
         draw(Path(options.plot), [(job.name, plan) for job, plan in zip(jobs, plans, strict=True)])
     if options.decisions is not None:

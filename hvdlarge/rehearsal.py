@@ -27,18 +27,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvdlarge.comm.interfaces import ControlWire
-from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
+from hvdlarge.comm.interfaces import ControlChannel
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.planning import stages_of
 from hvdlarge.data import seeds
-from hvdlarge.data.loader import Loaded, Loader
+from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.exits import JobError, RunEnds
+from hvdlarge.exits import JobError, RunExit
 from hvdlarge.models.state import Modules, extra_states, named_modules, named_parameters, pack, saved_tensors, trained_modules
-from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.optim.precision import Precision
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.resilience.digest import tensor_digests
-from hvdlarge.resilience.out_of_memory import is_out_of_memory, smaller_micro_batch, told_what_to_change
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
@@ -50,12 +50,12 @@ def rehearse(
     plan: Plan,
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
-    arithmetic: Arithmetic,
+    arithmetic: Precision,
     to_device: Callable[[Any], Any],
     loader: Loader,
-    test_samples: Callable[[], Iterable[Loaded]] | None,
+    test_samples: Callable[[], Iterable[LoadedMicroBatch]] | None,
     seed: int,
-    control: ControlWire,
+    control: ControlChannel,
 ) -> bool:
     """Rehearse the first samples of a run. Every rank calls this together, before the first decision is announced.
 
@@ -76,15 +76,15 @@ def rehearse(
     Raises:
         JobError: on every rank alike, for what Rehearsal refuses, for samples that cannot be read, and for samples that differ
             when they are read again.
-        RanksDisagree: on every rank alike, if the ranks read different samples.
+        RanksDisagreeError: on every rank alike, if the ranks read different samples.
     """
     sizes = _sizes(plan)
-    loaded = all_or_none(control, lambda: _read(loader, sizes))
+    loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))
     if test_samples is not None:
-        all_or_none(control, lambda: _read_again(test_samples, "test set"))
+        raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     samples = {"inputs": fingerprint(loaded[0].inputs), "targets": fingerprint(loaded[0].targets)}
     hint = f"do all hosts have the same files, listed in the same order? The first {sizes.first} of the run were compared"
-    same_everywhere(control, samples, f"training samples ({hint}, by a digest)")
+    check_equal_across_ranks(control, samples, f"training samples ({hint}, by a digest)")
 
     def passes() -> Outcome:
         trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
@@ -93,9 +93,9 @@ def rehearse(
             trial.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         return outcome
 
-    advice = smaller_micro_batch(sizes.first, plan.initial_batch)
-    with told_what_to_change(f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice):
-        outcome = all_or_none(control, passes)
+    advice = oom_hint(sizes.first, plan.initial_batch)
+    with explain_out_of_memory(f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice):
+        outcome = raise_on_all_ranks(control, passes)
     return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
 
 
@@ -124,7 +124,7 @@ def _sizes(plan: Plan) -> _Sizes:
     return min(found, key=lambda sizes: sizes.smallest)._replace(first=found[0].first)
 
 
-def _read(loader: Loader, sizes: _Sizes) -> list[Loaded]:
+def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
     """The run's first micro-batch, and one of the smallest size where that is smaller.
 
     Raises:
@@ -135,12 +135,12 @@ def _read(loader: Loader, sizes: _Sizes) -> list[Loaded]:
     return _read_again(lambda: loader.fetch(len(wanted)), "training set")
 
 
-def _read_again(read: Callable[[], Iterable[Loaded]], what: str) -> list[Loaded]:
+def _read_again(read: Callable[[], Iterable[LoadedMicroBatch]], what: str) -> list[LoadedMicroBatch]:
     """What `read` gives, but for the second, which must be like the first."""
     try:
         first, again, *others = read()
     except Exception as error:
-        if isinstance(error, RunEnds) or is_out_of_memory(error):
+        if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
         raise JobError(f"data.name: the first samples of the {what} cannot be read: {describe(error)}") from None
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
@@ -175,7 +175,7 @@ class Rehearsal:
         self,
         model: torch.nn.Module,
         loss: Callable[[Any, Any], torch.Tensor],
-        arithmetic: Arithmetic,
+        arithmetic: Precision,
         to_device: Callable[[Any], Any],
         key: int,
     ) -> None:
@@ -423,14 +423,14 @@ def _users(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunEnds) or is_out_of_memory(error):
+        if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
         raise JobError(f"model.name: {what} does not go through model and loss: {describe(error)}") from None
 
 
 @torch.no_grad()
 def _move(layers: list[NormLayer]) -> list[torch.Tensor]:
-    """Move the running statistics and the counts; δ of each mean and variance."""
+    """MomentumStep the running statistics and the counts; δ of each mean and variance."""
     moved = []
     for layer in layers:
         mean, var = layer.averages

@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from hvdlarge.comm.interfaces import SummedUpdate
+from hvdlarge.comm.interfaces import DistributedOptimizer
 from hvdlarge.models.state import Modules
-from hvdlarge.optim.precision import Arithmetic, LossScale
+from hvdlarge.optim.precision import LossScaler, Precision
 from hvdlarge.reduction.batch_norm import RunningStatistics
 
 
 @dataclass(frozen=True)
-class Learner:
+class Replica:
     """What learns, on one worker."""
 
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch; a module's parameters are trained too
     modules: Modules  # both, the loss where it is a module
-    update: SummedUpdate
+    update: DistributedOptimizer
     statistics: RunningStatistics
-    arithmetic: Arithmetic
-    scale: LossScale
+    arithmetic: Precision
+    scale: LossScaler
     clip_norm: float | None  # of all mean gradients together
     to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the type of the weights
     names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order

@@ -19,19 +19,19 @@ from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.checkpoint.saver import Saver
 from hvdlarge.comm.environment import host, versions
-from hvdlarge.comm.interfaces import ControlWire, TensorWire
+from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.launcher import Launch, cores_per_worker
-from hvdlarge.comm.rank_checks import all_or_none, on_rank_0, same_everywhere
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, on_rank_0, raise_on_all_ranks
 from hvdlarge.config.job import Job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
 from hvdlarge.exits import Stopped
-from hvdlarge.loop import Cadence, Parts, save, train
+from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import trained_modules
-from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.optim.precision import Precision
 from hvdlarge.rehearsal import rehearse
-from hvdlarge.replica import Learner
+from hvdlarge.replica import Replica
 from hvdlarge.reporting.describe import (
     batch_line,
     model_line,
@@ -42,34 +42,34 @@ from hvdlarge.reporting.describe import (
     update_notes,
     world_line,
 )
-from hvdlarge.resilience.consistency import StepAgreement
+from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.schedule.plan import Plan, Position
-from hvdlarge.telemetry.console import say
+from hvdlarge.schedule.plan import Plan, RunProgress
+from hvdlarge.telemetry.console import print_status
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 
 @dataclass(frozen=True)
-class Worker:
+class RankContext:
     """What this rank has at hand before it looks at the job."""
 
     launch: Launch | None  # None without a launcher
     settings: Mapping[str, str]  # what was set in the environment for MPI and Horovod
-    control: ControlWire
-    tensors: TensorWire
+    control: ControlChannel
+    tensors: Collectives
     watchdog: Watchdog
     stop: StopRequest
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class Components:
     """What a job names, built on this rank alone; every rank's are alike."""
 
-    arithmetic: Arithmetic
+    arithmetic: Precision
     training_set: Any
     test_set: Any  # or None
     sizes: Mapping[str, int | None]  # of both, in samples
@@ -81,7 +81,7 @@ class Ingredients:
     unlike: bool = False  # whether the ranks round differently
 
 
-def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
+def run(job: Job, job_file: Path, fresh: bool, worker: RankContext) -> None:
     """Train a job to its end, or to where it is stopped. Every rank calls this together.
 
     Args:
@@ -91,14 +91,14 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
         worker: this rank.
 
     Raises:
-        RunEnds: on every rank alike, for every end that has an exit code of its own.
+        RunExit: on every rank alike, for every end that has an exit code of its own.
     """
     control = worker.control
     hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
     cores = cores_per_worker([(other["host"], other["cores"]) for other in hosts], control.rank)
     exact = job.reduction == "exact"
     _settle_torch(1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32")
-    found = gather_ingredients(job, control, worker.tensors, worker.watchdog)
+    found = build_components(job, control, worker.tensors, worker.watchdog)
     loader = build.build_loader(job.data, found.training_set, job.seed)
     try:
         found = _rehearse(job, found, loader, worker)
@@ -107,7 +107,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: Worker) -> None:
         loader.close()
 
 
-def _rehearse(job: Job, found: Ingredients, loader: Loader, worker: Worker) -> Ingredients:
+def _rehearse(job: Job, found: Components, loader: Loader, worker: RankContext) -> Components:
     to_device = build.device_mover(found.arithmetic, job.model.channels_last)
     read = None if found.test_set is None else build.test_samples(job.data, job.evaluate, found.test_set)
     with worker.watchdog.during("rehearse"):
@@ -127,15 +127,15 @@ def _train(
     job: Job,
     job_file: Path,
     fresh: bool,
-    worker: Worker,
-    found: Ingredients,
+    worker: RankContext,
+    found: Components,
     loader: Loader,
     hosts: Sequence[Mapping[str, Any]],
     cores: int,
 ) -> None:
     """What `run` does once everything that the job names is there and has been tried."""
     control, folder = worker.control, job.run_folder
-    facts = {"job": job.mathematics(), "data": found.sizes, "versions": versions(), "world_size": control.size}
+    facts = {"job": job.resume_signature(), "data": found.sizes, "versions": versions(), "world_size": control.size}
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
     length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
     modules = trained_modules(found.model, found.loss)
@@ -174,7 +174,7 @@ def _train(
 
 
 def _already_finished(
-    folder: Path, start: resume.Start | None, plan: Plan, position: Position, state: RunState, gradient_bytes: int
+    folder: Path, start: resume.Start | None, plan: Plan, position: RunProgress, state: TrainState, gradient_bytes: int
 ) -> None:
     """Leave a finished run alone, but for a summary that it did not come to write: it was killed behind its last checkpoint."""
     made_up = ""
@@ -184,34 +184,34 @@ def _already_finished(
         plan = replace(plan, world_size=start.found.world_size)
         write_summary(folder, summary_of(plan, state, position, state.train_seconds, None, gradient_bytes))
         made_up = ", and its summary.json, which was missing, is written"
-    say(f"already finished: {folder} holds this run, complete{made_up}; --fresh sets it aside and begins anew")
+    print_status(f"already finished: {folder} holds this run, complete{made_up}; --fresh sets it aside and begins anew")
 
 
-def gather_ingredients(job: Job, control: ControlWire, tensors: TensorWire, watchdog: Watchdog) -> Ingredients:
+def build_components(job: Job, control: ControlChannel, tensors: Collectives, watchdog: Watchdog) -> Components:
     """Build what the job names and hold it against the other ranks'. Every rank calls this together.
 
     Raises:
-        JobError, WrongEnvironment, RanksDisagree: on every rank alike.
+        JobError, InvalidEnvironmentError, RanksDisagreeError: on every rank alike.
     """
-    device = all_or_none(control, lambda: build.choose_device(tensors))
-    arithmetic = all_or_none(control, lambda: Arithmetic(job.precision, device))
+    device = raise_on_all_ranks(control, lambda: build.choose_device(tensors))
+    arithmetic = raise_on_all_ranks(control, lambda: Precision(job.precision, device))
     notes = build.check_gpus(device, control, tensors)
     with watchdog.during("data"):
-        training_set, test_set = all_or_none(control, lambda: build.load_data(job.data, job.seed))
+        training_set, test_set = raise_on_all_ranks(control, lambda: build.load_data(job.data, job.seed))
     sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
-    same_everywhere(control, sizes | {"device": device.type}, "data and devices")
-    plan = all_or_none(control, lambda: plan_run(job, len(training_set), control.size))
-    built = all_or_none(control, lambda: build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed))
+    check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
+    plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
+    built = raise_on_all_ranks(control, lambda: build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed))
     if job.batch.micro == "auto" and device.type == "cuda":
         largest = build.largest_micro_batch(
             plan, built.model, built.loss, arithmetic, training_set, job.data, job.model.channels_last, control
         )
         torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
         plan = replace(plan, largest_micro_batch=largest)
-    return Ingredients(arithmetic, training_set, test_set, sizes, plan, *built[:3], [*notes, *built.notes])
+    return Components(arithmetic, training_set, test_set, sizes, plan, *built[:3], [*notes, *built.notes])
 
 
-def _keep_cutting(found: Ingredients, state: RunState, world_size: int) -> tuple[Ingredients, list[str]]:
+def _keep_cutting(found: Components, state: TrainState, world_size: int) -> tuple[Components, list[str]]:
     """On as many workers as before, cut steps as before the interruption, if that still fits; and what is to be said of it."""
     largest, notes = found.plan.largest_micro_batch, []
     if largest is None:
@@ -225,9 +225,9 @@ def _keep_cutting(found: Ingredients, state: RunState, world_size: int) -> tuple
     return replace(found, plan=replace(found.plan, largest_micro_batch=largest)), notes
 
 
-def join(job: Job, found: Ingredients, control: ControlWire, tensors: TensorWire) -> Learner:
+def join(job: Job, found: Components, control: ControlChannel, tensors: Collectives) -> Replica:
     """Put the sum over all workers before the update. Every rank calls this together."""
-    return build.join_learning(
+    return build.build_replica(
         found.model,
         found.loss,
         found.optimizer,
@@ -244,15 +244,15 @@ def join(job: Job, found: Ingredients, control: ControlWire, tensors: TensorWire
 
 def follow(
     job: Job,
-    found: Ingredients,
-    worker: Worker,
-    learner: Learner,
+    found: Components,
+    worker: RankContext,
+    learner: Replica,
     loader: Loader,
     checkpoints: CheckpointFolder | None,
     facts: Mapping[str, Any],
     log: RunLog | None,
-    position: Position,
-    state: RunState,
+    position: RunProgress,
+    state: TrainState,
 ) -> None:
     """Follow the decisions from `position` to the end, by way of as many rollbacks as the job allows.
 
@@ -261,7 +261,7 @@ def follow(
     went_back = False
     while True:
         controller = Controller(found.plan, position) if worker.control.rank == 0 else None
-        parts = parts_of(job, found, worker, learner, loader, controller, checkpoints, facts, log, state)
+        parts = build_loop(job, found, worker, learner, loader, controller, checkpoints, facts, log, state)
         try:
             if went_back or (job.on_nonfinite.policy == "rollback" and position.step == 0):
                 # Something to go back to; and after going back, the lower rate must outlive an interruption.
@@ -282,14 +282,16 @@ def follow(
     on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, _gradient_bytes(job, learner)))
 
 
-def _finish(parts: Parts, state: RunState, controller: Controller | None, peak_memory: int, gradient_bytes: int) -> None:
+def _finish(
+    parts: LoopComponents, state: TrainState, controller: Controller | None, peak_memory: int, gradient_bytes: int
+) -> None:
     """Wait for the last checkpoint and write the summary. Rank 0 alone."""
     parts.saver.finish()
     if parts.log is not None and controller is not None:
         parts.log.finish(state, controller.final_position(), peak_memory, gradient_bytes)
 
 
-def _gradient_bytes(job: Job, learner: Learner) -> int:
+def _gradient_bytes(job: Job, learner: Replica) -> int:
     """What a worker sends in each step."""
     half = job.gradients.compression == "fp16"
     return sum(weight.numel() * (2 if half else weight.element_size()) for weight in learner.names)
@@ -302,18 +304,18 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def parts_of(
+def build_loop(
     job: Job,
-    found: Ingredients,
-    worker: Worker,
-    learner: Learner,
+    found: Components,
+    worker: RankContext,
+    learner: Replica,
     loader: Loader,
     controller: Controller | None,
     checkpoints: CheckpointFolder | None,
     facts: Mapping[str, Any],
     log: RunLog | None,
-    state: RunState,
-) -> Parts:
+    state: TrainState,
+) -> LoopComponents:
     """The objects that the loop works with; controller, checkpoints and log are rank 0's."""
     control, tensors = worker.control, worker.tensors
     saver = Saver(
@@ -331,7 +333,7 @@ def parts_of(
         goes_back=job.on_nonfinite.policy == "rollback",
     )
     asks = functools.partial(_wishes, worker.stop, saver, log)
-    return Parts(
+    return LoopComponents(
         control=control,
         tensors=tensors,
         plan=found.plan,
@@ -340,7 +342,7 @@ def parts_of(
         loader=loader,
         learner=learner,
         evaluation=build.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
-        agreement=StepAgreement(control, int(job.fingerprint()[:8], 16), asks),
+        agreement=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), asks),
         policy=build.build_policy(job.on_nonfinite, state, learner),
         saver=saver,
         stop=worker.stop,
@@ -351,7 +353,9 @@ def parts_of(
     )
 
 
-def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None, reason: RollBack) -> tuple[Position, RunState]:
+def _go_back(
+    parts: LoopComponents, state: TrainState, checkpoints: CheckpointFolder | None, reason: RollBack
+) -> tuple[RunProgress, TrainState]:
     """Bring every rank back to the last checkpoint, with a lower rate. Every rank calls this together."""
     control, tensors, rolled_back = parts.control, parts.tensors, state.rolled_back + 1
     on_rank_0(control, parts.saver.finish)
@@ -367,7 +371,7 @@ def _go_back(parts: Parts, state: RunState, checkpoints: CheckpointFolder | None
     log = parts.log
     on_rank_0(control, lambda: log.go_back(found.log_offsets, position) if log is not None and found is not None else None)
     if log is not None:
-        say(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
+        print_status(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
     return position, state
 
 
@@ -381,22 +385,24 @@ def _settle_torch(threads: int, deterministic: bool, tf32: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _introduce(job: Job, found: Ingredients, environment: Mapping[str, Any], cores: int, start_notes: Sequence[str]) -> None:
+def _introduce(job: Job, found: Components, environment: Mapping[str, Any], cores: int, start_notes: Sequence[str]) -> None:
     """Say what runs, before the first step. Rank 0 only."""
-    say(world_line(environment, cores))
-    say(f"data     {job.data.name}: {len(found.training_set):,} samples for training, {len(found.test_set or ()):,} for testing")
-    say(f"model    {job.model.name}: {model_line(found.model)}")
-    say(f"update   {update_line(found.optimizer)}")
-    say(f"batch    {batch_line(found.plan)}")
-    say("\n".join([f"schedule {found.plan.fingerprint()}", *stage_table(found.plan)]))
+    print_status(world_line(environment, cores))
+    print_status(
+        f"data     {job.data.name}: {len(found.training_set):,} samples for training, {len(found.test_set or ()):,} for testing"
+    )
+    print_status(f"model    {job.model.name}: {model_line(found.model)}")
+    print_status(f"update   {update_line(found.optimizer)}")
+    print_status(f"batch    {batch_line(found.plan)}")
+    print_status("\n".join([f"schedule {found.plan.fingerprint()}", *stage_table(found.plan)]))
     for note in [*rule_notes(job, found.plan), *notes(found.plan, found.model)]:
-        say(note)
-    say(f"folder   {job.run_folder}")
+        print_status(note)
+    print_status(f"folder   {job.run_folder}")
     for note in start_notes:
-        say(f"note     {note}")
+        print_status(f"note     {note}")
 
 
-def _environment(worker: Worker, device: torch.device, hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _environment(worker: RankContext, device: torch.device, hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the run folder keeps about where a run was started."""
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from hvdlarge.data import seeds
-from hvdlarge.data.loader import Loaded
+from hvdlarge.data.loader import LoadedMicroBatch
 from hvdlarge.data.rng import seed_all
-from hvdlarge.optim.param_groups import set_rate
-from hvdlarge.replica import Learner
-from hvdlarge.resilience.consistency import StepAgreement, Verdict
-from hvdlarge.resilience.nonfinite import NotFinitePolicy
+from hvdlarge.optim.param_groups import set_lr
+from hvdlarge.replica import Replica
+from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
+from hvdlarge.resilience.nonfinite import NonFinitePolicy
 from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.telemetry.timers import PhaseTimers
@@ -23,18 +23,18 @@ class StepOutcome(NamedTuple):
     """What came of a step."""
 
     loss_share: torch.Tensor  # this worker's share of the mean loss, float64, shape (); all workers' shares add up to it
-    verdict: Verdict  # the same on every rank
+    verdict: StepFlags  # the same on every rank
     applied: bool  # whether the weights have moved; the same on every rank
 
 
 def train_step(
     decision: Decision,
     layout: BatchLayout,
-    fetched: Iterable[Loaded],
-    learner: Learner,
-    agreement: StepAgreement,
+    fetched: Iterable[LoadedMicroBatch],
+    learner: Replica,
+    agreement: ConsistencyCheck,
     digest: int | None,
-    policy: NotFinitePolicy,
+    policy: NonFinitePolicy,
     timed: PhaseTimers,
 ) -> StepOutcome:
     """Take the decided step. Every rank calls this together, with its own micro-batches in `fetched`."""
@@ -69,6 +69,6 @@ def train_step(
         applied = policy.judge(decision, learner, norms)
         if applied:
             optimizer.gradient_norms = norms.clipped(learner.clip_norm)
-            set_rate(optimizer, decision.lr)
+            set_lr(optimizer, decision.lr)
             learner.update.apply()
     return StepOutcome(loss_share, verdict, applied)

@@ -20,15 +20,15 @@ from pathlib import Path
 from hvdlarge import __version__, exits
 from hvdlarge.comm.connect import open_control, open_tensors
 from hvdlarge.comm.environment import settle, shared_settings, versions
-from hvdlarge.comm.interfaces import CollectiveFailed, ControlWire, LostRank, RanksMismatch, WrongWorld
+from hvdlarge.comm.interfaces import CollectiveError, CollectiveMismatchError, ControlChannel, RankLostError, WorldMismatchError
 from hvdlarge.comm.launcher import Launch, detect
-from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.job import Horovod, Timeouts
 from hvdlarge.config.job_file import read_job
 from hvdlarge.config.planning import UnknownSamples, plan_run, training_samples
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.telemetry.console import complain, say
+from hvdlarge.telemetry.console import print_error, print_status
 
 # torch is imported inside the functions that need it: it takes a second, and a wrong job file should be answered at once.
 
@@ -47,41 +47,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settle(launch, horovod)
     try:
         if os.environ.get("HOROVOD_ELASTIC") == "1":
-            raise WrongWorld("elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more workers instead")
+            raise WorldMismatchError(
+                "elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more workers instead"
+            )
         control = open_control(launch)
-    except WrongWorld as error:
+    except WorldMismatchError as error:
         return _wrong_world(error, launch)
     try:
         return _leave_together(_run(options, launch, control, settings, watchdog, stop), control, watchdog)
-    except exits.RunEnds as end:  # raised by every rank alike
+    except exits.RunExit as end:  # raised by every rank alike
         if control.rank == 0:
-            (say if end.code == exits.STOPPED else complain)(str(end))
+            (print_status if end.code == exits.STOPPED else print_error)(str(end))
         return _leave_together(end.code, control, watchdog)
-    except WrongWorld as error:
+    except WorldMismatchError as error:
         code = _wrong_world(error, launch)
-        time.sleep(0 if launch is None or launch.speaks_for_host else 2)  # let the message out before the run ends
+        time.sleep(0 if launch is None or launch.is_local_leader else 2)  # let the message out before the run ends
         control.abort(code)
-    except RanksMismatch as error:
+    except CollectiveMismatchError as error:
         _let_lower_ranks_speak(control.rank)
-        complain(f"the ranks disagree (seen by rank {control.rank}): {error}")
+        print_error(f"the ranks disagree (seen by rank {control.rank}): {error}")
         control.abort(exits.RANKS_DISAGREE)
-    except CollectiveFailed as error:
+    except CollectiveError as error:
         _let_lower_ranks_speak(control.rank)
-        complain(f"communication failed on rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
+        print_error(f"communication failed on rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
         control.abort(exits.INTERNAL_ERROR)
-    except LostRank as error:
+    except RankLostError as error:
         # The rank that is gone, or the launcher, knows better why: it has some seconds to say so and to set the exit code.
         time.sleep(3.0)
-        complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank: {error}")
+        print_error(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank: {error}")
         os._exit(exits.LOST_RANK)
     except exits.OutOfMemory as error:
         _let_lower_ranks_speak(control.rank)
-        complain(f"rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
+        print_error(f"rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
         control.abort(exits.INTERNAL_ERROR)
     except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
         _let_lower_ranks_speak(control.rank)
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
-        complain(f"{name} on rank {control.rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
+        print_error(f"{name} on rank {control.rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
         control.abort(exits.INTERNAL_ERROR)
 
 
@@ -92,12 +94,12 @@ def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
         job = read_job(options.job, options.overrides)
         with contextlib.suppress(UnknownSamples):  # then only the data could tell
             plan_run(job, training_samples(job), 1 if launch is None else launch.size)
-    except exits.RunEnds as end:
+    except exits.RunExit as end:
         if speaks:
-            complain(str(end))
+            print_error(str(end))
         return end.code
     if speaks:
-        say(job.to_yaml().rstrip())
+        print_status(job.to_yaml().rstrip())
     return exits.FINISHED
 
 
@@ -116,7 +118,7 @@ def _early(options: argparse.Namespace) -> tuple[Timeouts, Horovod]:
     return job.timeouts, job.horovod
 
 
-def _leave_together(code: int, control: ControlWire, watchdog: Watchdog) -> int:
+def _leave_together(code: int, control: ControlChannel, watchdog: Watchdog) -> int:
     """Close the control wire and return the code. Every rank calls this together."""
     control.close()
     watchdog.stop()
@@ -144,31 +146,31 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
         return parser.parse_intermixed_args(arguments)
 
 
-def _wrong_world(error: WrongWorld, launch: Launch | None) -> int:
-    if launch is None or launch.speaks_for_host:
-        complain(f"{error} (host {socket.gethostname()})")
+def _wrong_world(error: WorldMismatchError, launch: Launch | None) -> int:
+    if launch is None or launch.is_local_leader:
+        print_error(f"{error} (host {socket.gethostname()})")
     return exits.WRONG_ENVIRONMENT
 
 
 def _run(
     options: argparse.Namespace,
     launch: Launch | None,
-    control: ControlWire,
+    control: ControlChannel,
     settings: dict[str, str],
     watchdog: Watchdog,
     stop: StopRequest,
 ) -> int:
     """Agree on the job, then train it between the opening and the closing of the tensor wire."""
-    job = all_or_none(control, lambda: read_job(options.job, options.overrides))
-    same_everywhere(control, job.resolved(), "job")
-    same_everywhere(control, versions(), "versions")
-    same_everywhere(control, shared_settings(os.environ), "settings in their environment")
+    job = raise_on_all_ranks(control, lambda: read_job(options.job, options.overrides))
+    check_equal_across_ranks(control, job.resolved(), "job")
+    check_equal_across_ranks(control, versions(), "versions")
+    check_equal_across_ranks(control, shared_settings(os.environ), "settings in their environment")
     tensors = open_tensors(launch, control)
-    from hvdlarge.run import Worker, run
+    from hvdlarge.run import RankContext, run
 
     try:
-        run(job, Path(options.job), options.fresh, Worker(launch, settings, control, tensors, watchdog, stop))
-    except exits.RunEnds:  # raised by every rank alike; what one rank raises alone must not wait for the others here
+        run(job, Path(options.job), options.fresh, RankContext(launch, settings, control, tensors, watchdog, stop))
+    except exits.RunExit:  # raised by every rank alike; what one rank raises alone must not wait for the others here
         tensors.close()
         raise
     tensors.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass
-class RunState:
+class TrainState:
     """What a checkpoint holds beside weights, optimizer and position."""
 
     results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation

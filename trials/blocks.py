@@ -46,7 +46,7 @@ def model(
 
 
 def nudge(weight: torch.Tensor, precision: str) -> None:
-    """Move the first number of a tensor by its last bit, as a job of this precision has it."""
+    """MomentumStep the first number of a tensor by its last bit, as a job of this precision has it."""
     if weight.is_floating_point() and weight.is_contiguous() and not isinstance(weight, nn.UninitializedParameter):
         if precision == "fp64":
             weight.data = weight.data.double()

@@ -282,7 +282,7 @@ def _optimizers(draw: st.DrawFn) -> dict[str, Any]:
     if _often(draw, 2):
         options["not_adapted"] = ["head.*"]
     if _often(draw, 2):
-        options["not_adapted_lr_factor"] = draw(st.sampled_from([0.5, 0.0, 2.0]))
+        options["excluded_lr_factor"] = draw(st.sampled_from([0.5, 0.0, 2.0]))
     return options
 
 

@@ -21,13 +21,13 @@ import torch
 
 from hvdlarge import exits
 from hvdlarge import run as run_module
-from hvdlarge.comm.interfaces import LostRank, RanksMismatch
+from hvdlarge.comm.interfaces import CollectiveMismatchError, RankLostError
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.yaml_source import write
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Worker
+from hvdlarge.run import RankContext
 from trials.folder import flaws, read_lines
 from trials.thread_world import Ends, run_world
 
@@ -165,7 +165,7 @@ def read(job: Mapping[str, Any], folder: Path) -> Job | Outcome:
 def _accepted(text: str) -> Job | Outcome:
     try:
         return parse_job(write(json.loads(text)), "job.yaml")
-    except exits.RunEnds as end:
+    except exits.RunExit as end:
         return Outcome(end.code, str(end))
 
 
@@ -176,8 +176,8 @@ def one_rank(job: Job, folder: Path, control: Any, tensors: Any, stop: StopReque
     """
     code, message = exits.FINISHED, ""
     try:
-        run_module.run(job, folder.with_suffix(".yaml"), False, Worker(None, {}, control, tensors, Unwatched(), stop))
-    except exits.RunEnds as end:
+        run_module.run(job, folder.with_suffix(".yaml"), False, RankContext(None, {}, control, tensors, Unwatched(), stop))
+    except exits.RunExit as end:
         code, message = end.code, str(end)
     return code, message
 
@@ -235,8 +235,14 @@ def _judged(ends: Ends, steps: int) -> Outcome:
     """How a world's end looks from outside."""
     if ends.error is not None:
         rank, error = ends.error
-        lost = isinstance(error, LostRank)
-        code = exits.LOST_RANK if lost else exits.RANKS_DISAGREE if isinstance(error, RanksMismatch) else exits.INTERNAL_ERROR
+        lost = isinstance(error, RankLostError)
+        code = (
+            exits.LOST_RANK
+            if lost
+            else exits.RANKS_DISAGREE
+            if isinstance(error, CollectiveMismatchError)
+            else exits.INTERNAL_ERROR
+        )
         place = traceback.extract_tb(error.__traceback__)[-1]
         told = (str(error).splitlines() or [""])[0]
         text = f"{type(error).__name__}: {told} (rank {rank}, {Path(place.filename).name}:{place.lineno})\n"

@@ -214,7 +214,7 @@ class _Textbook:
     def __call__(self, grads: Mapping[str, torch.Tensor], lr: float) -> None:
         for name, grad in grads.items():
             adapted = name not in self.apart
-            factor = 1.0 if adapted else self.options.not_adapted_lr_factor
+            factor = 1.0 if adapted else self.options.excluded_lr_factor
             self.move(name, self.wide[name], grad, lr * factor, self.options.weight_decay if adapted else 0.0, adapted)
             self.weights[name].data.copy_(self.wide[name])
             self.wide[name].copy_(self.weights[name].detach())  # a weight of 32 bits is rounded in each step
@@ -227,7 +227,7 @@ class Lars(_Textbook):
     """You, Gitman, Ginsburg (2017), Algorithm 1, and the forms of it that the job's options name."""
 
     def move(self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool) -> None:
-        """Move one tensor in place."""
+        """MomentumStep one tensor in place."""
         options: Any = self.options
         direction = g + decay * w
         ratio = 1.0
@@ -236,7 +236,7 @@ class Lars(_Textbook):
             ratio = float(options.trust_coefficient * w.norm() / (size + options.eps)) if size + options.eps > 0 else 1.0
             if options.clip:
                 ratio = min(ratio / lr, 1.0) if lr > 0 else 1.0
-        inside, outside = (lr, 1.0) if options.rate_in_momentum else (1.0, lr)
+        inside, outside = (lr, 1.0) if options.lr_in_momentum else (1.0, lr)
         v = self.state.get(name, torch.zeros_like(w))
         v = self.state[name] = options.momentum * v + inside * ratio * direction
         w -= outside * (options.momentum * v + inside * ratio * direction if options.nesterov else v)
@@ -246,7 +246,7 @@ class Lamb(_Textbook):
     """You et al. (2020), Algorithm 2, with bias correction."""
 
     def move(self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool) -> None:
-        """Move one tensor in place."""
+        """MomentumStep one tensor in place."""
         options: Any = self.options
         first, second = options.betas
         t, m, v = self.state.get(name, (0, torch.zeros_like(w), torch.zeros_like(w)))
@@ -269,7 +269,7 @@ class Torchs(_Textbook):
     }
 
     def move(self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool) -> None:
-        """Move one tensor in place."""
+        """MomentumStep one tensor in place."""
         if name not in self.state:
             kind, keys = self.KINDS[self.options.name]
             options = {key: getattr(self.options, key) for key in keys}

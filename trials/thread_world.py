@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 
 Generators = tuple[Any, Any, Any]
 
@@ -82,7 +82,7 @@ class World:
         self._over = False
         self._ends = Ends([None] * size, None, None, False, 0)
 
-    def run(self, action: Callable[[ThreadControl, ThreadTensors], Any]) -> Ends:
+    def run(self, action: Callable[[ThreadChannel, ThreadCollectives], Any]) -> Ends:
         """Let every rank do `action` with its two wires, and wait until all have come to an end."""
         threads = [threading.Thread(target=self._live, args=(rank, action), daemon=True) for rank in range(self.size)]
         with kept_generators():
@@ -163,12 +163,12 @@ class World:
         meeting = self._waits_for[rank]
         return meeting is None or meeting.complete
 
-    def _live(self, rank: int, action: Callable[[ThreadControl, ThreadTensors], Any]) -> None:
+    def _live(self, rank: int, action: Callable[[ThreadChannel, ThreadCollectives], Any]) -> None:
         self._turns[rank].acquire()
         _set_generators(self._generators[rank])
         try:
             if not self._over:
-                self._ends.results[rank] = action(ThreadControl(self, rank), ThreadTensors(self, rank))
+                self._ends.results[rank] = action(ThreadChannel(self, rank), ThreadCollectives(self, rank))
         except WorldOver:
             pass
         except BaseException as error:
@@ -187,8 +187,8 @@ class World:
             self._turns[chosen].release()
 
 
-class ThreadControl:
-    """The wire for decisions between threads; as `comm.world.ControlWire`."""
+class ThreadChannel:
+    """The wire for decisions between threads; as `comm.world.ControlChannel`."""
 
     def __init__(self, world: World, rank: int) -> None:
         self._world = world
@@ -226,8 +226,8 @@ class ThreadControl:
         return self._world.wait(self.rank, self._world.begin(self.rank, "decisions", signature, given, combine))
 
 
-class ThreadTensors:
-    """The wire for tensors between threads; as `comm.world.TensorWire`."""
+class ThreadCollectives:
+    """The wire for tensors between threads; as `comm.world.Collectives`."""
 
     carries_gpu_tensors = False
 
@@ -253,15 +253,15 @@ class ThreadTensors:
         """Every rank's tensor, stacked in their order. Every rank calls this together."""
         return self.meet(("gather", _described(name, tensor)), tensor.detach().clone(), torch.stack).clone()
 
-    def summed_update(
+    def distributed_optimizer(
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
-    ) -> ThreadUpdate:
+    ) -> ThreadOptimizer:
         """Put the sum over all ranks in front of `optimizer`, which must not have any state yet."""
-        return ThreadUpdate(self, optimizer, named_parameters, compressed, groups)
+        return ThreadOptimizer(self, optimizer, named_parameters, compressed, groups)
 
     def close(self) -> None:
         """Leave in order. Every rank calls this together."""
@@ -272,7 +272,7 @@ class ThreadTensors:
         return self._world.wait(self.rank, self._world.begin(self.rank, "tensors", signature, given, combine))
 
 
-class ThreadUpdate:
+class ThreadOptimizer:
     """An optimizer behind a sum over threads, with the ways of Horovod's `DistributedOptimizer`.
 
     The optimizer's class is made anew from its groups; a tensor travels as it is behind its last expected backward pass, and one
@@ -281,7 +281,7 @@ class ThreadUpdate:
 
     def __init__(
         self,
-        tensors: ThreadTensors,
+        tensors: ThreadCollectives,
         optimizer: torch.optim.Optimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool,
@@ -327,7 +327,7 @@ class ThreadUpdate:
             weight.grad = total.to(weight.dtype).clone()
 
     def apply(self) -> None:
-        """Move the weights with the reduced gradients."""
+        """MomentumStep the weights with the reduced gradients."""
         self.optimizer.step()
 
     def _passed(self, weight: torch.Tensor) -> None:
@@ -347,7 +347,7 @@ class ThreadUpdate:
         return grad.half() if self._compressed and grad.is_floating_point() else grad
 
 
-class LoneControl(SoloControl):
+class LoneChannel(SoloChannel):
     """One worker's own wire, whose calls are counted, and which can be killed at one of them.
 
     Args:
@@ -381,12 +381,12 @@ class LoneControl(SoloControl):
 
 def alone(action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None = None) -> Ends:
     """As `World.run`, for the engine's own wires of a single worker, in this thread."""
-    control = LoneControl(kill_at)
+    control = LoneChannel(kill_at)
     ends = Ends([None], None, None, False, 0)
     with kept_generators():
         _set_generators(_fresh_generators(seed, 0))
         try:
-            ends.results = [action(control, SoloTensors())]
+            ends.results = [action(control, SoloCollectives())]
         except WorldOver:
             ends.killed = True
         except Exception as error:

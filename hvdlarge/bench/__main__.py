@@ -19,14 +19,14 @@ from hvdlarge import exits
 from hvdlarge.bench.interleave import Timing
 from hvdlarge.comm.connect import open_control, open_tensors
 from hvdlarge.comm.environment import host, settle, versions
-from hvdlarge.comm.interfaces import ControlWire, LostRank, TensorWire, WrongWorld
+from hvdlarge.comm.interfaces import Collectives, ControlChannel, RankLostError, WorldMismatchError
 from hvdlarge.comm.launcher import Launch, detect
-from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.job import Horovod, Job
 from hvdlarge.config.job_file import parse_job, read_job
 from hvdlarge.reporting.describe import columns
 from hvdlarge.resilience.preemption import StopRequest
-from hvdlarge.telemetry.console import complain, say
+from hvdlarge.telemetry.console import print_error, print_status
 
 # torch is imported inside the functions that need it: it takes a second, and a wrong command line should be answered at once.
 
@@ -48,8 +48,8 @@ class World:
 
     launch: Launch | None
     settings: Mapping[str, str]
-    control: ControlWire
-    tensors: TensorWire
+    control: ControlChannel
+    tensors: Collectives
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tensors = None
         try:
             tensors = open_tensors(launch, control)
-            same_everywhere(control, vars(options), "command line")
+            check_equal_across_ranks(control, vars(options), "command line")
             found = _MEASURES[options.what](World(launch, settings, control, tensors), job, options)
             tensors.close()
-        except (WrongWorld, LostRank):
+        except (WorldMismatchError, RankLostError):
             raise
-        except exits.RunEnds:  # raised by every rank alike
+        except exits.RunExit:  # raised by every rank alike
             if tensors is not None:
                 tensors.close()
             control.close()
@@ -80,16 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.excepthook(*sys.exc_info())
             control.abort(exits.INTERNAL_ERROR)
         control.close()
-    except exits.RunEnds as end:
+    except exits.RunExit as end:
         if speaks:
-            complain(str(end))
+            print_error(str(end))
         return end.code
-    except WrongWorld as error:
-        if launch is None or launch.speaks_for_host:
-            complain(str(error))
+    except WorldMismatchError as error:
+        if launch is None or launch.is_local_leader:
+            print_error(str(error))
         return exits.WRONG_ENVIRONMENT
-    except LostRank as error:
-        complain(str(error))
+    except RankLostError as error:
+        print_error(str(error))
         os._exit(exits.LOST_RANK)
     return _report(found, options, launch, settings) if speaks else exits.FINISHED
 
@@ -153,13 +153,13 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     import torch
 
     from hvdlarge.bench.step import StepClock, count_waits, measure_step
-    from hvdlarge.run import Worker, gather_ingredients
+    from hvdlarge.run import RankContext, build_components
 
     assert job is not None  # _job gave one
     torch.set_num_threads(options.threads)
     clock = StepClock(world.control.rank, job.timeouts.limits())
-    ingredients = gather_ingredients(job, world.control, world.tensors, clock)
-    worker = Worker(world.launch, world.settings, world.control, world.tensors, clock, StopRequest())
+    ingredients = build_components(job, world.control, world.tensors, clock)
+    worker = RankContext(world.launch, world.settings, world.control, world.tensors, clock, StopRequest())
     seconds = measure_step(job, ingredients, worker, clock, options.steps, options.rounds, options.only)
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     what = (
@@ -179,7 +179,7 @@ def _allreduce(world: World, job: Job | None, options: argparse.Namespace) -> di
 
     if world.control.size < 2:
         raise exits.JobError("an allreduce needs two workers at least: mpirun -np 2 python -m hvdlarge.bench allreduce")
-    device = all_or_none(world.control, lambda: build.choose_device(world.tensors))
+    device = raise_on_all_ranks(world.control, lambda: build.choose_device(world.tensors))
     seconds = measure_allreduce(world.tensors, world.control, device, _SIZES, options.rounds)
     timings = {f"{size:,} bytes": Timing.of(values) for size, values in seconds.items()}
     cost = fit(list(seconds), [Timing.of(values).median for values in seconds.values()], world.control.size)
@@ -201,8 +201,8 @@ def _data(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
 
     assert job is not None  # _job gave one
     torch.set_num_threads(options.threads)
-    training_set, _ = all_or_none(world.control, lambda: build.load_data(job.data, job.seed))
-    plan = all_or_none(world.control, lambda: plan_run(job, len(training_set), world.control.size))
+    training_set, _ = raise_on_all_ranks(world.control, lambda: build.load_data(job.data, job.seed))
+    plan = raise_on_all_ranks(world.control, lambda: plan_run(job, len(training_set), world.control.size))
     numbers = [0] if loads_in_place(training_set) else sorted({0, 1, 2, job.data.num_workers})
     alone = replace(plan, world_size=1)
     speeds = {str(n): loading_speed(job.data, alone, training_set, job.seed, n, seconds=1.0) for n in numbers}
@@ -231,7 +231,7 @@ def _found(what: str, of: str, device: Any, timings: Mapping[str, Timing], refer
 
 def _report(found: dict[str, Any], options: argparse.Namespace, launch: Launch | None, settings: Mapping[str, str]) -> int:
     """Print what was measured, and write it down where that was asked for. Rank 0 alone."""
-    say("\n".join(in_words(found)))
+    print_status("\n".join(in_words(found)))
     if options.json is None:
         return exits.FINISHED
     world = {"launcher": None if launch is None else launch.launcher, "world_size": 1 if launch is None else launch.size}
@@ -239,7 +239,7 @@ def _report(found: dict[str, Any], options: argparse.Namespace, launch: Launch |
     try:
         Path(options.json).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        complain(f"--json {options.json}: cannot be written: {error.strerror}")
+        print_error(f"--json {options.json}: cannot be written: {error.strerror}")
         return exits.WRONG_JOB
     return exits.FINISHED
 

@@ -6,14 +6,14 @@ import time
 from typing import Any, NamedTuple
 
 from hvdlarge import build
-from hvdlarge.comm.interfaces import ControlWire
+from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.config.job import Data
 from hvdlarge.controller import Controller
 from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.schedule.plan import Plan
 
 
-class Waits(NamedTuple):
+class DataWait(NamedTuple):
     """How long this rank's steps waited for their samples, in seconds."""
 
     step_seconds: float  # of a step of the first batch
@@ -54,8 +54,8 @@ def loading_speed(data: Data, plan: Plan, training_set: Any, seed: int, num_work
 
 
 def measure_waits(
-    data: Data, plan: Plan, training_set: Any, seed: int, control: ControlWire, sample_seconds: float, steps: int
-) -> Waits:
+    data: Data, plan: Plan, training_set: Any, seed: int, control: ControlChannel, sample_seconds: float, steps: int
+) -> DataWait:
     """Follow the plan's decisions with its loader, and sleep where a run would compute. Every rank calls this together.
 
     Args:
@@ -91,7 +91,7 @@ def measure_waits(
     counted = waits[1:] or waits
     ordered = sorted(wait for _, wait in counted)
     at_border = [wait for is_border, wait in counted if is_border]
-    return Waits(first, len(waits), ordered[len(ordered) // 2], ordered[-1], max(at_border, default=0.0), borders)
+    return DataWait(first, len(waits), ordered[len(ordered) // 2], ordered[-1], max(at_border, default=0.0), borders)
 
 
 def loads_in_place(training_set: Any) -> bool:

@@ -24,14 +24,14 @@ class Timing(NamedTuple):
         return cls(statistics.median(seconds), min(seconds), max(seconds))
 
 
-def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def run_interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Let every side measure itself once in each round.
 
     Args:
         sides: each returns the seconds that it measured.
         rounds: at least 1.
 
-    >>> take_turns({"a": lambda: 1.0, "b": lambda: 2.0}, rounds=2)
+    >>> run_interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, rounds=2)
     {'a': [1.0, 1.0], 'b': [2.0, 2.0]}
     """
     measured: dict[str, list[float]] = {name: [] for name in sides}

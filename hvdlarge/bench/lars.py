@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from hvdlarge.bench.interleave import stopwatch, take_turns
+from hvdlarge.bench.interleave import run_interleaved, stopwatch
 from hvdlarge.models.resnet import ResNet50
 from hvdlarge.optim.lars import LARS
 
@@ -34,8 +34,8 @@ def measure_lars(device: torch.device, rounds: int) -> dict[str, list[float]]:
     }
     settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     sides = {name: stopwatch(way, settle) for name, way in ways.items()}
-    take_turns(sides, 2)  # momentum buffers are made, caches filled
-    return take_turns(sides, rounds)
+    run_interleaved(sides, 2)  # momentum buffers are made, caches filled
+    return run_interleaved(sides, rounds)
 
 
 def _tensors(device: torch.device) -> list[torch.nn.Parameter]:

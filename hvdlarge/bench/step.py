@@ -21,25 +21,25 @@ import torch
 from torch.utils.data import DataLoader
 
 from hvdlarge import build
-from hvdlarge.bench.interleave import take_turns
-from hvdlarge.comm.interfaces import TensorWire
-from hvdlarge.comm.solo import SoloTensors
+from hvdlarge.bench.interleave import run_interleaved
+from hvdlarge.comm.interfaces import Collectives
+from hvdlarge.comm.solo import SoloCollectives
 from hvdlarge.config.job import Checkpoint, Job
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
-from hvdlarge.optim.param_groups import set_rate
-from hvdlarge.replica import Learner
-from hvdlarge.resilience.consistency import StepAgreement
+from hvdlarge.optim.param_groups import set_lr
+from hvdlarge.replica import Replica
+from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Ingredients, Worker, join, parts_of
+from hvdlarge.run import Components, RankContext, build_loop, join
 from hvdlarge.schedule.growth import NoGrowth
-from hvdlarge.schedule.plan import Plan, Position
+from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.telemetry.run_folder import FolderLock
 from hvdlarge.telemetry.run_log import RunLog
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 _WARM_UP = 5  # steps of each turn that are not counted
 
@@ -62,7 +62,7 @@ class StepClock(Watchdog):
 
 
 def measure_step(
-    job: Job, found: Ingredients, worker: Worker, clock: StepClock, steps: int, rounds: int, only: str | None = None
+    job: Job, found: Components, worker: RankContext, clock: StepClock, steps: int, rounds: int, only: str | None = None
 ) -> dict[str, list[float]]:
     """Seconds of a step on this rank, for each side in turn. Every rank calls this together.
 
@@ -94,7 +94,7 @@ def measure_step(
         }
         if only not in sides:
             sides["bare loop"] = _bare(job, found, worker, worker.tensors, plan)
-            sides["one worker alone"] = _bare(job, found, worker, SoloTensors(), plan)
+            sides["one worker alone"] = _bare(job, found, worker, SoloCollectives(), plan)
         if only is not None and only not in sides:
             raise JobError(f"command line: --only {only}: the sides are {', '.join(sides)}")
         sides = sides if only is None else {only: sides[only]}
@@ -108,11 +108,11 @@ def measure_step(
             return turn
 
         turns = {name: together(side) for name, side in sides.items()}
-        take_turns(turns, 1)  # memory is taken, caches and connections are made
-        return take_turns(turns, rounds)
+        run_interleaved(turns, 1)  # memory is taken, caches and connections are made
+        return run_interleaved(turns, rounds)
 
 
-def count_waits(job: Job, found: Ingredients, worker: Worker, clock: StepClock, steps: int) -> int:
+def count_waits(job: Job, found: Components, worker: RankContext, clock: StepClock, steps: int) -> int:
     """How often torch says that it waits for the GPU in so many steady steps of the engine, on this rank.
 
     torch's mode sees its own calls, not what Horovod waits for. Every rank calls this together, on GPUs.
@@ -138,13 +138,13 @@ def _one_stage(plan: Plan, steps: int) -> Plan:
     return replace(plan, clock=Clock(size, steps * plan.initial_batch / size), growth=NoGrowth())
 
 
-def _engine_turn(job: Job, found: Ingredients, worker: Worker, learner: Learner, clock: StepClock, folder: Path) -> float:
-    state, log, controller = RunState(), None, None
+def _engine_turn(job: Job, found: Components, worker: RankContext, learner: Replica, clock: StepClock, folder: Path) -> float:
+    state, log, controller = TrainState(), None, None
     if worker.control.rank == 0:
         controller = Controller(found.plan)
-        log = RunLog(folder, found.plan, FolderLock(folder), {}, Position(), state)
+        log = RunLog(folder, found.plan, FolderLock(folder), {}, RunProgress(), state)
     loader = build.build_loader(job.data, found.training_set, job.seed)
-    parts = parts_of(job, found, worker, learner, loader, controller, None, {}, log, state)
+    parts = build_loop(job, found, worker, learner, loader, controller, None, {}, log, state)
     learner.statistics.scatter()
     clock.moments.clear()
     try:
@@ -157,11 +157,11 @@ def _engine_turn(job: Job, found: Ingredients, worker: Worker, learner: Learner,
     return _per_step(clock.moments)
 
 
-def _control(plan: Plan, worker: Worker, names: list[str]) -> float:
+def _control(plan: Plan, worker: RankContext, names: list[str]) -> float:
     """A turn of what the engine says in a step: one decision received, one agreement sent and heard."""
     controller = Controller(plan) if worker.control.rank == 0 else None
     feed = DecisionFeed(worker.control, controller, 1, lambda decision: None)
-    agreement = StepAgreement(worker.control, 0, dict)
+    agreement = ConsistencyCheck(worker.control, 0, dict)
     moments = []
     while (decision := feed.next()) is not None:
         moments.append(time.perf_counter())
@@ -170,7 +170,7 @@ def _control(plan: Plan, worker: Worker, names: list[str]) -> float:
     return _per_step(moments)
 
 
-def _bare(job: Job, found: Ingredients, worker: Worker, tensors: TensorWire, plan: Plan) -> Callable[[], float]:
+def _bare(job: Job, found: Components, worker: RankContext, tensors: Collectives, plan: Plan) -> Callable[[], float]:
     """A turn of a loop written by hand, on a model of its own."""
     model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
     learner = join(job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, tensors)
@@ -183,7 +183,7 @@ def _bare(job: Job, found: Ingredients, worker: Worker, tensors: TensorWire, pla
 
     def turn() -> float:
         learner.update.begin(mine, layout.num_micro_batches)  # Horovod counts the passes of a step
-        set_rate(optimizer, _first(plan).lr)
+        set_lr(optimizer, _first(plan).lr)
         moments = []
         for _ in range(steps):
             moments.append(time.perf_counter())

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hvdlarge.exits import BadCheckpoint, CannotSave
+from hvdlarge.exits import CheckpointError, CheckpointWriteError
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{9,})\.pt")
@@ -41,7 +41,7 @@ class CheckpointFolder:
         self.folder = folder
         self._keep = keep
         self._writer: threading.Thread | None = None
-        self._failure: CannotSave | None = None
+        self._failure: CheckpointWriteError | None = None
         self._damaged: set[str] = set()  # names of those that `newest_good` passed over
 
     # --- writing
@@ -57,7 +57,7 @@ class CheckpointFolder:
             also_keep: the step of one that is kept though newer ones are enough.
 
         Raises:
-            CannotSave: if it, or the one before it, cannot be written; what was there before is left alone.
+            CheckpointWriteError: if it, or the one before it, cannot be written; what was there before is left alone.
         """
         self.finish()
         self._writer = threading.Thread(target=self._write, args=(content, step, best, also_keep), name="checkpoint")
@@ -69,7 +69,7 @@ class CheckpointFolder:
         """Wait for the checkpoint that is being written.
 
         Raises:
-            CannotSave: if it could not be written.
+            CheckpointWriteError: if it could not be written.
         """
         if self._writer is not None:
             self._writer.join()
@@ -107,7 +107,9 @@ class CheckpointFolder:
         except BaseException as error:  # whatever it is: nobody else hears of what a thread raises
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
-            self._failure = CannotSave.of(f"the checkpoint {path}", self.folder, error, "the last good one is untouched")
+            self._failure = CheckpointWriteError.of(
+                f"the checkpoint {path}", self.folder, error, "the last good one is untouched"
+            )
 
     def _point(self, name: str, path: Path) -> None:
         """Let `name` be another name of the file, without a moment in which it is missing."""
@@ -181,7 +183,7 @@ class CheckpointFolder:
             None where there is no such checkpoint at all.
 
         Raises:
-            BadCheckpoint: if there are some and none is whole.
+            CheckpointError: if there are some and none is whole.
         """
         problems: list[str] = []
         for path, content, problem in self._read_all(up_to):
@@ -190,7 +192,7 @@ class CheckpointFolder:
             problems.append(problem)
             self._damaged.add(path.name)
         if problems:
-            raise BadCheckpoint("\n".join(["no checkpoint of this run is whole:", *(f"  {problem}" for problem in problems)]))
+            raise CheckpointError("\n".join(["no checkpoint of this run is whole:", *(f"  {problem}" for problem in problems)]))
         return None
 
     def _read_all(self, up_to: int | None) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
@@ -200,7 +202,7 @@ class CheckpointFolder:
                 continue
             try:
                 yield path, read_checkpoint(path, listed.get(path.name)), ""
-            except BadCheckpoint as error:
+            except CheckpointError as error:
                 yield path, None, str(error)
 
 
@@ -213,27 +215,27 @@ def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
             lost): then the checksums inside the file are checked.
 
     Raises:
-        BadCheckpoint: if it is not whole, not a checkpoint, or of another format.
+        CheckpointError: if it is not whole, not a checkpoint, or of another format.
     """
     try:
         if sha256 is not None:
             if _sha256(path) != sha256:
-                raise BadCheckpoint(f"{path}: damaged: its SHA-256 is not the one in {_LIST}")
+                raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_LIST}")
         else:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             if broken is not None:
-                raise BadCheckpoint(f"{path}: damaged: the checksum of its part {broken} is wrong")
+                raise CheckpointError(f"{path}: damaged: the checksum of its part {broken} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except BadCheckpoint:
+    except CheckpointError:
         raise
     except Exception as error:  # torch answers damage with a dozen kinds of exception, KeyError among them
         reason = str(error).splitlines()[0][:200] if str(error) else ""
-        raise BadCheckpoint(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
     if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
-        raise BadCheckpoint(f"{path}: not a checkpoint of this engine")
+        raise CheckpointError(f"{path}: not a checkpoint of this engine")
     if content.get("format") != FORMAT:
-        raise BadCheckpoint(f"{path}: its format is {content.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: its format is {content.get('format')!r}, this version reads {FORMAT}")
     return content
 
 

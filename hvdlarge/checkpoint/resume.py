@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from hvdlarge.checkpoint.folder import CheckpointFolder
-from hvdlarge.comm.interfaces import ControlWire, TensorWire
+from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
-from hvdlarge.exits import BadCheckpoint, JobError
+from hvdlarge.exits import CheckpointError, JobError
 from hvdlarge.models.state import Modules
-from hvdlarge.replica import Learner
-from hvdlarge.schedule.plan import Position
+from hvdlarge.replica import Replica
+from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_folder import FolderLock, holds_run, make_folder, set_aside
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 # What a run may change on its way and still be the same run, beside what is not mathematics at all.
 _LENGTH = "epochs"
@@ -34,9 +34,9 @@ class Found:
     notes: list[str]  # what the user should know: damaged checkpoints passed over, what has changed
 
     @property
-    def position(self) -> Position:
+    def position(self) -> RunProgress:
         """Where the run stands."""
-        return Position() if self.content is None else Position.from_plain(self.content["position"])
+        return RunProgress() if self.content is None else RunProgress.from_plain(self.content["position"])
 
     @property
     def world_size(self) -> int:
@@ -78,7 +78,7 @@ def enter(
 
     Raises:
         JobError: if the folder cannot be used, or a run is going on in it.
-        BadCheckpoint: if it holds another job, or no checkpoint of it is whole.
+        CheckpointError: if it holds another job, or no checkpoint of it is whole.
     """
     notes = []
     if holds_run(folder) and fresh:
@@ -94,7 +94,7 @@ def enter(
         if found.content is None or found.path is None:
             return Start(found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"])
         load_modules(modules, found.content, found.path)
-    except BadCheckpoint:
+    except CheckpointError:
         lock.release()
         raise
     return Start(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
@@ -110,11 +110,11 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
             interruption must not decide where a run goes back to. None, or none there: the newest.
 
     Raises:
-        BadCheckpoint: if none is whole.
+        CheckpointError: if none is whole.
     """
     good = (checkpoints.newest_good(step) if step is not None else None) or checkpoints.newest_good()
     if good is None:
-        raise BadCheckpoint(f"{checkpoints.folder} has no checkpoint to go back to")
+        raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")
     path, content, notes = good
     load_modules(modules, content, path)
     found = Found(path, content, notes)
@@ -132,7 +132,7 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
         length_may_grow: whether the schedule of the job does not depend on its length, so that more epochs may be added.
 
     Raises:
-        BadCheckpoint: if the folder holds another job, or no checkpoint of it is whole.
+        CheckpointError: if the folder holds another job, or no checkpoint of it is whole.
     """
     good = checkpoints.newest_good()
     if good is None:
@@ -158,9 +158,9 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
 def _written_job(folder: Path) -> dict[str, Any]:
     """What decides the weights, of the job that an earlier start has written down as one to run."""
     try:
-        return read_job(str(folder / "job.resolved.yaml")).mathematics()
+        return read_job(str(folder / "job.resolved.yaml")).resume_signature()
     except JobError as error:
-        raise BadCheckpoint(
+        raise CheckpointError(
             f"{folder} holds a run whose job cannot be read; --fresh sets it aside and begins anew\n{error}"
         ) from None
 
@@ -169,7 +169,7 @@ def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, A
     differing = list(_differences(there, here, ""))
     if differing:
         lines = [f"  {name} is {json.dumps(theirs)} there and {json.dumps(ours)} here" for name, theirs, ours in differing]
-        raise BadCheckpoint(
+        raise CheckpointError(
             "\n".join(
                 [
                     f"{folder} holds another job:",
@@ -199,7 +199,7 @@ def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> No
     """Put a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0 only.
 
     Raises:
-        BadCheckpoint: if names, shapes or types are those of other modules; nothing has been changed then.
+        CheckpointError: if names, shapes or types are those of other modules; nothing has been changed then.
     """
     states = {"": content["model"], "loss.": content.get("loss", {})}
     for prefix, module in modules.items():
@@ -207,7 +207,7 @@ def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> No
         for name in sorted(there.keys() | here.keys()):
             ours, theirs = (_shape(state, name) for state in (here, there))
             if ours != theirs:
-                raise BadCheckpoint(f"{path}: the {what} has {name!r} as {ours}, the checkpoint as {theirs}")
+                raise CheckpointError(f"{path}: the {what} has {name!r} as {ours}, the checkpoint as {theirs}")
     for prefix, module in modules.items():
         module.load_state_dict(states[prefix])
 
@@ -221,7 +221,7 @@ def _shape(state: Mapping[str, Any], name: str) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def share(found: Found | None, learner: Learner, control: ControlWire, tensors: TensorWire) -> tuple[Position, RunState]:
+def share(found: Found | None, learner: Replica, control: ControlChannel, tensors: Collectives) -> tuple[RunProgress, TrainState]:
     """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank calls this together.
 
     Args:
@@ -235,12 +235,12 @@ def share(found: Found | None, learner: Learner, control: ControlWire, tensors: 
     small = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
     if small is None:
         learner.statistics.scatter()
-        return Position(), RunState()
+        return RunProgress(), TrainState()
     _share_optimizer(small["optimizer"], content, learner, tensors)
     learner.statistics.scatter()
     if small["parts"] and small["world_size"] == control.size:
         _share_parts(content, learner, tensors, control)
-    return Position.from_plain(small["position"]), RunState(**small["state"])
+    return RunProgress.from_plain(small["position"]), TrainState(**small["state"])
 
 
 def _small(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _small(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share_optimizer(
-    entries: Sequence[Sequence[Any]], content: Mapping[str, Any] | None, learner: Learner, tensors: TensorWire
+    entries: Sequence[Sequence[Any]], content: Mapping[str, Any] | None, learner: Replica, tensors: Collectives
 ) -> None:
     # hvd.broadcast_optimizer_state would take a real step on empty state and move the weights; these are plain tensors.
     weights = {name: weight for weight, name in learner.names.items()}
@@ -283,7 +283,7 @@ def _share_optimizer(
     tensors.broadcast_(shared)
 
 
-def _share_parts(content: Mapping[str, Any] | None, learner: Learner, tensors: TensorWire, control: ControlWire) -> None:
+def _share_parts(content: Mapping[str, Any] | None, learner: Replica, tensors: Collectives, control: ControlChannel) -> None:
     """Give each rank its own part of the running statistics back, so that not even their last bits change."""
     own = learner.statistics.partials()
     rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)

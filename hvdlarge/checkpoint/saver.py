@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from hvdlarge.checkpoint.folder import CheckpointFolder
-from hvdlarge.comm.interfaces import ControlWire, TensorWire
+from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.models.state import pack, unpack
-from hvdlarge.replica import Learner
+from hvdlarge.replica import Replica
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.schedule.plan import Position
+from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.schedule.progress import Clock, marks_reached
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 
 class Saver:
@@ -43,9 +43,9 @@ class Saver:
 
     def __init__(
         self,
-        control: ControlWire,
-        tensors: TensorWire,
-        learner: Learner,
+        control: ControlChannel,
+        tensors: Collectives,
+        learner: Replica,
         folder: CheckpointFolder | None,
         clock: Clock,
         every_epochs: float | None,
@@ -90,7 +90,7 @@ class Saver:
         after = self._clock.epoch(decision.samples_seen + decision.global_batch)
         return marks_reached(after, self._every_epochs, None) > marks_reached(decision.epoch, self._every_epochs, None)
 
-    def is_best(self, state: RunState, decision: Decision, found: dict[str, float]) -> bool:
+    def is_best(self, state: TrainState, decision: Decision, found: dict[str, float]) -> bool:
         """Take an evaluation into account; whether it is the best so far. The same on every rank."""
         by = self._best_by or ("accuracy" if "accuracy" in found else "test_loss")
         if by not in found:
@@ -103,7 +103,7 @@ class Saver:
         state.best = {"by": by, "value": value, "step": float(decision.step + 1)}
         return True
 
-    def save(self, position: Position | None, cut: bool, state: RunState, best: bool, in_cadence: bool, wait: bool) -> None:
+    def save(self, position: RunProgress | None, cut: bool, state: TrainState, best: bool, in_cadence: bool, wait: bool) -> None:
         """Save the state of the run. Every rank calls this together; only rank 0 writes.
 
         Args:
@@ -115,7 +115,7 @@ class Saver:
             wait: return when it is on disk; else the writing goes on beside the training.
 
         Raises:
-            CannotSave: on rank 0 alone; the caller tells the others.
+            CheckpointWriteError: on rank 0 alone; the caller tells the others.
         """
         statistics = self._learner.statistics
         kept = statistics.keep()
@@ -145,12 +145,12 @@ class Saver:
                 statistics.restore(kept)
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises CannotSave on rank 0 alone."""
+        """Wait for what is being written. Raises CheckpointWriteError on rank 0 alone."""
         if self._folder is not None:
             self._folder.finish()
 
 
-def optimizer_state(learner: Learner) -> dict[str, dict[str, Any]]:
+def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
     """The optimizer's state by parameter name: tensors, copied to the CPU, and numbers."""
     return {
         learner.names[weight]: {  # type: ignore[index]

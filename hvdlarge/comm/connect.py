@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from hvdlarge.comm.interfaces import ControlWire, TensorWire, WrongWorld
+from hvdlarge.comm.interfaces import Collectives, ControlChannel, WorldMismatchError
 from hvdlarge.comm.launcher import Launch
 
 
-def open_control(launch: Launch | None) -> ControlWire:
+def open_control(launch: Launch | None) -> ControlChannel:
     """Open the wire for decisions. Every rank calls this together; it needs no torch.
 
     Raises:
-        WrongWorld: if a launcher started this process and MPI is missing or sees another number of workers.
+        WorldMismatchError: if a launcher started this process and MPI is missing or sees another number of workers.
     """
     if launch is None:
-        from hvdlarge.comm.solo import SoloControl
+        from hvdlarge.comm.solo import SoloChannel
 
-        return SoloControl()
+        return SoloChannel()
     try:
-        from hvdlarge.comm.mpi_backend import MpiControl
+        from hvdlarge.comm.mpi_backend import MpiChannel
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but finds no MPI library
-        raise WrongWorld(
+        raise WorldMismatchError(
             f"started by {launch.launcher} with {launch.size} workers, but mpi4py does not load here ({error}); "
             "docker/install-horovod.sh installs it together with Horovod"
         ) from error
-    return MpiControl(launch)
+    return MpiChannel(launch)
 
 
-def open_tensors(launch: Launch | None, control: ControlWire) -> TensorWire:
+def open_tensors(launch: Launch | None, control: ControlChannel) -> Collectives:
     """Open the wire for tensors. Every rank calls this together, after `open_control`.
 
     Raises:
-        WrongWorld: if a launcher started this process and Horovod is missing or sees another number of workers.
+        WorldMismatchError: if a launcher started this process and Horovod is missing or sees another number of workers.
     """
     if launch is None:
-        from hvdlarge.comm.solo import SoloTensors
+        from hvdlarge.comm.solo import SoloCollectives
 
-        return SoloTensors()
+        return SoloCollectives()
     try:
-        from hvdlarge.comm.horovod_backend import HorovodTensors
+        from hvdlarge.comm.horovod_backend import HorovodCollectives
     except ImportError as error:
-        raise WrongWorld(
+        raise WorldMismatchError(
             f"started by {launch.launcher} with {launch.size} workers, but horovod.torch does not load here ({error}); "
             "docker/install-horovod.sh builds and installs it"
         ) from error
-    return HorovodTensors(control)
+    return HorovodCollectives(control)

@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvdlarge.comm.interfaces import CollectiveFailed, ControlWire, LostRank, RanksMismatch, WrongWorld
+from hvdlarge.comm.interfaces import CollectiveError, CollectiveMismatchError, ControlChannel, RankLostError, WorldMismatchError
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def _with_the_others() -> Iterator[None]:
         raise error_of(str(error)) from None
 
 
-def error_of(text: str) -> LostRank | RanksMismatch | CollectiveFailed:
+def error_of(text: str) -> RankLostError | CollectiveMismatchError | CollectiveError:
     """The error that stands for a failure that Horovod described by `text`.
 
     >>> type(error_of("Mismatched allreduce tensor shapes: ...")).__name__
@@ -30,27 +30,27 @@ def error_of(text: str) -> LostRank | RanksMismatch | CollectiveFailed:
     'CollectiveFailed'
     """
     if "ismatched" in text:
-        return RanksMismatch(text)
+        return CollectiveMismatchError(text)
     # What Horovod answers with once a rank has left, wherever it has left from.
     if "has been shut down" in text:
-        return LostRank(text)
-    return CollectiveFailed(text)
+        return RankLostError(text)
+    return CollectiveError(text)
 
 
-class HorovodTensors:
+class HorovodCollectives:
     """Sums and broadcasts over Horovod's MPI form."""
 
-    def __init__(self, control: ControlWire) -> None:
+    def __init__(self, control: ControlChannel) -> None:
         """Start Horovod on the MPI that the control wire has started. Every rank calls this together.
 
         Raises:
-            WrongWorld: if Horovod was built without MPI or sees other ranks than the control wire.
+            WorldMismatchError: if Horovod was built without MPI or sees other ranks than the control wire.
         """
         if not hvd.mpi_built():
-            raise WrongWorld("this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI")
+            raise WorldMismatchError("this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI")
         hvd.init()
         if (hvd.size(), hvd.rank()) != (control.size, control.rank):
-            raise WrongWorld(
+            raise WorldMismatchError(
                 f"Horovod sees rank {hvd.rank()} of {hvd.size()}, MPI sees rank {control.rank} of {control.size}: Horovod "
                 "and mpi4py use two MPIs, or Horovod runs over Gloo; build both with docker/install-horovod.sh and start "
                 "with mpirun or horovodrun --mpi"
@@ -86,15 +86,15 @@ class HorovodTensors:
         with _with_the_others():
             return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"gather.{name}")
 
-    def summed_update(
+    def distributed_optimizer(
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
-    ) -> HorovodUpdate:
+    ) -> HorovodOptimizer:
         """Put Horovod's allreduce in front of `optimizer`, which must not have any state yet."""
-        return HorovodUpdate(optimizer, named_parameters, compressed, groups)
+        return HorovodOptimizer(optimizer, named_parameters, compressed, groups)
 
     def close(self) -> None:
         """Stop Horovod. Every rank calls this together, before the control wire is closed."""
@@ -104,7 +104,7 @@ class HorovodTensors:
 _CARRIED = frozenset([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64])
 
 
-class HorovodUpdate:
+class HorovodOptimizer:
     """`hvd.DistributedOptimizer` with its order of calls: begin, backward passes, reduce, apply.
 
     Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does op=Sum over the workers;
@@ -168,6 +168,6 @@ class HorovodUpdate:
                 self.optimizer._group_counts[group] = 0
 
     def apply(self) -> None:
-        """Move the weights with the reduced gradients."""
+        """MomentumStep the weights with the reduced gradients."""
         with self.optimizer.skip_synchronize():
             self.optimizer.step()

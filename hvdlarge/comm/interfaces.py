@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     import torch
 
 
-class WrongWorld(Exception):
+class WorldMismatchError(Exception):
     """The environment cannot carry this run: a part is missing, or the parts disagree about the world (exit code 3)."""
 
 
-class LostRank(Exception):
+class RankLostError(Exception):
     """Another rank is gone: a call that needs it cannot be answered (exit code 76)."""
 
 
-class RanksMismatch(Exception):
+class CollectiveMismatchError(Exception):
     """Ranks called with tensors of other names, shapes or types (exit code 71)."""
 
 
-class CollectiveFailed(Exception):
+class CollectiveError(Exception):
     """A sum or broadcast failed for a reason of its own, such as NCCL's or CUDA's; the message is theirs (exit code 70)."""
 
 
-class ControlWire(Protocol):
+class ControlChannel(Protocol):
     """Small messages of bytes. Every method but `abort` is collective: every rank calls it together, in one order."""
 
     rank: int
@@ -60,7 +60,7 @@ class ControlWire(Protocol):
         ...
 
 
-class SummedUpdate(Protocol):
+class DistributedOptimizer(Protocol):
     """An optimizer whose gradients are summed over all workers before it moves the weights."""
 
     optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
@@ -80,7 +80,7 @@ class SummedUpdate(Protocol):
         """Add the gradients of `loss`, a micro-batch's share of the step's, shape ().
 
         Raises:
-            LostRank, RanksMismatch, CollectiveFailed: where sums begin beside the backward pass and one fails.
+            RankLostError, CollectiveMismatchError, CollectiveError: where sums begin beside the backward pass and one fails.
         """
         ...
 
@@ -93,11 +93,11 @@ class SummedUpdate(Protocol):
         ...
 
     def apply(self) -> None:
-        """Move the weights with the reduced gradients. Called after `reduce`; needs no other worker."""
+        """MomentumStep the weights with the reduced gradients. Called after `reduce`; needs no other worker."""
         ...
 
 
-class TensorWire(Protocol):
+class Collectives(Protocol):
     """Tensors between workers. Every method is collective: every rank calls it together, in one order."""
 
     local_rank: int
@@ -117,13 +117,13 @@ class TensorWire(Protocol):
         """Every worker's tensor, of one shape on all, stacked in the order of the ranks."""
         ...
 
-    def summed_update(
+    def distributed_optimizer(
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
-    ) -> SummedUpdate:
+    ) -> DistributedOptimizer:
         """Put the sum over workers in front of `optimizer`, which must not have any state yet.
 
         Args:

@@ -23,7 +23,7 @@ class Launch:
     local_size: int  # workers on this host
 
     @property
-    def speaks_for_host(self) -> bool:
+    def is_local_leader(self) -> bool:
         """Whether this is the one process of its host that reports what is wrong with the host."""
         return self.local_rank == 0
 

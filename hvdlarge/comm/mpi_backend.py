@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import mpi4py
 
-from hvdlarge.comm.interfaces import WrongWorld
+from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.launcher import Launch
 
 mpi4py.rc.initialize = False  # MPI starts when the wire is opened, after the environment has been settled
@@ -31,24 +31,24 @@ from mpi4py import MPI  # noqa: E402
 _GIVE_WAY_AFTER, _SLEEP_AFTER, _SLEEP_SECONDS = 20e-6, 2e-3, 100e-6
 
 
-class MpiControl:
+class MpiChannel:
     """Decisions and verdicts over a communicator of their own, so that Horovod's messages never meet them."""
 
     def __init__(self, launch: Launch) -> None:
         """Start MPI. Every rank calls this together.
 
         Raises:
-            WrongWorld: if MPI sees another number of workers than the launcher started, or cannot serve two threads.
+            WorldMismatchError: if MPI sees another number of workers than the launcher started, or cannot serve two threads.
         """
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         if MPI.COMM_WORLD.size != launch.size:
-            raise WrongWorld(
+            raise WorldMismatchError(
                 f"{launch.launcher} started {launch.size} workers, but MPI sees {MPI.COMM_WORLD.size}: "
                 "start the run with the launcher of the MPI that mpi4py uses "
                 f"({MPI.Get_library_version().splitlines()[0].split(', package')[0].rstrip()})"
             )
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            raise WrongWorld("this MPI does not allow calls from two threads (MPI_THREAD_MULTIPLE), which Horovod needs")
+            raise WorldMismatchError("this MPI does not allow calls from two threads (MPI_THREAD_MULTIPLE), which Horovod needs")
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size

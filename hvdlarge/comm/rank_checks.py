@@ -10,32 +10,32 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from hvdlarge.comm.interfaces import ControlWire
-from hvdlarge.exits import RanksDisagree, RunEnds
+from hvdlarge.comm.interfaces import ControlChannel
+from hvdlarge.exits import RanksDisagreeError, RunExit
 
 Result = TypeVar("Result")
 
 
-def on_rank_0(control: ControlWire, action: Callable[[], Result]) -> Result | None:
+def on_rank_0(control: ControlChannel, action: Callable[[], Result]) -> Result | None:
     """What `action` returns on rank 0, which alone runs it; None elsewhere. Every rank calls this together.
 
     Raises:
-        RunEnds: on every rank alike, if `action` raised one.
+        RunExit: on every rank alike, if `action` raised one.
     """
-    return all_or_none(control, action if control.rank == 0 else lambda: None, name_ranks=False)
+    return raise_on_all_ranks(control, action if control.rank == 0 else lambda: None, name_ranks=False)
 
 
-def all_or_none(control: ControlWire, action: Callable[[], Result], name_ranks: bool = True) -> Result:
+def raise_on_all_ranks(control: ControlChannel, action: Callable[[], Result], name_ranks: bool = True) -> Result:
     """What `action` returns on this rank, if it worked on every rank. Every rank calls this together.
 
     Raises:
-        RunEnds: on every rank alike, if `action` raised one on any: with the lowest such rank's code, the message naming
+        RunExit: on every rank alike, if `action` raised one on any: with the lowest such rank's code, the message naming
             the ranks unless it was all of them.
     """
     problem, result = None, None
     try:
         result = action()
-    except RunEnds as error:
+    except RunExit as error:
         problem = error
     mine = "" if problem is None else f"{problem.code} {problem}"
     heard = [message.decode() for message in control.allgather(mine.encode())]
@@ -44,13 +44,13 @@ def all_or_none(control: ControlWire, action: Callable[[], Result], name_ranks: 
             ranks = [str(rank) for rank, other in enumerate(heard) if other == text]
             code, _, message = text.partition(" ")
             everywhere = len(ranks) == len(heard) or not name_ranks
-            end = RunEnds(message if everywhere else f"on rank {', '.join(ranks)}: {message}")
+            end = RunExit(message if everywhere else f"on rank {', '.join(ranks)}: {message}")
             end.code = int(code)
             raise end
     return result  # type: ignore[return-value]
 
 
-def same_everywhere(control: ControlWire, facts: Mapping[str, Any], what: str) -> None:
+def check_equal_across_ranks(control: ControlChannel, facts: Mapping[str, Any], what: str) -> None:
     """Hold the same facts against each other on all ranks. Every rank calls this together.
 
     Args:
@@ -59,20 +59,20 @@ def same_everywhere(control: ControlWire, facts: Mapping[str, Any], what: str) -
         what: what they are about, for the message.
 
     Raises:
-        RanksDisagree: on every rank alike, naming the first differing fact, two ranks and both values.
+        RanksDisagreeError: on every rank alike, naming the first differing fact, two ranks and both values.
     """
     mine = json.dumps(facts, sort_keys=True).encode()
     heard = control.allgather(mine)
     for rank, message in enumerate(heard):
         if message != heard[0]:
             name, ours, theirs = _first_difference(json.loads(heard[0]), json.loads(message))
-            raise RanksDisagree(
+            raise RanksDisagreeError(
                 f"the ranks do not have the same {what}: {name} is {json.dumps(ours)} on rank 0 and "
                 f"{json.dumps(theirs)} on rank {rank}"
             )
 
 
-def disagreement(control: ControlWire, name: str, value: float) -> RanksDisagree:
+def disagreement(control: ControlChannel, name: str, value: float) -> RanksDisagreeError:
     """The error to raise when the ranks differ in `name`, with every rank's value. Every rank calls this together."""
     by_value: dict[float, list[int]] = {}
     for rank, message in enumerate(control.allgather(json.dumps(value).encode())):
@@ -81,10 +81,10 @@ def disagreement(control: ControlWire, name: str, value: float) -> RanksDisagree
         f"{'nothing' if value == float('-inf') else f'{value:.17g}'} on rank {', '.join(map(str, ranks))}"
         for value, ranks in by_value.items()
     ]
-    return RanksDisagree(f"the ranks disagree about the {name}: {' and '.join(parts)}")
+    return RanksDisagreeError(f"the ranks disagree about the {name}: {' and '.join(parts)}")
 
 
-def missing_gradient(control: ControlWire, with_gradient: Sequence[str] | None) -> RanksDisagree:
+def missing_gradient(control: ControlChannel, with_gradient: Sequence[str] | None) -> RanksDisagreeError:
     """The error to raise when a parameter has a gradient on some ranks only, by its name. Every rank calls this together.
 
     Args:
@@ -97,7 +97,7 @@ def missing_gradient(control: ControlWire, with_gradient: Sequence[str] | None) 
     with_it = [str(rank) for rank, names in views.items() if partly[0] in names]
     without = [str(rank) for rank, names in views.items() if partly[0] not in names]
     more = f" (and {len(partly) - 1} more)" if len(partly) > 1 else ""
-    return RanksDisagree(
+    return RanksDisagreeError(
         f"the ranks disagree about the set of gradients: the parameter {partly[0]!r}{more} has a gradient on rank "
         f"{', '.join(with_it)} and none on rank {', '.join(without)}; if the model skips layers on purpose, by chance or by "
         "its data, gradients.missing: zero counts a missing gradient as zero"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class SoloControl:
+class SoloChannel:
     """A world of one: what rank 0 says is what it hears."""
 
     rank = 0
@@ -44,7 +44,7 @@ class SoloControl:
         os._exit(code)
 
 
-class SoloTensors:
+class SoloCollectives:
     """A world of one: every sum has one term."""
 
     local_rank = 0
@@ -63,21 +63,21 @@ class SoloTensors:
         """The one tensor, stacked."""
         return tensor.clone().unsqueeze(0)
 
-    def summed_update(
+    def distributed_optimizer(
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
-    ) -> SoloUpdate:
+    ) -> SoloOptimizer:
         """`optimizer` behind the calls that the step makes."""
-        return SoloUpdate(optimizer)
+        return SoloOptimizer(optimizer)
 
     def close(self) -> None:
         """Nothing to stop."""
 
 
-class SoloUpdate:
+class SoloOptimizer:
     """A plain optimizer with the calls of a summed one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -98,5 +98,5 @@ class SoloUpdate:
         """The gradients of one worker are the sum already."""
 
     def apply(self) -> None:
-        """Move the weights."""
+        """MomentumStep the weights."""
         self.optimizer.step()

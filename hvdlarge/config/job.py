@@ -18,7 +18,7 @@ from hvdlarge.config import yaml_source
 from hvdlarge.config.registry import LOSSES
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import LARGEST_BATCH, AdaBatchGrowth, NoGrowth
-from hvdlarge.schedule.lr import RateSchedule
+from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.scaling import Scaling
@@ -108,9 +108,9 @@ class LearningRate(Section):
         Field(discriminator="policy"),
     ] = ConstantDecay()
 
-    def schedule(self) -> RateSchedule:
+    def schedule(self) -> LRSchedule:
         """The pure schedule of these settings."""
-        return RateSchedule(self.base, self.scaling, self.warmup, self.decay)
+        return LRSchedule(self.base, self.scaling, self.warmup, self.decay)
 
 
 class Optimizer(Section):
@@ -119,7 +119,7 @@ class Optimizer(Section):
     weight_decay: NotNegative = 0.0
     adapt_everything: bool = False  # the LARS paper's reading: biases and normalisation parameters too
     not_adapted: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
-    not_adapted_lr_factor: NotNegative = 1.0  # their own rate, as a factor
+    excluded_lr_factor: NotNegative = 1.0  # their own rate, as a factor
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Lars(Optimizer):
     preset: Literal["paper", "mlperf", "torch", "larc", "optax"] = "paper"
     momentum: Part = 0.9
     trust_coefficient: Positive = 0.001
-    rate_in_momentum: bool = True
+    lr_in_momentum: bool = True
     joint_norm: bool = False
     clip: bool = False
     nesterov: bool = False
@@ -366,7 +366,7 @@ class Job(Section):
         written = {path: yaml_source.AsWritten(text) for path, text in self._variables.items()}
         return yaml_source.write(_each(self.model_dump(mode="json"), lambda path, value: written.get(path, value)))
 
-    def mathematics(self) -> dict[str, Any]:
+    def resume_signature(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
         resolved = self.resolved()
         found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from hvdlarge.config import yaml_source
 from hvdlarge.config.job import Job
-from hvdlarge.config.validation import impossible
+from hvdlarge.config.validation import cross_field_errors
 from hvdlarge.exits import JobError
 from hvdlarge.optim.presets import PRESETS
 
@@ -157,7 +157,7 @@ def _accepted(written: Written, overrides: Sequence[str]) -> Job:
         job = Job.model_validate_json(json.dumps(written.values), strict=True)
     except ValidationError as error:
         raise _refused(path, [_describe(problem, written) for problem in error.errors(include_url=False)]) from None
-    problems = [f"  {written.place(key)}: {'.'.join(map(str, key))}: {message}" for key, message in impossible(job)]
+    problems = [f"  {written.place(key)}: {'.'.join(map(str, key))}: {message}" for key, message in cross_field_errors(job)]
     if problems:
         raise _refused(path, problems)
     variables = {key: place.variable for key, place in written.places.items() if place.variable is not None}

@@ -143,7 +143,7 @@ class Measured:
     gradient_bytes: int | None  # that a worker sends in each step
 
 
-def on_paper(job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None) -> dict[str, Any]:
+def estimate(job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None) -> dict[str, Any]:
     """Everything about a planned run, as JSON values under the words of the run's own files.
 
     Args:

@@ -9,7 +9,7 @@ from hvdlarge.config.job import Job
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 
 
-def impossible(job: Job) -> Iterator[Problem]:
+def cross_field_errors(job: Job) -> Iterator[Problem]:
     """Every combination of values that cannot be meant, with the key to look at first."""
     yield from _batch(job)
     yield from _exact(job)

@@ -28,7 +28,7 @@ from hvdlarge.schedule.batch import MicroBatch
 _PATIENCE_SECONDS = 5.0  # torch's own, for its processes
 
 
-class Loaded(NamedTuple):
+class LoadedMicroBatch(NamedTuple):
     """A micro-batch with its tensors."""
 
     micro_batch: MicroBatch
@@ -43,7 +43,7 @@ class Loader(Protocol):
         """Take note of this worker's micro-batches of a coming step; `is_last` when no step follows it."""
         ...
 
-    def fetch(self, count: int) -> Iterator[Loaded]:
+    def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
         """The next `count` announced micro-batches, in order; each is waited for when it is asked for."""
         ...
 
@@ -52,7 +52,7 @@ class Loader(Protocol):
         ...
 
 
-class Fetch(Dataset):
+class MicroBatchDataset(Dataset):
     """A data set whose indices are micro-batches: what a loader process runs.
 
     Args:
@@ -74,7 +74,7 @@ class Fetch(Dataset):
         self._shuffled = shuffled
         self._stream = order.Stream(seed, self._size)
 
-    def __getitem__(self, micro_batch: MicroBatch | None) -> Loaded | None:
+    def __getitem__(self, micro_batch: MicroBatch | None) -> LoadedMicroBatch | None:
         if micro_batch is None:  # a hole: nothing was known to be fetched when this place in the queue came up
             return None
         indices = self._through_subsets(self.indices(micro_batch))
@@ -83,7 +83,7 @@ class Fetch(Dataset):
         if self._reads_batches or self._reads_many:
             seed_all(seeds.key(self._seed, seeds.SAMPLE, micro_batch.start))
         if self._reads_batches:
-            return Loaded(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
+            return LoadedMicroBatch(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
         if self._reads_many:
             pairs = self._dataset.__getitems__(indices.tolist())
         else:
@@ -92,7 +92,7 @@ class Fetch(Dataset):
                 seed_all(key)
                 pairs.append(self._dataset[index])
         inputs, targets = default_collate(pairs)
-        return Loaded(micro_batch, inputs, targets)
+        return LoadedMicroBatch(micro_batch, inputs, targets)
 
     def indices(self, micro_batch: MicroBatch) -> np.ndarray:
         """Data-set indices of a micro-batch's samples, shape (n,)."""
@@ -113,7 +113,7 @@ class Fetch(Dataset):
 class TensorLoader:
     """Indexes a set of tensors when a micro-batch is asked for."""
 
-    def __init__(self, fetch: Fetch) -> None:
+    def __init__(self, fetch: MicroBatchDataset) -> None:
         self._fetch = fetch
         self._announced: deque[MicroBatch] = deque()
 
@@ -121,7 +121,7 @@ class TensorLoader:
         """Remember these micro-batches."""
         self._announced.extend(micro_batches)
 
-    def fetch(self, count: int) -> Iterator[Loaded]:
+    def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
         """The next `count` announced micro-batches, in order."""
         for _ in range(count):
             loaded = self._fetch[self._announced.popleft()]
@@ -167,14 +167,14 @@ class WorkerLoader:
         prefetch_factor: micro-batches in hand for each loader process; the thread holds as many again.
     """
 
-    def __init__(self, fetch: Fetch, num_workers: int, prefetch_factor: int) -> None:
+    def __init__(self, fetch: MicroBatchDataset, num_workers: int, prefetch_factor: int) -> None:
         self._announced = _Announced()
         self._loader: DataLoader | None = make_dataloader(fetch, self._announced, num_workers, prefetch_factor)
-        self._loaded: Iterator[Loaded | None] | None = None
+        self._loaded: Iterator[LoadedMicroBatch | None] | None = None
         self._thread: threading.Thread | None = None
         self._wanted = threading.Semaphore(0)  # announced and not yet taken over
         self._room = threading.Semaphore(num_workers * prefetch_factor)  # for what is taken over and not yet asked for
-        self._ready: queue.SimpleQueue[Loaded | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[LoadedMicroBatch | BaseException] = queue.SimpleQueue()
         self._has_processes = num_workers > 0
         self._processes: set[multiprocessing.process.BaseProcess] = set()
         self._closed = False
@@ -186,7 +186,7 @@ class WorkerLoader:
         if micro_batches:
             self._wanted.release(len(micro_batches))
 
-    def fetch(self, count: int) -> Iterator[Loaded]:
+    def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
         """The next `count` announced micro-batches, in order; waits for the loader processes.
 
         Raises:
@@ -241,14 +241,14 @@ class WorkerLoader:
         except BaseException as error:  # whatever it is: the training raises it
             self._ready.put(error)
 
-    def _next(self) -> Loaded:
+    def _next(self) -> LoadedMicroBatch:
         assert self._loaded is not None  # begun
         while (loaded := next(self._loaded)) is None:
             pass
         return loaded
 
 
-def make_dataloader(fetch: Fetch, micro_batches: Any, num_workers: int, prefetch_factor: int) -> DataLoader:
+def make_dataloader(fetch: MicroBatchDataset, micro_batches: Any, num_workers: int, prefetch_factor: int) -> DataLoader:
     """A torch DataLoader whose items are micro-batches as they are; `micro_batches` gives the indices."""
     return DataLoader(
         fetch,

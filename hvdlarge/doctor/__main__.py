@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from hvdlarge import __version__, exits
 from hvdlarge.comm.launcher import detect
-from hvdlarge.doctor.checks import Finding, examine, look_on
-from hvdlarge.telemetry.console import say
+from hvdlarge.doctor.checks import Finding, observe, run_checks
+from hvdlarge.telemetry.console import print_status
 
 _SIGNS = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
 
@@ -31,15 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     options = parser.parse_args(arguments)
     launch = detect(os.environ)
-    if launch is not None and not launch.speaks_for_host:
-        look_on(launch)
+    if launch is not None and not launch.is_local_leader:
+        observe(launch)
         return exits.FINISHED
-    findings = list(examine(os.environ, launch))
+    findings = list(run_checks(os.environ, launch))
     if options.json:
         report = {"host": socket.gethostname(), "hvdlarge": __version__, "findings": [found._asdict() for found in findings]}
-        say(json.dumps(report, indent=2))
+        print_status(json.dumps(report, indent=2))
     else:
-        say("\n".join(in_words(findings)))
+        print_status("\n".join(in_words(findings)))
     return exits.WRONG_ENVIRONMENT if any(found.level == "error" for found in findings) else exits.FINISHED
 
 

@@ -46,7 +46,7 @@ print("FOUND" + json.dumps(found, default=str))
 _WORLD = """
 import json, os, socket
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
-from hvdlarge.comm.interfaces import WrongWorld
+from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.connect import open_control, open_tensors
 launch = detect(os.environ)
 os.environ.update(starting_settings(os.environ, launch.local_size, len(bound_cores())))
@@ -58,9 +58,9 @@ try:
     found["workers"] = [json.loads(text) for text in control.allgather(json.dumps(found).encode())]
     tensors.close()
     control.close()
-except (WrongWorld, OSError) as error:
+except (WorldMismatchError, OSError) as error:
     found["error"] = str(error)
-if launch.speaks_for_host:
+if launch.is_local_leader:
     print("FOUND" + json.dumps(found))
 """
 
@@ -74,7 +74,7 @@ class Finding(NamedTuple):
     cure: str = ""  # the command that mends it; empty where nothing needs mending
 
 
-def examine(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Finding]:
+def run_checks(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Finding]:
     """Look at everything, in the order in which it is needed.
 
     Args:
@@ -95,7 +95,7 @@ def examine(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Findi
     yield from _system()
 
 
-def look_on(launch: Launch) -> None:
+def observe(launch: Launch) -> None:
     """What the ranks do that do not report: take part in the trial of the world. Every such rank calls this together."""
     _ask(_WORLD, environ={}, patience=3 * _PATIENCE_SECONDS)  # the one that reports looks at other things first
 

@@ -30,7 +30,7 @@ def build_optimizer(
     weight_decay: float,
     adapt_everything: bool = False,
     not_adapted: Sequence[str] = (),
-    not_adapted_lr_factor: float = 1.0,
+    excluded_lr_factor: float = 1.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each step.
@@ -41,14 +41,14 @@ def build_optimizer(
         weight_decay: of the adapted parameters.
         adapt_everything: see param_groups.py.
         not_adapted: see param_groups.py.
-        not_adapted_lr_factor: see param_groups.py.
+        excluded_lr_factor: see param_groups.py.
         **options: the optimizer's own, e.g. momentum.
 
     Raises:
         ValueError: for patterns that match nothing, a model without trainable parameters, or an option out of its range.
     """
     _leave_the_compiler_out()
-    groups = parameter_groups(modules, weight_decay, not_adapted, adapt_everything, not_adapted_lr_factor)
+    groups = parameter_groups(modules, weight_decay, not_adapted, adapt_everything, excluded_lr_factor)
     return _CLASSES[name](groups, **options)
 
 

@@ -57,7 +57,7 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the weights once, with the gradients in `.grad`, already averaged over all workers.
+        """MomentumStep the weights once, with the gradients in `.grad`, already averaged over all workers.
 
         Raises:
             ValueError: if a closure is given, or for a sparse gradient.

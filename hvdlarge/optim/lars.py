@@ -4,7 +4,7 @@ Formula:  for every adapted tensor, with mean gradient g, weights w, weight deca
               λ = η‖w‖ / (‖g‖ + β‖w‖ + ε);    u = λ·(g + β·w);    v ← m·v + lr·u;    w ← w − v
           joint_norm:               λ = η‖w‖ / (‖g + β·w‖ + ε)
           clip:                     λ ← min(λ / lr, 1)
-          rate_in_momentum: false:  v ← m·v + u;    w ← w − lr·v
+          lr_in_momentum: false:  v ← m·v + u;    w ← w − lr·v
           nesterov:                 the weights move by what v would become in one more step with the same u: w ← w − (m·v + lr·u)
           λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move; a tensor that is not adapted has λ = 1 always.
           A tensor whose gradient is zero throughout is left alone in that step (norms.py): weights, momentum and decay.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from hvdlarge.optim import lars_gpu
-from hvdlarge.optim.momentum import Move, momentum_update
+from hvdlarge.optim.momentum import MomentumStep, momentum_update
 from hvdlarge.optim.norms import GradientNorms, HostNorms, MeasuresGradients, norm, norms
 
 
@@ -38,7 +38,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         weight_decay: β, ≥ 0.
         trust_coefficient: η, > 0.
         adapt: whether tensors get a trust ratio.
-        rate_in_momentum: whether the rate stands inside the momentum buffer (the paper's form).
+        lr_in_momentum: whether the rate stands inside the momentum buffer (the paper's form).
         joint_norm: whether the decay is added before the gradient's norm is taken.
         clip: whether λ·lr is held at or below lr (LARC).
         nesterov: Nesterov's momentum.
@@ -69,7 +69,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
         adapt: bool = True,
-        rate_in_momentum: bool = True,
+        lr_in_momentum: bool = True,
         joint_norm: bool = False,
         clip: bool = False,
         nesterov: bool = False,
@@ -83,7 +83,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
                 "weight_decay": weight_decay,
                 "trust_coefficient": trust_coefficient,
                 "adapt": adapt,
-                "rate_in_momentum": rate_in_momentum,
+                "lr_in_momentum": lr_in_momentum,
                 "joint_norm": joint_norm,
                 "clip": clip,
                 "nesterov": nesterov,
@@ -95,7 +95,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the weights once, with the gradients in `.grad`, already averaged over all workers.
+        """MomentumStep the weights once, with the gradients in `.grad`, already averaged over all workers.
 
         Raises:
             ValueError: if a closure is given (its gradients would not be averaged), or for a sparse gradient.
@@ -146,8 +146,8 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         if self.against_gpu is not None:
             return self.against_gpu
         weights = [weight for group in self.param_groups for weight in group["params"]]
-        against = lars_gpu.reason_against(weights[0].device)
-        if against is None and not lars_gpu.one_kind(weights):
+        against = lars_gpu.unsupported_reason(weights[0].device)
+        if against is None and not lars_gpu.same_dtype_and_device(weights):
             against = "the weights are not all float32 or all float64, or not dense in memory"
         return against
 
@@ -159,7 +159,7 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
                     continue
                 if weight.grad.is_sparse:
                     raise ValueError("sparse gradients cannot be averaged and measured: build the embedding with sparse=False")
-                weight.grad = lars_gpu.like_its_weight(weight.grad, weight)
+                weight.grad = lars_gpu.match_strides(weight.grad, weight)
                 weights.append(weight)
             ends.append(len(weights))
         if not weights:
@@ -209,8 +209,8 @@ def _weight_norms(moving: Sequence[tuple[torch.Tensor, Any]]) -> Iterator[float]
         yield norm(weight).item() if lazily and weight.numel() >= _FEW_VALUES else next(together)
 
 
-def _move(group: dict[str, Any], ratio: float) -> Move:
-    return Move(group["lr"], ratio, group["momentum"], group["weight_decay"], group["rate_in_momentum"], group["nesterov"])
+def _move(group: dict[str, Any], ratio: float) -> MomentumStep:
+    return MomentumStep(group["lr"], ratio, group["momentum"], group["weight_decay"], group["lr_in_momentum"], group["nesterov"])
 
 
 def _check(group: dict[str, Any]) -> None:

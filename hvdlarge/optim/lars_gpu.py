@@ -17,7 +17,7 @@ import torch
 from hvdlarge.optim.norms import HostNorms
 
 
-def reason_against(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why tensors of this device are not moved in this way; None where they are. Tried out once on every device."""
     if device.type != "cuda":
         return "the weights are not on a GPU"
@@ -48,7 +48,7 @@ def _gives_the_formula(device: torch.device, dtype: torch.dtype, other_side: boo
         "weight_decay": 0.1,
         "trust_coefficient": 0.3,
         "adapt": True,
-        "rate_in_momentum": True,
+        "lr_in_momentum": True,
         "joint_norm": other_side,
         "clip": False,
         "nesterov": other_side,
@@ -83,7 +83,7 @@ class DeviceNorms:
         self.guarded = guarded
 
     def not_finite(self, names: Mapping[Any, str]) -> list[str]:
-        """The names of the gradients that are not finite. Waits for the GPU."""
+        """The names of the gradients that are not finite. DataWait for the GPU."""
         found = zip(self.weights, self.values[1].isfinite().tolist(), strict=True)
         return [names[weight] for weight, finite in found if not finite]
 
@@ -164,7 +164,7 @@ class Table:
         return DeviceNorms(self.weights, values)
 
     def move(self, norms: DeviceNorms, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Move the weights, by the settings of their groups."""
+        """MomentumStep the weights, by the settings of their groups."""
         moving = norms.values
         if norms.guarded:  # a norm of zero leaves its tensor alone
             moving = torch.where(norms.values[1].isfinite().all(), norms.values, 0.0)
@@ -172,7 +172,7 @@ class Table:
             if begin == end:
                 continue
             # A tensor filled on the GPU: copying numbers from the host's ordinary memory would wait.
-            out = 1.0 if group["rate_in_momentum"] else group["lr"]
+            out = 1.0 if group["lr_in_momentum"] else group["lr"]
             settings = self._vector([group["momentum"], group["weight_decay"], out])
             weight_norms, grad_norms = norms.values[0], norms.values[1]
             if group["joint_norm"] and group["weight_decay"] and group["adapt"]:
@@ -181,7 +181,7 @@ class Table:
                 grad_norms = joint[1]
             ratios = trust_ratios(weight_norms[begin:end], grad_norms[begin:end], group)
             self.ratios[begin:end] = ratios
-            into = self.ratios * group["lr"] if group["rate_in_momentum"] else self.ratios
+            into = self.ratios * group["lr"] if group["lr_in_momentum"] else self.ratios
             chunks = slice(self._first_chunk[begin], self._first_chunk[end])
             if chunks.start == chunks.stop:
                 continue
@@ -250,13 +250,13 @@ def trust_ratios(weight_norms: torch.Tensor, grad_norms: torch.Tensor, group: Ma
     return torch.where((weight_norms == 0) | (size == 0), 1.0, ratio)
 
 
-def one_kind(weights: Sequence[torch.Tensor]) -> bool:
+def same_dtype_and_device(weights: Sequence[torch.Tensor]) -> bool:
     """Whether these tensors can be moved together: of one type that the update knows, on one device, each dense in memory."""
     kinds = {(weight.dtype, weight.device) for weight in weights}
     return len(kinds) == 1 and weights[0].dtype in (torch.float32, torch.float64) and all(_dense(weight) for weight in weights)
 
 
-def like_its_weight(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def match_strides(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A gradient that lies in memory as its weight does."""
     if grad.stride() == weight.stride():
         return grad

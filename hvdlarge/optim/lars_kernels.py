@@ -153,7 +153,7 @@ def update(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Move w and v; one program a chunk."""
+    """MomentumStep w and v; one program a chunk."""
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
     start, size = tl.multiple_of(tl.load(starts + chunk), CHUNK), tl.load(sizes + owner)

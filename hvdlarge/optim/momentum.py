@@ -18,31 +18,31 @@ from typing import NamedTuple
 import torch
 
 
-class Move(NamedTuple):
+class MomentumStep(NamedTuple):
     """How one tensor is to be moved."""
 
     lr: float
     ratio: float  # λ
     momentum: float  # m
     weight_decay: float  # β
-    rate_in_momentum: bool = True
+    lr_in_momentum: bool = True
     nesterov: bool = False
 
     @property
     def into_momentum(self) -> float:
         """What multiplies g + β·w on its way into v."""
-        return self.lr * self.ratio if self.rate_in_momentum else self.ratio
+        return self.lr * self.ratio if self.lr_in_momentum else self.ratio
 
     @property
     def out_of_momentum(self) -> float:
         """What multiplies v on its way into w."""
-        return 1.0 if self.rate_in_momentum else self.lr
+        return 1.0 if self.lr_in_momentum else self.lr
 
 
 def momentum_update(
-    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: Move
+    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: MomentumStep
 ) -> None:
-    """Move tensors in place and alike, the fastest way that gives the formula.
+    """MomentumStep tensors in place and alike, the fastest way that gives the formula.
 
     Args:
         weights: w of each.
@@ -63,7 +63,7 @@ def momentum_update(
         reference_update(weight, grad, velocity, move)
 
 
-def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: Move) -> None:
+def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: MomentumStep) -> None:
     """The formula in plain torch, for one tensor; otherwise as `momentum_update`."""
     inside, decay = move.into_momentum, move.into_momentum * move.weight_decay
     velocity.mul_(move.momentum).add_(grad, alpha=inside)
@@ -78,7 +78,7 @@ def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.T
 
 
 def _fused_update(
-    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: Move
+    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: MomentumStep
 ) -> None:
     torch._fused_sgd_(
         list(weights),
@@ -111,7 +111,7 @@ def _fused_works(device: str) -> bool:
         return False
     fused, reference = (tuple(torch.tensor([value, 2.0], dtype=torch.float64) for value in (1.0, -3.0, 0.5)) for _ in range(2))
     weight, grad, velocity = fused
-    move = Move(lr=0.7, ratio=0.3, momentum=0.9, weight_decay=0.1)
+    move = MomentumStep(lr=0.7, ratio=0.3, momentum=0.9, weight_decay=0.1)
     try:
         _fused_update([weight], [grad], [velocity], move)
     except (AttributeError, RuntimeError, TypeError):

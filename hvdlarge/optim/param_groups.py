@@ -30,7 +30,7 @@ def parameter_groups(
     weight_decay: float,
     not_adapted: Sequence[str] = (),
     adapt_everything: bool = False,
-    not_adapted_lr_factor: float = 1.0,
+    excluded_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model, or of several modules, in at most two groups: adapted and decayed, and neither.
 
@@ -39,7 +39,7 @@ def parameter_groups(
         weight_decay: β of the adapted group; the other one has none.
         not_adapted: patterns with `*` and `?`; a parameter whose full name matches one is not adapted.
         adapt_everything: the paper's reading; biases and normalisation parameters are adapted and decayed too.
-        not_adapted_lr_factor: what multiplies the rate of the parameters that are not adapted.
+        excluded_lr_factor: what multiplies the rate of the parameters that are not adapted.
 
     Returns:
         Groups with the keys params, names, adapt, weight_decay and lr_factor.
@@ -70,7 +70,7 @@ def parameter_groups(
                     "names": [name for name, _ in members],
                     "adapt": adapt,
                     "weight_decay": weight_decay if adapt else 0.0,
-                    "lr_factor": 1.0 if adapt else not_adapted_lr_factor,
+                    "lr_factor": 1.0 if adapt else excluded_lr_factor,
                 }
             )
     return groups
@@ -81,7 +81,7 @@ def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Paramet
     return [(name, parameter) for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of the coming update in every group; a group's own `lr_factor` multiplies it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]

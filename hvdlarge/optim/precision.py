@@ -30,7 +30,7 @@ _WIDENED = {
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class LossScale:
+class LossScaler:
     """s.
 
     Args:
@@ -58,7 +58,7 @@ class LossScale:
             torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], 1 / self.value)
 
 
-class Arithmetic:
+class Precision:
     """How a worker computes.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 
 _PAPER: dict[str, Any] = {
     "trust_coefficient": 0.001,
-    "rate_in_momentum": True,
+    "lr_in_momentum": True,
     "joint_norm": False,
     "clip": False,
     "nesterov": False,
@@ -22,7 +22,7 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "mlperf": _PAPER | {"eps": 1e-7},
-    "torch": _PAPER | {"rate_in_momentum": False, "eps": 1e-8},
-    "larc": _PAPER | {"rate_in_momentum": False, "clip": True, "eps": 1e-8, "trust_coefficient": 0.02},
+    "torch": _PAPER | {"lr_in_momentum": False, "eps": 1e-8},
+    "larc": _PAPER | {"lr_in_momentum": False, "clip": True, "eps": 1e-8, "trust_coefficient": 0.02},
     "optax": _PAPER | {"joint_norm": True},
 }

@@ -21,7 +21,7 @@ class _Ruled(MeasuresGradients):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Move the weights once, with the gradients in `.grad`, already averaged over all workers.
+        """MomentumStep the weights once, with the gradients in `.grad`, already averaged over all workers.
 
         Raises:
             ValueError: if a closure is given, or for a sparse gradient.

@@ -49,7 +49,7 @@ class NormLayer(NamedTuple):
         return self.module.num_batches_tracked
 
 
-class ModeChanged(ValueError):
+class ModeChangedError(ValueError):
     """A layer went from training to evaluation mode, or back, where nobody looked; raised on every rank."""
 
 
@@ -133,7 +133,7 @@ class RunningStatistics:
     def count_uses(self, micro_batches: int) -> bool:
         """Look up how often each layer was used in this rank's part of the step; whether that was not once for each micro-batch.
 
-        Waits for a GPU, which the sum over workers that follows does too.
+        DataWait for a GPU, which the sum over workers that follows does too.
         """
         if not self._tracking:
             return False
@@ -152,7 +152,7 @@ class RunningStatistics:
             uneven: whether `count_uses` returned True on any rank.
 
         Raises:
-            ModeChanged: on every rank, if a layer has changed its mode on any since the statistics were scattered.
+            ModeChangedError: on every rank, if a layer has changed its mode on any since the statistics were scattered.
         """
         if uneven:
             self._refuse_changed_modes()
@@ -168,7 +168,7 @@ class RunningStatistics:
         changed = torch.tensor([layer.module.training for layer in self._tracking]) != torch.tensor(self._modes)
         numbers = self._gather_ranks(changed.long(), "running_statistics.modes").sum(dim=0).nonzero().flatten().tolist()
         if numbers:
-            raise ModeChanged(
+            raise ModeChangedError(
                 f"batch normalisation {self._tracking[numbers[0]].name!r} changed between training and evaluation mode in a "
                 "forward pass; its mode may change only in the model's own train(), which is called before training and after "
                 "evaluations"

@@ -14,7 +14,7 @@ import torch
 from hvdlarge.reduction import tree
 
 
-class ExactUpdate:
+class ExactOptimizer:
     """An optimizer behind the exact sum.
 
     Args:
@@ -90,7 +90,7 @@ class ExactUpdate:
             weight.grad = part.view(weight.shape).clone()
 
     def apply(self) -> None:
-        """Move the weights."""
+        """MomentumStep the weights."""
         self.optimizer.step()
 
     @staticmethod

@@ -61,7 +61,7 @@ def batch_line(plan: Plan) -> str:
 
 
 def stage_table(plan: Plan, paper: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
-    """One line for each stage, under a heading; with `paper`, the stages of `planning.on_paper`, what else is known of them."""
+    """One line for each stage, under a heading; with `paper`, the stages of `planning.estimate`, what else is known of them."""
     rows: list[tuple[str, ...]] = [("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")]
     if paper is not None:
         rows[0] += ("full rate", "samples", "saved") + (("time",) if "seconds" in paper[0] else ())

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import torch
 
-from hvdlarge.comm.interfaces import ControlWire
-from hvdlarge.comm.rank_checks import all_or_none
+from hvdlarge.comm.interfaces import ControlChannel
+from hvdlarge.comm.rank_checks import raise_on_all_ranks
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import extra_states, pack, saved_tensors
-from hvdlarge.replica import Learner
+from hvdlarge.replica import Replica
 from hvdlarge.resilience.digest import tensor_digests
 
 
-class RestingState:
+class BufferGuard:
     """What must not change, by digests."""
 
     def __init__(self) -> None:
         self._before: dict[str, int] = {}
 
-    def begin(self, learner: Learner) -> None:
+    def begin(self, learner: Replica) -> None:
         """Take the state as it is when training begins; the running statistics are scattered already."""
         self._before = _digests(learner)
 
-    def refuse_changes(self, control: ControlWire, learner: Learner) -> None:
+    def refuse_changes(self, control: ControlChannel, learner: Replica) -> None:
         """Compare the state with what it was. Every rank calls this together.
 
         Raises:
@@ -42,10 +42,10 @@ class RestingState:
                     "would depend on how many micro-batches a worker processes (a cache may be a buffer with persistent=False)"
                 )
 
-        all_or_none(control, refuse, name_ranks=False)
+        raise_on_all_ranks(control, refuse, name_ranks=False)
 
 
-def _digests(learner: Learner) -> dict[str, int]:
+def _digests(learner: Replica) -> dict[str, int]:
     followed = learner.statistics.followed_buffers()
     saved = saved_tensors(learner.modules).items()
     resting = {name: value for name, value in saved if not isinstance(value, torch.nn.Parameter) and id(value) not in followed}

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from hvdlarge.comm.interfaces import ControlWire
+from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import disagreement, missing_gradient
 from hvdlarge.schedule.decision import Decision
 
@@ -25,7 +25,7 @@ _SAME = ("step", "samples_seen", "global_batch", "lr bits, high", "lr bits, low"
 _FLAGS = ("stop", "save", "failed", "uneven")
 
 
-class Verdict(NamedTuple):
+class StepFlags(NamedTuple):
     """What all ranks together ask for; the same on every rank."""
 
     stop: bool  # some rank was asked to stop
@@ -34,16 +34,16 @@ class Verdict(NamedTuple):
     uneven: bool  # some rank used a layer with running statistics more or less often than once for each micro-batch
 
 
-class StepAgreement:
+class ConsistencyCheck:
     """The message of each step.
 
     Args:
         control: the wire it goes over, and on which a disagreement is explained.
         job: a number that stands for the job.
-        asks: this rank's wishes by the names of Verdict's fields, asked for in each step.
+        asks: this rank's wishes by the names of StepFlags's fields, asked for in each step.
     """
 
-    def __init__(self, control: ControlWire, job: int, asks: Callable[[], Mapping[str, bool]]) -> None:
+    def __init__(self, control: ControlChannel, job: int, asks: Callable[[], Mapping[str, bool]]) -> None:
         self._control = control
         self._job = job
         self._asks = asks
@@ -58,7 +58,7 @@ class StepAgreement:
             decision: what this rank follows.
             with_gradient: names of the parameters that got a gradient here; None on an idle worker, which has no view.
             digest: 64 bits over weights and optimizer state, where they are due to be compared; else None.
-            uneven: a flag of Verdict's.
+            uneven: a flag of StepFlags's.
         """
         high, low = struct.unpack(">II", struct.pack(">d", decision.lr))
         gradients = None if with_gradient is None else zlib.crc32("\n".join(with_gradient).encode())
@@ -72,11 +72,11 @@ class StepAgreement:
         flags = [float(wishes.get(name, False)) for name in _FLAGS]
         self._waiting = self._control.start_max([*self._mine, *opposite, *flags])
 
-    def hear(self) -> Verdict:
+    def hear(self) -> StepFlags:
         """What the ranks agree on. Every rank calls this together.
 
         Raises:
-            RanksDisagree: on every rank alike, naming the field and every rank's value.
+            RanksDisagreeError: on every rank alike, naming the field and every rank's value.
         """
         assert self._waiting is not None
         heard = self._waiting()
@@ -87,4 +87,4 @@ class StepAgreement:
                 if name == "set of gradients":
                     raise missing_gradient(self._control, self._with_gradient)
                 raise disagreement(self._control, name, self._mine[number])
-        return Verdict(*(flag > 0 for flag in flags))
+        return StepFlags(*(flag > 0 for flag in flags))

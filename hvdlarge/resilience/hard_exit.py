@@ -39,7 +39,7 @@ class _Times(ctypes.Structure):
     )
 
 
-class LastLine:
+class HardExit:
     """At most one end in waiting; arming again puts it off.
 
     Args:

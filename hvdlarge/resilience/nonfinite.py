@@ -9,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from hvdlarge.exits import Diverged
+from hvdlarge.exits import DivergedError
 from hvdlarge.optim.norms import GradientNorms
-from hvdlarge.optim.precision import LossScale
+from hvdlarge.optim.precision import LossScaler
 from hvdlarge.reduction.batch_norm import Kept
-from hvdlarge.replica import Learner
+from hvdlarge.replica import Replica
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 
-class NotFinitePolicy(Protocol):
+class NonFinitePolicy(Protocol):
     """What becomes of a step whose mean gradients are not finite."""
 
-    def before_step(self, learner: Learner) -> None:
+    def before_step(self, learner: Replica) -> None:
         """Keep what a step that is left out must leave as it was."""
         ...
 
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
 
         Raises:
-            RunEnds: on every rank alike, where the run does not go on from here.
+            RunExit: on every rank alike, where the run does not go on from here.
         """
         ...
 
@@ -37,7 +37,7 @@ class NotFinitePolicy(Protocol):
         """The mean loss of an applied step is not finite. Raises what `judge` does, on every rank alike."""
         ...
 
-    def settle(self, learner: Learner) -> None:
+    def settle(self, learner: Replica) -> None:
         """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `judge` does."""
         ...
 
@@ -50,31 +50,31 @@ class RollBack(Exception):
         self.lr_factor = lr_factor
 
 
-class _AtOnce:
+class _ChecksAtOnce:
     """For a policy that judges each step in that step."""
 
-    def settle(self, learner: Learner) -> None:
+    def settle(self, learner: Replica) -> None:
         """Nothing is left to be judged."""
 
     def judge_loss(self, decision: Decision, loss: float) -> None:
-        """Raise Diverged."""
-        raise Diverged(_describe_loss(decision, loss))
+        """Raise DivergedError."""
+        raise DivergedError(_describe_loss(decision, loss))
 
 
-class StopPolicy(_AtOnce):
+class StopPolicy(_ChecksAtOnce):
     """The first such step ends the run."""
 
-    def before_step(self, learner: Learner) -> None:
+    def before_step(self, learner: Replica) -> None:
         """Nothing to keep."""
 
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
-        """Apply, or raise Diverged."""
+    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+        """Apply, or raise DivergedError."""
         if not_finite := norms.not_finite(learner.names):
-            raise Diverged(_describe(decision, not_finite))
+            raise DivergedError(_describe(decision, not_finite))
         return True
 
 
-class SkipPolicy(_AtOnce):
+class SkipPolicy(_ChecksAtOnce):
     """Such a step is left out on every rank, weights, momentum and running statistics.
 
     Args:
@@ -87,23 +87,23 @@ class SkipPolicy(_AtOnce):
         self._limit = limit
         self._kept: Kept | None = None
 
-    def before_step(self, learner: Learner) -> None:
+    def before_step(self, learner: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
         self._kept = learner.statistics.keep()
 
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
-        """Leave the step out, or raise Diverged when too many have been."""
+    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+        """Leave the step out, or raise DivergedError when too many have been."""
         if not (not_finite := norms.not_finite(learner.names)):
             return True
         self.skipped += 1
         if self.skipped > self._limit:
-            raise Diverged(f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped already")
+            raise DivergedError(f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped already")
         assert self._kept is not None
         learner.statistics.restore(self._kept)
         return False
 
 
-class RollbackPolicy(_AtOnce):
+class RollbackPolicy(_ChecksAtOnce):
     """The run goes back to the last checkpoint of its cadence.
 
     Args:
@@ -117,11 +117,11 @@ class RollbackPolicy(_AtOnce):
         self._lr_factor = lr_factor
         self._rolled_back = rolled_back
 
-    def before_step(self, learner: Learner) -> None:
+    def before_step(self, learner: Replica) -> None:
         """The checkpoint has everything."""
 
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
-        """Raise RollBack, or Diverged when it has been done too often."""
+    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+        """Raise RollBack, or DivergedError when it has been done too often."""
         if not_finite := norms.not_finite(learner.names):
             self._go_back(_describe(decision, not_finite))
         return True
@@ -132,11 +132,11 @@ class RollbackPolicy(_AtOnce):
 
     def _go_back(self, reason: str) -> NoReturn:
         if self._rolled_back >= self._limit:
-            raise Diverged(f"{reason}; the run was rolled back {self._limit} times already")
+            raise DivergedError(f"{reason}; the run was rolled back {self._limit} times already")
         raise RollBack(reason, self._lr_factor)
 
 
-class LossScalingPolicy(_AtOnce):
+class LossScalingPolicy(_ChecksAtOnce):
     """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks for a smaller scale.
 
     Args:
@@ -145,19 +145,19 @@ class LossScalingPolicy(_AtOnce):
         state: keeps the scale for a resume; changed in place.
     """
 
-    def __init__(self, then: NotFinitePolicy, scale: LossScale, state: RunState) -> None:
+    def __init__(self, then: NonFinitePolicy, scale: LossScaler, state: TrainState) -> None:
         self._then = then
         self._scale = scale
         self._state = state
         self._kept: Kept | None = None
-        scale.moving = state.loss_scale or LossScale.FIRST
+        scale.moving = state.loss_scale or LossScaler.FIRST
 
-    def before_step(self, learner: Learner) -> None:
+    def before_step(self, learner: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
         self._kept = learner.statistics.keep()
         self._then.before_step(learner)
 
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Leave the step out with half the scale, or let the other policy judge."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
         if scale.moving > 1 and norms.not_finite(learner.names):
@@ -167,8 +167,8 @@ class LossScalingPolicy(_AtOnce):
             self._state.overflows += 1
         else:
             applied = self._then.judge(decision, learner, norms)
-            if clean == LossScale.STEPS_BEFORE_GROWTH:
-                clean, scale.moving = 0, min(2 * scale.moving, LossScale.LARGEST)
+            if clean == LossScaler.STEPS_BEFORE_GROWTH:
+                clean, scale.moving = 0, min(2 * scale.moving, LossScaler.LARGEST)
         self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
         return applied
 
@@ -177,7 +177,7 @@ class LossScalingPolicy(_AtOnce):
         self._then.judge_loss(decision, loss)
 
 
-class JudgedLate:
+class DeferredCheck:
     """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no step waits for them.
 
     For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one behind it is never kept.
@@ -190,11 +190,11 @@ class JudgedLate:
         self._then = then
         self._open: tuple[Decision, Callable[[], GradientNorms]] | None = None
 
-    def before_step(self, learner: Learner) -> None:
+    def before_step(self, learner: Replica) -> None:
         """As the other policy."""
         self._then.before_step(learner)
 
-    def judge(self, decision: Decision, learner: Learner, norms: GradientNorms) -> bool:
+    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Judge the step before, and apply this one."""
         self.settle(learner)
         self._open = decision, norms.later()
@@ -204,8 +204,8 @@ class JudgedLate:
         """As the other policy."""
         self._then.judge_loss(decision, loss)
 
-    def settle(self, learner: Learner) -> None:
-        """Judge the last step now. Waits for the GPU."""
+    def settle(self, learner: Replica) -> None:
+        """Judge the last step now. DataWait for the GPU."""
         if self._open is None:
             return
         (decision, arrived), self._open = self._open, None

@@ -10,7 +10,7 @@ import torch
 
 from hvdlarge.exits import OutOfMemory
 from hvdlarge.models.state import named_buffers, named_modules, named_parameters, trained_modules
-from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.optim.precision import Precision
 
 _WORDS = (
     "can't allocate memory",  # torch's, on a CPU
@@ -22,7 +22,7 @@ _WORDS = (
 
 
 @contextlib.contextmanager
-def told_what_to_change(where: str, advice: str) -> Iterator[None]:
+def explain_out_of_memory(where: str, advice: str) -> Iterator[None]:
     """Replace an error of a memory that ran out by one for the user.
 
     Args:
@@ -41,7 +41,7 @@ def told_what_to_change(where: str, advice: str) -> Iterator[None]:
         raise OutOfMemory(f"out of memory in {where}: {advice} ({reason})") from None
 
 
-def smaller_micro_batch(micro_batch: int, global_batch: int) -> str:
+def oom_hint(micro_batch: int, global_batch: int) -> str:
     """What would take less memory than micro-batches of so many samples."""
     if micro_batch == 1:
         return "a micro-batch has one sample already: use a larger device, fewer bits (precision: bf16) or a smaller model"
@@ -65,7 +65,7 @@ _PART_KEPT_FREE, _LEAST_KEPT_FREE = 20, 2**30
 def largest_micro_batch(
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
-    arithmetic: Arithmetic,
+    arithmetic: Precision,
     samples: Callable[[int], tuple[Any, Any]],
     most: int,
 ) -> int:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from hvdlarge.exits import HANGS
-from hvdlarge.resilience.hard_exit import LastLine
+from hvdlarge.exits import HUNG
+from hvdlarge.resilience.hard_exit import HardExit
 
 _LOOK_SECONDS = 0.5
 _NOTE_SECONDS = 2.0
@@ -41,7 +41,7 @@ class Watchdog:
         self._phase, self._step = "start", -1
         self._since = self._armed = time.monotonic()
         self._notes: Path | None = None
-        self._last_line = LastLine(HANGS)
+        self._last_line = HardExit(HUNG)
         self._watching = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -136,7 +136,7 @@ class Watchdog:
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
-        os._exit(HANGS)
+        os._exit(HUNG)
 
     def _behind(self) -> list[str]:
         """The ranks whose last note is old or of an earlier step, where the run folder is shared."""

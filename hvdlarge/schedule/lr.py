@@ -18,7 +18,7 @@ from hvdlarge.schedule.warmup import NoWarmup, StageStart, Warmup, multiplier
 
 
 @dataclass(frozen=True)
-class RateSchedule:
+class LRSchedule:
     """How the learning rate of a run comes about.
 
     Args:

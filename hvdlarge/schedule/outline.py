@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from hvdlarge.schedule.decay import Decay, MultistepDecay, OneCycle
 from hvdlarge.schedule.growth import Growth
-from hvdlarge.schedule.lr import RateSchedule
+from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.progress import Clock, next_mark
 from hvdlarge.schedule.warmup import StageStart, full_rate_epoch
 
@@ -46,7 +46,7 @@ class Stretch(NamedTuple):
     lr: Callable[[int], float]  # of the step with this number within the stretch
 
 
-def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule) -> Iterator[Stretch]:
+def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule) -> Iterator[Stretch]:
     """The stretches of a run of `clock` that begins with `initial` samples an update; `base_batch` is where k = 1."""
     starts: list[StageStart] = []
     samples, total = 0, clock.total_samples
@@ -75,7 +75,7 @@ def _steps_of(clock: Clock, initial: int, growth: Growth, first: int, batch: int
     return 1 + bisect_left(range(1, left), True, key=has_grown)
 
 
-def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule) -> list[StageOutline]:
+def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule) -> list[StageOutline]:
     """The stages of a run; the arguments are those of `stretches`."""
     stages: list[StageOutline] = []
     for stretch in stretches(clock, base_batch, initial, growth, rate):
@@ -127,7 +127,7 @@ def _highest(stretch: Stretch, near: Sequence[int]) -> float:
 
 
 def curve(
-    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: RateSchedule, points: int = 400
+    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule, points: int = 400
 ) -> list[tuple[float, int, float]]:
     """Epoch, global batch and rate of about `points` steps of each stage, in order, first and last among them."""
     found = []

@@ -11,7 +11,7 @@ from typing import Any
 from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import Growth
-from hvdlarge.schedule.lr import RateSchedule
+from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.warmup import StageStart
 
@@ -25,7 +25,7 @@ class Plan:
     initial_batch: int  # samples, of the first stage
     micro_batch: int | None  # samples; None: each step is shared evenly over the workers
     growth: Growth
-    rate: RateSchedule
+    rate: LRSchedule
     world_size: int  # workers
     largest_micro_batch: int | None = None  # samples that fit at once on every worker; None: as many as there are
 
@@ -48,7 +48,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Position:
+class RunProgress:
     """Where a run stands between two steps: all that the controller needs to go on from there.
 
     What was decided ahead of it is no part of it: every decision is a function of the plan and of this, and the plan may change
@@ -69,7 +69,7 @@ class Position:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Position:
+    def from_plain(cls, plain: Mapping[str, Any]) -> RunProgress:
         """The position that `to_plain` wrote down."""
         return cls(
             **{name: plain[name] for name in ("step", "samples_seen", "stage_batch", "lr_factor")},

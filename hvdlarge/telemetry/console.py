@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """Print for the user, at once, and in one piece: a launcher tags every piece that it reads with the rank."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print an error for the user, at once and in one piece."""
     sys.stderr.write(f"hvdlarge: error: {text}\n")
     sys.stderr.flush()

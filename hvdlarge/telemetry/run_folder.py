@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdlarge.exits import CannotSave, JobError
-from hvdlarge.schedule.plan import Plan, Position
-from hvdlarge.train_state import RunState
+from hvdlarge.exits import CheckpointWriteError, JobError
+from hvdlarge.schedule.plan import Plan, RunProgress
+from hvdlarge.train_state import TrainState
 
 
 class FolderLock:
@@ -26,7 +26,7 @@ class FolderLock:
 
     Raises:
         JobError: if another run holds it, naming host and process.
-        CannotSave: if it cannot be written down whose it is.
+        CheckpointWriteError: if it cannot be written down whose it is.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class FolderLock:
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._file.flush()
         except OSError as error:
-            raise CannotSave.of(f"the lock of {folder}", folder, error, "nothing was changed") from None
+            raise CheckpointWriteError.of(f"the lock of {folder}", folder, error, "nothing was changed") from None
 
     def release(self) -> None:
         """Let others in."""
@@ -107,13 +107,13 @@ def write_documents(
     job_file: Path,
     resolved: str,
     environment: Mapping[str, Any],
-    position: Position,
+    position: RunProgress,
     notes: Sequence[str],
 ) -> None:
     """Write down what runs, and that it has been started (again); the summary of an end that it goes on from is removed.
 
     Raises:
-        CannotSave: if that cannot be written.
+        CheckpointWriteError: if that cannot be written.
     """
     started = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": position.step, "world_size": environment["world_size"]}
     try:
@@ -126,7 +126,7 @@ def write_documents(
         with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**started, "versions": environment["versions"], "notes": list(notes)}) + "\n")
     except OSError as error:
-        raise CannotSave.of(f"the files in {folder} that say what runs", folder, error, "no step was taken") from None
+        raise CheckpointWriteError.of(f"the files in {folder} that say what runs", folder, error, "no step was taken") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def summary_of(
-    plan: Plan, state: RunState, position: Position, seconds: float, peak_memory: int | None, gradient_bytes: int
+    plan: Plan, state: TrainState, position: RunProgress, seconds: float, peak_memory: int | None, gradient_bytes: int
 ) -> dict[str, Any]:
     """What a run has come to, under the words of its other files.
 
@@ -161,7 +161,7 @@ def summary_of(
         "growths": len(position.stages) - 1,
         "global_batch": position.stage_batch,
         "world_size": plan.world_size,
-        "steps_left_out": state.skipped,
+        "skipped_steps": state.skipped,
         "rollbacks": state.rolled_back,
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory,
@@ -171,11 +171,11 @@ def summary_of(
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary of a run. Raises CannotSave if that cannot be written."""
+    """Write the summary of a run. Raises CheckpointWriteError if that cannot be written."""
     try:
         write_json(folder / "summary.json", without_nonfinite(summary))
     except OSError as error:
-        raise CannotSave.of(f"the summary in {folder}", folder, error, "the checkpoints are untouched") from None
+        raise CheckpointWriteError.of(f"the summary in {folder}", folder, error, "the checkpoints are untouched") from None
 
 
 def without_nonfinite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from hvdlarge.exits import CannotSave
+from hvdlarge.exits import CheckpointWriteError
 from hvdlarge.reporting.describe import duration, growth_line
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.schedule.plan import Plan, Position
-from hvdlarge.telemetry.console import say
+from hvdlarge.schedule.plan import Plan, RunProgress
+from hvdlarge.telemetry.console import print_status
 from hvdlarge.telemetry.run_folder import FolderLock, summary_of, without_nonfinite, write_summary
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
 
@@ -34,7 +34,7 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, plan: Plan, lock: FolderLock, offsets: Mapping[str, int], position: Position, before: RunState
+        self, folder: Path, plan: Plan, lock: FolderLock, offsets: Mapping[str, int], position: RunProgress, before: TrainState
     ) -> None:
         self.folder = folder
         self._plan = plan
@@ -54,7 +54,7 @@ class RunLog:
         """Record what was ordered for a step; the first step of a larger batch also says what it `grew_from`."""
         before = self._stage_batch
         if before not in (0, decision.stage_batch):
-            say(growth_line(self._plan, self._stage_batch, self._lr, decision))
+            print_status(growth_line(self._plan, self._stage_batch, self._lr, decision))
         self._stage_batch, self._lr = decision.stage_batch, decision.lr
         self._write(lambda: self._put("decisions", decision_line(decision, before)))
 
@@ -69,13 +69,13 @@ class RunLog:
         return self._failure is not None
 
     def check(self) -> None:
-        """Raise CannotSave if something could not be written since the logs were opened."""
+        """Raise CheckpointWriteError if something could not be written since the logs were opened."""
         with self._told():
             if self._failure is not None:
                 raise self._failure
 
     def offsets(self) -> dict[str, int]:
-        """Where each log ends now, by its name. Raises CannotSave as `check` does."""
+        """Where each log ends now, by its name. Raises CheckpointWriteError as `check` does."""
         self._write(self._flush)
         self.check()
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
@@ -100,7 +100,9 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise CannotSave.of(f"the logs in {self.folder}", self.folder, error, "the checkpoints are untouched") from None
+            raise CheckpointWriteError.of(
+                f"the logs in {self.folder}", self.folder, error, "the checkpoints are untouched"
+            ) from None
 
     def evaluated(self, result: Mapping[str, float]) -> None:
         """Show this accuracy in the progress lines from now on."""
@@ -115,7 +117,7 @@ class RunLog:
         clock = self._plan.clock
         left = (clock.total_samples - samples_seen) / rate
         accuracy = "" if self._accuracy is None else f" | accuracy {self._accuracy:.4f}"
-        say(
+        print_status(
             f"epoch {clock.epoch(samples_seen):7.2f} of {clock.epochs:g} | "
             f"step {decision.step + 1:6d} | global batch {decision.global_batch:5d} | lr {decision.lr:.4g} | "
             f"loss {loss:.4f}{accuracy} | {rate:,.0f} samples/s | {duration(left)} left"
@@ -123,8 +125,8 @@ class RunLog:
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
-    def go_back(self, offsets: Mapping[str, int], position: Position) -> None:
-        """Cut off what was written behind a checkpoint that the run goes back to. Raises CannotSave as `check` does."""
+    def go_back(self, offsets: Mapping[str, int], position: RunProgress) -> None:
+        """Cut off what was written behind a checkpoint that the run goes back to. Raises CheckpointWriteError as `check` does."""
         self.check()
         with self._told():
             for name, file in self._files.items():
@@ -138,7 +140,7 @@ class RunLog:
         """Seconds of training, in all parts of the run."""
         return self._before_seconds + time.monotonic() - self._began
 
-    def finish(self, state: RunState, position: Position, peak_memory: int, gradient_bytes: int) -> None:
+    def finish(self, state: TrainState, position: RunProgress, peak_memory: int, gradient_bytes: int) -> None:
         """Write the summary and say how the run ended.
 
         Args:
@@ -148,7 +150,7 @@ class RunLog:
             gradient_bytes: that a worker sends in each step.
 
         Raises:
-            CannotSave: if it cannot be written.
+            CheckpointWriteError: if it cannot be written.
         """
         self._write(self._flush)
         self.check()
@@ -156,7 +158,7 @@ class RunLog:
         write_summary(self.folder, summary)
         results = state.results
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
-        say(
+        print_status(
             f"done: {accuracy}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, {position.step:,} steps and "
             f"{duration(summary['train_seconds'])} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )

@@ -30,7 +30,7 @@ def doctor(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(HIDING)
 
-    def examine(before=(), **environ):
+    def run_checks(before=(), **environ):
         site = f"{tmp_path / 'site'}{os.pathsep}{environ.pop('PYTHONPATH', '')}"
         done = subprocess.run(
             [*before, *DOCTOR, "--json"],
@@ -45,7 +45,7 @@ def doctor(tmp_path):
         assert done.returncode == (3 if any(finding["level"] == "error" for finding in found.values()) else 0), done.stderr
         return found
 
-    return examine
+    return run_checks
 
 
 def test_nothing_stands_in_the_way_here(doctor):

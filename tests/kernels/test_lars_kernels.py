@@ -27,7 +27,7 @@ def on_gpu(monkeypatch):
     """LARS takes the way of a GPU, also where the kernels are interpreted."""
     if not ON_GPU:
         assert lars_gpu._reason_against(DEVICE) is None
-        monkeypatch.setattr(lars_gpu, "reason_against", lambda device: None)
+        monkeypatch.setattr(lars_gpu, "unsupported_reason", lambda device: None)
 
 
 def pair(dtype, **options):
@@ -60,17 +60,17 @@ def step(random, sides, number, monkeypatch):
             group["lr"] = [0.7, 3.0, 0.0, 12.0][number % 4]
         with monkeypatch.context() as patch:
             if not on_gpu:
-                patch.setattr(lars_gpu, "reason_against", lambda device: "the other side")
+                patch.setattr(lars_gpu, "unsupported_reason", lambda device: "the other side")
             optimizer.step()
 
 
 FORMS = [
     {},
     {"momentum": 0.0},
-    {"rate_in_momentum": False},
+    {"lr_in_momentum": False},
     {"joint_norm": True},
     {"nesterov": True},
-    {"rate_in_momentum": False, "nesterov": True, "joint_norm": True},
+    {"lr_in_momentum": False, "nesterov": True, "joint_norm": True},
     {"clip": True, "eps": 1e-8},
     {"weight_decay": 0.0},
 ]

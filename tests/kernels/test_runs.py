@@ -25,9 +25,9 @@ refuses = {"nobody": [], "rank 1": [1], "everybody": [0, 1]}[sys.argv[1]]
 from hvdlarge.comm.launcher import detect
 import os
 if detect(os.environ).rank not in refuses:
-    lars_gpu.reason_against = lambda device: None
+    lars_gpu.unsupported_reason = lambda device: None
 else:
-    lars_gpu.reason_against = lambda device: "made to refuse"
+    lars_gpu.unsupported_reason = lambda device: "made to refuse"
 from hvdlarge.train import main
 code = main(sys.argv[2:])
 if sys.argv[1] == "nobody":

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.exits import JobError, RanksDisagree, RunEnds, Stopped
+from hvdlarge.exits import JobError, RanksDisagreeError, RunExit, Stopped
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Worker, run
+from hvdlarge.run import RankContext, run
 
 JOB = """
 name: law
@@ -64,7 +64,7 @@ def train(job, control, tensors, place, stop_after=None):
     file.write_text(JOB)
     watchdog = Watchdog(control.rank, job.timeouts.limits())
     try:
-        run(job, file, False, Worker(None, {}, control, tensors, watchdog, stop))
+        run(job, file, False, RankContext(None, {}, control, tensors, watchdog, stop))
     finally:
         watchdog.stop()
         torch.use_deterministic_algorithms(False)  # what exact mode has set for the whole process
@@ -73,7 +73,7 @@ def train(job, control, tensors, place, stop_after=None):
 
 
 def alone(job, control, place):
-    return train(job, SoloControl(), SoloTensors(), place / f"alone-{control.rank}")
+    return train(job, SoloChannel(), SoloCollectives(), place / f"alone-{control.rank}")
 
 
 def distance(ours, theirs):
@@ -134,7 +134,7 @@ def test_any_number_of_workers_and_interruptions_give_the_same_run(control, tens
     assert distance(again, found) == 0.0  # on the same number of workers, bit for bit
     if control.rank == 0:  # the rest of a run of many workers on one
         with pytest.raises(Stopped):
-            train(job, SoloControl(), SoloTensors(), folder / "moved", stop_after=2)
+            train(job, SoloChannel(), SoloCollectives(), folder / "moved", stop_after=2)
     control.barrier()
     moved = train(job, control, tensors, folder / "moved")
     assert distance(moved, expected) < 1e-12
@@ -216,8 +216,8 @@ REFUSED = {
 @pytest.mark.parametrize(("changes", "message"), REFUSED.items())
 def test_a_job_without_one_result_is_refused_before_its_first_step(control, tensors, folder, changes, message):
     job = job_of(changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split())
-    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloControl(), SoloTensors())}.items():
-        with pytest.raises(RunEnds, match=f"(?s){message}") as raised:
+    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloChannel(), SoloCollectives())}.items():
+        with pytest.raises(RunExit, match=f"(?s){message}") as raised:
             train(job, *wires, folder / where)
         assert raised.value.code == JobError.code
         assert not (folder / where).exists()
@@ -226,8 +226,8 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(control, tens
 
 @pytest.mark.parametrize("every", [1, 1000])
 def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(control, tensors, folder, every):
-    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloControl(), SoloTensors())}.items():
-        with pytest.raises(RunEnds, match="'scale'|disagree about the digest|scale is"):
+    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloChannel(), SoloCollectives())}.items():
+        with pytest.raises(RunExit, match="'scale'|disagree about the digest|scale is"):
             train(job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]), *wires, folder / where)
         control.barrier()
 
@@ -236,7 +236,7 @@ def test_a_gradient_that_is_there_on_some_ranks_only_is_named(control, tensors, 
     job = job_of(["model.name=own_parts:Skipping", "batch.micro=2"])
     if control.size == 1:
         pytest.skip("one rank agrees with itself")
-    with pytest.raises(RanksDisagree, match="the parameter '(norm|chance|data).* gradients.missing: zero"):
+    with pytest.raises(RanksDisagreeError, match="the parameter '(norm|chance|data).* gradients.missing: zero"):
         train(job, control, tensors, folder / "run")
 
 
@@ -251,7 +251,7 @@ def test_every_rank_reads_the_same_samples_or_the_difference_is_told(control, te
         return own_parts.InMemory(inputs[order], targets[order]), None
 
     monkeypatch.setattr(own_parts, "plain", listed_in_another_order)
-    with pytest.raises(RanksDisagree, match=r"do not have the same training samples .* listed in the same order"):
+    with pytest.raises(RanksDisagreeError, match=r"do not have the same training samples .* listed in the same order"):
         train(job_of([]), control, tensors, folder / "run")
 
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from hvdlarge import build
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.in_memory import InMemory
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
-from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.optim.precision import Precision
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Ingredients, Worker, join, parts_of
-from hvdlarge.train_state import RunState
+from hvdlarge.run import Components, RankContext, build_loop, join
+from hvdlarge.train_state import TrainState
 
 JOB = """
 name: law
@@ -52,17 +52,17 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     train_set, test_set = build.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
-    arithmetic = Arithmetic(job.precision, torch.device("cpu"))
+    arithmetic = Precision(job.precision, torch.device("cpu"))
     model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    found = Ingredients(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
+    found = Components(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
     learner = join(job, found, control, tensors)
     learner.statistics.scatter()
     not_watching = Watchdog(control.rank, {"start": 100, "step": 100})  # never started, so that it leaves nothing armed behind
-    worker = Worker(None, {}, control, tensors, not_watching, StopRequest())
-    state = RunState()
+    worker = RankContext(None, {}, control, tensors, not_watching, StopRequest())
+    state = TrainState()
     controller = Controller(plan) if control.rank == 0 else None
     loader = build.build_loader(job.data, small, job.seed)
-    parts = parts_of(job, found, worker, learner, loader, controller, None, {}, None, state)
+    parts = build_loop(job, found, worker, learner, loader, controller, None, {}, None, state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)
     learner.statistics.gather(tensors.sum)
@@ -101,7 +101,7 @@ def test_the_world_law(control, tensors, changes):
     """Batch norm, dropout, growths up to twice the data set, idle workers, a short last step, evaluation."""
     job = parse_job(JOB, "law", changes)
     weights, results = run(job, control, tensors)
-    alone, expected = run(job, SoloControl(), SoloTensors())
+    alone, expected = run(job, SoloChannel(), SoloCollectives())
     assert distance(weights, alone) < 1e-12
     assert results == pytest.approx(expected, rel=1e-9)
     for name, value in weights.items():
@@ -131,7 +131,7 @@ def test_the_world_law_in_float32(control, tensors, changes):
     """Where a ReLU or a maximum of the convnet changes sides, float32's rounding becomes a jump: it is judged over fewer steps."""
     job = parse_job(JOB, "law", ["precision=fp32", *changes])
     weights, _ = run(job, control, tensors)
-    alone, _ = run(job, SoloControl(), SoloTensors())
+    alone, _ = run(job, SoloChannel(), SoloCollectives())
     assert distance(weights, alone) < 1e-5
 
 
@@ -139,7 +139,7 @@ def test_the_world_law_in_float32(control, tensors, changes):
 def test_loader_processes_change_nothing(control, tensors, num_workers):
     job = parse_job(JOB, "law", [f"data.num_workers={num_workers}", "epochs=3"])
     weights, results = run(job, control, tensors, wrap=Listed)
-    alone, expected = run(parse_job(JOB, "law", ["epochs=3"]), SoloControl(), SoloTensors())
+    alone, expected = run(parse_job(JOB, "law", ["epochs=3"]), SoloChannel(), SoloCollectives())
     assert distance(weights, alone) < 1e-12
     assert results == pytest.approx(expected, rel=1e-9)
 
@@ -161,12 +161,12 @@ def test_16_bits_are_computed_the_same_on_any_number_of_workers(control, tensors
     """Exact mode takes the order of sums out, so nothing else may differ: loss scales, steps left out, forward passes."""
     given = [f"precision={precision}", "model={name: mlp, args: {dropout: 0.2}}", "epochs=3"]
     expected = pytest.approx(
-        run(parse_job(JOB, "law", [*given, "precision=fp32"]), SoloControl(), SoloTensors())[1]["test_loss"], rel=1e-2
+        run(parse_job(JOB, "law", [*given, "precision=fp32"]), SoloChannel(), SoloCollectives())[1]["test_loss"], rel=1e-2
     )
     if control.size & (control.size - 1) == 0:
         job = parse_job(JOB, "law", ["reduction=exact", *given])
         weights, _ = run(job, control, tensors)
-        alone, results = run(job, SoloControl(), SoloTensors())
+        alone, results = run(job, SoloChannel(), SoloCollectives())
         assert all(torch.equal(value, alone[name]) for name, value in weights.items())
         assert results["test_loss"] == expected
     weights, results = run(parse_job(JOB, "law", given), control, tensors)
@@ -193,8 +193,8 @@ def test_exact_mode_is_bit_identical_to_one_worker(control, tensors, changes):
             run(job, control, tensors)
         return
     weights, _ = run(job, control, tensors)
-    alone, _ = run(job, SoloControl(), SoloTensors())
+    alone, _ = run(job, SoloChannel(), SoloCollectives())
     for name, value in weights.items():
         assert torch.equal(value, alone[name]), name
-    fast, _ = run(parse_job(JOB, "law", changes), SoloControl(), SoloTensors())
+    fast, _ = run(parse_job(JOB, "law", changes), SoloChannel(), SoloCollectives())
     assert distance(alone, fast) < (1e-5 if "precision=fp32" in changes else 1e-12)

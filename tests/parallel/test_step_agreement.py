@@ -5,15 +5,15 @@ import math
 
 import pytest
 
-from hvdlarge.exits import RanksDisagree
-from hvdlarge.resilience.consistency import StepAgreement, Verdict
+from hvdlarge.exits import RanksDisagreeError
+from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
 from hvdlarge.schedule.decision import Decision
 
 DECISION = Decision(20, 5120, 3.5, 1, 256, 256, 16, 0.1, False)
 
 
 def exchange(control, tensors, decision=DECISION, gradients=("a", "b"), job=5, digest=None, **wishes):
-    agreement = StepAgreement(control, job, lambda: wishes)
+    agreement = ConsistencyCheck(control, job, lambda: wishes)
     uneven = wishes.pop("uneven", False)
     agreement.send(decision, None if gradients is None else list(gradients), digest, uneven)
     return agreement.hear()
@@ -21,10 +21,10 @@ def exchange(control, tensors, decision=DECISION, gradients=("a", "b"), job=5, d
 
 def test_ranks_that_agree_hear_what_any_of_them_asks_for(control, tensors):
     last = control.rank == control.size - 1
-    assert exchange(control, tensors) == Verdict(False, False, False, False)
-    assert exchange(control, tensors, stop=last) == Verdict(True, False, False, False)
-    assert exchange(control, tensors, save=control.rank == 0, failed=last) == Verdict(False, True, True, False)
-    assert exchange(control, tensors, uneven=last) == Verdict(False, False, False, True)
+    assert exchange(control, tensors) == StepFlags(False, False, False, False)
+    assert exchange(control, tensors, stop=last) == StepFlags(True, False, False, False)
+    assert exchange(control, tensors, save=control.rank == 0, failed=last) == StepFlags(False, True, True, False)
+    assert exchange(control, tensors, uneven=last) == StepFlags(False, False, False, True)
 
 
 def test_an_idle_rank_has_no_view_of_the_gradients(control, tensors):
@@ -50,7 +50,7 @@ def test_a_rank_that_differs_is_found_in_the_same_step(control, tensors, name, c
         pytest.skip("one rank agrees with itself")
     other = control.rank == control.size - 1
     usual = {"digest": 2**63} if name == "digest" else {}
-    with pytest.raises(RanksDisagree, match=f"disagree about the {name}") as raised:
+    with pytest.raises(RanksDisagreeError, match=f"disagree about the {name}") as raised:
         exchange(control, tensors, **(changes if other else usual))
     assert f"on rank {control.size - 1}" in str(raised.value)
-    assert exchange(control, tensors) == Verdict(False, False, False, False)  # the wire is still usable
+    assert exchange(control, tensors) == StepFlags(False, False, False, False)  # the wire is still usable

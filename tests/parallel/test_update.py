@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlarge.comm.solo import SoloUpdate
+from hvdlarge.comm.solo import SoloOptimizer
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lars import LARS
-from hvdlarge.optim.param_groups import named_parameters, parameter_groups, set_rate
+from hvdlarge.optim.param_groups import named_parameters, parameter_groups, set_lr
 
 
 def wrapped(model, tensors, **options):
     groups = parameter_groups(model, weight_decay=0.0005)
     optimizer = LARS(groups, **{"momentum": 0.9, "trust_coefficient": 0.001, **options})
-    return tensors.summed_update(optimizer, named_parameters(groups))
+    return tensors.distributed_optimizer(optimizer, named_parameters(groups))
 
 
 class Vector(torch.nn.Module):
@@ -35,7 +35,7 @@ def test_the_ratio_is_that_of_the_mean_gradient(control, tensors):
     ((model.weight * own).sum() / 2).backward()
     update.reduce()
     assert model.weight.grad.tolist() == [0.5, 0.5]
-    set_rate(update.optimizer, 2.0)
+    set_lr(update.optimizer, 2.0)
     update.apply()
     ratio = 0.001 * 5 / (np.sqrt(0.5) + 0.0005 * 5)
     assert update.optimizer.trust_ratio_of(model.weight) == pytest.approx(ratio, rel=1e-12)
@@ -56,7 +56,7 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
     rank, size = control.rank, control.size
     model, alone = net(), net()
     update = wrapped(model, tensors)
-    solo = SoloUpdate(LARS(parameter_groups(alone, weight_decay=0.0005), momentum=0.9, trust_coefficient=0.001))
+    solo = SoloOptimizer(LARS(parameter_groups(alone, weight_decay=0.0005), momentum=0.9, trust_coefficient=0.001))
     random = np.random.default_rng(3)
     for step, micro_batches in enumerate([2, 3, 6, 6, 12, 1]):
         data = torch.from_numpy(random.normal(size=(micro_batches, 4, 6)))
@@ -72,7 +72,7 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
             for batch in share:
                 (network(batch).square().mean() / micro_batches).backward()
             updating.reduce()
-            set_rate(updating.optimizer, 3.0 * (step + 1))
+            set_lr(updating.optimizer, 3.0 * (step + 1))
             updating.apply()
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13), name
@@ -91,12 +91,12 @@ def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, name
     model = TwoHeads().double()
     before = copy.deepcopy(model.state_dict())
     optimizer = build_optimizer(model, name, weight_decay=0.1, momentum=0.9)
-    update = tensors.summed_update(optimizer, named_parameters(optimizer.param_groups))
+    update = tensors.distributed_optimizer(optimizer, named_parameters(optimizer.param_groups))
     for _ in range(3):
         update.begin(range(1), 1)
         model.used(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
         update.reduce()
-        set_rate(update.optimizer, 0.5)
+        set_lr(update.optimizer, 0.5)
         update.apply()
     for part, value in model.state_dict().items():
         assert torch.equal(before[part], value) == part.startswith("unused"), part
@@ -117,4 +117,4 @@ def test_an_optimizer_with_state_is_refused(tensors):
     model(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
     optimizer.step()
     with pytest.raises(ValueError, match="state"):
-        tensors.summed_update(optimizer, list(model.named_parameters()))
+        tensors.distributed_optimizer(optimizer, list(model.named_parameters()))

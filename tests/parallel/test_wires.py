@@ -3,8 +3,8 @@ import array
 import pytest
 import torch
 
-from hvdlarge.comm.rank_checks import all_or_none, same_everywhere
-from hvdlarge.exits import CannotSave, JobError, RanksDisagree, RunEnds
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
+from hvdlarge.exits import CheckpointWriteError, JobError, RanksDisagreeError, RunExit
 
 
 def test_every_rank_hears_rank_0(control):
@@ -41,27 +41,29 @@ def test_what_fails_on_one_rank_is_raised_on_all(control):
 
     def action():
         if control.rank == control.size - 1:
-            raise CannotSave("the disk of this one is full")
+            raise CheckpointWriteError("the disk of this one is full")
         return 5
 
-    with pytest.raises(RunEnds, match=f"on rank {control.size - 1}: the disk") as raised:
-        all_or_none(control, action)
+    with pytest.raises(RunExit, match=f"on rank {control.size - 1}: the disk") as raised:
+        raise_on_all_ranks(control, action)
     assert raised.value.code == 74
 
     def wrong():
         raise JobError("the same everywhere")
 
-    with pytest.raises(RunEnds, match="^the same everywhere$"):
-        all_or_none(control, wrong)
-    assert all_or_none(control, lambda: control.rank) == control.rank
+    with pytest.raises(RunExit, match="^the same everywhere$"):
+        raise_on_all_ranks(control, wrong)
+    assert raise_on_all_ranks(control, lambda: control.rank) == control.rank
 
 
 def test_a_difference_between_ranks_is_named_on_all(control):
     if control.size == 1:
         pytest.skip("one rank agrees with itself")
-    same_everywhere(control, {"a": 1, "b": {"c": [1, 2]}}, "job")
-    with pytest.raises(RanksDisagree, match=f"same job: batch.max is 512 on rank 0 and 256 on rank {control.size - 1}"):
-        same_everywhere(control, {"name": "x", "batch": {"max": 256 if control.rank == control.size - 1 else 512}}, "job")
+    check_equal_across_ranks(control, {"a": 1, "b": {"c": [1, 2]}}, "job")
+    with pytest.raises(RanksDisagreeError, match=f"same job: batch.max is 512 on rank 0 and 256 on rank {control.size - 1}"):
+        check_equal_across_ranks(
+            control, {"name": "x", "batch": {"max": 256 if control.rank == control.size - 1 else 512}}, "job"
+        )
 
 
 def test_the_largest_of_each_number_whatever_happens_to_the_memory_meanwhile(control):

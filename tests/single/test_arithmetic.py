@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from hvdlarge.exits import Diverged, JobError
+from hvdlarge.exits import DivergedError, JobError
 from hvdlarge.optim.norms import HostNorms
-from hvdlarge.optim.precision import Arithmetic, LossScale, precisions_of, scale_for_compression
-from hvdlarge.resilience.nonfinite import JudgedLate, LossScalingPolicy, RollBack, RollbackPolicy, StopPolicy
+from hvdlarge.optim.precision import LossScaler, Precision, precisions_of, scale_for_compression
+from hvdlarge.resilience.nonfinite import DeferredCheck, LossScalingPolicy, RollBack, RollbackPolicy, StopPolicy
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 CPU = torch.device("cpu")
 DECISION = Decision(
@@ -22,7 +22,7 @@ DECISION = Decision(
     ("precision", "computed"), [("fp32", "float32"), ("fp64", "float64"), ("bf16", "bfloat16"), ("fp16", "float16")]
 )
 def test_products_are_computed_in_the_precision_and_weights_kept_in_32_bits_at_least(precision, computed):
-    arithmetic = Arithmetic(precision, CPU)
+    arithmetic = Precision(precision, CPU)
     layer = torch.nn.Linear(4, 3).to(arithmetic.weights)
     with arithmetic.autocast():
         outputs = layer(torch.ones(2, 4, dtype=arithmetic.weights))
@@ -35,7 +35,7 @@ def test_products_are_computed_in_the_precision_and_weights_kept_in_32_bits_at_l
 
 def test_a_precision_that_the_device_lacks_is_refused_with_those_it_has():
     with pytest.raises(JobError, match="precision: tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64"):
-        Arithmetic("tf32", CPU)
+        Precision("tf32", CPU)
     assert "tf32" not in precisions_of(CPU)
 
 
@@ -58,7 +58,7 @@ def test_scaling_and_unscaling_round_nothing():
         scale.unscale([weight, torch.nn.Parameter(torch.zeros(2))])  # one without a gradient too
         return weight.grad.clone()
 
-    assert torch.equal(gradient(LossScale()), gradient(LossScale(fixed=8.0, moving=2.0**16)))
+    assert torch.equal(gradient(LossScaler()), gradient(LossScaler(fixed=8.0, moving=2.0**16)))
 
 
 class Statistics:
@@ -74,7 +74,7 @@ class Statistics:
         self.restored += 1
 
 
-class Learner:
+class Replica:
     def __init__(self):
         self.statistics = Statistics()
         self.names = {"w": "w", "another": "another"}
@@ -91,7 +91,7 @@ def follow(policy, learner, steps):
 
 
 def test_an_overflow_leaves_the_step_out_and_halves_the_scale():
-    scale, state, learner = LossScale(fixed=4.0), RunState(), Learner()
+    scale, state, learner = LossScaler(fixed=4.0), TrainState(), Replica()
     policy = LossScalingPolicy(StopPolicy(), scale, state)
     assert scale.value == 4 * 2**16
     assert follow(policy, learner, [["w"], ["w"], [], []]) == [False, False, True, True]
@@ -100,7 +100,7 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale():
 
 
 def test_two_thousand_clean_steps_double_the_scale_up_to_its_limit():
-    scale, state, learner = LossScale(), RunState(loss_scale=2.0**23, steps_at_loss_scale=1990), Learner()
+    scale, state, learner = LossScaler(), TrainState(loss_scale=2.0**23, steps_at_loss_scale=1990), Replica()
     policy = LossScalingPolicy(StopPolicy(), scale, state)
     follow(policy, learner, [[]] * 9)
     assert scale.moving == 2**23
@@ -111,17 +111,17 @@ def test_two_thousand_clean_steps_double_the_scale_up_to_its_limit():
 
 
 def test_without_any_scaling_left_the_jobs_own_policy_judges():
-    scale, learner = LossScale(), Learner()
-    policy = LossScalingPolicy(StopPolicy(), scale, RunState(loss_scale=2.0))
+    scale, learner = LossScaler(), Replica()
+    policy = LossScalingPolicy(StopPolicy(), scale, TrainState(loss_scale=2.0))
     assert follow(policy, learner, [["w"]]) == [False]
-    with pytest.raises(Diverged, match="gradient of w is not finite at step 3"):
+    with pytest.raises(DivergedError, match="gradient of w is not finite at step 3"):
         follow(policy, learner, [["w"]])
 
 
-@pytest.mark.parametrize(("then", "error"), [(StopPolicy(), Diverged), (RollbackPolicy(limit=1, lr_factor=0.5), RollBack)])
+@pytest.mark.parametrize(("then", "error"), [(StopPolicy(), DivergedError), (RollbackPolicy(limit=1, lr_factor=0.5), RollBack)])
 def test_a_step_judged_late_is_named_in_the_step_behind_it_or_where_it_is_settled(then, error):
     for at_the_next_step in (False, True):
-        learner, policy = Learner(), JudgedLate(then)
+        learner, policy = Replica(), DeferredCheck(then)
         policy.settle(learner)  # nothing yet
         assert follow(policy, learner, [[], ["w"]]) == [True, True]
         with pytest.raises(error, match="gradient of w is not finite at step 3"):

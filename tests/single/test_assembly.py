@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hvdlarge import build
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
-from hvdlarge.optim.precision import Arithmetic
-from hvdlarge.run import Ingredients, _keep_cutting
-from hvdlarge.train_state import RunState
+from hvdlarge.optim.precision import Precision
+from hvdlarge.run import Components, _keep_cutting
+from hvdlarge.train_state import TrainState
 
 JOB = """
 name: built
@@ -25,11 +25,11 @@ lr: {base: 1}
 
 def built(*changes):
     job = parse_job(JOB, "job", changes)
-    arithmetic = Arithmetic(job.precision, torch.device("cpu"))
+    arithmetic = Precision(job.precision, torch.device("cpu"))
     model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    learner = build.join_learning(
+    learner = build.build_replica(
         model, loss, optimizer, arithmetic, job.gradients, None, job.model.channels_last,
-        SoloControl(), SoloTensors(), job.seed, exact=False,
+        SoloChannel(), SoloCollectives(), job.seed, exact=False,
     )  # fmt: skip
     return job, learner
 
@@ -58,7 +58,7 @@ def test_floats_take_the_type_of_the_weights():
 
 def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_ones():
     job, learner = built("precision=fp16", "on_nonfinite={policy: skip, limit: 2}")
-    policy = build.build_policy(job.on_nonfinite, RunState(skipped=7, overflows=6, loss_scale=1.0), learner)
+    policy = build.build_policy(job.on_nonfinite, TrainState(skipped=7, overflows=6, loss_scale=1.0), learner)
     assert policy._then.skipped == 1
 
 
@@ -67,7 +67,7 @@ def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
     training_set, _ = build.load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
     model, loss, *_ = build.build_learning(job.model, job.loss, job.optimizer, learner.arithmetic, job.seed)
-    found = build.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, job.data, True, SoloControl())
+    found = build.largest_micro_batch(plan, model, loss, learner.arithmetic, training_set, job.data, True, SoloChannel())
     assert found == 16
 
 
@@ -76,13 +76,13 @@ def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_stil
     plan = plan_run(job, 1437, 2)
 
     def kept(now, state, workers=2):
-        found = Ingredients(learner.arithmetic, None, None, {}, replace(plan, largest_micro_batch=now), None, None, None)
+        found = Components(learner.arithmetic, None, None, {}, replace(plan, largest_micro_batch=now), None, None, None)
         found, notes = _keep_cutting(found, state, workers)
         return found.plan.largest_micro_batch, len(notes)
 
-    state = RunState()
+    state = TrainState()
     assert kept(None, state) == (None, 0)  # on a CPU
-    assert state == RunState()
+    assert state == TrainState()
     assert kept(100, state) == (100, 0)
     assert (state.largest_micro_batch, state.workers) == (100, 2)
     assert kept(120, state) == (100, 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hvdlarge.checkpoint.folder import CheckpointFolder, read_checkpoint
-from hvdlarge.exits import BadCheckpoint, CannotSave
+from hvdlarge.exits import CheckpointError, CheckpointWriteError
 
 
 def content(step):
@@ -70,7 +70,7 @@ def test_a_failed_write_is_told_at_the_next_call_and_leaves_the_old_one(folder):
     folder.save(content(2), 2, best=False, wait=False)
     folder._writer.join()
     assert folder.failed
-    with pytest.raises(CannotSave, match="the last good one is untouched"):
+    with pytest.raises(CheckpointWriteError, match="the last good one is untouched"):
         folder.finish()
     assert not folder.failed
     (folder.folder / ".step_000000002.pt.part").rmdir()
@@ -86,7 +86,9 @@ class TooLarge:
 
 def test_a_write_that_runs_out_of_memory_is_told_and_leaves_nothing_behind(folder):
     save(folder, 1)
-    with pytest.raises(CannotSave, match="step_000000002.pt could not be written \\(MemoryError\\).*last good one is untouched"):
+    with pytest.raises(
+        CheckpointWriteError, match="step_000000002.pt could not be written \\(MemoryError\\).*last good one is untouched"
+    ):
         folder.save({**content(2), "large": TooLarge()}, 2, best=False, wait=True)
     assert sorted(path.name for path in folder.folder.iterdir()) == ["SHA256SUMS", "last.pt", "step_000000001.pt"]
     assert folder.newest_good()[1]["position"]["step"] == 1
@@ -243,6 +245,6 @@ def test_no_whole_checkpoint_is_an_error_with_every_reason(folder):
     save(folder, 2)
     for path in folder.newest_first():
         path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(BadCheckpoint, match="no checkpoint of this run is whole") as raised:
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole") as raised:
         folder.newest_good()
     assert str(raised.value).count("damaged") == 2

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hvdlarge.comm.solo import SoloControl
+from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job_file import read_job
 from hvdlarge.config.planning import stages_of
 from hvdlarge.controller import Controller, DecisionFeed
@@ -14,8 +14,8 @@ from hvdlarge.reporting.describe import growth_line, stage_table
 from hvdlarge.schedule.decay import CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
-from hvdlarge.schedule.lr import RateSchedule
-from hvdlarge.schedule.plan import Plan, Position
+from hvdlarge.schedule.lr import LRSchedule
+from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
 
@@ -32,7 +32,7 @@ def make_plan(size=203, epochs=7.3, initial=20, growth=None, rate=None, micro=8,
         initial_batch=initial,
         micro_batch=micro,
         growth=growth or AdaBatchGrowth(factor=2.5, every_epochs=2, max=400),
-        rate=rate or RateSchedule(0.5, "sqrt", LegwWarmup(epochs=0.7), PolynomialDecay()),
+        rate=rate or LRSchedule(0.5, "sqrt", LegwWarmup(epochs=0.7), PolynomialDecay()),
         world_size=world_size,
     )
 
@@ -41,20 +41,20 @@ PLANS = {
     "grows past the data set": make_plan(),
     "no growth": make_plan(growth=NoGrowth(), epochs=3),
     "one step": make_plan(initial=5000, epochs=1),
-    "jump": make_plan(rate=RateSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
+    "jump": make_plan(rate=LRSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
     "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
     "growth too small for the rounding at first": make_plan(initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)),
     "growth beyond what a record holds": make_plan(growth=AdaBatchGrowth(factor=3, every_epochs=0.2), epochs=200, micro=None),
     "growth too small for the rounding at most marks": make_plan(growth=AdaBatchGrowth(factor=1.0001, every_epochs=0.001)),
-    "no warmup": make_plan(rate=RateSchedule(1, "linear", NoWarmup())),
-    "one cycle": make_plan(rate=RateSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
-    "cosine": make_plan(rate=RateSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
-    "exponential": make_plan(rate=RateSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))),
+    "no warmup": make_plan(rate=LRSchedule(1, "linear", NoWarmup())),
+    "one cycle": make_plan(rate=LRSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
+    "cosine": make_plan(rate=LRSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
+    "exponential": make_plan(rate=LRSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))),
     "decay inside the warmup": make_plan(
-        rate=RateSchedule(1, "linear", LinearWarmup(epochs=5), MultistepDecay(gamma=0.3, every_epochs=1.3)), growth=NoGrowth()
+        rate=LRSchedule(1, "linear", LinearWarmup(epochs=5), MultistepDecay(gamma=0.3, every_epochs=1.3)), growth=NoGrowth()
     ),
     "a peak that moves": make_plan(
-        rate=RateSchedule(1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)), growth=NoGrowth()
+        rate=LRSchedule(1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)), growth=NoGrowth()
     ),
     "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
     "digits_lstm.yaml": read_job("jobs/digits_lstm.yaml").plan(1437, 2),
@@ -98,7 +98,7 @@ def test_the_outline_on_paper_is_what_the_controller_does(plan):
 def test_batch_and_rate_change_in_the_same_step_under_adabatch():
     plan = make_plan(
         size=1000, epochs=6, initial=20, growth=AdaBatchGrowth(factor=2, every_epochs=2),
-        rate=RateSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=2)),
+        rate=LRSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=2)),
     )  # fmt: skip
     pairs = sorted({(decision.stage_batch, round(decision.lr, 12)) for decision in all_of(plan)})
     assert pairs == [(20, 0.1), (40, 0.075), (80, 0.05625)]
@@ -116,7 +116,7 @@ def test_auto_shares_a_step_evenly():
 
 def test_the_feed_announces_each_decision_once_and_ahead():
     plan, announced = PLANS["grows past the data set"], []
-    feed = DecisionFeed(SoloControl(), Controller(plan), ahead=4, announce=announced.append)
+    feed = DecisionFeed(SoloChannel(), Controller(plan), ahead=4, announce=announced.append)
     followed = []
     while (decision := feed.next()) is not None:
         followed.append(decision)
@@ -135,7 +135,7 @@ def test_a_controller_goes_on_from_any_position_as_if_it_had_never_stopped(plan)
             given = [controller.decide() for _ in range(min(len(whole), stop + 1 + ahead))]
             position = controller.position_after(given[stop])
             assert position.samples_seen == whole[stop].samples_seen + whole[stop].global_batch
-            again = Controller(plan, Position.from_plain(json.loads(json.dumps(position.to_plain()))))
+            again = Controller(plan, RunProgress.from_plain(json.loads(json.dumps(position.to_plain()))))
             assert list(iter(again.decide, None)) == whole[stop + 1 :]
             assert again.final_position() == controller_at_end(plan)
 
@@ -144,14 +144,12 @@ def test_a_controller_goes_on_from_any_position_as_if_it_had_never_stopped(plan)
 @pytest.mark.parametrize("left", [1, 2, 7])
 def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of_the_new_length(before, after, left):
     """Resumed `left` steps before the end that comes first, with more decisions in hand than steps are left."""
-    plans = [
-        make_plan(size=1437, epochs=epochs, initial=32, growth=NoGrowth(), rate=RateSchedule(1)) for epochs in (before, after)
-    ]
+    plans = [make_plan(size=1437, epochs=epochs, initial=32, growth=NoGrowth(), rate=LRSchedule(1)) for epochs in (before, after)]
     short, whole = min(map(all_of, plans), key=len), all_of(plans[1])
     controller = Controller(plans[0])
     position = controller.position_after([controller.decide() for _ in all_of(plans[0])][len(short) - 1 - left])
-    again = Controller(plans[1], Position.from_plain(json.loads(json.dumps(position.to_plain()))))
-    feed = DecisionFeed(SoloControl(), again, ahead=3, announce=lambda decision: None)
+    again = Controller(plans[1], RunProgress.from_plain(json.loads(json.dumps(position.to_plain()))))
+    feed = DecisionFeed(SoloChannel(), again, ahead=3, announce=lambda decision: None)
     assert list(iter(feed.next, None)) == whole[len(short) - left :]
     assert again.final_position() == controller_at_end(plans[1])
 
@@ -190,7 +188,7 @@ def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
 
 def test_only_rank_0_has_a_controller():
     with pytest.raises(ValueError, match="rank 0"):
-        DecisionFeed(SoloControl(), None, ahead=1, announce=print)
+        DecisionFeed(SoloChannel(), None, ahead=1, announce=print)
 
 
 def test_the_lines_for_the_user_say_the_arithmetic():

@@ -300,15 +300,15 @@ def test_texts_that_the_environment_gives_to_args_are_known_to_the_run_alone(mon
     assert job.data.args == {
         "token": "s3cret", "nested": {"keys": ["a", "${X}-s3cret"]}, "size": "3", "more": {"deep": ["s3cret"]},
     }  # fmt: skip
-    for seen in (job.to_yaml(), json.dumps(job.resolved()), json.dumps(job.mathematics())):
+    for seen in (job.to_yaml(), json.dumps(job.resolved()), json.dumps(job.resume_signature())):
         assert "s3cret" not in seen
     assert "token: '${TOKEN}'" in job.to_yaml()
     again = parse_job(job.to_yaml(), "resolved")
     assert again == job
     assert again.data.args == job.data.args
-    assert again.mathematics() == job.mathematics()
+    assert again.resume_signature() == job.resume_signature()
     monkeypatch.setenv("TOKEN", "other")
-    assert parse_job(job.to_yaml(), "resolved").mathematics() != job.mathematics()
+    assert parse_job(job.to_yaml(), "resolved").resume_signature() != job.resume_signature()
     assert read_job(str(tmp_path / "job.yaml"), ["data.args={token: none}", "loss.args={}"]).to_yaml().count("${") == 0
 
 

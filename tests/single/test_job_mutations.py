@@ -10,7 +10,7 @@ import yaml
 from launching import ROOT
 
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.config.planning import on_paper, plan_run
+from hvdlarge.config.planning import estimate, plan_run
 from hvdlarge.exits import JobError
 
 WHOLE = """\
@@ -121,7 +121,7 @@ def read_and_plan(text):
     """The error of a text that is refused; None for one that can be planned."""
     try:
         job = parse_job(text, "job.yaml")
-        on_paper(job, plan_run(job, 1437, 2), None)
+        estimate(job, plan_run(job, 1437, 2), None)
     except JobError as error:
         return str(error)
     return None

@@ -6,10 +6,10 @@ import sys
 import torch
 from torch.nn.functional import cross_entropy
 
-from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.optim.precision import Precision
 from hvdlarge.resilience.out_of_memory import largest_micro_batch, largest_that_fits
 
-CPU = Arithmetic("fp32", torch.device("cpu"))
+CPU = Precision("fp32", torch.device("cpu"))
 
 
 def samples(size):

@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT
 
 from hvdlarge.config.job_file import parse_job, read_job
-from hvdlarge.config.planning import checkpoints_of, curve_of, on_paper, plan_run, stages_of
+from hvdlarge.config.planning import checkpoints_of, curve_of, estimate, plan_run, stages_of
 from hvdlarge.controller import Controller
 from hvdlarge.data.digits import digits
 from hvdlarge.data.sizes import training_samples as built_in_samples
@@ -42,7 +42,7 @@ def test_the_built_in_data_sets_have_the_sizes_that_a_plan_counts_with():
 def test_the_paper_holds_the_sums_of_the_controllers_decisions(name, world_size):
     job = read_job(str(ROOT / "jobs" / name))
     plan = plan_run(job, 1437, world_size)
-    paper, decisions = on_paper(job, plan, None), list(iter(Controller(plan).decide, None))
+    paper, decisions = estimate(job, plan, None), list(iter(Controller(plan).decide, None))
     assert paper["steps"] == len(decisions)
     assert paper["samples"] == sum(decision.global_batch for decision in decisions)
     for row, (_, group) in zip(paper["stages"], itertools.groupby(decisions, lambda decision: decision.stage), strict=True):
@@ -86,7 +86,7 @@ def test_the_fingerprint_is_the_schedules_and_not_the_clusters():
 
 
 def test_imagenet_comes_out_as_legw_says():
-    paper = on_paper(parse_job(IMAGENET, "imagenet"), plan_run(parse_job(IMAGENET, "imagenet"), 1281167, 64), None)
+    paper = estimate(parse_job(IMAGENET, "imagenet"), plan_run(parse_job(IMAGENET, "imagenet"), 1281167, 64), None)
     assert (paper["steps"], paper["steps_at_the_base_batch"], paper["warmup_epochs"]) == (3519, 112603, 10.0)
     assert paper["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
     assert paper["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"

@@ -5,7 +5,7 @@ import pytest
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.exits import BadCheckpoint
+from hvdlarge.exits import CheckpointError
 from hvdlarge.telemetry.run_folder import write_documents
 
 JOB = """\
@@ -24,25 +24,25 @@ def begin(folder, job):
     given = folder.parent / "given.yaml"
     given.write_text(JOB)
     folder.mkdir(exist_ok=True)
-    write_documents(folder, given, job.to_yaml(), {"world_size": 1, "versions": {}}, resume.Position(), [])
+    write_documents(folder, given, job.to_yaml(), {"world_size": 1, "versions": {}}, resume.RunProgress(), [])
 
 
 def find(folder, job):
-    facts = {"job": job.mathematics(), "data": {"training samples": 1437}, "versions": {}, "world_size": 1}
+    facts = {"job": job.resume_signature(), "data": {"training samples": 1437}, "versions": {}, "world_size": 1}
     return resume.find(folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True)
 
 
 def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_the_same_job(tmp_path):
     begin(tmp_path / "run", parse_job(JOB, "job", [WORDS]))
     assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])).content is None
-    with pytest.raises(BadCheckpoint, match='model.args.mode is "on" there and "off" here'):
+    with pytest.raises(CheckpointError, match='model.args.mode is "on" there and "off" here'):
         find(tmp_path / "run", parse_job(JOB, "job", [WORDS, "model.args.mode=off"]))
 
 
 def test_a_job_that_cannot_be_read_when_a_run_left_no_checkpoint_is_refused(tmp_path):
     begin(tmp_path / "run", parse_job(JOB, "job"))
     (tmp_path / "run/job.resolved.yaml").write_text("name: [trial\n")
-    with pytest.raises(BadCheckpoint, match="cannot be read; --fresh sets it aside"):
+    with pytest.raises(CheckpointError, match="cannot be read; --fresh sets it aside"):
         find(tmp_path / "run", parse_job(JOB, "job"))
 
 
@@ -51,9 +51,9 @@ def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_n
     begin(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"]))
     assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])).content is None
     assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])).content is None
-    with pytest.raises(BadCheckpoint, match='model.args.token is "sha256:.*" there and "other" here') as raised:
+    with pytest.raises(CheckpointError, match='model.args.token is "sha256:.*" there and "other" here') as raised:
         find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: other}"]))
     assert "s3cret" not in str(raised.value)
     monkeypatch.delenv("TOKEN")
-    with pytest.raises(BadCheckpoint, match="the variable TOKEN is not set"):
+    with pytest.raises(CheckpointError, match="the variable TOKEN is not set"):
         find(tmp_path / "run", parse_job(JOB, "job"))

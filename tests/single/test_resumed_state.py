@@ -8,11 +8,11 @@ import torch
 from hvdlarge import build
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.saver import optimizer_state
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.exits import BadCheckpoint
+from hvdlarge.exits import CheckpointError
 from hvdlarge.models.state import trained_modules
-from hvdlarge.optim.precision import Arithmetic
+from hvdlarge.optim.precision import Precision
 
 JOB = """
 name: resumed
@@ -51,10 +51,10 @@ class Learnt(torch.nn.Module):
 def learner_of(monkeypatch, *changes):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     job = parse_job(JOB, "job", changes)
-    arithmetic = Arithmetic("fp32", torch.device("cpu"))
+    arithmetic = Precision("fp32", torch.device("cpu"))
     model, loss, optimizer, *_ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
-    return build.join_learning(
-        model, loss, optimizer, arithmetic, job.gradients, None, False, SoloControl(), SoloTensors(), 0, exact=False
+    return build.build_replica(
+        model, loss, optimizer, arithmetic, job.gradients, None, False, SoloChannel(), SoloCollectives(), 0, exact=False
     )
 
 
@@ -68,7 +68,7 @@ def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatc
     entries = resume._small({"position": {}, "state": {}, "optimizer": state, "statistics": {"world_size": 1, "parts": []}})
     there = {torch.nn.Parameter(weight.detach().to("meta")): name for weight, name in learner.names.items()}
     learner = replace(learner, names=there)
-    resume._share_optimizer(entries["optimizer"], None, learner, SoloTensors())
+    resume._share_optimizer(entries["optimizer"], None, learner, SoloCollectives())
     restored = learner.update.optimizer.state
     assert {there[weight] for weight in restored} == {"weight", "bias", "logit_scale"}
     for weight, values in restored.items():
@@ -87,6 +87,6 @@ def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
     }
     resume.load_modules(modules, content, tmp_path)
     assert (loss.temperature.item(), loss.history, model.logit_scale.item()) == (3.0, {"calls": 5}, 2.0)
-    with pytest.raises(BadCheckpoint, match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing"):
+    with pytest.raises(CheckpointError, match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing"):
         resume.load_modules(modules, {**content, "loss": {"_extra_state": {}}}, tmp_path)
     assert loss.temperature.item() == 3.0

@@ -6,10 +6,10 @@ import pytest
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
 from hvdlarge.exits import JobError
-from hvdlarge.schedule.plan import Position
+from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_folder import FolderLock, holds_run, make_folder, set_aside, write_documents
 from hvdlarge.telemetry.run_log import RunLog
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def begin(folder, plan, offsets=None, position=None):
     job.write_text("name: given\n")
     make_folder(folder)
     lock = FolderLock(folder)
-    position = position or Position()
+    position = position or RunProgress()
     write_documents(folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, position, [])
-    return RunLog(folder, plan, lock, offsets or {}, position, RunState())
+    return RunLog(folder, plan, lock, offsets or {}, position, TrainState())
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
@@ -34,7 +34,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     for decision in decisions:
         log.decision(decision)
     log.metrics({"step": 0, "loss": 1.0})
-    log.finish(RunState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000, 4000)
+    log.finish(TrainState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000, 4000)
     log.close()
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {
@@ -82,7 +82,7 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
 
 def test_a_summary_when_a_run_goes_on_from_its_end_is_removed(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
-    log.finish(RunState(results={"loss": 0.5}), at_end(plan), 1000, 4000)
+    log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, 4000)
     log.close()
     begin(tmp_path / "run", plan, position=at_end(plan)).close()  # with more epochs
     assert not (tmp_path / "run/summary.json").exists()

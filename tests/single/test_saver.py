@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 from hvdlarge.checkpoint.saver import Saver
-from hvdlarge.comm.solo import SoloControl, SoloTensors
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
-from hvdlarge.train_state import RunState
+from hvdlarge.train_state import TrainState
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 1)
 DECISIONS = list(iter(Controller(PLAN).decide, None))
@@ -15,16 +15,16 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
-    saver = Saver(SoloControl(), SoloTensors(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
+    saver = Saver(SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
     return [step for step, found in evaluations if saver.is_best(state, DECISIONS[step - 1], found)]
 
 
 def resumed(state):
-    return RunState(**json.loads(json.dumps(dataclasses.asdict(state))))
+    return TrainState(**json.loads(json.dumps(dataclasses.asdict(state))))
 
 
 def test_the_best_so_far_when_a_resume_goes_by_another_result_is_begun_anew():
-    state = RunState()
+    state = TrainState()
     found = [(45, {"accuracy": 0.26, "test_loss": 2.15}), (90, {"accuracy": 0.2, "test_loss": 2.0})]
     assert best_of(state, "accuracy", found) == [45]
     state = resumed(state)
@@ -36,8 +36,8 @@ def test_the_best_so_far_when_a_resume_goes_by_another_result_is_begun_anew():
 
 
 def test_the_best_so_far_when_a_resume_goes_by_the_same_result_stays():
-    state = RunState()
+    state = TrainState()
     assert best_of(state, None, [(45, {"accuracy": 0.26, "test_loss": 2.15})]) == [45]
     assert best_of(resumed(state), "accuracy", [(90, {"accuracy": 0.2, "test_loss": 1.0})]) == []
-    old = RunState(best={"value": 0.26, "step": 45.0})  # of a checkpoint that does not say by which result
+    old = TrainState(best={"value": 0.26, "step": 45.0})  # of a checkpoint that does not say by which result
     assert best_of(old, "accuracy", [(90, {"accuracy": 0.2, "test_loss": 1.0})]) == []

@@ -65,8 +65,8 @@ def test_a_watchdog_that_is_not_watching_leaves_nothing_armed_behind(how):
 
 HOLDS_THE_LOCK = """
 import ctypes, sys, time
-from hvdlarge.resilience.hard_exit import LastLine
-line = LastLine(72)
+from hvdlarge.resilience.hard_exit import HardExit
+line = HardExit(72)
 line.arm(60, "put off")
 line.arm(1.0, "100% stuck %s")
 if sys.argv[1] == "disarmed":

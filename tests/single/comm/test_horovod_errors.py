@@ -4,8 +4,8 @@ import pytest
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvdlarge.comm.horovod_backend import HorovodUpdate, error_of
-from hvdlarge.comm.interfaces import CollectiveFailed, LostRank, RanksMismatch
+from hvdlarge.comm.horovod_backend import HorovodOptimizer, error_of
+from hvdlarge.comm.interfaces import CollectiveError, CollectiveMismatchError, RankLostError
 
 GONE = "Horovod has been shut down. This was caused by an exception on one of the ranks or an attempt to allreduce"
 
@@ -13,10 +13,10 @@ GONE = "Horovod has been shut down. This was caused by an exception on one of th
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("ncclCommInitRank failed: invalid usage (run with NCCL_DEBUG=WARN for details)", CollectiveFailed),
-        ("CUDA error: an illegal memory access was encountered", CollectiveFailed),
-        (GONE, LostRank),
-        ("Mismatched allreduce tensor shapes: One or more ranks sent tensors of another shape", RanksMismatch),
+        ("ncclCommInitRank failed: invalid usage (run with NCCL_DEBUG=WARN for details)", CollectiveError),
+        ("CUDA error: an illegal memory access was encountered", CollectiveError),
+        (GONE, RankLostError),
+        ("Mismatched allreduce tensor shapes: One or more ranks sent tensors of another shape", CollectiveMismatchError),
     ],
 )
 def test_an_error_keeps_its_text_and_gets_its_kind(text, kind):
@@ -32,5 +32,5 @@ def test_an_error_in_a_hook_of_the_backward_pass_is_no_internal_one():
         raise HorovodInternalError(GONE)
 
     weight.register_post_accumulate_grad_hook(fail)
-    with pytest.raises(LostRank, match="has been shut down"):
-        HorovodUpdate.backward(None, weight.sum())
+    with pytest.raises(RankLostError, match="has been shut down"):
+        HorovodOptimizer.backward(None, weight.sum())

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from hvdlarge.data.digits import _pixels_and_labels, digits
 from hvdlarge.data.in_memory import InMemory
-from hvdlarge.data.loader import Fetch, TensorLoader, WorkerLoader
+from hvdlarge.data.loader import MicroBatchDataset, TensorLoader, WorkerLoader
 from hvdlarge.data.order import samples
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 
@@ -91,12 +91,12 @@ TENSORS = InMemory(torch.arange(20), torch.zeros(20, dtype=torch.int64))
     ids=["subclass of Subset", "subclass of InMemory", "delegating wrapper", "subset of a subclass", "subset of a subset"],
 )
 def test_a_sample_is_read_as_the_users_class_reads_it(dataset, first):
-    loaded = Fetch(dataset, seed=0, shuffled=False)[MicroBatch(0, 0, 4)]
+    loaded = MicroBatchDataset(dataset, seed=0, shuffled=False)[MicroBatch(0, 0, 4)]
     assert loaded.inputs.tolist() == list(range(first, first + 4))
 
 
 def test_what_a_batch_draws_belongs_to_the_micro_batch():
-    fetch = Fetch(DrawnTensors(torch.arange(20), torch.arange(20)), seed=5, shuffled=True)
+    fetch = MicroBatchDataset(DrawnTensors(torch.arange(20), torch.arange(20)), seed=5, shuffled=True)
     drawn = [fetch[MicroBatch(0, start, start + 4)].inputs for start in (0, 4, 0)]
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.any(drawn[0] == drawn[1])
@@ -125,7 +125,7 @@ def run(loader, steps, ahead):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_worker_loader_follows_growing_steps_and_idle_ones(num_workers, ahead):
     steps = steps_of([16, 16, 8, 8, 64, 3, 200, 31])
-    loader = WorkerLoader(Fetch(Numbers(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
+    loader = WorkerLoader(MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
     assert run(loader, steps, ahead) == steps
     loader.close()
 
@@ -133,8 +133,8 @@ def test_a_worker_loader_follows_growing_steps_and_idle_ones(num_workers, ahead)
 def test_both_loaders_give_the_stream():
     steps = steps_of([16, 40, 120])
     inputs = torch.arange(100)
-    direct = TensorLoader(Fetch(InMemory(inputs, inputs), seed=3, shuffled=True))
-    worker = WorkerLoader(Fetch(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
+    direct = TensorLoader(MicroBatchDataset(InMemory(inputs, inputs), seed=3, shuffled=True))
+    worker = WorkerLoader(MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
     for loader in (direct, worker):
         for number, step in enumerate(steps):
             loader.announce(step, number == 2)
@@ -148,7 +148,7 @@ def test_both_loaders_give_the_stream():
 def test_what_is_drawn_for_a_sample_belongs_to_it_and_not_to_the_process(dataset):
     drawn = []
     for num_workers in (0, 1, 2):
-        loader = WorkerLoader(Fetch(dataset(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
+        loader = WorkerLoader(MicroBatchDataset(dataset(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
         step = BatchLayout(48, 8, 1).of_rank(0, 0)
         loader.announce(step, True)
         drawn.append(torch.cat([loaded.targets for loaded in loader.fetch(6)]))
@@ -159,7 +159,7 @@ def test_what_is_drawn_for_a_sample_belongs_to_it_and_not_to_the_process(dataset
 
 
 def test_evaluation_counts_the_set_itself():
-    fetch = Fetch(Numbers(), seed=0, shuffled=False)
+    fetch = MicroBatchDataset(Numbers(), seed=0, shuffled=False)
     assert fetch[MicroBatch(0, 5, 9)].inputs.tolist() == [5, 6, 7, 8]
     assert fetch[None] is None
 
@@ -220,7 +220,7 @@ def processes():
 
 def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
     before, threads = processes(), threading.active_count()
-    loader = WorkerLoader(Fetch(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
+    loader = WorkerLoader(MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
     loader.announce(BatchLayout(800, 8, 1).of_rank(0, 0), is_last=False)
     assert len(list(loader.fetch(3))) == 3
     assert len(processes() - before) == 2
@@ -231,7 +231,7 @@ def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
 
 
 def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
-    loader = WorkerLoader(Fetch(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=1, prefetch_factor=2)
+    loader = WorkerLoader(MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=1, prefetch_factor=2)
     loader.announce(BatchLayout(400, 4, 1).of_rank(0, 0), is_last=False)
     list(loader.fetch(1))
     time.sleep(1.0)  # enough for 25 micro-batches
@@ -243,9 +243,9 @@ def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
 def test_a_sample_that_takes_very_long_does_not_hold_up_the_end():
     program = (
         "import time, torch\n"
-        "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
+        "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import MicroBatchDataset, WorkerLoader\n"
         "from test_loader import Stuck\n"
-        "loader = WorkerLoader(Fetch(Stuck(), 0, False), 1, 2)\n"
+        "loader = WorkerLoader(MicroBatchDataset(Stuck(), 0, False), 1, 2)\n"
         "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
         "print(next(loader.fetch(1)).micro_batch.size)\n"
         "loader.close()\n"
@@ -274,7 +274,7 @@ class Broken(Numbers):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_of_the_set_comes_out_where_its_micro_batch_is_asked_for(num_workers):
-    loader = WorkerLoader(Fetch(Broken(), seed=0, shuffled=False), num_workers, prefetch_factor=2)
+    loader = WorkerLoader(MicroBatchDataset(Broken(), seed=0, shuffled=False), num_workers, prefetch_factor=2)
     loader.announce(BatchLayout(40, 8, 1).of_rank(0, 0), is_last=True)
     fetched = loader.fetch(5)
     assert [next(fetched).micro_batch.number for _ in range(2)] == [0, 1]
@@ -285,8 +285,8 @@ def test_an_error_of_the_set_comes_out_where_its_micro_batch_is_asked_for(num_wo
 
 def test_a_program_that_closes_nothing_ends_nevertheless():
     program = (
-        "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import Fetch, WorkerLoader\n"
-        "loader = WorkerLoader(Fetch([(number, number) for number in range(100)], 3, True), 1, 2)\n"
+        "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import MicroBatchDataset, WorkerLoader\n"
+        "loader = WorkerLoader(MicroBatchDataset([(number, number) for number in range(100)], 3, True), 1, 2)\n"
         "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
         "print(next(loader.fetch(1)).micro_batch.size)\n"
     )

@@ -176,10 +176,10 @@ def test_running_statistics_of_one_rank_are_seen(judged, monkeypatch):
 
 
 def test_gradients_that_are_weighed_by_worker_are_seen(judged, monkeypatch):
-    from trials.thread_world import ThreadUpdate
+    from trials.thread_world import ThreadOptimizer
 
-    plain = ThreadUpdate._of
-    monkeypatch.setattr(ThreadUpdate, "_of", lambda self, weight: plain(self, weight) * (1 + 1e-6))
+    plain = ThreadOptimizer._of
+    monkeypatch.setattr(ThreadOptimizer, "_of", lambda self, weight: plain(self, weight) * (1 + 1e-6))
     assert "law 1" in judged(interruptions=[]).reason
 
 

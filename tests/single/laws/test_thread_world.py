@@ -157,7 +157,7 @@ def updated(size, backward, passes=1, **options):
 
     def action(control, tensors):
         named = two_weights()
-        update = tensors.summed_update(SGD([{"params": [weight for _, weight in named]}], lr=1.0), named, **options)
+        update = tensors.distributed_optimizer(SGD([{"params": [weight for _, weight in named]}], lr=1.0), named, **options)
         update.begin(range(passes), passes * size)
         for number in range(passes):
             backward(control.rank, number, update, *(weight for _, weight in named))
@@ -212,7 +212,7 @@ def test_passes_add_up_before_they_travel():
 def test_ranks_with_gradients_of_other_kinds_are_told():
     def action(control, tensors):
         weight = torch.nn.Parameter(torch.ones(2 + control.rank))
-        update = tensors.summed_update(SGD([weight], lr=1.0), [("a", weight)])
+        update = tensors.distributed_optimizer(SGD([weight], lr=1.0), [("a", weight)])
         update.begin(range(1), 2)
         update.reduce()
 
@@ -225,7 +225,7 @@ def test_an_optimizer_is_made_anew_from_its_groups():
         groups = [{"params": [named[0][1]], "lr": 0.5}, {"params": [named[1][1]], "lr": 2.0}]
         plain = SGD(groups, lr=1.0)
         plain.kept = "lost"
-        update = tensors.summed_update(plain, named)
+        update = tensors.distributed_optimizer(plain, named)
         return [group["lr"] for group in update.optimizer.param_groups], hasattr(update.optimizer, "kept")
 
     assert World(2).run(action).results == [([0.5, 2.0], False)] * 2

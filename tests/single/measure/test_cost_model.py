@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvdlarge.bench.interleave import Timing, stopwatch, take_turns
+from hvdlarge.bench.interleave import Timing, run_interleaved, stopwatch
 from hvdlarge.comm.cost_model import AllreduceCost, fit
 
 SIZES = [4 * 4**power for power in range(13)]
@@ -47,7 +47,7 @@ def test_a_fit_needs_two_workers_and_two_sizes(sizes, workers):
 def test_sides_take_turns_and_none_is_always_behind_the_same_one():
     order = []
     sides = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
-    seconds = take_turns(sides, 3)
+    seconds = run_interleaved(sides, 3)
     assert order == [*"abc", *"cba", *"abc"]
     assert seconds == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
     assert Timing.of([3.0, 1.0, 2.0, 9.0]) == Timing(2.5, 1.0, 9.0)

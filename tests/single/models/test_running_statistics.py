@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from hvdlarge.reduction.batch_norm import ModeChanged, RunningStatistics, tracking_layers
+from hvdlarge.reduction.batch_norm import ModeChangedError, RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.schedule.batch import BatchLayout
 
@@ -138,7 +138,7 @@ def test_a_layer_that_changes_its_mode_in_a_forward_pass_is_refused():
     statistics.begin_step()
     layer.eval()
     assert statistics.count_uses(1)
-    with pytest.raises(ModeChanged, match="'0' changed between training and evaluation"):
+    with pytest.raises(ModeChangedError, match="'0' changed between training and evaluation"):
         statistics.end_step(BatchLayout(4, 4, 1), uneven=True)
 
 

@@ -11,12 +11,12 @@ from hvdlarge.config.job_file import parse_job
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
-from hvdlarge.optim.momentum import Move, _fused_works, momentum_update, reference_update
-from hvdlarge.optim.param_groups import set_rate
+from hvdlarge.optim.momentum import MomentumStep, _fused_works, momentum_update, reference_update
+from hvdlarge.optim.param_groups import set_lr
 from hvdlarge.optim.presets import PRESETS
 
 FORMS = [
-    dict(zip(("rate_in_momentum", "joint_norm", "clip", "nesterov", "eps"), values, strict=True))
+    dict(zip(("lr_in_momentum", "joint_norm", "clip", "nesterov", "eps"), values, strict=True))
     for values in itertools.product((True, False), (True, False), (True, False), (True, False), (0.0, 1e-3))
 ]
 
@@ -38,7 +38,7 @@ def lars(w, v, g, lr, m, decay, trust, adapt, form):
         if form["clip"]:
             ratio = min(ratio / lr, 1.0) if lr > 0 else 1.0
     u = ratio * (g + decay * w)
-    if form["rate_in_momentum"]:
+    if form["lr_in_momentum"]:
         v = m * v + lr * u
         return w - (m * v + lr * u if form["nesterov"] else v), v
     v = m * v + u
@@ -50,7 +50,7 @@ def trajectory(optimizer, parameters, oracle, steps=25):
     random = np.random.default_rng(7)
     for step in range(steps):
         lr = [0.1, 3.2, 0.02, 0.0, 25.0][step % 5]
-        set_rate(optimizer, lr)
+        set_lr(optimizer, lr)
         for number, parameter in enumerate(parameters):
             gradient = random.normal(size=parameter.shape) * 10.0 ** random.integers(-4, 3)
             if (step + number) % 6 == 0:
@@ -156,7 +156,7 @@ def test_torchs_own_are_torchs_own(case):
     assert not ours.state
     for step in range(12):
         lr = [0.01, 0.2, 0.003][step % 3]
-        set_rate(ours, lr)
+        set_lr(ours, lr)
         theirs.param_groups[0]["lr"] = lr
         for number, (one, other) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
             gradient = torch.randn_like(one)
@@ -209,16 +209,16 @@ def test_wrong_optimizers_are_refused(optimizer, message):
 # --- the fast path
 
 
-@pytest.mark.parametrize("rate_in_momentum", [True, False])
+@pytest.mark.parametrize("lr_in_momentum", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("ratio", [1.0, 0.3, 1e-3, 1e-9, 0.0])
-def test_the_fast_update_is_the_reference(rate_in_momentum, dtype, ratio):
+def test_the_fast_update_is_the_reference(lr_in_momentum, dtype, ratio):
     assert _fused_works("cpu")  # else this would hold the reference against itself
     torch.manual_seed(1)
     fast = [torch.randn(33, 77, dtype=dtype) for _ in range(3)]
     slow = [tensor.clone() for tensor in fast]
     for lr in (0.1, 3.2, 25.0, 0.0):
-        move = Move(lr, ratio, momentum=0.9, weight_decay=0.01, rate_in_momentum=rate_in_momentum)
+        move = MomentumStep(lr, ratio, momentum=0.9, weight_decay=0.01, lr_in_momentum=lr_in_momentum)
         momentum_update(*([tensor] for tensor in fast), move)
         reference_update(*slow, move)
     for ours, theirs in zip(fast, slow, strict=True):
@@ -229,5 +229,5 @@ def test_the_fast_update_is_the_reference(rate_in_momentum, dtype, ratio):
 def test_tensors_of_another_layout_take_the_reference():
     weight = torch.randn(6, 5).T
     grad, velocity, ours = torch.randn(5, 6), torch.zeros(5, 6), weight.clone()
-    momentum_update([weight], [grad], [velocity], Move(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0))
+    momentum_update([weight], [grad], [velocity], MomentumStep(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0))
     assert torch.allclose(weight, ours - 0.05 * grad)

@@ -8,7 +8,7 @@ import torch
 
 from hvdlarge.optim.lars import LARS, trust_ratio
 from hvdlarge.optim.norms import norm
-from hvdlarge.optim.param_groups import parameter_groups, set_rate
+from hvdlarge.optim.param_groups import parameter_groups, set_lr
 
 
 def oracle(w, v, g, lr, momentum, decay, trust, adapt):
@@ -184,12 +184,12 @@ def test_biases_and_normalisation_are_told_by_kind():
 
 
 def test_patterns_the_papers_reading_and_an_own_rate():
-    adapted, others = parameter_groups(Net(), 0.1, not_adapted=("scale", "lstm.*"), not_adapted_lr_factor=0.5)
+    adapted, others = parameter_groups(Net(), 0.1, not_adapted=("scale", "lstm.*"), excluded_lr_factor=0.5)
     assert {"scale", "lstm.weight_ih_l0"} <= set(others["names"])
     (everything,) = parameter_groups(Net(), 0.1, adapt_everything=True)
     assert "norm.bias" in everything["names"]
     optimizer = LARS([adapted, others])
-    set_rate(optimizer, 3.0)
+    set_lr(optimizer, 3.0)
     assert [group["lr"] for group in optimizer.param_groups] == [3.0, 1.5]
 
 

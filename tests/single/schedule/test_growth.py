@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
-from hvdlarge.schedule.lr import RateSchedule
+from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.outline import outline
 from hvdlarge.schedule.progress import Clock
 
@@ -80,7 +80,7 @@ def test_marks_that_round_to_no_change_cost_no_time(factor, every_epochs):
 
 
 def stages_of(growth, initial, clock):
-    return outline(clock, initial, initial, growth, RateSchedule(1))
+    return outline(clock, initial, initial, growth, LRSchedule(1))
 
 
 @pytest.mark.parametrize("factor", [1, 0.5, 0, -2, math.nan, math.inf])

@@ -7,7 +7,7 @@ import pytest
 
 from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
 from hvdlarge.schedule.growth import AdaBatchGrowth
-from hvdlarge.schedule.lr import RateSchedule
+from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.scaling import scale
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup, StageStart, full_rate_epoch, multiplier
 
@@ -23,7 +23,7 @@ def stages(*pairs):
 
 @pytest.mark.parametrize(("fixed", "factor", "adaptive"), [(0.375, 2, 0.75), (0.25, 2, 0.5), (0.1, 2, 0.2), (0.1, 4, 0.4), (0.1, 8, 0.8)])  # fmt: skip
 def test_a_growth_with_linear_scaling_turns_the_fixed_decay_into_the_papers(fixed, factor, adaptive):
-    rate = RateSchedule(1.0, "linear", NoWarmup(), MultistepDecay(gamma=fixed, every_epochs=20))
+    rate = LRSchedule(1.0, "linear", NoWarmup(), MultistepDecay(gamma=fixed, every_epochs=20))
     before = rate.lr(stages((0, 1)), 19.9, 19.95, 100)
     after = rate.lr(stages((0, 1), (20, factor)), 20.0, 20.05, 100)
     assert after / before == pytest.approx(adaptive, rel=EXACT)
@@ -31,7 +31,7 @@ def test_a_growth_with_linear_scaling_turns_the_fixed_decay_into_the_papers(fixe
 
 def test_the_rates_and_rates_per_sample_of_both_arms():
     growth = AdaBatchGrowth(factor=2, every_epochs=20, max=2048)
-    rate = RateSchedule(0.01, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=20))
+    rate = LRSchedule(0.01, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=20))
     adaptive, fixed, per_sample, begun = [], [], [], []
     for epoch in (0, 20, 40, 60, 80):
         batch = growth.global_batch(128, epoch)
@@ -48,7 +48,7 @@ def test_the_rates_and_rates_per_sample_of_both_arms():
 
 
 def test_imagenet_with_factor_8():
-    rate = RateSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.1, every_epochs=30))
+    rate = LRSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.1, every_epochs=30))
     begun, rates = [], []
     for epoch, batch in ((0, 8192), (30, 65536), (60, 524288)):
         begun.append(StageStart(epoch, batch / 256))
@@ -67,7 +67,7 @@ def test_imagenet_with_factor_8():
 def test_the_legw_table(batch, peak, warmup):
     factor = batch / 1024
     policy = LegwWarmup(epochs=10 / 2**5)
-    rate = RateSchedule(2**2.5, "sqrt", policy)
+    rate = LRSchedule(2**2.5, "sqrt", policy)
     assert policy.length(factor) == pytest.approx(warmup, rel=EXACT)
     assert rate.lr(stages((0, factor)), 89, 89, 90) == pytest.approx(peak, rel=EXACT)
     assert policy.length(factor) * 1_281_167 / batch == pytest.approx(390.98, abs=0.005)  # iterations never change
@@ -82,7 +82,7 @@ def test_multiplying_the_iterations_by_k_would_be_another_rule():
 
 
 def test_warmup_and_polynomial_decay_meet_the_published_points():
-    rate = RateSchedule(32.0, "none", LinearWarmup(epochs=391), PolynomialDecay(power=2))
+    rate = LRSchedule(32.0, "none", LinearWarmup(epochs=391), PolynomialDecay(power=2))
     one = stages((0, 1))
     for t, expected in ((0, 0), (100, 8.184143), (391, 32), (1955, 8), (3519, 0)):
         assert rate.lr(one, t, t, 3519) == pytest.approx(expected, abs=5e-7)
@@ -164,7 +164,7 @@ def test_k_of_1_is_the_baseline():
 
 
 def test_the_first_step_moves_and_the_step_that_completes_the_warmup_has_the_full_rate():
-    rate = RateSchedule(1.0, "none", LinearWarmup(epochs=1.0), ConstantDecay())
+    rate = LRSchedule(1.0, "none", LinearWarmup(epochs=1.0), ConstantDecay())
     one, steps = stages((0, 1)), 10
     rates = [rate.lr(one, step / steps, (step + 1) / steps, 5) for step in range(12)]
     assert rates[0] == pytest.approx(0.1)
@@ -173,7 +173,7 @@ def test_the_first_step_moves_and_the_step_that_completes_the_warmup_has_the_ful
 
 
 def test_a_warmup_is_linear_and_continuous_at_its_end():
-    rate = RateSchedule(1.0, "sqrt", LegwWarmup(epochs=0.5), PolynomialDecay(power=2))
+    rate = LRSchedule(1.0, "sqrt", LegwWarmup(epochs=0.5), PolynomialDecay(power=2))
     one = stages((0, 4))
     end = 2.0
     assert rate.lr(one, end / 2, end / 2, 10) == pytest.approx(1.0)
@@ -183,7 +183,7 @@ def test_a_warmup_is_linear_and_continuous_at_its_end():
 @pytest.mark.parametrize("base", [0, -1, math.nan, math.inf])
 def test_a_rate_that_is_none_is_refused(base):
     with pytest.raises(ValueError, match="base"):
-        RateSchedule(base)
+        LRSchedule(base)
 
 
 @pytest.mark.parametrize("gamma", [0, 1.1, -0.5])
@@ -218,7 +218,7 @@ def test_a_decay_never_rises_and_stays_between_0_and_1(decay):
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 @pytest.mark.parametrize("warmup", [LinearWarmup(epochs=2), LegwWarmup(epochs=0.5)], ids=["linear", "legw"])
 def test_the_rate_is_continuous_where_the_warmup_ends(decay, warmup):
-    rate, begun = RateSchedule(1.0, "sqrt", warmup, decay), stages((0, 4))
+    rate, begun = LRSchedule(1.0, "sqrt", warmup, decay), stages((0, 4))
     before, after = (rate.lr(begun, at, at, 30.0) for at in (2.0 - 1e-9, 2.0 + 1e-9))
     assert before == pytest.approx(after, rel=1e-7)
 
