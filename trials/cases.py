@@ -278,9 +278,9 @@ def _optimizers(draw: st.DrawFn) -> dict[str, Any]:
         options["momentum"] = draw(st.sampled_from([0.9, 0.5, 0.0]))
         options["nesterov"] = options["momentum"] > 0 and draw(st.booleans())
     if _often(draw, 2):
-        options["adapt_everything"] = True
+        options["exclude_bias_and_norm"] = False
     if _often(draw, 2):
-        options["not_adapted"] = ["head.*"]
+        options["exclude"] = ["head.*"]
     if _often(draw, 2):
         options["excluded_lr_factor"] = draw(st.sampled_from([0.5, 0.0, 2.0]))
     return options

@@ -64,7 +64,7 @@ def train(job: Job) -> Learnt:
     if isinstance(loss, nn.Module):
         weights |= {f"loss.{name}": weight for name, weight in loss.named_parameters()}
     weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    optimizer = TEXTBOOK[job.optimizer.name](job, weights, not_adapted(job, {"": model, "loss": loss}, weights))
+    optimizer = TEXTBOOK[job.optimizer.name](job, weights, excluded(job, {"": model, "loss": loss}, weights))
     controller, results, steps = Controller(job.plan(len(training), 1)), {}, 0
     while (decision := controller.decide()) is not None:
         before = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
@@ -184,10 +184,10 @@ def typed(job: Job, batch: Any) -> Any:
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def not_adapted(job: Job, parts: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> set[str]:
+def excluded(job: Job, parts: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> set[str]:
     """Names of the weights that are neither adapted nor decayed: biases and those of normalisation layers."""
-    apart = {name for name in weights if any(fnmatchcase(name, pattern) for pattern in job.optimizer.not_adapted)}
-    for prefix, part in () if job.optimizer.adapt_everything else parts.items():
+    apart = {name for name in weights if any(fnmatchcase(name, pattern) for pattern in job.optimizer.exclude)}
+    for prefix, part in parts.items() if job.optimizer.exclude_bias_and_norm else ():
         for module_name, module in part.named_modules() if isinstance(part, nn.Module) else ():
             for own, _ in module.named_parameters(recurse=False):
                 if isinstance(module, NORMALISATION) or own.startswith("bias") or own.endswith("_bias"):

@@ -117,8 +117,8 @@ class Optimizer(Section):
     """What every optimizer has: which parameters are adapted and decayed."""
 
     weight_decay: NotNegative = 0.0
-    adapt_everything: bool = False  # the LARS paper's reading: biases and normalisation parameters too
-    not_adapted: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
+    exclude_bias_and_norm: bool = True  # neither adapted nor decayed; false: the LARS paper's reading
+    exclude: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
     excluded_lr_factor: NotNegative = 1.0  # their own rate, as a factor
 
     @property

@@ -28,8 +28,8 @@ def build_optimizer(
     modules: torch.nn.Module | Modules,
     name: str,
     weight_decay: float,
-    adapt_everything: bool = False,
-    not_adapted: Sequence[str] = (),
+    exclude_bias_and_norm: bool = True,
+    exclude: Sequence[str] = (),
     excluded_lr_factor: float = 1.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
@@ -39,8 +39,8 @@ def build_optimizer(
         modules: a model, or several modules; their parameters are put into groups (param_groups.py says what the last three are).
         name: lars, lamb, sgd, adam, adamw, adagrad or rmsprop.
         weight_decay: of the adapted parameters.
-        adapt_everything: see param_groups.py.
-        not_adapted: see param_groups.py.
+        exclude_bias_and_norm: see param_groups.py.
+        exclude: see param_groups.py.
         excluded_lr_factor: see param_groups.py.
         **options: the optimizer's own, e.g. momentum.
 
@@ -48,7 +48,7 @@ def build_optimizer(
         ValueError: for patterns that match nothing, a model without trainable parameters, or an option out of its range.
     """
     _leave_the_compiler_out()
-    groups = parameter_groups(modules, weight_decay, not_adapted, adapt_everything, excluded_lr_factor)
+    groups = parameter_groups(modules, weight_decay, exclude, exclude_bias_and_norm, excluded_lr_factor)
     return _CLASSES[name](groups, **options)
 
 

@@ -28,8 +28,8 @@ _NORMALISATION = (
 def parameter_groups(
     modules: nn.Module | Modules,
     weight_decay: float,
-    not_adapted: Sequence[str] = (),
-    adapt_everything: bool = False,
+    exclude: Sequence[str] = (),
+    exclude_bias_and_norm: bool = True,
     excluded_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model, or of several modules, in at most two groups: adapted and decayed, and neither.
@@ -37,8 +37,8 @@ def parameter_groups(
     Args:
         modules: parameters that do not require a gradient are left out.
         weight_decay: β of the adapted group; the other one has none.
-        not_adapted: patterns with `*` and `?`; a parameter whose full name matches one is not adapted.
-        adapt_everything: the paper's reading; biases and normalisation parameters are adapted and decayed too.
+        exclude: patterns with `*` and `?`; a parameter whose full name matches one is neither adapted nor decayed.
+        exclude_bias_and_norm: whether biases and normalisation parameters are excluded too; False is the paper's reading.
         excluded_lr_factor: what multiplies the rate of the parameters that are not adapted.
 
     Returns:
@@ -49,11 +49,11 @@ def parameter_groups(
     """
     if isinstance(modules, nn.Module):
         modules = {"": modules}
-    apart = set(_bias_and_normalisation(modules)) if not adapt_everything else set()
+    apart = set(_bias_and_normalisation(modules)) if exclude_bias_and_norm else set()
     trainable = [(name, parameter) for name, parameter in every_parameter(modules) if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
-    for pattern in not_adapted:
+    for pattern in exclude:
         matching = {name for name, _ in trainable if fnmatchcase(name, pattern)}
         if not matching:
             names = ", ".join(name for name, _ in trainable[:8])

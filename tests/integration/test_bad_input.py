@@ -35,7 +35,7 @@ def test_a_wrong_job_file(train, folder, kind, workers):
         ("model.name=convnt", "did you mean 'convnet'"),
         ("model.args={widht: 3}", "do not fit"),
         ("data.name=nowhere:thing", "there is no module 'nowhere'"),
-        ("optimizer.not_adapted=[encoder.*]", "matches no trainable parameter"),
+        ("optimizer.exclude=[encoder.*]", "matches no trainable parameter"),
         ("epochs=0.0001", "the warmup takes 0.5 epochs"),
         ("lr.bas=3", "unknown key 'lr.bas'"),
         ("precision=tf32", "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64"),

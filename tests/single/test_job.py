@@ -43,7 +43,7 @@ def test_the_resolved_job_is_the_same_job():
         [
             "run_dir='$${HOME}/1e3'",
             "name='1e3'",
-            "optimizer={name: sgd, not_adapted: [a.*, b]}",
+            "optimizer={name: sgd, exclude: [a.*, b]}",
             "model.args={width: 4}",
             "lr.decay={policy: polynomial}",
         ],

@@ -34,7 +34,7 @@ lr:
   scaling: sqrt
   warmup: {policy: legw, epochs: 0.5, on_growth: ramp}
   decay: {policy: multistep, gamma: 0.5, milestones: [10, 20]}
-optimizer: {name: lars, momentum: 0.9, weight_decay: 1e-4, trust_coefficient: 0.001, not_adapted: [head.*]}
+optimizer: {name: lars, momentum: 0.9, weight_decay: 1e-4, trust_coefficient: 0.001, exclude: [head.*]}
 evaluate: {every_epochs: 1, micro_batch: 256}
 log: {every_steps: 10}
 checkpoint: {every_epochs: 1, every_steps: 100, keep: 3, best: accuracy}

@@ -184,9 +184,9 @@ def test_biases_and_normalisation_are_told_by_kind():
 
 
 def test_patterns_the_papers_reading_and_an_own_rate():
-    adapted, others = parameter_groups(Net(), 0.1, not_adapted=("scale", "lstm.*"), excluded_lr_factor=0.5)
+    adapted, others = parameter_groups(Net(), 0.1, exclude=("scale", "lstm.*"), excluded_lr_factor=0.5)
     assert {"scale", "lstm.weight_ih_l0"} <= set(others["names"])
-    (everything,) = parameter_groups(Net(), 0.1, adapt_everything=True)
+    (everything,) = parameter_groups(Net(), 0.1, exclude_bias_and_norm=False)
     assert "norm.bias" in everything["names"]
     optimizer = LARS([adapted, others])
     set_lr(optimizer, 3.0)
@@ -195,6 +195,6 @@ def test_patterns_the_papers_reading_and_an_own_rate():
 
 def test_a_pattern_that_matches_nothing_and_a_model_without_weights_are_refused():
     with pytest.raises(ValueError, match=r"'encoder\.\*' matches no"):
-        parameter_groups(Net(), 0.1, not_adapted=("encoder.*",))
+        parameter_groups(Net(), 0.1, exclude=("encoder.*",))
     with pytest.raises(ValueError, match="no trainable"):
         parameter_groups(torch.nn.ReLU(), 0.1)
