@@ -365,7 +365,7 @@ def build_feed(
 
     def announce(decision: Decision) -> None:
         mine = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
-        loader.announce(mine, decision.is_last)
+        loader.enqueue(mine, decision.is_last)
 
     return DecisionFeed(control, controller, ahead, announce)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hvdlarge.checkpoint.saver import Saver
+from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, on_rank_0, raise_on_all_ranks
 from hvdlarge.controller import Controller, DecisionFeed
@@ -27,7 +27,7 @@ from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
-from hvdlarge.schedule.progress import marks_reached
+from hvdlarge.schedule.progress import milestones_reached
 from hvdlarge.step import StepOutcome, train_step
 from hvdlarge.telemetry.run_log import RunLog
 from hvdlarge.telemetry.timers import PhaseTimers
@@ -57,7 +57,7 @@ class LoopComponents:
     evaluation: Evaluation | None
     agreement: ConsistencyCheck
     policy: NonFinitePolicy
-    saver: Saver
+    saver: CheckpointSaver
     stop: StopRequest
     watchdog: Watchdog
     cadence: Cadence
@@ -110,14 +110,14 @@ def train(parts: LoopComponents, state: TrainState) -> None:
 
         record(parts, state, decision, outcome, timed)
         best = evaluate(parts, state, decision, timed)
-        due = best or parts.saver.is_due(decision)
+        due = best or parts.saver.is_scheduled(decision)
         if due:
-            state.cadence_step = decision.step + 1
+            state.scheduled_step = decision.step + 1
         if due or outcome.verdict.save or outcome.verdict.stop:
             with timed("save"), parts.watchdog.during("save"):
                 position = parts.controller.position_after(decision) if parts.controller is not None else None
-                cut = decision.global_batch < decision.stage_batch
-                save(parts, state, position, cut, best, in_cadence=due, wait=outcome.verdict.stop or decision.is_last)
+                truncated = decision.global_batch < decision.stage_batch
+                save(parts, state, position, truncated, best, scheduled=due, wait=outcome.verdict.stop or decision.is_last)
         if outcome.verdict.stop and not decision.is_last:
             reasons = {message.decode() for message in parts.control.allgather((parts.stop.reason or "").encode())} - {""}
             raise Stopped(
@@ -134,7 +134,7 @@ def record(parts: LoopComponents, state: TrainState, decision: Decision, outcome
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
-    parts.policy.settle(parts.learner)  # before a loss that is not finite is written down as if it were one
+    parts.policy.flush(parts.learner)  # before a loss that is not finite is written down as if it were one
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
         heard = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
@@ -147,7 +147,7 @@ def record(parts: LoopComponents, state: TrainState, decision: Decision, outcome
         parts.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
     if outcome.applied and not math.isfinite(loss):
-        parts.policy.judge_loss(decision, loss)
+        parts.policy.check_loss(decision, loss)
 
 
 def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed: PhaseTimers) -> bool:
@@ -158,14 +158,14 @@ def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed
     """
     samples_seen = decision.samples_seen + decision.global_batch
     epoch, every = parts.plan.clock.epoch(samples_seen), parts.cadence.evaluate_every_epochs
-    passed = marks_reached(epoch, every, None) > marks_reached(decision.epoch, every, None)
+    passed = milestones_reached(epoch, every, None) > milestones_reached(decision.epoch, every, None)
     if parts.evaluation is None or not (passed or decision.is_last):
         return False
-    parts.policy.settle(parts.learner)
+    parts.policy.flush(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
-        parts.learner.statistics.gather(parts.tensors.sum)
+        parts.learner.statistics.all_reduce(parts.tensors.sum)
         found = parts.evaluation.run(parts.learner, parts.tensors)
-        parts.learner.statistics.scatter()
+        parts.learner.statistics.to_partial()
     state.results.update(found)
     if parts.log is not None:
         parts.log.metrics({"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found)
@@ -177,16 +177,22 @@ def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed
 
 
 def save(
-    parts: LoopComponents, state: TrainState, position: RunProgress | None, cut: bool, best: bool, in_cadence: bool, wait: bool
+    parts: LoopComponents,
+    state: TrainState,
+    position: RunProgress | None,
+    truncated: bool,
+    best: bool,
+    scheduled: bool,
+    wait: bool,
 ) -> None:
     """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank calls this together.
 
-    Args and errors are those of `Saver.save`; further:
+    Args and errors are those of `CheckpointSaver.save`; further:
 
     Raises:
         RanksDisagreeError, DivergedError: on every rank alike.
     """
-    parts.policy.settle(parts.learner)
+    parts.policy.flush(parts.learner)
     if parts.unlike:
         take_over(parts.learner, parts.tensors)
     else:
@@ -197,7 +203,9 @@ def save(
         raise DivergedError(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
     if parts.log is not None:
         state.train_seconds = parts.log.seconds
-    raise_on_all_ranks(parts.control, lambda: parts.saver.save(position, cut, state, best, in_cadence, wait), name_ranks=False)
+    raise_on_all_ranks(
+        parts.control, lambda: parts.saver.save(position, truncated, state, best, scheduled, wait), name_ranks=False
+    )
 
 
 def check_files(parts: LoopComponents) -> None:

@@ -131,7 +131,7 @@ def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
         JobError: if they cannot be read, or are not the same when they are read again.
     """
     wanted = [sizes.first, sizes.first, *([sizes.smallest] if sizes.smallest < sizes.first else [])]
-    loader.announce([MicroBatch(0, 0, size) for size in wanted], is_last=False)
+    loader.enqueue([MicroBatch(0, 0, size) for size in wanted], is_last=False)
     return _read_again(lambda: loader.fetch(len(wanted)), "training set")
 
 

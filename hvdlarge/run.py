@@ -17,7 +17,7 @@ import torch
 from hvdlarge import build
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.folder import CheckpointFolder
-from hvdlarge.checkpoint.saver import Saver
+from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.environment import host, versions
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.launcher import Launch, cores_per_worker
@@ -162,7 +162,7 @@ def _train(
 
     log = on_rank_0(control, open_log)
     worker.watchdog.take_notes(folder / "progress")
-    worker.stop.look(folder / "STOP" if control.rank == 0 else None, job.stop_after_minutes)
+    worker.stop.watch(folder / "STOP" if control.rank == 0 else None, job.stop_after_minutes)
     try:
         follow(job, found, worker, learner, loader, checkpoints if control.rank == 0 else None, facts, log, position, state)
     except Stopped:
@@ -174,7 +174,7 @@ def _train(
 
 
 def _already_finished(
-    folder: Path, start: resume.Start | None, plan: Plan, position: RunProgress, state: TrainState, gradient_bytes: int
+    folder: Path, start: resume.RunStart | None, plan: Plan, position: RunProgress, state: TrainState, gradient_bytes: int
 ) -> None:
     """Leave a finished run alone, but for a summary that it did not come to write: it was killed behind its last checkpoint."""
     made_up = ""
@@ -265,9 +265,9 @@ def follow(
         try:
             if went_back or (job.on_nonfinite.policy == "rollback" and position.step == 0):
                 # Something to go back to; and after going back, the lower rate must outlive an interruption.
-                state.cadence_step = position.step
+                state.scheduled_step = position.step
                 here = position if controller is not None else None
-                save(parts, state, here, cut=False, best=False, in_cadence=True, wait=True)
+                save(parts, state, here, truncated=False, best=False, scheduled=True, wait=True)
             train(parts, state)
         except RollBack as reason:
             loader.close()
@@ -318,7 +318,7 @@ def build_loop(
 ) -> LoopComponents:
     """The objects that the loop works with; controller, checkpoints and log are rank 0's."""
     control, tensors = worker.control, worker.tensors
-    saver = Saver(
+    saver = CheckpointSaver(
         control,
         tensors,
         learner,
@@ -362,7 +362,7 @@ def _go_back(
     with parts.watchdog.during("checkpoint"):
         found = on_rank_0(
             control,
-            lambda: resume.go_back(checkpoints, parts.learner.modules, state.cadence_step) if checkpoints is not None else None,
+            lambda: resume.go_back(checkpoints, parts.learner.modules, state.scheduled_step) if checkpoints is not None else None,
         )
     build.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)
@@ -415,7 +415,7 @@ def _environment(worker: RankContext, device: torch.device, hosts: Sequence[Mapp
     }
 
 
-def _wishes(stop: StopRequest, saver: Saver, log: RunLog | None) -> dict[str, bool]:
+def _wishes(stop: StopRequest, saver: CheckpointSaver, log: RunLog | None) -> dict[str, bool]:
     """What this rank asks of all, in each step."""
     failed = saver.failed() or (log is not None and log.failed)
-    return {"stop": stop.wanted(), "save": saver.wants_save(), "failed": failed}
+    return {"stop": stop.requested(), "save": saver.wants_save(), "failed": failed}

@@ -41,7 +41,7 @@ def train_step(
     mine = layout.numbers_of_rank(learner.rank)
     loss_share = torch.zeros((), dtype=torch.float64, device=learner.arithmetic.device)
     policy.before_step(learner)
-    learner.update.begin(mine, layout.num_micro_batches)
+    learner.update.zero_grad(mine, layout.num_micro_batches)
     learner.statistics.begin_step()
     got_gradient: list[str] | None = None  # an idle worker has no view of it
     for micro_batch, inputs, targets in fetched:
@@ -55,20 +55,19 @@ def train_step(
             loss_share += share.detach()
             if micro_batch.number == mine.stop - 1 and not learner.zero_if_missing:
                 got_gradient = [name for weight, name in learner.names.items() if weight.grad is not None]
-            learner.update.end_pass()
-            learner.statistics.end_pass()
+            learner.update.backward_done()
     with timed("allreduce"):
-        agreement.send(decision, got_gradient, digest, uneven=learner.statistics.count_uses(len(mine)))
-        learner.update.reduce()
-        verdict = agreement.hear()
+        agreement.start(decision, got_gradient, digest, uneven=learner.statistics.count_uses(len(mine)))
+        learner.update.synchronize()
+        verdict = agreement.finish()
         learner.statistics.end_step(layout, verdict.uneven)
     with timed("update"):  # only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
         learner.scale.unscale(learner.names)
         optimizer: Any = learner.update.optimizer
         norms = optimizer.measure()
-        applied = policy.judge(decision, learner, norms)
+        applied = policy.check(decision, learner, norms)
         if applied:
             optimizer.gradient_norms = norms.clipped(learner.clip_norm)
             set_lr(optimizer, decision.lr)
-            learner.update.apply()
+            learner.update.step()
     return StepOutcome(loss_share, verdict, applied)

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
     watchdog.start()
     stop = StopRequest()
-    stop.listen()
+    stop.install_handlers()
     settings = settle(launch, horovod)
     try:
         if os.environ.get("HOROVOD_ELASTIC") == "1":

@@ -14,7 +14,9 @@ class TrainState:
     best: dict[str, Any] | None = None  # the best evaluation: by which result, its value and its step
     skipped: int = 0  # steps left out as not finite
     rolled_back: int = 0
-    cadence_step: int | None = None  # behind which the job's cadence asked for the last checkpoint: what a rollback goes back to
+    scheduled_step: int | None = (
+        None  # behind which the job's cadence asked for the last checkpoint: what a rollback goes back to
+    )
     overflows: int = 0  # of those left out, the ones that only asked for a smaller loss scale
     loss_scale: float | None = None  # the moving part, for fp16
     steps_at_loss_scale: int = 0

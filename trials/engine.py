@@ -92,7 +92,7 @@ class AskedFor(StopRequest):
         self.steps = 0
         self._at = at
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Whether the step has come; asked once in each step."""
         if self._at is not None and self.steps >= self._at:
             self.reason = "the trial"

@@ -32,7 +32,7 @@ Start = Callable[[Mapping[str, Any], Path, int, int, Interruption | None], Outco
 
 
 @dataclass
-class StepFlags:
+class Verdict:
     """What became of a case.
 
     Attributes:
@@ -50,7 +50,7 @@ class Broken(Exception):
     """A law does not hold."""
 
 
-def judge(case: Case, place: Path, start: Start = engine.train) -> StepFlags:
+def judge(case: Case, place: Path, start: Start = engine.train) -> Verdict:
     """Try every law that a case asks for.
 
     Args:
@@ -62,7 +62,7 @@ def judge(case: Case, place: Path, start: Start = engine.train) -> StepFlags:
     try:
         return trial.verdict()
     except Broken as broken:
-        return StepFlags("violation", trial.held, str(broken))
+        return Verdict("violation", trial.held, str(broken))
 
 
 class _Trial:
@@ -74,7 +74,7 @@ class _Trial:
         self._folders = 0
         self._amplified: float | None = None
 
-    def verdict(self) -> StepFlags:
+    def verdict(self) -> Verdict:
         """Of the case."""
         alone = self.run(1)
         many = self.run(self.case["workers"]) if self.case["workers"] > 1 else alone
@@ -92,7 +92,7 @@ class _Trial:
             self.law("2 resume", self.interrupted, many, alone)
         if self.case["seed"] % 3 == 0:
             self.law("4 finished", self.left_alone, many)
-        return StepFlags("chaotic" if self.chaotic else "held", self.held)
+        return Verdict("chaotic" if self.chaotic else "held", self.held)
 
     def law(self, name: str, holds: Callable[..., None], *arguments: Any) -> None:
         """Try one law."""
@@ -121,26 +121,26 @@ class _Trial:
         if outcome.flaws:
             raise Broken(f"in the folder of the run on {where}: {'; '.join(outcome.flaws)}")
 
-    def ended_alike(self, alone: Outcome, many: Outcome) -> StepFlags | None:
+    def ended_alike(self, alone: Outcome, many: Outcome) -> Verdict | None:
         """The verdict on a job that is not trained to its end; None for one that is."""
         if alone.code == many.code == exits.FINISHED:
             return None
         text = many.message if many.code else alone.message
         exact = self.job["reduction"] == "exact" and many.code == exits.WRONG_JOB and "exact needs 1, 2, 4" in many.message
         if exact:
-            return StepFlags("refused", reason="reduction exact on a number of workers that is no power of two")
+            return Verdict("refused", reason="reduction exact on a number of workers that is no power of two")
         if alone.code in (exits.FINISHED, exits.DIVERGED) and self.misses_gradients(many):
-            return StepFlags("refused", reason="a gradient is missing on some ranks (gradients.missing: error)")
+            return Verdict("refused", reason="a gradient is missing on some ranks (gradients.missing: error)")
         if (alone.code, self.told(alone)) != (many.code, self.told(many)):
             raise Broken(f"1 worker ends with {alone.code} {alone.message!r}, the others with {many.code} {many.message!r}")
         if alone.code == exits.DIVERGED:
             if not self.may_diverge():
                 raise Broken(f"diverged: {text}")
-            return StepFlags("refused", reason=f"diverged: {text}")
+            return Verdict("refused", reason=f"diverged: {text}")
         if alone.code != exits.WRONG_JOB:
             raise Broken(f"exit code {alone.code} on every number of workers: {text}")
         if self.job["reduction"] == "exact" and self.job["batch"]["micro"] == "auto" and "batch.micro: reduction: exact" in text:
-            return StepFlags("refused", reason="micro-batches that the workers cut, in exact mode")
+            return Verdict("refused", reason="micro-batches that the workers cut, in exact mode")
         patterns = blocks.refusals(self.job)
         if not patterns:
             raise Broken(f"a sound job is refused: {text}")
@@ -150,7 +150,7 @@ class _Trial:
             raise Broken(f"refused after {max(alone.steps, many.steps)} steps have begun: {text}")
         if not any(re.search(pattern, text) for pattern in patterns):
             raise Broken(f"the refusal speaks of none of {patterns}: {text}")
-        return StepFlags("refused", reason=text)
+        return Verdict("refused", reason=text)
 
     def told(self, outcome: Outcome) -> str:
         """The message of an end; without its numbers and ranks where a generator of the job's own begins anew in each process."""

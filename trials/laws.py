@@ -32,9 +32,9 @@ from hypothesis import seed as hypothesis_seed
 
 from trials import engine, judge
 from trials.cases import Case, cases
-from trials.judge import StepFlags
+from trials.judge import Verdict
 
-Judge = Callable[[Case], StepFlags]
+Judge = Callable[[Case], Verdict]
 _CHUNK = 200  # cases that are drawn together
 
 
@@ -111,7 +111,7 @@ class Tally:
         if verdict.kind == "violation":
             self._note(case, verdict, kind)
 
-    def _note(self, case: Case, verdict: StepFlags, kind: str) -> None:
+    def _note(self, case: Case, verdict: Verdict, kind: str) -> None:
         self.times[kind] += self._shrinking is None
         new = kind not in self.violations
         if new or len(json.dumps(case)) <= len(json.dumps(self.violations[kind]["case"])):
@@ -141,13 +141,13 @@ class Tally:
         return found
 
 
-def kind_of(verdict: StepFlags) -> str:
+def kind_of(verdict: Verdict) -> str:
     """What two violations share that are probably the same: the reason without its numbers."""
     words = verdict.reason.split()[:9]
     return " ".join("#" if any(letter.isdigit() for letter in word) else word for word in words)
 
 
-def judge_here(case: Case) -> StepFlags:
+def judge_here(case: Case) -> Verdict:
     """Judge a case on worlds of threads."""
     with engine.scratch() as place:
         return judge.judge(case, place)

@@ -20,7 +20,7 @@ from hvdlarge.config.job import Job
 from trials import engine, judge
 from trials.cases import Case
 from trials.engine import AskedFor, Interruption, Outcome
-from trials.judge import StepFlags
+from trials.judge import Verdict
 from trials.laws import Tally
 
 _LIMIT_SECONDS = 60.0  # of one run; a rank that waits longer waits for ever
@@ -106,7 +106,7 @@ def main(options: argparse.Namespace) -> int:
         assert outcome is not None  # this is rank 0
         return outcome
 
-    def judged(case: Case) -> StepFlags:
+    def judged(case: Case) -> Verdict:
         with engine.scratch() as place:
             return judge.judge(case, place, start)
 

@@ -305,7 +305,7 @@ class ThreadOptimizer:
         for _, weight in named_parameters:
             weight.register_post_accumulate_grad_hook(self._passed)
 
-    def begin(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this rank's micro-batches."""
         self.optimizer.zero_grad()
         self._left = {weight: max(1, len(mine)) for _, weight in self._named}
@@ -315,10 +315,10 @@ class ThreadOptimizer:
         """One backward pass."""
         loss.backward()
 
-    def end_pass(self) -> None:
+    def backward_done(self) -> None:
         """Nothing to do: the hooks have counted the pass."""
 
-    def reduce(self) -> None:
+    def synchronize(self) -> None:
         """Let each gradient be the sum over all ranks. Every rank calls this together."""
         mine = [self._travels(weight) for _, weight in self._named]
         described = [_described(name, grad) for (name, _), grad in zip(self._named, mine, strict=True)]
@@ -326,7 +326,7 @@ class ThreadOptimizer:
         for (_, weight), total in zip(self._named, sums, strict=True):
             weight.grad = total.to(weight.dtype).clone()
 
-    def apply(self) -> None:
+    def step(self) -> None:
         """MomentumStep the weights with the reduced gradients."""
         self.optimizer.step()
 

@@ -41,11 +41,11 @@ def loading_speed(data: Data, plan: Plan, training_set: Any, seed: int, num_work
     batches = plan.layout(decision).of_rank(0, 0)[:1]
     ahead = max(1, num_workers * data.prefetch_factor)
     loader = build.build_loader(section, training_set, seed)
-    loader.announce(batches * (ahead + 1), is_last=False)
+    loader.enqueue(batches * (ahead + 1), is_last=False)
     next(loader.fetch(1))
     begin, samples = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
-        loader.announce(batches, is_last=False)
+        loader.enqueue(batches, is_last=False)
         next(loader.fetch(1))
         samples += batches[0].size
     seconds_taken = time.perf_counter() - begin

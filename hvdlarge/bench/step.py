@@ -145,13 +145,13 @@ def _engine_turn(job: Job, found: Components, worker: RankContext, learner: Repl
         log = RunLog(folder, found.plan, FolderLock(folder), {}, RunProgress(), state)
     loader = build.build_loader(job.data, found.training_set, job.seed)
     parts = build_loop(job, found, worker, learner, loader, controller, None, {}, log, state)
-    learner.statistics.scatter()
+    learner.statistics.to_partial()
     clock.moments.clear()
     try:
         train(parts, state)
     finally:
         parts.loader.close()
-    learner.statistics.gather(worker.tensors.sum)
+    learner.statistics.all_reduce(worker.tensors.sum)
     if log is not None:
         log.close()
     return _per_step(clock.moments)
@@ -165,8 +165,8 @@ def _control(plan: Plan, worker: RankContext, names: list[str]) -> float:
     moments = []
     while (decision := feed.next()) is not None:
         moments.append(time.perf_counter())
-        agreement.send(decision, names, None)
-        agreement.hear()
+        agreement.start(decision, names, None)
+        agreement.finish()
     return _per_step(moments)
 
 
@@ -182,7 +182,7 @@ def _bare(job: Job, found: Components, worker: RankContext, tensors: Collectives
     settle = torch.cuda.synchronize if found.arithmetic.device.type == "cuda" else (lambda: None)
 
     def turn() -> float:
-        learner.update.begin(mine, layout.num_micro_batches)  # Horovod counts the passes of a step
+        learner.update.zero_grad(mine, layout.num_micro_batches)  # Horovod counts the passes of a step
         set_lr(optimizer, _first(plan).lr)
         moments = []
         for _ in range(steps):

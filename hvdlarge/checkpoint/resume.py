@@ -26,7 +26,7 @@ _LENGTH = "epochs"
 
 
 @dataclass
-class Found:
+class ResumePoint:
     """A run that began earlier, as rank 0 found it."""
 
     path: Path | None  # the checkpoint; None where the run was killed before its first one
@@ -50,10 +50,10 @@ class Found:
 
 
 @dataclass
-class Start:
+class RunStart:
     """How a run begins in its folder, as rank 0 decided."""
 
-    found: Found | None  # None for a new run
+    found: ResumePoint | None  # None for a new run
     lock: FolderLock
     notes: list[str]
 
@@ -65,7 +65,7 @@ def enter(
     facts: Mapping[str, Any],
     length_may_grow: bool,
     modules: Modules,
-) -> Start:
+) -> RunStart:
     """Take possession of a run folder and find out where the run in it stands. Rank 0 only.
 
     Args:
@@ -88,19 +88,19 @@ def enter(
     if not lock.held:
         notes.append(f"the file system of {folder} has no locks: nothing keeps a second run out of this folder")
     if not holds_run(folder):
-        return Start(None, lock, notes)
+        return RunStart(None, lock, notes)
     try:
         found = find(folder, checkpoints, facts, length_may_grow)
         if found.content is None or found.path is None:
-            return Start(found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"])
+            return RunStart(found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"])
         load_modules(modules, found.content, found.path)
     except CheckpointError:
         lock.release()
         raise
-    return Start(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
+    return RunStart(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
 
 
-def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> Found:
+def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> ResumePoint:
     """Load a checkpoint of the run that is going on, and remove those above it. Rank 0 only.
 
     Args:
@@ -117,12 +117,12 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
         raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")
     path, content, notes = good
     load_modules(modules, content, path)
-    found = Found(path, content, notes)
+    found = ResumePoint(path, content, notes)
     checkpoints.remove_above(found.position.step)
     return found
 
 
-def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool) -> Found:
+def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool) -> ResumePoint:
     """The run in `folder`, if it is the one that `facts` describe. Rank 0 only.
 
     Args:
@@ -137,13 +137,13 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     good = checkpoints.newest_good()
     if good is None:
         _refuse_another(folder, {"job": _written_job(folder)}, {"job": facts["job"]})
-        return Found(None, None, [])
+        return ResumePoint(None, None, [])
     path, content, problems = good
     notes = [f"passed over: {problem}" for problem in problems]
     there, here = {"job": dict(content["job"]), "data": content["data"]}, {"job": dict(facts["job"]), "data": facts["data"]}
     before, now = there["job"].get(_LENGTH), here["job"][_LENGTH]
     passed = content["position"]["samples_seen"] / content["data"]["training samples"]
-    if before != now and length_may_grow and not content["cut"] and now > passed:
+    if before != now and length_may_grow and not content["truncated"] and now > passed:
         there["job"].pop(_LENGTH), here["job"].pop(_LENGTH)
         notes.append(f"epochs changes from {before:g} to {now:g}")
     _refuse_another(folder, there, here)
@@ -152,7 +152,7 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
     for name in sorted(facts["versions"]):
         if content["versions"].get(name) != facts["versions"][name]:
             notes.append(f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}")
-    return Found(path, content, notes)
+    return ResumePoint(path, content, notes)
 
 
 def _written_job(folder: Path) -> dict[str, Any]:
@@ -221,7 +221,9 @@ def _shape(state: Mapping[str, Any], name: str) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def share(found: Found | None, learner: Replica, control: ControlChannel, tensors: Collectives) -> tuple[RunProgress, TrainState]:
+def share(
+    found: ResumePoint | None, learner: Replica, control: ControlChannel, tensors: Collectives
+) -> tuple[RunProgress, TrainState]:
     """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank calls this together.
 
     Args:
@@ -234,10 +236,10 @@ def share(found: Found | None, learner: Replica, control: ControlChannel, tensor
     message = b"null" if content is None else json.dumps(_small(content)).encode()
     small = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
     if small is None:
-        learner.statistics.scatter()
+        learner.statistics.to_partial()
         return RunProgress(), TrainState()
     _share_optimizer(small["optimizer"], content, learner, tensors)
-    learner.statistics.scatter()
+    learner.statistics.to_partial()
     if small["parts"] and small["world_size"] == control.size:
         _share_parts(content, learner, tensors, control)
     return RunProgress.from_plain(small["position"]), TrainState(**small["state"])
@@ -285,11 +287,11 @@ def _share_optimizer(
 
 def _share_parts(content: Mapping[str, Any] | None, learner: Replica, tensors: Collectives, control: ControlChannel) -> None:
     """Give each rank its own part of the running statistics back, so that not even their last bits change."""
-    own = learner.statistics.partials()
+    own = learner.statistics.local_stats()
     rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)
     if content is not None:
         for rank, part in enumerate(content["statistics"]["parts"]):
             rows[rank] = part.view(own.dtype)
     if own.numel():
         tensors.broadcast_([("statistics_parts", rows)])
-        learner.statistics.restore_partials(rows[control.rank].to(own.device))
+        learner.statistics.restore_local_stats(rows[control.rank].to(own.device))

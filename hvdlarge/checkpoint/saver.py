@@ -19,11 +19,11 @@ from hvdlarge.models.state import pack, unpack
 from hvdlarge.replica import Replica
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.schedule.progress import Clock, marks_reached
+from hvdlarge.schedule.progress import Clock, milestones_reached
 from hvdlarge.train_state import TrainState
 
 
-class Saver:
+class CheckpointSaver:
     """Writes checkpoints when they are due. All methods but `wants_save` and `failed` are called by every rank together.
 
     Args:
@@ -79,7 +79,7 @@ class Saver:
         """Whether rank 0 could not write the last checkpoint."""
         return self._folder is not None and self._folder.failed
 
-    def is_due(self, decision: Decision) -> bool:
+    def is_scheduled(self, decision: Decision) -> bool:
         """Whether the job's cadence asks for a checkpoint behind this step; a function of the decision alone."""
         if decision.is_last:
             return True
@@ -88,7 +88,7 @@ class Saver:
         if self._every_epochs is None:
             return False
         after = self._clock.epoch(decision.samples_seen + decision.global_batch)
-        return marks_reached(after, self._every_epochs, None) > marks_reached(decision.epoch, self._every_epochs, None)
+        return milestones_reached(after, self._every_epochs, None) > milestones_reached(decision.epoch, self._every_epochs, None)
 
     def is_best(self, state: TrainState, decision: Decision, found: dict[str, float]) -> bool:
         """Take an evaluation into account; whether it is the best so far. The same on every rank."""
@@ -103,24 +103,26 @@ class Saver:
         state.best = {"by": by, "value": value, "step": float(decision.step + 1)}
         return True
 
-    def save(self, position: RunProgress | None, cut: bool, state: TrainState, best: bool, in_cadence: bool, wait: bool) -> None:
+    def save(
+        self, position: RunProgress | None, truncated: bool, state: TrainState, best: bool, scheduled: bool, wait: bool
+    ) -> None:
         """Save the state of the run. Every rank calls this together; only rank 0 writes.
 
         Args:
             position: where the run stands, on rank 0; None elsewhere.
-            cut: whether the last step was cut short by the end of the run.
+            truncated: whether the last step was cut short by the end of the run.
             state: what else the checkpoint holds.
             best: whether it is the best so far.
-            in_cadence: whether an undisturbed run saves here too.
+            scheduled: whether an undisturbed run saves here too.
             wait: return when it is on disk; else the writing goes on beside the training.
 
         Raises:
             CheckpointWriteError: on rank 0 alone; the caller tells the others.
         """
         statistics = self._learner.statistics
-        kept = statistics.keep()
-        parts = [] if in_cadence else _as_tensors(self._control.allgather(kept.partials.cpu().contiguous().numpy().tobytes()))
-        statistics.gather(self._tensors.sum)
+        kept = statistics.snapshot()
+        parts = [] if scheduled else _as_tensors(self._control.allgather(kept.local_stats.cpu().contiguous().numpy().tobytes()))
+        statistics.all_reduce(self._tensors.sum)
         try:
             if self._folder is not None:
                 assert position is not None  # rank 0 has the controller
@@ -132,15 +134,15 @@ class Saver:
                     "optimizer": optimizer_state(self._learner),
                     "world_size": self._control.size,
                     "position": position.to_plain(),
-                    "cut": cut,
+                    "truncated": truncated,
                     "state": {**vars(state), "results": dict(state.results)},
                     "statistics": {"world_size": self._control.size, "parts": parts},
                     "logs": self._log_offsets(),
                 }
-                self._folder.save(content, position.step, best, wait, state.cadence_step if self._goes_back else None)
+                self._folder.save(content, position.step, best, wait, state.scheduled_step if self._goes_back else None)
         finally:
-            if in_cadence:
-                statistics.scatter()
+            if scheduled:
+                statistics.to_partial()
             else:
                 statistics.restore(kept)
 

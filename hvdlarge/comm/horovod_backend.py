@@ -131,7 +131,7 @@ class HorovodOptimizer:
             groups=None if groups is None else min(groups, len(named_parameters)),  # Horovod would make empty ones, and fail
         )
 
-    def begin(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this worker's micro-batches."""
         self.optimizer.zero_grad()
         # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A worker without any
@@ -145,10 +145,10 @@ class HorovodOptimizer:
         with _with_the_others():
             loss.backward()
 
-    def end_pass(self) -> None:
+    def backward_done(self) -> None:
         """Nothing to do: Horovod's hooks have counted the pass."""
 
-    def reduce(self) -> None:
+    def synchronize(self) -> None:
         """Wait until each gradient is the sum over all workers. Every rank calls this together."""
         self._complete_groups()
         with _with_the_others():
@@ -167,7 +167,7 @@ class HorovodOptimizer:
                 handles[group] = self.optimizer._grouped_allreduce_grad_async(group)
                 self.optimizer._group_counts[group] = 0
 
-    def apply(self) -> None:
+    def step(self) -> None:
         """MomentumStep the weights with the reduced gradients."""
         with self.optimizer.skip_synchronize():
             self.optimizer.step()

@@ -65,7 +65,7 @@ class DistributedOptimizer(Protocol):
 
     optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
 
-    def begin(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this worker's micro-batches.
 
         Called before the first backward pass of each step.
@@ -84,15 +84,15 @@ class DistributedOptimizer(Protocol):
         """
         ...
 
-    def end_pass(self) -> None:
+    def backward_done(self) -> None:
         """A backward pass of this worker has ended."""
         ...
 
-    def reduce(self) -> None:
+    def synchronize(self) -> None:
         """Wait until each gradient is the sum over all workers' micro-batches. Every rank calls this together."""
         ...
 
-    def apply(self) -> None:
+    def step(self) -> None:
         """MomentumStep the weights with the reduced gradients. Called after `reduce`; needs no other worker."""
         ...
 

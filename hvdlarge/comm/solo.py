@@ -83,7 +83,7 @@ class SoloOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    def begin(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients."""
         self.optimizer.zero_grad()
 
@@ -91,12 +91,12 @@ class SoloOptimizer:
         """Add its gradients."""
         loss.backward()
 
-    def end_pass(self) -> None:
+    def backward_done(self) -> None:
         """Autograd has added the pass to the gradients."""
 
-    def reduce(self) -> None:
+    def synchronize(self) -> None:
         """The gradients of one worker are the sum already."""
 
-    def apply(self) -> None:
+    def step(self) -> None:
         """MomentumStep the weights."""
         self.optimizer.step()

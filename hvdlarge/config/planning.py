@@ -17,7 +17,7 @@ from hvdlarge.reduction.tree import depth_of
 from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.outline import StageOutline, curve, outline
 from hvdlarge.schedule.plan import Plan
-from hvdlarge.schedule.progress import Clock, marks_reached
+from hvdlarge.schedule.progress import Clock, milestones_reached
 
 _MOST_SAMPLES = 2**53  # a float counts samples exactly up to here
 
@@ -105,7 +105,7 @@ class _MarkedSteps:
         self._every, self._stage, self._clock = every_epochs, stage, clock
         self._begin = round(stage.start * clock.dataset_size)
         first, last = (
-            0 if every_epochs is None else marks_reached(epoch, every_epochs, None) for epoch in (stage.start, stage.end)
+            0 if every_epochs is None else milestones_reached(epoch, every_epochs, None) for epoch in (stage.start, stage.end)
         )
         self._numbers = range(first + 1, last + 1)
         # Marks closer than steps: each step reaches one. Marks farther apart than steps: each mark has a step of its own.

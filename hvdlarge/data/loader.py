@@ -39,7 +39,7 @@ class LoadedMicroBatch(NamedTuple):
 class Loader(Protocol):
     """What the loop asks of a loader."""
 
-    def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+    def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
         """Take note of this worker's micro-batches of a coming step; `is_last` when no step follows it."""
         ...
 
@@ -117,7 +117,7 @@ class TensorLoader:
         self._fetch = fetch
         self._announced: deque[MicroBatch] = deque()
 
-    def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+    def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
         """Remember these micro-batches."""
         self._announced.extend(micro_batches)
 
@@ -179,7 +179,7 @@ class WorkerLoader:
         self._processes: set[multiprocessing.process.BaseProcess] = set()
         self._closed = False
 
-    def announce(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+    def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
         """Put these micro-batches into the queue of the loader processes."""
         self._announced.micro_batches.extend(micro_batches)
         self._announced.complete = is_last

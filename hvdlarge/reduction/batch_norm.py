@@ -7,8 +7,8 @@ Formula:  running ← (1 − m)·running + m·batch, once for each use of the la
           worker would have.
 Source:   DESIGN of this project, section 5.
 Contract: costs no message in a step in which each layer is used once for each micro-batch; where one is used more or less often
-          (a layer used twice, recomputed, or skipped by chance) the ranks tell each other their counts. `gather` (a sum over
-          ranks) is called by every rank together, whenever somebody wants to read the buffers, and `scatter` before training
+          (a layer used twice, recomputed, or skipped by chance) the ranks tell each other their counts. `all_reduce` (a sum over
+          ranks) is called by every rank together, whenever somebody wants to read the buffers, and `to_partial` before training
           goes on. Layers in evaluation mode keep their statistics. That no layer reads its running statistics while it trains is
           seen to before the first step (rehearsal.py).
 """
@@ -53,10 +53,10 @@ class ModeChangedError(ValueError):
     """A layer went from training to evaluation mode, or back, where nobody looked; raised on every rank."""
 
 
-class Kept(NamedTuple):
+class Snapshot(NamedTuple):
     """What RunningStatistics can go back to."""
 
-    partials: torch.Tensor
+    local_stats: torch.Tensor
     counts: list[int]
     scattered: bool
 
@@ -89,7 +89,7 @@ class RunningStatistics:
     """The running means and variances of batch normalisation layers.
 
     Args:
-        modules: what learns; its buffers are changed in place. In the mode in which it trains when `scatter` is called.
+        modules: what learns; its buffers are changed in place. In the mode in which it trains when `to_partial` is called.
         rank: this worker.
         world_size: workers.
         gather_ranks: see GatherRanks.
@@ -103,7 +103,7 @@ class RunningStatistics:
         self._gather_ranks = gather_ranks
         self._tracking = tracking_layers(modules)
         self._layers: list[NormLayer] = []  # of those, the ones that train
-        self._scattered = False
+        self._partial = False
         self._parts: list[torch.Tensor] = []  # P of each buffer, while a step is under way
         self._counts: list[int] = []  # uses of each layer when the step began
         self._used: list[int] = []  # in the step, on this rank
@@ -126,9 +126,6 @@ class RunningStatistics:
             buffers = self._buffers()
             self._parts = [buffer.clone() for buffer in buffers]
             torch._foreach_zero_(buffers)
-
-    def end_pass(self) -> None:
-        """Nothing to do: the layers have followed the micro-batch themselves."""
 
     def count_uses(self, micro_batches: int) -> bool:
         """Look up how often each layer was used in this rank's part of the step; whether that was not once for each micro-batch.
@@ -184,48 +181,48 @@ class RunningStatistics:
 
     # --- between steps
 
-    def scatter(self) -> None:
+    def to_partial(self) -> None:
         """Before training: rank 0 keeps the running statistics, the others go on from zero."""
         self._choose_layers()
         if self._rank != 0:
             for buffer in self._buffers():
                 buffer.zero_()
-        self._scattered = True
+        self._partial = True
 
     def _choose_layers(self) -> None:
         self._modes = [layer.module.training for layer in self._tracking]
         self._layers = [layer for layer in self._tracking if layer.module.training]
         self._first_counts = self._counts = self._read_counts()
 
-    def partials(self) -> torch.Tensor:
+    def local_stats(self) -> torch.Tensor:
         """A copy of this rank's part of the running statistics, as one vector."""
         return torch.cat([buffer.reshape(-1) for buffer in self._buffers()]) if self._layers else torch.empty(0)
 
-    def restore_partials(self, partials: torch.Tensor) -> None:
-        """Put `partials`, of an earlier moment, back in place."""
-        parts = partials.split([buffer.numel() for buffer in self._buffers()]) if self._layers else ()
+    def restore_local_stats(self, local_stats: torch.Tensor) -> None:
+        """Put `local_stats`, of an earlier moment, back in place."""
+        parts = local_stats.split([buffer.numel() for buffer in self._buffers()]) if self._layers else ()
         for buffer, part in zip(self._buffers(), parts, strict=True):
             buffer.copy_(part)
 
-    def keep(self) -> Kept:
+    def snapshot(self) -> Snapshot:
         """All that changes in a step, to come back to with `restore`."""
-        return Kept(self.partials(), self._read_counts(), self._scattered)
+        return Snapshot(self.local_stats(), self._read_counts(), self._partial)
 
-    def restore(self, kept: Kept) -> None:
-        """Go back to what `keep` has kept."""
-        self.restore_partials(kept.partials)
+    def restore(self, kept: Snapshot) -> None:
+        """Go back to what `snapshot` has kept."""
+        self.restore_local_stats(kept.local_stats)
         self._set_counts(kept.counts)
-        self._scattered = kept.scattered
+        self._partial = kept.scattered
 
-    def gather(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+    def all_reduce(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
         """Give every rank the full running statistics. Every rank calls this together.
 
         Args:
             total: the sum of a tensor over all ranks, given a name for it.
         """
-        if not self._scattered:
+        if not self._partial:
             return
-        self._scattered = False
+        self._partial = False
         if not self._layers or self._world_size == 1:
             return
         self._gather_counts(total)

@@ -18,7 +18,7 @@ from hvdlarge.schedule.batch import BatchLayout
 
 
 class ExactStatistics(RunningStatistics):
-    """As RunningStatistics, with the same calls; every rank has the whole statistics always, so `gather` only adds up counts."""
+    """As RunningStatistics, with the same calls; every rank has the whole statistics always, so `all_reduce` only adds up counts."""
 
     def __init__(self, modules: Modules, rank: int, world_size: int, gather_ranks: GatherRanks) -> None:
         super().__init__(modules, rank, world_size, gather_ranks)
@@ -29,10 +29,10 @@ class ExactStatistics(RunningStatistics):
         """Only the counts differ."""
         return {id(layer.uses) for layer in self._layers} if self._world_size > 1 else set()
 
-    def scatter(self) -> None:
+    def to_partial(self) -> None:
         """Before training: see which layers train."""
         self._choose_layers()
-        self._scattered = True
+        self._partial = True
 
     def begin_step(self) -> None:
         """Keep the running statistics and let each use write the batch's own in their place."""
@@ -83,8 +83,8 @@ class ExactStatistics(RunningStatistics):
             rows[use] = seen
         return rows
 
-    def gather(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+    def all_reduce(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
         """Add up the counts; the statistics themselves are everywhere. Every rank calls this together."""
-        if self._scattered and self._layers and self._world_size > 1:
+        if self._partial and self._layers and self._world_size > 1:
             self._gather_counts(total)
-        self._scattered = False
+        self._partial = False

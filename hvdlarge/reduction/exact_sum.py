@@ -48,7 +48,7 @@ class ExactOptimizer:
         self._additions: list[int] = []
         self._num_micro_batches = 0
 
-    def begin(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients and look up this worker's part of the tree."""
         self.optimizer.zero_grad()
         self._stack = []
@@ -61,7 +61,7 @@ class ExactOptimizer:
         """Leave the pass's gradients on the parameters."""
         loss.backward()
 
-    def end_pass(self) -> None:
+    def backward_done(self) -> None:
         """Take the pass's gradients off the parameters and into the tree."""
         self._stack.append([torch.cat([self._gradient(weight).reshape(-1) for weight in weights]) for weights in self._kinds])
         self.optimizer.zero_grad()
@@ -70,7 +70,7 @@ class ExactOptimizer:
             for left, added in zip(self._stack[-1], right, strict=True):
                 left.add_(added)
 
-    def reduce(self) -> None:
+    def synchronize(self) -> None:
         """Give each parameter its gradient's sum over all micro-batches. Every rank calls this together."""
         mine = self._stack.pop() if self._stack else [None] * len(self._kinds)
         for number, (weights, part) in enumerate(zip(self._kinds, mine, strict=True)):
@@ -89,7 +89,7 @@ class ExactOptimizer:
         for weight, part in zip(weights, total.split(sizes), strict=True):
             weight.grad = part.view(weight.shape).clone()
 
-    def apply(self) -> None:
+    def step(self) -> None:
         """MomentumStep the weights."""
         self.optimizer.step()
 

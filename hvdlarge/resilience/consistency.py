@@ -51,8 +51,8 @@ class ConsistencyCheck:
         self._mine: list[float] = []
         self._with_gradient: list[str] | None = None
 
-    def send(self, decision: Decision, with_gradient: list[str] | None, digest: int | None, uneven: bool = False) -> None:
-        """Send this rank's view. Every rank calls this together, once in a step, and then `hear`.
+    def start(self, decision: Decision, with_gradient: list[str] | None, digest: int | None, uneven: bool = False) -> None:
+        """Send this rank's view. Every rank calls this together, once in a step, and then `finish`.
 
         Args:
             decision: what this rank follows.
@@ -72,7 +72,7 @@ class ConsistencyCheck:
         flags = [float(wishes.get(name, False)) for name in _FLAGS]
         self._waiting = self._control.start_max([*self._mine, *opposite, *flags])
 
-    def hear(self) -> StepFlags:
+    def finish(self) -> StepFlags:
         """What the ranks agree on. Every rank calls this together.
 
         Raises:

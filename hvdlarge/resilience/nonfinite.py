@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol
 from hvdlarge.exits import DivergedError
 from hvdlarge.optim.norms import GradientNorms
 from hvdlarge.optim.precision import LossScaler
-from hvdlarge.reduction.batch_norm import Kept
+from hvdlarge.reduction.batch_norm import Snapshot
 from hvdlarge.replica import Replica
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.train_state import TrainState
@@ -25,7 +25,7 @@ class NonFinitePolicy(Protocol):
         """Keep what a step that is left out must leave as it was."""
         ...
 
-    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
 
         Raises:
@@ -33,12 +33,12 @@ class NonFinitePolicy(Protocol):
         """
         ...
 
-    def judge_loss(self, decision: Decision, loss: float) -> None:
-        """The mean loss of an applied step is not finite. Raises what `judge` does, on every rank alike."""
+    def check_loss(self, decision: Decision, loss: float) -> None:
+        """The mean loss of an applied step is not finite. Raises what `check` does, on every rank alike."""
         ...
 
-    def settle(self, learner: Replica) -> None:
-        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `judge` does."""
+    def flush(self, learner: Replica) -> None:
+        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `check` does."""
         ...
 
 
@@ -53,10 +53,10 @@ class RollBack(Exception):
 class _ChecksAtOnce:
     """For a policy that judges each step in that step."""
 
-    def settle(self, learner: Replica) -> None:
+    def flush(self, learner: Replica) -> None:
         """Nothing is left to be judged."""
 
-    def judge_loss(self, decision: Decision, loss: float) -> None:
+    def check_loss(self, decision: Decision, loss: float) -> None:
         """Raise DivergedError."""
         raise DivergedError(_describe_loss(decision, loss))
 
@@ -67,7 +67,7 @@ class StopPolicy(_ChecksAtOnce):
     def before_step(self, learner: Replica) -> None:
         """Nothing to keep."""
 
-    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Apply, or raise DivergedError."""
         if not_finite := norms.not_finite(learner.names):
             raise DivergedError(_describe(decision, not_finite))
@@ -85,13 +85,13 @@ class SkipPolicy(_ChecksAtOnce):
     def __init__(self, limit: int, skipped: int = 0) -> None:
         self.skipped = skipped
         self._limit = limit
-        self._kept: Kept | None = None
+        self._kept: Snapshot | None = None
 
     def before_step(self, learner: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
-        self._kept = learner.statistics.keep()
+        self._kept = learner.statistics.snapshot()
 
-    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Leave the step out, or raise DivergedError when too many have been."""
         if not (not_finite := norms.not_finite(learner.names)):
             return True
@@ -120,14 +120,14 @@ class RollbackPolicy(_ChecksAtOnce):
     def before_step(self, learner: Replica) -> None:
         """The checkpoint has everything."""
 
-    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Raise RollBack, or DivergedError when it has been done too often."""
         if not_finite := norms.not_finite(learner.names):
             self._go_back(_describe(decision, not_finite))
         return True
 
-    def judge_loss(self, decision: Decision, loss: float) -> None:
-        """As `judge`."""
+    def check_loss(self, decision: Decision, loss: float) -> None:
+        """As `check`."""
         self._go_back(_describe_loss(decision, loss))
 
     def _go_back(self, reason: str) -> NoReturn:
@@ -149,16 +149,16 @@ class LossScalingPolicy(_ChecksAtOnce):
         self._then = then
         self._scale = scale
         self._state = state
-        self._kept: Kept | None = None
+        self._kept: Snapshot | None = None
         scale.moving = state.loss_scale or LossScaler.FIRST
 
     def before_step(self, learner: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
-        self._kept = learner.statistics.keep()
+        self._kept = learner.statistics.snapshot()
         self._then.before_step(learner)
 
-    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
-        """Leave the step out with half the scale, or let the other policy judge."""
+    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+        """Leave the step out with half the scale, or let the other policy check."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
         if scale.moving > 1 and norms.not_finite(learner.names):
             assert self._kept is not None
@@ -166,15 +166,15 @@ class LossScalingPolicy(_ChecksAtOnce):
             clean, scale.moving, applied = 0, scale.moving / 2, False
             self._state.overflows += 1
         else:
-            applied = self._then.judge(decision, learner, norms)
+            applied = self._then.check(decision, learner, norms)
             if clean == LossScaler.STEPS_BEFORE_GROWTH:
                 clean, scale.moving = 0, min(2 * scale.moving, LossScaler.LARGEST)
         self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
         return applied
 
-    def judge_loss(self, decision: Decision, loss: float) -> None:
+    def check_loss(self, decision: Decision, loss: float) -> None:
         """As the other policy."""
-        self._then.judge_loss(decision, loss)
+        self._then.check_loss(decision, loss)
 
 
 class DeferredCheck:
@@ -194,22 +194,22 @@ class DeferredCheck:
         """As the other policy."""
         self._then.before_step(learner)
 
-    def judge(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
         """Judge the step before, and apply this one."""
-        self.settle(learner)
+        self.flush(learner)
         self._open = decision, norms.later()
         return True
 
-    def judge_loss(self, decision: Decision, loss: float) -> None:
+    def check_loss(self, decision: Decision, loss: float) -> None:
         """As the other policy."""
-        self._then.judge_loss(decision, loss)
+        self._then.check_loss(decision, loss)
 
-    def settle(self, learner: Replica) -> None:
+    def flush(self, learner: Replica) -> None:
         """Judge the last step now. DataWait for the GPU."""
         if self._open is None:
             return
         (decision, arrived), self._open = self._open, None
-        self._then.judge(decision, learner, arrived())
+        self._then.check(decision, learner, arrived())
 
 
 def _describe(decision: Decision, not_finite: list[str]) -> str:

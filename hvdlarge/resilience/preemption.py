@@ -26,7 +26,7 @@ class StopRequest:
         self._minutes: float | None = None
         self._next_look = 0.0
 
-    def look(self, stop_file: Path | None, after_minutes: float | None) -> None:
+    def watch(self, stop_file: Path | None, after_minutes: float | None) -> None:
         """From now on also look at the clock and for a file.
 
         Args:
@@ -36,12 +36,12 @@ class StopRequest:
         self._stop_file, self._minutes = stop_file, after_minutes
         self.consume_file()
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Let the signals set the flag from now on; a second Ctrl-C ends this process at once, as users expect."""
         for name in _SIGNALS:
             signal.signal(getattr(signal, name), self._heard)
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Whether a stop has been asked for. Cheap: the file is looked for once a second."""
         if self.reason is None:
             now = time.monotonic()

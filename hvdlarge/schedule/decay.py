@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdlarge.schedule.progress import check_marks, marks_reached
+from hvdlarge.schedule.progress import check_milestones, milestones_reached
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class MultistepDecay:
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
-        check_marks(self.every_epochs, self.milestones, ("every_epochs", "milestones"))
+        check_milestones(self.every_epochs, self.milestones, ("every_epochs", "milestones"))
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
         """The decay at `epoch` (epochs); the end of the warmup and the run's length do not matter to it."""
-        return self.gamma ** marks_reached(epoch, self.every_epochs, self.milestones)
+        return self.gamma ** milestones_reached(epoch, self.every_epochs, self.milestones)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdlarge.schedule.progress import check_marks, marks_reached
+from hvdlarge.schedule.progress import check_milestones, milestones_reached
 
 LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of a decision holds
 
@@ -58,11 +58,11 @@ class AdaBatchGrowth:
             raise ValueError(f"factor must be a number above 1, got {self.factor}")
         if self.max is not None and self.max < 1:
             raise ValueError(f"max must be at least 1 sample, got {self.max}")
-        check_marks(self.every_epochs, self.at_epochs, ("every_epochs", "at_epochs"))
+        check_milestones(self.every_epochs, self.at_epochs, ("every_epochs", "at_epochs"))
 
     def global_batch(self, initial: int, epoch: float) -> int:
         """Samples per update at `epoch`, for a run that began with `initial` samples."""
-        return self._after(initial, marks_reached(epoch, self.every_epochs, self.at_epochs))
+        return self._after(initial, milestones_reached(epoch, self.every_epochs, self.at_epochs))
 
     def _after(self, initial: int, growths: int) -> int:
         largest = LARGEST_BATCH if self.max is None else max(initial, min(self.max, LARGEST_BATCH))

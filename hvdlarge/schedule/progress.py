@@ -61,12 +61,12 @@ def reached(epoch: float, mark: float) -> bool:
     return epoch >= mark * (1 - _TOLERANCE)
 
 
-def marks_reached(epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None) -> int:
+def milestones_reached(epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None) -> int:
     """How many marks lie behind `epoch`: those at 1, 2, 3, … times `every_epochs`, or those listed in `at_epochs`.
 
-    >>> [marks_reached(epoch, 20, None) for epoch in (0, 19.999, 20, 45)]
+    >>> [milestones_reached(epoch, 20, None) for epoch in (0, 19.999, 20, 45)]
     [0, 0, 1, 2]
-    >>> marks_reached(31, None, (30, 60))
+    >>> milestones_reached(31, None, (30, 60))
     1
     """
     if at_epochs is not None:
@@ -83,10 +83,10 @@ def next_mark(epoch: float, every_epochs: float | None, at_epochs: Sequence[floa
         return min((mark for mark in at_epochs if not reached(epoch, mark)), default=None)
     if every_epochs is None:
         return None
-    return (marks_reached(epoch, every_epochs, None) + 1) * every_epochs
+    return (milestones_reached(epoch, every_epochs, None) + 1) * every_epochs
 
 
-def check_marks(every_epochs: float | None, at_epochs: Sequence[float] | None, names: tuple[str, str]) -> None:
+def check_milestones(every_epochs: float | None, at_epochs: Sequence[float] | None, names: tuple[str, str]) -> None:
     """Refuse marks that cannot be followed; `names` are the two keys as the user writes them.
 
     Raises:

@@ -39,7 +39,7 @@ class StopAfter(StopRequest):
         super().__init__()
         self.left = steps
 
-    def wanted(self):
+    def requested(self):
         self.left -= 1
         return self.left < 0
 

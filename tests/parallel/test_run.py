@@ -56,7 +56,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
     found = Components(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
     learner = join(job, found, control, tensors)
-    learner.statistics.scatter()
+    learner.statistics.to_partial()
     not_watching = Watchdog(control.rank, {"start": 100, "step": 100})  # never started, so that it leaves nothing armed behind
     worker = RankContext(None, {}, control, tensors, not_watching, StopRequest())
     state = TrainState()
@@ -65,7 +65,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     parts = build_loop(job, found, worker, learner, loader, controller, None, {}, None, state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)
-    learner.statistics.gather(tensors.sum)
+    learner.statistics.all_reduce(tensors.sum)
     after = model.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())

@@ -31,12 +31,12 @@ def test_the_ratio_is_that_of_the_mean_gradient(control, tensors):
     own = torch.zeros(2, dtype=torch.float64)
     for number in range(2):
         own[number] = float(number % control.size == control.rank)
-    update.begin(range(1), 1)
+    update.zero_grad(range(1), 1)
     ((model.weight * own).sum() / 2).backward()
-    update.reduce()
+    update.synchronize()
     assert model.weight.grad.tolist() == [0.5, 0.5]
     set_lr(update.optimizer, 2.0)
-    update.apply()
+    update.step()
     ratio = 0.001 * 5 / (np.sqrt(0.5) + 0.0005 * 5)
     assert update.optimizer.trust_ratio_of(model.weight) == pytest.approx(ratio, rel=1e-12)
     local = 0.001 * 5 / (1 + 0.0005 * 5)
@@ -68,12 +68,12 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
         }[deal]
         mine = [data[number] for number, owner in enumerate(owners) if owner == rank]
         for network, updating, share in ((model, update, mine), (alone, solo, list(data))):
-            updating.begin(range(len(share)), micro_batches)
+            updating.zero_grad(range(len(share)), micro_batches)
             for batch in share:
                 (network(batch).square().mean() / micro_batches).backward()
-            updating.reduce()
+            updating.synchronize()
             set_lr(updating.optimizer, 3.0 * (step + 1))
-            updating.apply()
+            updating.step()
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13), name
     moved = max((ours - start).abs().max().item() for ours, start in zip(model.parameters(), net().parameters(), strict=True))
@@ -93,11 +93,11 @@ def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, name
     optimizer = build_optimizer(model, name, weight_decay=0.1, momentum=0.9)
     update = tensors.distributed_optimizer(optimizer, named_parameters(optimizer.param_groups))
     for _ in range(3):
-        update.begin(range(1), 1)
+        update.zero_grad(range(1), 1)
         model.used(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
-        update.reduce()
+        update.synchronize()
         set_lr(update.optimizer, 0.5)
-        update.apply()
+        update.step()
     for part, value in model.state_dict().items():
         assert torch.equal(before[part], value) == part.startswith("unused"), part
 

@@ -66,7 +66,7 @@ class Statistics:
 
     restored = 0
 
-    def keep(self):
+    def snapshot(self):
         return "kept"
 
     def restore(self, kept):
@@ -86,7 +86,7 @@ def follow(policy, learner, steps):
     for not_finite in steps:
         policy.before_step(learner)
         norms = HostNorms(dict.fromkeys(not_finite, math.inf) | {"another": 1.0})
-        applied.append(policy.judge(DECISION, learner, norms))
+        applied.append(policy.check(DECISION, learner, norms))
     return applied
 
 
@@ -122,7 +122,7 @@ def test_without_any_scaling_left_the_jobs_own_policy_judges():
 def test_a_step_judged_late_is_named_in_the_step_behind_it_or_where_it_is_settled(then, error):
     for at_the_next_step in (False, True):
         learner, policy = Replica(), DeferredCheck(then)
-        policy.settle(learner)  # nothing yet
+        policy.flush(learner)  # nothing yet
         assert follow(policy, learner, [[], ["w"]]) == [True, True]
         with pytest.raises(error, match="gradient of w is not finite at step 3"):
-            follow(policy, learner, [[]]) if at_the_next_step else policy.settle(learner)
+            follow(policy, learner, [[]]) if at_the_next_step else policy.flush(learner)

@@ -17,7 +17,7 @@ from hvdlarge.data.sizes import training_samples as built_in_samples
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 from hvdlarge.plan import main
-from hvdlarge.schedule.progress import marks_reached
+from hvdlarge.schedule.progress import milestones_reached
 
 IMAGENET = """\
 name: imagenet
@@ -60,7 +60,9 @@ def test_checkpoints_are_counted_as_the_run_writes_them(cadence):
     for decision in iter(Controller(plan).decide, None):
         epochs = [plan.clock.epoch(decision.samples_seen + more) for more in (0, decision.global_batch)]
         every = job.checkpoint.epochs
-        due = decision.is_last or (every and marks_reached(epochs[1], every, None) > marks_reached(epochs[0], every, None))
+        due = decision.is_last or (
+            every and milestones_reached(epochs[1], every, None) > milestones_reached(epochs[0], every, None)
+        )
         steps = job.checkpoint.every_steps
         written[decision.stage] += bool(due or (steps and (decision.step + 1) % steps == 0))
     assert checkpoints_of(job.checkpoint, stages_of(plan), plan.clock) == list(written.values())

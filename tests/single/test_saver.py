@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from hvdlarge.checkpoint.saver import Saver
+from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
@@ -15,7 +15,7 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
-    saver = Saver(SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
+    saver = CheckpointSaver(SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
     return [step for step, found in evaluations if saver.is_best(state, DECISIONS[step - 1], found)]
 
 

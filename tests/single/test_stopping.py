@@ -20,37 +20,37 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_only_sets_a_flag(handlers, number):
     stop = StopRequest()
-    stop.listen()
-    assert not stop.wanted()
+    stop.install_handlers()
+    assert not stop.requested()
     os.kill(os.getpid(), number)
-    assert stop.wanted()
+    assert stop.requested()
     assert stop.reason == signal.Signals(number).name
 
 
 def test_the_file_and_the_clock(tmp_path, monkeypatch):
     (tmp_path / "STOP").touch()
     stop = StopRequest()
-    stop.look(tmp_path / "STOP", None)
-    assert not stop.wanted()  # one from before does not count, and is gone
+    stop.watch(tmp_path / "STOP", None)
+    assert not stop.requested()  # one from before does not count, and is gone
     assert not (tmp_path / "STOP").exists()
     (tmp_path / "STOP").touch()
     stop._next_look = 0.0
-    assert stop.wanted()
+    assert stop.requested()
     stop.consume_file()
     assert not (tmp_path / "STOP").exists()
     limited = StopRequest()
-    limited.look(None, 1.0)
-    assert not limited.wanted()
+    limited.watch(None, 1.0)
+    assert not limited.requested()
     now = time.monotonic()
     monkeypatch.setattr("hvdlarge.resilience.preemption.time.monotonic", lambda: now + 61)
-    assert limited.wanted()
+    assert limited.requested()
     assert limited.reason == "the time limit of 1 minutes"
 
 
 def test_a_second_ctrl_c_leaves_at_once():
     program = (
         "import os, signal, time\nfrom hvdlarge.resilience.preemption import StopRequest\n"
-        "stop = StopRequest(); stop.listen()\nos.kill(os.getpid(), signal.SIGINT); print(stop.wanted(), flush=True)\n"
+        "stop = StopRequest(); stop.install_handlers()\nos.kill(os.getpid(), signal.SIGINT); print(stop.requested(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)

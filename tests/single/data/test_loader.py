@@ -115,7 +115,7 @@ def run(loader, steps, ahead):
     fetched, announced = [], 0
     for number, step in enumerate(steps):
         while announced < min(len(steps), number + ahead + 1):
-            loader.announce(steps[announced], announced == len(steps) - 1)
+            loader.enqueue(steps[announced], announced == len(steps) - 1)
             announced += 1
         fetched.append([loaded.micro_batch for loaded in loader.fetch(len(step))])
     return fetched
@@ -137,7 +137,7 @@ def test_both_loaders_give_the_stream():
     worker = WorkerLoader(MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
     for loader in (direct, worker):
         for number, step in enumerate(steps):
-            loader.announce(step, number == 2)
+            loader.enqueue(step, number == 2)
         for step in steps:
             for micro, loaded in zip(step, loader.fetch(len(step)), strict=True):
                 assert loaded.inputs.tolist() == samples(3, 100, micro.start, micro.stop).tolist()
@@ -150,7 +150,7 @@ def test_what_is_drawn_for_a_sample_belongs_to_it_and_not_to_the_process(dataset
     for num_workers in (0, 1, 2):
         loader = WorkerLoader(MicroBatchDataset(dataset(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
         step = BatchLayout(48, 8, 1).of_rank(0, 0)
-        loader.announce(step, True)
+        loader.enqueue(step, True)
         drawn.append(torch.cat([loaded.targets for loaded in loader.fetch(6)]))
         loader.close()
     assert torch.equal(drawn[0], drawn[1])
@@ -221,7 +221,7 @@ def processes():
 def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
     before, threads = processes(), threading.active_count()
     loader = WorkerLoader(MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
-    loader.announce(BatchLayout(800, 8, 1).of_rank(0, 0), is_last=False)
+    loader.enqueue(BatchLayout(800, 8, 1).of_rank(0, 0), is_last=False)
     assert len(list(loader.fetch(3))) == 3
     assert len(processes() - before) == 2
     assert threading.active_count() > threads
@@ -232,7 +232,7 @@ def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
 
 def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
     loader = WorkerLoader(MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=1, prefetch_factor=2)
-    loader.announce(BatchLayout(400, 4, 1).of_rank(0, 0), is_last=False)
+    loader.enqueue(BatchLayout(400, 4, 1).of_rank(0, 0), is_last=False)
     list(loader.fetch(1))
     time.sleep(1.0)  # enough for 25 micro-batches
     loader.close()
@@ -246,7 +246,7 @@ def test_a_sample_that_takes_very_long_does_not_hold_up_the_end():
         "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import MicroBatchDataset, WorkerLoader\n"
         "from test_loader import Stuck\n"
         "loader = WorkerLoader(MicroBatchDataset(Stuck(), 0, False), 1, 2)\n"
-        "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
+        "loader.enqueue(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
         "print(next(loader.fetch(1)).micro_batch.size)\n"
         "loader.close()\n"
     )
@@ -275,7 +275,7 @@ class Broken(Numbers):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_of_the_set_comes_out_where_its_micro_batch_is_asked_for(num_workers):
     loader = WorkerLoader(MicroBatchDataset(Broken(), seed=0, shuffled=False), num_workers, prefetch_factor=2)
-    loader.announce(BatchLayout(40, 8, 1).of_rank(0, 0), is_last=True)
+    loader.enqueue(BatchLayout(40, 8, 1).of_rank(0, 0), is_last=True)
     fetched = loader.fetch(5)
     assert [next(fetched).micro_batch.number for _ in range(2)] == [0, 1]
     with pytest.raises(OSError, match="sample 17 is damaged"):
@@ -287,7 +287,7 @@ def test_a_program_that_closes_nothing_ends_nevertheless():
     program = (
         "from hvdlarge.schedule.batch import BatchLayout; from hvdlarge.data.loader import MicroBatchDataset, WorkerLoader\n"
         "loader = WorkerLoader(MicroBatchDataset([(number, number) for number in range(100)], 3, True), 1, 2)\n"
-        "loader.announce(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
+        "loader.enqueue(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
         "print(next(loader.fetch(1)).micro_batch.size)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

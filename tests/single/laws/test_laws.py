@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from trials import laws
 from trials.cases import cases
-from trials.judge import StepFlags
+from trials.judge import Verdict
 
 FOUND = sorted((Path(__file__).parents[3] / "trials" / "found").glob("*.json"))
 
@@ -50,9 +50,7 @@ def never():
 def test_a_violation_is_made_smaller_and_written_down(tmp_path):
     def judged(case):
         bad = case["workers"] > 1 and len(case["job"]["model"]["args"]["blocks"]) > 1
-        return (
-            StepFlags("violation", [], f"law 1 world: differs by {case['seed']}") if bad else StepFlags("held", ["0 reference"])
-        )
+        return Verdict("violation", [], f"law 1 world: differs by {case['seed']}") if bad else Verdict("held", ["0 reference"])
 
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=20, until=never())
     tally.draw(40, seed=1, judged=judged)
@@ -68,7 +66,7 @@ def test_a_violation_is_made_smaller_and_written_down(tmp_path):
 
 def test_kinds_of_violations_are_told_apart(tmp_path):
     def judged(case):
-        return StepFlags("violation", [], f"law {case['workers'] % 2} world: a.{case['seed']} differs")
+        return Verdict("violation", [], f"law {case['workers'] % 2} world: a.{case['seed']} differs")
 
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=0, until=never())
     tally.draw(30, seed=1, judged=judged)
@@ -77,7 +75,7 @@ def test_kinds_of_violations_are_told_apart(tmp_path):
 
 def test_time_is_kept(tmp_path):
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=0, until=time.monotonic() - 1)
-    tally.draw(30, seed=1, judged=lambda case: StepFlags("held"))
+    tally.draw(30, seed=1, judged=lambda case: Verdict("held"))
     assert tally.jobs == 0
 
 
@@ -89,7 +87,7 @@ def test_tallies_of_processes_are_put_together(tmp_path):
             5,
             seed=number,
             judged=lambda case, number=number: (
-                StepFlags("violation", [], f"of process {'ab'[number]}") if number else StepFlags("held", ["0"])
+                Verdict("violation", [], f"of process {'ab'[number]}") if number else Verdict("held", ["0"])
             ),
         )
         tallies.append(tally)

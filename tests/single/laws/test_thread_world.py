@@ -158,13 +158,13 @@ def updated(size, backward, passes=1, **options):
     def action(control, tensors):
         named = two_weights()
         update = tensors.distributed_optimizer(SGD([{"params": [weight for _, weight in named]}], lr=1.0), named, **options)
-        update.begin(range(passes), passes * size)
+        update.zero_grad(range(passes), passes * size)
         for number in range(passes):
             backward(control.rank, number, update, *(weight for _, weight in named))
-            update.end_pass()
-        update.reduce()
+            update.backward_done()
+        update.synchronize()
         grads = {name: weight.grad.tolist() for name, weight in named}
-        update.apply()
+        update.step()
         return grads, {name: weight.tolist() for name, weight in named}
 
     return World(size).run(action)
@@ -213,8 +213,8 @@ def test_ranks_with_gradients_of_other_kinds_are_told():
     def action(control, tensors):
         weight = torch.nn.Parameter(torch.ones(2 + control.rank))
         update = tensors.distributed_optimizer(SGD([weight], lr=1.0), [("a", weight)])
-        update.begin(range(1), 2)
-        update.reduce()
+        update.zero_grad(range(1), 2)
+        update.synchronize()
 
     assert "'a', (3,)" in World(2).run(action).broken
 

@@ -19,7 +19,7 @@ def no_messages(tensor, name):
 def run(model, rank, world_size, steps):
     """One rank's part of a few steps; returns its statistics object."""
     statistics = RunningStatistics({"": model}, rank, world_size, no_messages)
-    statistics.scatter()
+    statistics.to_partial()
     for data, micro in steps:
         layout = BatchLayout(len(data), micro, world_size)
         mine = layout.numbers_of_rank(rank)
@@ -61,7 +61,7 @@ def test_any_number_of_ranks_gives_what_one_gives(world_size):
     assert used == alone[0].num_batches_tracked.item() - 7
     for rank, model in enumerate(models):
         pieces = iter([torch.tensor([used, used]), *sums[rank]])
-        statistics[rank].gather(lambda tensor, name, pieces=pieces: next(pieces))
+        statistics[rank].all_reduce(lambda tensor, name, pieces=pieces: next(pieces))
         assert model[0].num_batches_tracked.item() == alone[0].num_batches_tracked.item()
         assert torch.allclose(model[2].running_var, alone[2].running_var, rtol=1e-12)
 
@@ -71,7 +71,7 @@ def test_a_layer_that_does_not_train_keeps_its_statistics():
     model[0].eval()
     model[0].running_mean.fill_(5.0)
     statistics = RunningStatistics({"": model}, 1, 2, no_messages)
-    statistics.scatter()
+    statistics.to_partial()
     statistics.begin_step()
     model(torch.randn(4, 2))
     assert not statistics.count_uses(1)
@@ -111,17 +111,16 @@ def test_layers_used_twice_or_sometimes_give_what_one_worker_gives(kind, world_s
     def rank_of(rank):
         model = models[rank]
         statistics = kind({"": model}, rank, world_size, lambda tensor, name: world.gather(rank, tensor))
-        statistics.scatter()
+        statistics.to_partial()
         for data in steps:
             layout = BatchLayout(20, 4, world_size)
             mine = layout.numbers_of_rank(rank)
             statistics.begin_step()
             for number in mine:
                 model(data[number])
-                statistics.end_pass()
             uneven = bool(world.gather(rank, torch.tensor(statistics.count_uses(len(mine)))).any())
             statistics.end_step(layout, uneven)
-        statistics.gather(lambda tensor, name: world.gather(rank, tensor).sum(dim=0))
+        statistics.all_reduce(lambda tensor, name: world.gather(rank, tensor).sum(dim=0))
 
     world.run(rank_of)
     assert int(alone.sometimes.num_batches_tracked) not in (0, 15)
@@ -134,7 +133,7 @@ def test_layers_used_twice_or_sometimes_give_what_one_worker_gives(kind, world_s
 def test_a_layer_that_changes_its_mode_in_a_forward_pass_is_refused():
     layer = torch.nn.BatchNorm1d(2)
     statistics = RunningStatistics({"": torch.nn.Sequential(layer)}, 0, 1, lambda tensor, name: tensor.unsqueeze(0))
-    statistics.scatter()
+    statistics.to_partial()
     statistics.begin_step()
     layer.eval()
     assert statistics.count_uses(1)
@@ -164,10 +163,10 @@ class ThreadWorld:
 def test_gathering_twice_does_nothing_the_second_time():
     model = torch.nn.BatchNorm1d(2)
     statistics = RunningStatistics({"": model}, 0, 2, no_messages)
-    statistics.scatter()
-    statistics.gather(lambda tensor, name: tensor + tensor.is_floating_point())
+    statistics.to_partial()
+    statistics.all_reduce(lambda tensor, name: tensor + tensor.is_floating_point())
     before = model.running_mean.clone()
-    statistics.gather(lambda tensor, name: tensor + 1)
+    statistics.all_reduce(lambda tensor, name: tensor + 1)
     assert torch.equal(model.running_mean, before)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from hvdlarge.schedule.progress import Clock, check_marks, marks_reached, next_mark, reached
+from hvdlarge.schedule.progress import Clock, check_milestones, milestones_reached, next_mark, reached
 
 
 def test_a_run_is_rounded_to_whole_samples():
@@ -25,14 +25,14 @@ def test_marks_are_reached_at_the_sample_that_completes_them(size, every):
         assert reached(clock.epoch(samples), mark)
         assert samples == 0 or not reached(clock.epoch(samples - 1), mark)
         assert abs(samples - mark * size) <= 1 + 1e-9 * mark * size
-        assert marks_reached(clock.epoch(samples), every, None) >= number
+        assert milestones_reached(clock.epoch(samples), every, None) >= number
 
 
 def test_marks_are_counted_alike_by_interval_and_by_list():
     listed = [number * 0.1 for number in range(1, 50)]
     for samples in range(490):
         epoch = samples / 100
-        assert marks_reached(epoch, 0.1, None) == marks_reached(epoch, None, listed)
+        assert milestones_reached(epoch, 0.1, None) == milestones_reached(epoch, None, listed)
 
 
 def test_next_mark_is_the_first_that_is_not_reached():
@@ -49,4 +49,4 @@ def test_next_mark_is_the_first_that_is_not_reached():
 )  # fmt: skip
 def test_marks_that_cannot_be_followed_are_refused(every, at):
     with pytest.raises(ValueError, match="every|at"):
-        check_marks(every, at, ("every", "at"))
+        check_milestones(every, at, ("every", "at"))
