@@ -1,4 +1,6 @@
-"""From the sections of a job to the objects of a run. Each function takes the sections it reads, and does one thing."""
+"""From the sections of a job to the objects of a run. Each function takes the sections it reads,
+and does one thing.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,26 @@ from hvdlarge.config.planning import stages_of
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
 from hvdlarge.data.in_memory import reads_batches
-from hvdlarge.data.loader import LoadedMicroBatch, Loader, MicroBatchDataset, TensorLoader, WorkerLoader, make_dataloader
+from hvdlarge.data.loader import (
+    LoadedMicroBatch,
+    Loader,
+    MicroBatchDataset,
+    TensorLoader,
+    WorkerLoader,
+    make_dataloader,
+)
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import InvalidEnvironmentError, JobError, OutOfMemory
-from hvdlarge.models.state import Modules, extra_states, named_buffers, pack, set_extra_states, trained_modules, unpack
+from hvdlarge.models.state import (
+    Modules,
+    extra_states,
+    named_buffers,
+    pack,
+    set_extra_states,
+    trained_modules,
+    unpack,
+)
 from hvdlarge.models.state import named_parameters as every_parameter
 from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.lars import LARS
@@ -50,20 +67,24 @@ def choose_device(tensors: Collectives) -> torch.device:
     """The GPU of this worker's number on its host, or the CPU of a host without GPUs.
 
     Raises:
-        InvalidEnvironmentError: if Horovod cannot use the GPUs, or there are fewer of them than workers on this host.
+        InvalidEnvironmentError: if Horovod cannot use the GPUs, or there are fewer of them than
+            workers on this host.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if not tensors.carries_gpu_tensors:
         raise InvalidEnvironmentError(
-            f"this host has {gpus} GPUs, but its Horovod was built without CUDA: build it again with CUDA_HOME set (and "
+            f"this host has {gpus} GPUs, but its Horovod was built without CUDA: build it again "
+            "with CUDA_HOME set (and "
             "HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    # A launcher that gives each worker a GPU of its own shows it that one alone; whether it did, `check_gpus` finds out.
+    # A launcher that gives each worker a GPU of its own shows it that one alone; whether it did,
+    # `check_gpus` finds out.
     if 1 < gpus < tensors.local_size and tensors.needs_own_gpus:
         raise InvalidEnvironmentError(
-            f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker for each GPU"
+            f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker "
+            "for each GPU"
         )
     device = torch.device("cuda", tensors.local_rank % gpus)
     torch.cuda.set_device(device)
@@ -71,20 +92,30 @@ def choose_device(tensors: Collectives) -> torch.device:
 
 
 def check_gpus(device: torch.device, control: ControlChannel, tensors: Collectives) -> list[str]:
-    """See whether each worker has a GPU of its own; what the user may not expect. Every rank calls this together.
+    """See whether each worker has a GPU of its own; what the user may not expect. Every rank calls
+    this together.
 
     Raises:
-        InvalidEnvironmentError: on every rank alike, if workers share a GPU and their sums go over NCCL, which cannot serve that.
+        InvalidEnvironmentError: on every rank alike, if workers share a GPU and their sums go over
+            NCCL, which cannot serve that.
     """
-    own = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
-    places = [message.decode() for message in control.allgather(f"{socket.gethostname()} {own}".encode() if own else b"")]
+    own = (
+        str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+        if device.type == "cuda"
+        else ""
+    )
+    places = [
+        message.decode()
+        for message in control.allgather(f"{socket.gethostname()} {own}".encode() if own else b"")
+    ]
     shared = shared_gpu(places)
     if shared is None:
         return []
     ranks = f"ranks {shared[0]} and {shared[1]} have the same GPU ({places[shared[0]]})"
     if tensors.needs_own_gpus:
         raise InvalidEnvironmentError(
-            f"{ranks}, and NCCL needs one for each worker: start at most one worker for each GPU, and let the launcher show each "
+            f"{ranks}, and NCCL needs one for each worker: start at most one worker for each GPU, "
+            "and let the launcher show each "
             "worker its own one, or all of them to all (CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES)"
         )
     return [f"{ranks}; they take turns on it"]
@@ -108,7 +139,8 @@ def shared_gpu(places: Sequence[str]) -> tuple[int, int] | None:
 
 
 def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
-    """The training set and the test set (or None) that a job names; what they draw at random depends on the seed only.
+    """The training set and the test set (or None) that a job names; what they draw at random
+    depends on the seed only.
 
     Raises:
         JobError: for a name that is not there, or something that is no pair of map-style sets.
@@ -119,21 +151,31 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise JobError(f"data.name: {data.name}: {error}") from None
     if not (isinstance(found, (tuple, list)) and len(found) == 2):
-        raise JobError(f"data.name: {data.name} must return a pair (training set, test set or None), not {_kind(found)}")
+        raise JobError(
+            f"data.name: {data.name} must return a pair (training set, test set or None), not "
+            f"{_kind(found)}"
+        )
     for what, dataset in zip(("training set", "test set"), found, strict=True):
         if dataset is None and what == "test set":
             continue
         if isinstance(dataset, IterableDataset):
             raise JobError(
-                f"data.name: the {what} of {data.name} is an IterableDataset ({type(dataset).__name__}), which cannot be asked "
-                "for a sample by its number; the engine needs a map-style set, with __len__ and __getitem__"
+                f"data.name: the {what} of {data.name} is an IterableDataset "
+                f"({type(dataset).__name__}), which cannot be asked for a sample by its number; "
+                "the engine needs a map-style set, with __len__ and __getitem__"
             )
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise JobError(f"data.name: the {what} of {data.name} has no length or no items; it is {_kind(dataset)}")
+            raise JobError(
+                f"data.name: the {what} of {data.name} has no length or no items; it is "
+                f"{_kind(dataset)}"
+            )
         if len(dataset) == 0:
             raise JobError(f"data.name: the {what} of {data.name} is empty")
     if data.samples is not None and len(found[0]) != data.samples:
-        raise JobError(f"data.samples is {data.samples:,}, but the training set of {data.name} has {len(found[0]):,} samples")
+        raise JobError(
+            f"data.samples is {data.samples:,}, but the training set of {data.name} has "
+            f"{len(found[0]):,} samples"
+        )
     return found[0], found[1]
 
 
@@ -153,12 +195,14 @@ def build_learning(
     arithmetic: Precision,
     seed: int,
 ) -> Built:
-    """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on the seed only.
+    """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on
+    the seed only.
 
     Modes, types and names are settled here, before anything is derived from them.
 
     Raises:
-        JobError: for names that are not there, arguments that do not fit, or a model that cannot be trained.
+        JobError: for names that are not there, arguments that do not fit, or a model that cannot be
+            trained.
     """
     seed_all(seeds.key(seed, seeds.WEIGHTS))
     net = named.build("model.name", model.name, model.args, named.MODELS)
@@ -183,7 +227,9 @@ def build_learning(
 
 
 def _train_mode(module: torch.nn.Module) -> str | None:
-    """Put a module into training mode, as its own `train` does it; what the user may not expect of that."""
+    """Put a module into training mode, as its own `train` does it; what the user may not expect of
+    that.
+    """
     were = [name for name, part in module.named_modules() if not part.training and name]
     entire = not module.training
     module.train()
@@ -192,26 +238,36 @@ def _train_mode(module: torch.nn.Module) -> str | None:
     if entire or not trained:
         return None
     return (
-        f"{trained[0]!r}{f' and {len(trained) - 1} more' if len(trained) > 1 else ''} came in evaluation mode and now "
-        "train, as after any call of train(); a layer stays frozen where the model's own train() keeps it in evaluation mode"
+        f"{trained[0]!r}{f' and {len(trained) - 1} more' if len(trained) > 1 else ''} came in "
+        "evaluation mode and now train, as after any call of train(); a layer stays frozen where "
+        "the model's own train() keeps it in evaluation mode"
     )
 
 
 def _own_memory(modules: Modules) -> None:
-    """Give each value of a buffer a place of its own in memory: one that is expanded cannot be written to."""
+    """Give each value of a buffer a place of its own in memory: one that is expanded cannot be
+    written to.
+    """
     for _, buffer in named_buffers(modules):
-        if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+        if any(
+            stride == 0 and size > 1
+            for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
+        ):
             buffer.data = buffer.clone(memory_format=torch.contiguous_format)
 
 
 def _check_parameters(modules: Modules) -> None:
     for name, parameter in every_parameter(modules):
         if not parameter.is_contiguous():
-            raise ValueError(f"the parameter {name!r} is not contiguous, which Horovod does not carry")
+            raise ValueError(
+                f"the parameter {name!r} is not contiguous, which Horovod does not carry"
+            )
         if parameter.requires_grad and not parameter.is_floating_point():
             raise ValueError(
-                f"the parameter {name!r} is trained and {str(parameter.dtype).removeprefix('torch.')}, which Horovod does not "
-                "sum: hold it as real numbers with a last dimension of 2, and use torch.view_as_complex in the forward pass"
+                f"the parameter {name!r} is trained and "
+                f"{str(parameter.dtype).removeprefix('torch.')}, which Horovod does not "
+                "sum: hold it as real numbers with a last dimension of 2, and use "
+                "torch.view_as_complex in the forward pass"
             )
 
 
@@ -225,7 +281,8 @@ def largest_micro_batch(
     channels_last: bool,
     control: ControlChannel,
 ) -> int:
-    """How many samples fit at once on every worker's GPU, tried out with the set's first one. Every rank calls this together.
+    """How many samples fit at once on every worker's GPU, tried out with the set's first one. Every
+    rank calls this together.
 
     Raises:
         OutOfMemory: on every rank alike, if not even one sample fits somewhere.
@@ -233,11 +290,16 @@ def largest_micro_batch(
     share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 
     def found() -> int:
-        # From a loader process where there are some: a set that opens its files late must not do so in this one.
+        # From a loader process where there are some: a set that opens its files late must not do so
+        # in this one.
         processes = 0 if reads_batches(training_set) else min(1, data.num_workers)
         fetch = MicroBatchDataset(training_set, 0, shuffled=False)
-        _, *first = next(iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor)))
-        first = [_moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in first]
+        _, *first = next(
+            iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor))
+        )
+        first = [
+            _moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in first
+        ]
 
         def samples(size: int) -> tuple[Any, Any]:
             return _repeated(first[0], size), _repeated(first[1], size)
@@ -248,7 +310,8 @@ def largest_micro_batch(
     least = min(int(answer) for answer in control.allgather(b"%d" % mine))
     if least == 0:
         raise OutOfMemory(
-            "out of memory: not even one sample fits on every GPU; use fewer bits (precision: bf16) or a smaller model"
+            "out of memory: not even one sample fits on every GPU; use fewer bits (precision: "
+            "bf16) or a smaller model"
         )
     return least
 
@@ -266,7 +329,8 @@ def build_replica(
     seed: int,
     exact: bool,
 ) -> Replica:
-    """Give every worker rank 0's weights and put the sum over workers before the update. Every rank calls this together.
+    """Give every worker rank 0's weights and put the sum over workers before the update. Every rank
+    calls this together.
 
     Args:
         model: as built on this worker.
@@ -287,9 +351,14 @@ def build_replica(
     update: DistributedOptimizer
     kind: type[RunningStatistics]
     if exact:
-        update, kind = ExactOptimizer(optimizer, tensors.gather, control.rank, control.size), ExactStatistics
+        update, kind = (
+            ExactOptimizer(optimizer, tensors.gather, control.rank, control.size),
+            ExactStatistics,
+        )
     else:
-        update = tensors.distributed_optimizer(optimizer, named, gradients.compression == "fp16", groups)
+        update = tensors.distributed_optimizer(
+            optimizer, named, gradients.compression == "fp16", groups
+        )
         kind = RunningStatistics
     statistics = kind(modules, control.rank, control.size, tensors.gather)
     _go_one_way(update.optimizer, control)
@@ -311,8 +380,15 @@ def build_replica(
 
 
 def share_state(modules: Modules, control: ControlChannel, tensors: Collectives) -> None:
-    """Give every worker rank 0's parameters, buffers and extra state. Every rank calls this together."""
-    tensors.broadcast_([*((name, value.detach()) for name, value in every_parameter(modules)), *named_buffers(modules)])
+    """Give every worker rank 0's parameters, buffers and extra state. Every rank calls this
+    together.
+    """
+    tensors.broadcast_(
+        [
+            *((name, value.detach()) for name, value in every_parameter(modules)),
+            *named_buffers(modules),
+        ]
+    )
     extra = extra_states(modules)
     message = pack(extra) if extra and control.rank == 0 else b""
     message = control.allgather(message)[0]
@@ -321,18 +397,27 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
 
 
 def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlChannel) -> None:
-    """MomentumStep the weights tensor by tensor on every GPU, if one of them cannot do it together. Every rank calls this together."""
+    """Move the weights tensor by tensor on every GPU, if one of them cannot do it together.
+    Every rank calls this together.
+    """
     if not isinstance(optimizer, LARS):
         return
-    reasons = [message.decode() for message in control.allgather((optimizer.reason_against_gpu() or "").encode())]
+    reasons = [
+        message.decode()
+        for message in control.allgather((optimizer.reason_against_gpu() or "").encode())
+    ]
     ranks = [rank for rank, reason in enumerate(reasons) if reason]
     if ranks:
         everywhere = len(set(reasons)) == 1
-        optimizer.against_gpu = reasons[ranks[0]] if everywhere else f"on rank {ranks[0]}, {reasons[ranks[0]]}"
+        optimizer.against_gpu = (
+            reasons[ranks[0]] if everywhere else f"on rank {ranks[0]}, {reasons[ranks[0]]}"
+        )
 
 
 def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
-    """The loader for a training set: direct for one that holds tensors, torch's DataLoader for every other."""
+    """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
+    every other.
+    """
     fetch = MicroBatchDataset(training_set, seed, shuffled=True)
     if reads_batches(training_set):
         return TensorLoader(fetch)
@@ -346,21 +431,44 @@ def build_evaluation(
     if test_set is None:
         return None
     num_workers = 0 if reads_batches(test_set) else data.num_workers
-    return Evaluation(test_set, len(test_set), evaluate.micro_batch, rank, world_size, num_workers, data.prefetch_factor)
+    return Evaluation(
+        test_set,
+        len(test_set),
+        evaluate.micro_batch,
+        rank,
+        world_size,
+        num_workers,
+        data.prefetch_factor,
+    )
 
 
-def test_samples(data: sections.Data, evaluate: sections.Evaluate, test_set: Any) -> Callable[[], Iterable[LoadedMicroBatch]]:
-    """What reads the first micro-batch of a test set twice; from a loader process where there are some."""
+def test_samples(
+    data: sections.Data, evaluate: sections.Evaluate, test_set: Any
+) -> Callable[[], Iterable[LoadedMicroBatch]]:
+    """What reads the first micro-batch of a test set twice; from a loader process where there are
+    some.
+    """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
     processes = 0 if reads_batches(test_set) else min(1, data.num_workers)
-    loader = make_dataloader(MicroBatchDataset(test_set, 0, shuffled=False), [first, first], processes, data.prefetch_factor)
+    loader = make_dataloader(
+        MicroBatchDataset(test_set, 0, shuffled=False),
+        [first, first],
+        processes,
+        data.prefetch_factor,
+    )
     return lambda: loader
 
 
 def build_feed(
-    data: sections.Data, plan: Plan, control: ControlChannel, controller: Controller | None, loader: Loader
+    data: sections.Data,
+    plan: Plan,
+    control: ControlChannel,
+    controller: Controller | None,
+    loader: Loader,
 ) -> DecisionFeed:
-    """The decisions of a run, as many steps ahead as the loader can use; `controller` is rank 0's."""
+    """The decisions of a run, as many steps ahead as the loader can use; `controller` is rank
+    0's.
+    """
     ahead = data.prefetch_steps or max(1, data.num_workers * data.prefetch_factor)
 
     def announce(decision: Decision) -> None:
@@ -392,7 +500,9 @@ def device_mover(arithmetic: Precision, channels_last: bool) -> Callable[[Any], 
 
 
 def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:
-    """A batch on the device, its floats of the weights' type; tensors inside lists, tuples and dicts too."""
+    """A batch on the device, its floats of the weights' type; tensors inside lists, tuples and
+    dicts too.
+    """
     if isinstance(batch, torch.Tensor):
         images = channels_last and batch.is_floating_point() and batch.ndim == 4
         return batch.to(
@@ -414,7 +524,9 @@ def _repeated(batch: Any, size: int) -> Any:
     if isinstance(batch, torch.Tensor):
         images = batch.ndim == 4 and batch.is_contiguous(memory_format=torch.channels_last)
         whole = batch.expand(size, *batch.shape[1:])
-        return whole.contiguous(memory_format=torch.channels_last if images else torch.contiguous_format)
+        return whole.contiguous(
+            memory_format=torch.channels_last if images else torch.contiguous_format
+        )
     if isinstance(batch, dict):
         return {key: _repeated(value, size) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):

@@ -1,8 +1,9 @@
 """The controller: rank 0 decides every step, and every worker receives the same bytes.
 
-`Controller` is the state machine that turns a job's schedules into decisions; it lives on rank 0 and needs neither torch nor
-MPI. `DecisionFeed` is what every rank holds: it receives decisions over the control wire, some steps ahead, so that workers
-can load data across a growth or an epoch's end without a bubble. No rank recomputes a decision.
+`Controller` is the state machine that turns a job's schedules into decisions; it lives on rank 0
+and needs neither torch nor MPI. `DecisionFeed` is what every rank holds: it receives decisions over
+the control wire, some steps ahead, so that workers can load data across a growth or an epoch's end
+without a bubble. No rank recomputes a decision.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Controller:
 
     def final_position(self) -> RunProgress:
         """Where the run stands when everything that was decided has been followed."""
-        return RunProgress(self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor)
+        return RunProgress(
+            self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor
+        )
 
 
 class DecisionFeed:
@@ -78,7 +81,8 @@ class DecisionFeed:
         control: the wire.
         controller: on rank 0; None elsewhere.
         ahead: decisions in hand beyond the current one.
-        announce: told of every decision as soon as it is known, in order (the loader starts fetching).
+        announce: told of every decision as soon as it is known, in order (the loader starts
+            fetching).
     """
 
     def __init__(
@@ -98,7 +102,9 @@ class DecisionFeed:
         self._complete = False
 
     def next(self) -> Decision | None:
-        """The decision of the coming step; None when the run is complete. Every rank calls this together."""
+        """The decision of the coming step; None when the run is complete. Every rank calls this
+        together.
+        """
         while not self._complete and len(self._known) <= self._ahead:
             self._receive()
         if not self._known:
@@ -109,7 +115,8 @@ class DecisionFeed:
         record = None
         if self._controller is not None:
             decided = self._controller.decide()
-            assert decided is not None  # the last decision says so, and nothing is asked for behind it
+            # The last decision says so, and nothing is asked for behind it
+            assert decided is not None
             record = decided.to_bytes()
         decision = Decision.from_bytes(self._control.broadcast(record, DECISION_BYTES))
         self._complete = decision.is_last

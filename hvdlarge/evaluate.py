@@ -42,25 +42,33 @@ class Evaluation:
         fetch = MicroBatchDataset(dataset, seed=0, shuffled=False)
         mine: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
         self._size = size
-        self._loader: Iterable[LoadedMicroBatch] = make_dataloader(fetch, mine, num_workers, prefetch_factor)
+        self._loader: Iterable[LoadedMicroBatch] = make_dataloader(
+            fetch, mine, num_workers, prefetch_factor
+        )
 
     @torch.no_grad()
     def run(self, learner: Replica, tensors: Collectives) -> dict[str, float]:
-        """Evaluate the model as it stands. Every rank calls this together, with the running statistics gathered.
+        """Evaluate the model as it stands. Every rank calls this together, with the running
+        statistics gathered.
 
         Returns:
-            `test_loss`, the mean over all samples, and `accuracy` where the targets are classes; the same on every rank.
+            `test_loss`, the mean over all samples, and `accuracy` where the targets are classes;
+            the same on every rank.
         """
         learner.set_mode(training=False)
         device = learner.arithmetic.device
-        totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, samples that have an answer
+        # Loss, right answers, samples that have an answer
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
         for micro_batch, inputs, targets in self._loader:
             targets = learner.to_device(targets)
             size = micro_batch.size
-            # What a model draws while it is evaluated belongs to the micro-batch, and is the same in every evaluation.
+            # What a model draws while it is evaluated belongs to the micro-batch, and is the same
+            # in every evaluation.
             seed_all(seeds.key(learner.seed, seeds.EVALUATION, micro_batch.start))
             with (
-                explain_out_of_memory(f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"),
+                explain_out_of_memory(
+                    f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
+                ),
                 learner.arithmetic.autocast(),
             ):
                 outputs = learner.model(learner.to_device(inputs))

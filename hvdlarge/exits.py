@@ -1,7 +1,8 @@
 """How a run ends: the exit codes, and the one way in which every rank leaves together.
 
-Source:   DESIGN of this project, section 8. Under MPI a rank that leaves alone makes the launcher's code a race, so there
-          are two ways only: all ranks raise the same `RunExit`, or one rank aborts the whole run with a code.
+Source:   DESIGN of this project, section 8. Under MPI a rank that leaves alone makes the launcher's
+          code a race, so there are two ways only: all ranks raise the same `RunExit`, or one rank
+          aborts the whole run with a code.
 """
 
 from __future__ import annotations
@@ -64,15 +65,22 @@ class CheckpointWriteError(RunExit):
         Args:
             what: with its path.
             folder: whose disk is looked at.
-            error: an OSError, or torch's RuntimeError in the place of one, or whatever else came in between.
+            error: an OSError, or torch's RuntimeError in the place of one, or whatever else came in
+                between.
             left: what the user still has.
         """
         try:
             free = f"{shutil.disk_usage(folder).free:,}"
         except OSError:
             free = "an unknown number of"
-        kind = "" if isinstance(error, (OSError, RuntimeError)) and str(error) else type(error).__name__
-        reason = getattr(error, "strerror", None) or ": ".join(filter(None, [kind, *str(error).splitlines()[:1]]))
+        kind = (
+            ""
+            if isinstance(error, (OSError, RuntimeError)) and str(error)
+            else type(error).__name__
+        )
+        reason = getattr(error, "strerror", None) or ": ".join(
+            filter(None, [kind, *str(error).splitlines()[:1]])
+        )
         return cls(f"{what} could not be written ({reason}); {free} bytes are free there; {left}")
 
 
@@ -89,4 +97,6 @@ class CheckpointError(RunExit):
 
 
 class OutOfMemory(Exception):
-    """Memory ran out on one rank, which ends the run for all; the message says what to change. No RunExit: it is raised alone."""
+    """Memory ran out on one rank, which ends the run for all; the message says what to change. No
+    RunExit: it is raised alone.
+    """

@@ -1,9 +1,9 @@
 """Door: python -m hvdlarge.launch -np N job.yaml [key.sub=value ...]
 
-Starts mpirun as its child in a process group of its own, turns SIGTERM and SIGINT into an orderly stop with a checkpoint, and
-starts the job again from its last checkpoint after a rank was lost, as long as it gets further. Needs neither torch, Horovod
-nor MPI itself. `horovodrun` cannot be stopped like this: a signal ends only the shell around mpirun, and the ranks train on as
-orphans.
+Starts mpirun as its child in a process group of its own, turns SIGTERM and SIGINT into an orderly
+stop with a checkpoint, and starts the job again from its last checkpoint after a rank was lost, as
+long as it gets further. Needs neither torch, Horovod nor MPI itself. `horovodrun` cannot be stopped
+like this: a signal ends only the shell around mpirun, and the ranks train on as orphans.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from hvdlarge import exits
 from hvdlarge.config.job_file import read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
-# A rank hung or was lost: it, or its host, is worth another try. 134, 137, 139: abort, kill and segmentation fault of a rank.
+# A rank hung or was lost: it, or its host, is worth another try. 134, 137, 139: abort, kill and
+# segmentation fault of a rank.
 _TRY_AGAIN = frozenset([exits.HUNG, exits.LOST_RANK, 134, 137, 139])
 _NO_PROGRESS_LIMIT = 3
 _PAUSE_SECONDS = 1.0  # before a restart; doubles while there is no progress
@@ -40,7 +41,8 @@ class Hosts(NamedTuple):
 
 
 def parse_hosts(text: str) -> Hosts:
-    """Hosts as `name`, `name:slots` or `name slots=n`, one a line or separated by commas; # begins a comment.
+    """Hosts as `name`, `name:slots` or `name slots=n`, one a line or separated by commas; # begins
+    a comment.
 
     Raises:
         JobError: for a line that is not of this form, or no host at all.
@@ -55,12 +57,16 @@ def parse_hosts(text: str) -> Hosts:
             if words:
                 name, _, slots = words.partition(":")
                 if not (slots or "1").isdigit() or " " in name or not name:
-                    raise exits.JobError(f"{entry.strip()!r} is not a host: write name, name:slots or name slots=n")
+                    raise exits.JobError(
+                        f"{entry.strip()!r} is not a host: write name, name:slots or name slots=n"
+                    )
                 found.append((name, int(slots or "1")))
     found = [(name, slots) for name, slots in found if slots]
     if not found:
         raise exits.JobError("no host is left to run on")
-    return Hosts(",".join(f"{name}:{slots}" for name, slots in found), sum(slots for _, slots in found))
+    return Hosts(
+        ",".join(f"{name}:{slots}" for name, slots in found), sum(slots for _, slots in found)
+    )
 
 
 class Launcher:
@@ -73,7 +79,8 @@ class Launcher:
         mpirun: the command and its own options.
         grace_seconds: how long an orderly stop may take.
         max_restarts: restarts in all.
-        restart_stopped: start again after an orderly stop that somebody else asked for (exit code 75).
+        restart_stopped: start again after an orderly stop that somebody else asked for (exit code
+            75).
         progress: how far the run has come, asked before and after each start.
     """
 
@@ -112,13 +119,21 @@ class Launcher:
             without_progress = 0 if self._progress() > before else without_progress + 1
             restarts += 1
             if without_progress >= _NO_PROGRESS_LIMIT:
-                print_error(f"the last {_NO_PROGRESS_LIMIT} starts came no further (exit code {code}): not started again")
+                print_error(
+                    f"the last {_NO_PROGRESS_LIMIT} starts came no further (exit code {code}): not "
+                    "started again"
+                )
                 return code
             if restarts > self._max_restarts:
-                print_error(f"exit code {code} after {self._max_restarts} restarts: not started again")
+                print_error(
+                    f"exit code {code} after {self._max_restarts} restarts: not started again"
+                )
                 return code
             pause = _PAUSE_SECONDS * 2**without_progress
-            print_status(f"launch: exit code {code}; restart {restarts} from the last checkpoint in {pause:g} s")
+            print_status(
+                f"launch: exit code {code}; restart {restarts} from the last checkpoint in "
+                f"{pause:g} s"
+            )
             self._sleep(pause)
             if self._asked is not None:
                 return code
@@ -136,14 +151,20 @@ class Launcher:
             print_status(f"launch: {workers} workers on {hosts.value}")
         command = [*self._mpirun, "-np", str(workers), *where, *self._command]
         try:
-            process = subprocess.Popen(command, start_new_session=True, preexec_fn=_stop_with_parent)
+            process = subprocess.Popen(
+                command, start_new_session=True, preexec_fn=_stop_with_parent
+            )
         except FileNotFoundError:
-            print_error(f"{command[0]} is not on PATH; install an MPI, or name its launcher with --mpirun")
+            print_error(
+                f"{command[0]} is not on PATH; install an MPI, or name its launcher with --mpirun"
+            )
             return exits.WRONG_ENVIRONMENT
         return self._watch(process)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> int:
-        """Wait for mpirun; once a stop is asked for: SIGUSR1, after the grace time SIGTERM, then SIGKILL to its group."""
+        """Wait for mpirun; once a stop is asked for: SIGUSR1, after the grace time SIGTERM, then
+        SIGKILL to its group.
+        """
         told = 0
         while True:
             try:
@@ -156,9 +177,11 @@ class Launcher:
             waited = time.monotonic() - self._asked_at
             if told == 0:
                 print_status(
-                    f"launch: {self._asked}: the run is asked to stop with a checkpoint (at most {self._grace_seconds:g} s)"
+                    f"launch: {self._asked}: the run is asked to stop with a checkpoint (at most "
+                    f"{self._grace_seconds:g} s)"
                 )
-                process.send_signal(signal.SIGUSR1)  # mpirun hands it to every rank, unlike SIGTERM, which kills them after 1 s
+                # Mpirun hands it to every rank, unlike SIGTERM, which kills them after 1 s
+                process.send_signal(signal.SIGUSR1)
                 told = 1
             elif told == 1 and waited > self._grace_seconds:
                 print_error("the grace time is over: the run is ended without a further checkpoint")
@@ -201,19 +224,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Launch a job; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.launch",
-        description="Run a job on many workers by mpirun: stopped in order, started again after a lost rank.",
-        epilog="Exit codes are those of hvdlarge.train. SIGTERM or Ctrl-C stops with a checkpoint (75); the same command "
-        "goes on.",
+        description=(
+            "Run a job on many workers by mpirun: stopped in order, started again after a lost "
+            "rank."
+        ),
+        epilog=(
+            "Exit codes are those of hvdlarge.train. SIGTERM or Ctrl-C stops with a checkpoint "
+            "(75); the same command goes on."
+        ),
     )
     parser.add_argument("-np", type=int, required=True, metavar="N", help="workers, at most")
     parser.add_argument("--hosts-file", metavar="FILE", help="hosts with slots, read at each start")
-    parser.add_argument("--hosts-command", metavar="COMMAND", help="prints the hosts, run at each start")
-    parser.add_argument("--mpirun", default="mpirun", metavar="COMMAND", help="mpirun and its own options, in one string")
-    parser.add_argument("--grace-seconds", type=float, default=60.0, help="for an orderly stop (default: 60)")
+    parser.add_argument(
+        "--hosts-command", metavar="COMMAND", help="prints the hosts, run at each start"
+    )
+    parser.add_argument(
+        "--mpirun",
+        default="mpirun",
+        metavar="COMMAND",
+        help="mpirun and its own options, in one string",
+    )
+    parser.add_argument(
+        "--grace-seconds", type=float, default=60.0, help="for an orderly stop (default: 60)"
+    )
     parser.add_argument("--max-restarts", type=int, default=100, help="in all (default: 100)")
-    parser.add_argument("--restart-stopped", action="store_true", help="also after exit code 75 (stopped on request)")
+    parser.add_argument(
+        "--restart-stopped",
+        action="store_true",
+        help="also after exit code 75 (stopped on request)",
+    )
     parser.add_argument("job", help="the job file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.np < 1:
@@ -247,9 +290,13 @@ def _hosts_of(file: str | None, command: str | None) -> Callable[[], Hosts] | No
             raise exits.JobError(f"--hosts-file {file}: {error.strerror}") from None
 
     def from_command() -> Hosts:
-        done = subprocess.run(shlex.split(command or ""), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            shlex.split(command or ""), capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            raise exits.JobError(f"--hosts-command {command}: exit code {done.returncode}: {done.stderr.strip()}")
+            raise exits.JobError(
+                f"--hosts-command {command}: exit code {done.returncode}: {done.stderr.strip()}"
+            )
         return parse_hosts(done.stdout)
 
     if file is not None:

@@ -97,8 +97,19 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
         where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
         try:
-            with explain_out_of_memory(where, oom_hint(decision.micro_batch, decision.global_batch)):
-                outcome = train_step(decision, layout, fetched, parts.learner, parts.agreement, digest, parts.policy, timed)
+            with explain_out_of_memory(
+                where, oom_hint(decision.micro_batch, decision.global_batch)
+            ):
+                outcome = train_step(
+                    decision,
+                    layout,
+                    fetched,
+                    parts.learner,
+                    parts.agreement,
+                    digest,
+                    parts.policy,
+                    timed,
+                )
         except ModeChangedError as error:
             raise JobError(f"model.name: {error}") from None
         if compare:
@@ -115,42 +126,75 @@ def train(parts: LoopComponents, state: TrainState) -> None:
             state.scheduled_step = decision.step + 1
         if due or outcome.verdict.save or outcome.verdict.stop:
             with timed("save"), parts.watchdog.during("save"):
-                position = parts.controller.position_after(decision) if parts.controller is not None else None
+                position = (
+                    parts.controller.position_after(decision)
+                    if parts.controller is not None
+                    else None
+                )
                 truncated = decision.global_batch < decision.stage_batch
-                save(parts, state, position, truncated, best, scheduled=due, wait=outcome.verdict.stop or decision.is_last)
+                save(
+                    parts,
+                    state,
+                    position,
+                    truncated,
+                    best,
+                    scheduled=due,
+                    wait=outcome.verdict.stop or decision.is_last,
+                )
         if outcome.verdict.stop and not decision.is_last:
-            reasons = {message.decode() for message in parts.control.allgather((parts.stop.reason or "").encode())} - {""}
+            reasons = {
+                message.decode()
+                for message in parts.control.allgather((parts.stop.reason or "").encode())
+            } - {""}
             raise Stopped(
-                f"stopped behind step {decision.step} (epoch {decision.epoch:.2f}) as asked by {' and '.join(sorted(reasons))}; "
+                f"stopped behind step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
+                f"{' and '.join(sorted(reasons))}; "
                 "the checkpoint is written: the same command goes on from here"
             )
 
 
-def record(parts: LoopComponents, state: TrainState, decision: Decision, outcome: StepOutcome, timed: PhaseTimers) -> None:
-    """Measure and write down the step's loss where the cadence asks for it. Every rank calls this together.
+def record(
+    parts: LoopComponents,
+    state: TrainState,
+    decision: Decision,
+    outcome: StepOutcome,
+    timed: PhaseTimers,
+) -> None:
+    """Measure and write down the step's loss where the cadence asks for it. Every rank calls this
+    together.
 
     Raises:
-        DivergedError, RollBack: on every rank alike, where the step was applied though its loss is not finite.
+        DivergedError, RollBack: on every rank alike, where the step was applied though its loss is
+            not finite.
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
-    parts.policy.flush(parts.learner)  # before a loss that is not finite is written down as if it were one
+    # Before a loss that is not finite is written down as if it were one
+    parts.policy.flush(parts.learner)
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
         heard = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
         loss = sum(struct.unpack("<d", share)[0] for share in heard)
     samples_seen = decision.samples_seen + decision.global_batch
     if parts.log is not None:
-        progress = {"step": decision.step, "epoch": parts.plan.clock.epoch(samples_seen), "samples_seen": samples_seen}
+        progress = {
+            "step": decision.step,
+            "epoch": parts.plan.clock.epoch(samples_seen),
+            "samples_seen": samples_seen,
+        }
         step = {"global_batch": decision.global_batch, "lr": decision.lr, "loss": loss}
-        parts.log.metrics(progress | step | trust_ratios(parts.learner.update.optimizer) | timed.read())
+        parts.log.metrics(
+            progress | step | trust_ratios(parts.learner.update.optimizer) | timed.read()
+        )
         parts.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
     if outcome.applied and not math.isfinite(loss):
         parts.policy.check_loss(decision, loss)
 
 
-def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed: PhaseTimers) -> bool:
+def evaluate(
+    parts: LoopComponents, state: TrainState, decision: Decision, timed: PhaseTimers
+) -> bool:
     """Evaluate where the cadence asks for it. Every rank calls this together.
 
     Returns:
@@ -158,7 +202,9 @@ def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed
     """
     samples_seen = decision.samples_seen + decision.global_batch
     epoch, every = parts.plan.clock.epoch(samples_seen), parts.cadence.evaluate_every_epochs
-    passed = milestones_reached(epoch, every, None) > milestones_reached(decision.epoch, every, None)
+    passed = milestones_reached(epoch, every, None) > milestones_reached(
+        decision.epoch, every, None
+    )
     if parts.evaluation is None or not (passed or decision.is_last):
         return False
     parts.policy.flush(parts.learner)
@@ -168,11 +214,15 @@ def evaluate(parts: LoopComponents, state: TrainState, decision: Decision, timed
         parts.learner.statistics.to_partial()
     state.results.update(found)
     if parts.log is not None:
-        parts.log.metrics({"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found)
+        parts.log.metrics(
+            {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found
+        )
         parts.log.evaluated(found)
     if not math.isfinite(found["test_loss"]):
         loss = found["test_loss"]
-        raise DivergedError(f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer")
+        raise DivergedError(
+            f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer"
+        )
     return parts.saver.is_best(state, decision, found)
 
 
@@ -185,7 +235,8 @@ def save(
     scheduled: bool,
     wait: bool,
 ) -> None:
-    """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank calls this together.
+    """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank
+    calls this together.
 
     Args and errors are those of `CheckpointSaver.save`; further:
 
@@ -198,18 +249,27 @@ def save(
     else:
         compare_states(parts.control, parts.learner)
     parts.resting.refuse_changes(parts.control, parts.learner)
-    not_finite = [name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()]
+    not_finite = [
+        name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()
+    ]
     if not_finite:
-        raise DivergedError(f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm up longer")
+        raise DivergedError(
+            f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm "
+            "up longer"
+        )
     if parts.log is not None:
         state.train_seconds = parts.log.seconds
     raise_on_all_ranks(
-        parts.control, lambda: parts.saver.save(position, truncated, state, best, scheduled, wait), name_ranks=False
+        parts.control,
+        lambda: parts.saver.save(position, truncated, state, best, scheduled, wait),
+        name_ranks=False,
     )
 
 
 def check_files(parts: LoopComponents) -> None:
-    """Raise CheckpointWriteError if the last checkpoint or a log could not be written. Rank 0 alone."""
+    """Raise CheckpointWriteError if the last checkpoint or a log could not be written. Rank 0
+    alone.
+    """
     parts.saver.finish()
     if parts.log is not None:
         parts.log.check()
@@ -227,7 +287,9 @@ def digests(learner: Replica) -> dict[str, int]:
 
 
 def take_over(learner: Replica, tensors: Collectives) -> None:
-    """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every rank calls this together."""
+    """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every
+    rank calls this together.
+    """
     tensors.broadcast_(list(shared_state(learner).items()))
 
 
@@ -243,8 +305,12 @@ def compare_states(control: ControlChannel, learner: Replica) -> None:
         check_equal_across_ranks(control, mine, "weights, buffers and optimizer state (by digest)")
 
 
-def timed_fetch(parts: LoopComponents, count: int, timed: PhaseTimers) -> Iterator[LoadedMicroBatch]:
-    """The loader's next `count` micro-batches; the time spent waiting for them counts as the phase fetch."""
+def timed_fetch(
+    parts: LoopComponents, count: int, timed: PhaseTimers
+) -> Iterator[LoadedMicroBatch]:
+    """The loader's next `count` micro-batches; the time spent waiting for them counts as the phase
+    fetch.
+    """
     fetched = parts.loader.fetch(count)
     for _ in range(count):
         parts.watchdog.progress("fetch")
@@ -255,9 +321,13 @@ def timed_fetch(parts: LoopComponents, count: int, timed: PhaseTimers) -> Iterat
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Smallest and largest trust ratio of the adapted tensors in the last step, for an optimizer that has them."""
+    """Smallest and largest trust ratio of the adapted tensors in the last step, for an optimizer
+    that has them.
+    """
     if not hasattr(optimizer, "trust_ratio_of"):
         return {}
-    adapted = (weight for group in optimizer.param_groups if group["adapt"] for weight in group["params"])
+    adapted = (
+        weight for group in optimizer.param_groups if group["adapt"] for weight in group["params"]
+    )
     ratios = [ratio for ratio in map(optimizer.trust_ratio_of, adapted) if ratio is not None]
     return {"trust_ratio_min": min(ratios), "trust_ratio_max": max(ratios)} if ratios else {}

@@ -1,16 +1,21 @@
-"""The rehearsal: the first micro-batch goes through data, model and loss before the first step, and whatever could not give the
-same result on another number of workers, or after an interruption, is refused by its name.
+"""The rehearsal: the first micro-batch goes through data, model and loss before the first step, and
+whatever could not give the same result on another number of workers, or after an interruption, is
+refused by its name.
 
-Formula:  pass A: forward and backward with everything as it is;  pass B: the same micro-batch and seeds, every saved tensor put
-          back, the running statistics of batch normalisation moved by δ, their counts by a million, gradients added to A's. With
+Formula:  pass A: forward and backward with everything as it is;  pass B: the same micro-batch and
+          seeds, every saved tensor put back, the running statistics of batch normalisation moved by
+          δ, their counts by a million, gradients added to A's. With
               loss of B = loss of A;    gradients after B = 2 · those after A;
               running after B − running after A = (1 − m)^u · δ  for u uses in A
-          the model is sound, if no saved tensor but those statistics changes. Where the run evaluates, a forward pass in
-          evaluation mode follows each of the two: they must agree and change nothing.
-Source:   the contract of reduction/batch_norm.py (the average is linear, nothing reads it while training), and DESIGN of
-          this project, section 5: a result belongs to the samples, the seeds and the saved state, and to nothing else.
-Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts are as before. On the model as
-          it was built, before any other worker is joined; every rank rehearses the same samples.
+          the model is sound, if no saved tensor but those statistics changes. Where the run
+          evaluates, a forward pass in evaluation mode follows each of the two: they must agree and
+          change nothing.
+Source:   the contract of reduction/batch_norm.py (the average is linear, nothing reads it while
+          training), and DESIGN of this project, section 5: a result belongs to the samples, the
+          seeds and the saved state, and to nothing else.
+Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts
+          are as before. On the model as it was built, before any other worker is joined; every rank
+          rehearses the same samples.
 """
 
 from __future__ import annotations
@@ -34,7 +39,15 @@ from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
 from hvdlarge.exits import JobError, RunExit
-from hvdlarge.models.state import Modules, extra_states, named_modules, named_parameters, pack, saved_tensors, trained_modules
+from hvdlarge.models.state import (
+    Modules,
+    extra_states,
+    named_modules,
+    named_parameters,
+    pack,
+    saved_tensors,
+    trained_modules,
+)
 from hvdlarge.optim.precision import Precision
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.resilience.digest import tensor_digests
@@ -42,7 +55,8 @@ from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_m
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
-_CLOSE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # relative; a GPU may add up in any order
+# Relative; a GPU may add up in any order
+_CLOSE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 _COUNTS = 1_000_000
 
 
@@ -57,7 +71,8 @@ def rehearse(
     seed: int,
     control: ControlChannel,
 ) -> bool:
-    """Rehearse the first samples of a run. Every rank calls this together, before the first decision is announced.
+    """Rehearse the first samples of a run. Every rank calls this together, before the first
+    decision is announced.
 
     Args:
         plan: whose sizes of micro-batches are tried, the first and the smallest.
@@ -66,7 +81,8 @@ def rehearse(
         arithmetic: see Rehearsal.
         to_device: see Rehearsal.
         loader: of the training set, unused so far.
-        test_samples: reads the first micro-batch of the test set twice; None for a run that evaluates nothing.
+        test_samples: reads the first micro-batch of the test set twice; None for a run that
+            evaluates nothing.
         seed: of the run.
         control: the wire.
 
@@ -74,8 +90,8 @@ def rehearse(
         Whether the ranks round differently, as unlike CPUs or GPUs do; the same on every rank.
 
     Raises:
-        JobError: on every rank alike, for what Rehearsal refuses, for samples that cannot be read, and for samples that differ
-            when they are read again.
+        JobError: on every rank alike, for what Rehearsal refuses, for samples that cannot be read,
+            and for samples that differ when they are read again.
         RanksDisagreeError: on every rank alike, if the ranks read different samples.
     """
     sizes = _sizes(plan)
@@ -83,7 +99,10 @@ def rehearse(
     if test_samples is not None:
         raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     samples = {"inputs": fingerprint(loaded[0].inputs), "targets": fingerprint(loaded[0].targets)}
-    hint = f"do all hosts have the same files, listed in the same order? The first {sizes.first} of the run were compared"
+    hint = (
+        f"do all hosts have the same files, listed in the same order? The first {sizes.first} of "
+        "the run were compared"
+    )
     check_equal_across_ranks(control, samples, f"training samples ({hint}, by a digest)")
 
     def passes() -> Outcome:
@@ -94,14 +113,17 @@ def rehearse(
         return outcome
 
     advice = oom_hint(sizes.first, plan.initial_batch)
-    with explain_out_of_memory(f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice):
+    with explain_out_of_memory(
+        f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice
+    ):
         outcome = raise_on_all_ranks(control, passes)
     return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
 
 
 def _rounding(outcome: Outcome, device: torch.device) -> bytes:
     """What two workers that round alike have in common."""
-    if device.type == "cuda":  # the order of sums within a backward pass may differ there from time to time
+    # The order of sums within a backward pass may differ there from time to time
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device).encode()
     return struct.pack("<dd", outcome.loss, outcome.gradient)
 
@@ -119,7 +141,10 @@ def _sizes(plan: Plan) -> _Sizes:
     for stage in stages_of(plan):
         for batch in ([stage.global_batch] if stage.steps > 1 else []) + [stage.last_batch]:
             micro = min(batch, plan.micro_batch_of(batch))
-            where = f"a micro-batch of {batch % micro or micro}, with which a step of {batch:,} samples ends,"
+            where = (
+                f"a micro-batch of {batch % micro or micro}, with which a step of {batch:,} "
+                "samples ends,"
+            )
             found.append(_Sizes(micro, batch % micro or micro, where))
     return min(found, key=lambda sizes: sizes.smallest)._replace(first=found[0].first)
 
@@ -135,19 +160,23 @@ def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
     return _read_again(lambda: loader.fetch(len(wanted)), "training set")
 
 
-def _read_again(read: Callable[[], Iterable[LoadedMicroBatch]], what: str) -> list[LoadedMicroBatch]:
+def _read_again(
+    read: Callable[[], Iterable[LoadedMicroBatch]], what: str
+) -> list[LoadedMicroBatch]:
     """What `read` gives, but for the second, which must be like the first."""
     try:
         first, again, *others = read()
     except Exception as error:
         if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
-        raise JobError(f"data.name: the first samples of the {what} cannot be read: {describe(error)}") from None
+        raise JobError(
+            f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
+        ) from None
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
-            f"data.name: the {what} gives other samples when it is read again with the same seeds: it draws from a "
-            "generator of its own (draw from torch, numpy.random or random, which are seeded for each sample), or changes as "
-            "it is read"
+            f"data.name: the {what} gives other samples when it is read again with the same seeds: "
+            "it draws from a generator of its own (draw from torch, numpy.random or random, which "
+            "are seeded for each sample), or changes as it is read"
         )
     return [first, *others]
 
@@ -193,14 +222,16 @@ class Rehearsal:
             evaluates: whether passes in evaluation mode are tried too.
 
         Raises:
-            JobError: naming the layer, parameter or buffer because of which the job cannot have one result, or what the user's
-                own code raised, with its line.
+            JobError: naming the layer, parameter or buffer because of which the job cannot have one
+                result, or what the user's own code raised, with its line.
         """
         with _kept(self._modules, self._layers) as restore, _eager(self._model):
             before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
-            written = [name for name, version in self._versions().items() if versions.get(name) != version]
+            written = [
+                name for name, version in self._versions().items() if versions.get(name) != version
+            ]
             restore()
             self._refuse_steps_of_its_own(written, before, inputs, targets)
             restore()
@@ -222,23 +253,34 @@ class Rehearsal:
         with _kept(self._modules, self._layers), _eager(self._model):
             self._pass(inputs, targets, what)
 
-    def _pass(self, inputs: Any, targets: Any, what: str = "the first micro-batch", add: bool = False) -> Outcome:
-        """Forward and backward; the gradients are added to those of the pass before where `add` says so."""
+    def _pass(
+        self, inputs: Any, targets: Any, what: str = "the first micro-batch", add: bool = False
+    ) -> Outcome:
+        """Forward and backward; the gradients are added to those of the pass before where `add`
+        says so.
+        """
         if not add:
             _clear(self._modules)
         counts = [int(layer.uses) for layer in self._layers]
         with _users(what):
             value = self._forward(inputs, targets)
             value.backward()
-        grads = {name: weight.grad for name, weight in named_parameters(self._modules) if weight.grad is not None}
+        grads = {
+            name: weight.grad
+            for name, weight in named_parameters(self._modules)
+            if weight.grad is not None
+        }
         for name, grad in grads.items():
             if grad.is_sparse:
                 raise JobError(
-                    f"model.name: the parameter {name!r} has a sparse gradient, which cannot be averaged with the dense ones of "
+                    f"model.name: the parameter {name!r} has a sparse gradient, which cannot be "
+                    "averaged with the dense ones of "
                     "other workers: build the embedding with sparse=False"
                 )
         norms = [float(torch.linalg.vector_norm(grad)) for grad in grads.values()]
-        uses = tuple(int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True))
+        uses = tuple(
+            int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True)
+        )
         return Outcome(value.item(), math.hypot(*norms), uses)
 
     def _forward(self, inputs: Any, targets: Any) -> torch.Tensor:
@@ -246,8 +288,15 @@ class Rehearsal:
         with self._arithmetic.autocast():
             value: Any = self._loss(self._model(self._to_device(inputs)), self._to_device(targets))
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
-            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            raise JobError(f"loss.name: a loss must be a mean over samples, a tensor of shape (); this one is {shape}")
+            shape = (
+                f"a tensor of shape {tuple(value.shape)}"
+                if isinstance(value, torch.Tensor)
+                else f"a {type(value).__name__}"
+            )
+            raise JobError(
+                "loss.name: a loss must be a mean over samples, a tensor of shape (); this one is "
+                f"{shape}"
+            )
         return value
 
     @torch.no_grad()
@@ -265,12 +314,14 @@ class Rehearsal:
     def _refuse_other_evaluation(self, first: float, again: float) -> None:
         if not self._same(Outcome(first, 0.0, ()), Outcome(again, 0.0, ())):
             raise JobError(
-                "model.name: in evaluation mode the model or the loss gives another result for the same samples, seeds and "
-                f"state: loss {first!r}, then {again!r}"
+                "model.name: in evaluation mode the model or the loss gives another result for "
+                f"the same samples, seeds and state: loss {first!r}, then {again!r}"
             )
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        """For each saved tensor of floats but the running statistics, what changes whenever it is written to."""
+        """For each saved tensor of floats but the running statistics, what changes whenever it is
+        written to.
+        """
         moving = {id(buffer) for layer in self._layers for buffer in layer.averages}
         return {
             name: (id(value), value._version)
@@ -278,11 +329,15 @@ class Rehearsal:
             if value.is_floating_point() and id(value) not in moving
         }
 
-    def _refuse_steps_of_its_own(self, written: list[str], before: _State, inputs: Any, targets: Any) -> None:
-        """Refuse tensors that a pass moves on from where they are, though it did not move them from where they began.
+    def _refuse_steps_of_its_own(
+        self, written: list[str], before: _State, inputs: Any, targets: Any
+    ) -> None:
+        """Refuse tensors that a pass moves on from where they are, though it did not move them from
+        where they began.
 
-        Spectral normalisation that has converged, or an embedding all of whose rows are within its max_norm: moved away, they do
-        not stay there. A tensor that each pass computes anew does come back to what it was.
+        Spectral normalisation that has converged, or an embedding all of whose rows are within its
+        max_norm: moved away, they do not stay there. A tensor that each pass computes anew does
+        come back to what it was.
         """
         if not written:
             return
@@ -292,13 +347,18 @@ class Rehearsal:
             for name in written:
                 tensors[name].add_(1000 * (1 + tensors[name].abs()))
         moved = _State.of(self._modules, self._layers)
-        with contextlib.suppress(JobError):  # of a pass that reads such a tensor before it writes it
+        # Of a pass that reads such a tensor before it writes it
+        with contextlib.suppress(JobError):
             self._pass(inputs, targets)
         now = _State.of(self._modules, self._layers)
         with torch.no_grad():
             for name, value in kept.items():
                 tensors[name].copy_(value)
-        stays = {name for name in written if now.digests[name] in (before.digests[name], moved.digests[name])}
+        stays = {
+            name
+            for name in written
+            if now.digests[name] in (before.digests[name], moved.digests[name])
+        }
         if depends := sorted(set(written) - stays):
             raise JobError(_changed(depends[0]))
 
@@ -306,29 +366,42 @@ class Rehearsal:
         close = _CLOSE[self._arithmetic.precision]
 
         def near(a: float, b: float) -> bool:
-            return a == b or math.isclose(a, b, rel_tol=close) or (not math.isfinite(a) and not math.isfinite(b))
+            return (
+                a == b
+                or math.isclose(a, b, rel_tol=close)
+                or (not math.isfinite(a) and not math.isfinite(b))
+            )
 
-        return near(one.loss, other.loss) and near(one.gradient, other.gradient) and one.uses == other.uses
+        return (
+            near(one.loss, other.loss)
+            and near(one.gradient, other.gradient)
+            and one.uses == other.uses
+        )
 
     def _averages(self) -> list[torch.Tensor]:
         return [buffer.clone() for layer in self._layers for buffer in layer.averages]
 
-    def _explain(self, first: Outcome, inputs: Any, targets: Any, restore: Callable[[], None]) -> None:
+    def _explain(
+        self, first: Outcome, inputs: Any, targets: Any, restore: Callable[[], None]
+    ) -> None:
         """Raise JobError for a second pass that was not like the first."""
         again = self._pass(inputs, targets)
         if not self._same(first, again):
             raise JobError(
-                "model.name: the model or the loss gives another result for the same samples, seeds and state: loss "
-                f"{first.loss!r}, then {again.loss!r}. It draws from a generator of its own (draw from torch, numpy.random or "
-                "random, which are seeded for each micro-batch), or changes something in its forward pass that is not saved"
+                "model.name: the model or the loss gives another result for the same samples, "
+                f"seeds and state: loss {first.loss!r}, then {again.loss!r}. It draws from a "
+                "generator of its own (draw from torch, numpy.random or random, which are seeded "
+                "for each micro-batch), or changes something in its forward pass that is not "
+                "saved"
             )
         for layer in self._layers:
             restore()
             _move([layer])
             if not self._same(first, self._pass(inputs, targets)):
                 raise JobError(
-                    f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) reads its running statistics while it "
-                    "trains; a worker has only a part of them then, so the result would depend on the number of workers"
+                    f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) reads "
+                    "its running statistics while it trains; a worker has only a part of them "
+                    "then, so the result would depend on the number of workers"
                 )
         restore()
         self._pass(inputs, targets)
@@ -336,22 +409,30 @@ class Rehearsal:
         twice = self._pass(inputs, targets, add=True)
         if not self._same(first, twice._replace(gradient=twice.gradient / 2)):
             raise JobError(
-                "model.name: the gradients of two micro-batches do not add up: a hook changes what has been accumulated, so the "
-                "result would depend on how many micro-batches a worker processes (a hook on the gradient of one pass does not)"
+                "model.name: the gradients of two micro-batches do not add up: a hook changes "
+                "what has been accumulated, so the result would depend on how many micro-batches "
+                "a worker processes (a hook on the gradient of one pass does not)"
             )
-        raise JobError("model.name: the model reads running statistics of batch normalisation while it trains")
+        raise JobError(
+            "model.name: the model reads running statistics of batch normalisation while it trains"
+        )
 
-    def _refuse_other_rules(self, first: Outcome, averages: list[torch.Tensor], moved: list[torch.Tensor]) -> None:
+    def _refuse_other_rules(
+        self, first: Outcome, averages: list[torch.Tensor], moved: list[torch.Tensor]
+    ) -> None:
         for number, layer in enumerate(self._layers):
             kept = (1 - layer.momentum) ** first.uses[number]
-            for buffer, before, delta in zip(layer.averages, averages[2 * number :], moved[2 * number :], strict=False):
+            for buffer, before, delta in zip(
+                layer.averages, averages[2 * number :], moved[2 * number :], strict=False
+            ):
                 close = 1e-3 * delta.abs() + 1e-5 * before.abs()
                 away = (buffer - before - kept * delta).abs()
                 if not bool((away <= close).logical_or(~before.isfinite()).all()):
                     raise JobError(
-                        f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) does not follow the "
-                        "micro-batches by (1 − momentum)·running + momentum·batch, so the workers' parts of its running "
-                        "statistics would not add up"
+                        f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) "
+                        "does not follow the micro-batches by (1 − momentum)·running + "
+                        "momentum·batch, so the workers' parts of its running statistics would "
+                        "not add up"
                     )
 
 
@@ -365,9 +446,17 @@ class _State(NamedTuple):
     @classmethod
     def of(cls, modules: Modules, layers: list[NormLayer]) -> _State:
         moving = {id(buffer) for layer in layers for buffer in (*layer.averages, layer.uses)}
-        resting = {name: value.detach() for name, value in saved_tensors(modules).items() if id(value) not in moving}
+        resting = {
+            name: value.detach()
+            for name, value in saved_tensors(modules).items()
+            if id(value) not in moving
+        }
         extra = {name: pack({name: value}) for name, value in extra_states(modules).items()}
-        return cls(tensor_digests(resting), extra, {name: module.training for name, module in named_modules(modules)})
+        return cls(
+            tensor_digests(resting),
+            extra,
+            {name: module.training for name, module in named_modules(modules)},
+        )
 
     def refuse_changes(self, modules: Modules, layers: list[NormLayer]) -> None:
         now = _State.of(modules, layers)
@@ -375,19 +464,27 @@ class _State(NamedTuple):
         changed += [name for name in self.extra if now.extra.get(name) != self.extra[name]]
         if changed:
             raise JobError(_changed(changed[0]))
-        if switched := [name for name, mode in now.modes.items() if self.modes.get(name, mode) != mode]:
-            raise JobError(f"model.name: the forward pass changes the mode (training or evaluation) of {switched[0]!r}")
+        if switched := [
+            name for name, mode in now.modes.items() if self.modes.get(name, mode) != mode
+        ]:
+            raise JobError(
+                "model.name: the forward pass changes the mode (training or evaluation) of "
+                f"{switched[0]!r}"
+            )
 
 
 def _changed(name: str) -> str:
     return (
-        f"model.name: the forward or backward pass changes {name!r}, which is saved with the model: what it becomes would depend "
-        "on how many micro-batches a worker processes (a cache may be a buffer with persistent=False)"
+        f"model.name: the forward or backward pass changes {name!r}, which is saved with the "
+        "model: what it becomes would depend on how many micro-batches a worker processes (a "
+        "cache may be a buffer with persistent=False)"
     )
 
 
 def _eager(model: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Run a compiled model as it was written: compiling takes minutes, and the steps to come may have other sizes."""
+    """Run a compiled model as it was written: compiling takes minutes, and the steps to come may
+    have other sizes.
+    """
     if model._compiled_call_impl is None:  # the compiler is not even imported for it
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -395,8 +492,14 @@ def _eager(model: torch.nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _kept(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], None]]:
-    """Put buffers and counts back at the end of the `with` block, and whenever what it gives is called."""
-    buffers = {id(value): value for value in saved_tensors(modules).values() if not isinstance(value, torch.nn.Parameter)}
+    """Put buffers and counts back at the end of the `with` block, and whenever what it gives is
+    called.
+    """
+    buffers = {
+        id(value): value
+        for value in saved_tensors(modules).values()
+        if not isinstance(value, torch.nn.Parameter)
+    }
     buffers |= {id(buffer): buffer for layer in layers for buffer in (*layer.averages, layer.uses)}
     copies = [(buffer, buffer.clone()) for buffer in buffers.values()]
 
@@ -425,12 +528,14 @@ def _users(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
-        raise JobError(f"model.name: {what} does not go through model and loss: {describe(error)}") from None
+        raise JobError(
+            f"model.name: {what} does not go through model and loss: {describe(error)}"
+        ) from None
 
 
 @torch.no_grad()
 def _move(layers: list[NormLayer]) -> list[torch.Tensor]:
-    """MomentumStep the running statistics and the counts; δ of each mean and variance."""
+    """Move the running statistics and the counts; δ of each mean and variance."""
     moved = []
     for layer in layers:
         mean, var = layer.averages
@@ -442,7 +547,9 @@ def _move(layers: list[NormLayer]) -> list[torch.Tensor]:
 
 
 def describe(error: BaseException) -> str:
-    """An error of the user's code: its kind and message, the user's own line, and the whole traceback below."""
+    """An error of the user's code: its kind and message, the user's own line, and the whole
+    traceback below.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     packages = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     own = [frame for frame in frames if not frame.filename.startswith((*packages, "<"))] or frames
@@ -452,14 +559,26 @@ def describe(error: BaseException) -> str:
 
 
 def fingerprint(batch: Any) -> int:
-    """A number for what a batch holds, 0 … 2^32 − 1: tensors by their bytes, inside lists, tuples and dicts too."""
+    """A number for what a batch holds, 0 … 2^32 − 1: tensors by their bytes, inside lists, tuples
+    and dicts too.
+    """
     if isinstance(batch, torch.Tensor):
         batch = batch.detach() if batch.layout == torch.strided else batch.detach().to_dense()
         return zlib.crc32(
-            batch.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data, len(batch.shape)
+            batch.cpu()
+            .resolve_conj()
+            .resolve_neg()
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+            .data,
+            len(batch.shape),
         )
     if isinstance(batch, Mapping):
-        return zlib.crc32(repr([(str(key), fingerprint(value)) for key, value in batch.items()]).encode())
+        return zlib.crc32(
+            repr([(str(key), fingerprint(value)) for key, value in batch.items()]).encode()
+        )
     if isinstance(batch, (list, tuple)):
         return zlib.crc32(repr([fingerprint(value) for value in batch]).encode())
     known = isinstance(batch, (str, bytes, int, float, bool, type(None)))

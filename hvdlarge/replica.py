@@ -19,18 +19,21 @@ class Replica:
     """What learns, on one worker."""
 
     model: torch.nn.Module
-    loss: Callable[[Any, Any], torch.Tensor]  # a mean over the samples of a micro-batch; a module's parameters are trained too
+    # A mean over the samples of a micro-batch; a module's parameters are trained too
+    loss: Callable[[Any, Any], torch.Tensor]
     modules: Modules  # both, the loss where it is a module
     update: DistributedOptimizer
     statistics: RunningStatistics
     arithmetic: Precision
     scale: LossScaler
     clip_norm: float | None  # of all mean gradients together
-    to_device: Callable[[Any], Any]  # moves a micro-batch's inputs or targets, and gives floats the type of the weights
+    # Moves a micro-batch's inputs or targets, and gives floats the type of the weights
+    to_device: Callable[[Any], Any]
     names: dict[torch.nn.Parameter, str]  # of the trainable parameters, in the model's order
     seed: int
     rank: int
-    zero_if_missing: bool = False  # a parameter without a gradient on some workers counts as having a gradient of zero there
+    # A parameter without a gradient on some workers counts as having a gradient of zero there
+    zero_if_missing: bool = False
 
     def set_mode(self, training: bool) -> None:
         """Put all of it into training or evaluation mode."""

@@ -1,4 +1,6 @@
-"""One run, from an accepted job to its summary: its objects are put together in the order in which they depend on each other."""
+"""One run, from an accepted job to its summary: its objects are put together in the order in which
+they depend on each other.
+"""
 
 from __future__ import annotations
 
@@ -109,16 +111,29 @@ def run(job: Job, job_file: Path, fresh: bool, worker: RankContext) -> None:
 
 def _rehearse(job: Job, found: Components, loader: Loader, worker: RankContext) -> Components:
     to_device = build.device_mover(found.arithmetic, job.model.channels_last)
-    read = None if found.test_set is None else build.test_samples(job.data, job.evaluate, found.test_set)
+    read = (
+        None
+        if found.test_set is None
+        else build.test_samples(job.data, job.evaluate, found.test_set)
+    )
     with worker.watchdog.during("rehearse"):
         unlike = rehearse(
-            found.plan, found.model, found.loss, found.arithmetic, to_device, loader, read, job.seed, worker.control
+            found.plan,
+            found.model,
+            found.loss,
+            found.arithmetic,
+            to_device,
+            loader,
+            read,
+            job.seed,
+            worker.control,
         )
     if found.arithmetic.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(found.arithmetic.device)
     note = (
-        "the ranks do not round alike (unlike CPUs or GPUs, or numbers of threads): instead of being compared, weights and "
-        f"optimizer state are taken over from rank 0, every {job.compare_every_steps} steps and before each checkpoint"
+        "the ranks do not round alike (unlike CPUs or GPUs, or numbers of threads): instead of "
+        "being compared, weights and optimizer state are taken over from rank 0, every "
+        f"{job.compare_every_steps} steps and before each checkpoint"
     )
     return replace(found, unlike=unlike, notes=[*found.notes, note] if unlike else found.notes)
 
@@ -135,18 +150,34 @@ def _train(
 ) -> None:
     """What `run` does once everything that the job names is there and has been tried."""
     control, folder = worker.control, job.run_folder
-    facts = {"job": job.resume_signature(), "data": found.sizes, "versions": versions(), "world_size": control.size}
-    checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's; the others never touch it
+    facts = {
+        "job": job.resume_signature(),
+        "data": found.sizes,
+        "versions": versions(),
+        "world_size": control.size,
+    }
+    # Rank 0's; the others never touch it
+    checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)
     length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
     modules = trained_modules(found.model, found.loss)
     with worker.watchdog.during("checkpoint"):
-        start = on_rank_0(control, lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules))
+        start = on_rank_0(
+            control,
+            lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules),
+        )
     learner = join(job, found, control, worker.tensors)
     with worker.watchdog.during("checkpoint"):
-        position, state = resume.share(start.found if start is not None else None, learner, control, worker.tensors)
+        position, state = resume.share(
+            start.found if start is not None else None, learner, control, worker.tensors
+        )
     found, cut_notes = _keep_cutting(found, state, control.size)
     if position.samples_seen >= found.plan.clock.total_samples:
-        on_rank_0(control, lambda: _already_finished(folder, start, found.plan, position, state, _gradient_bytes(job, learner)))
+        on_rank_0(
+            control,
+            lambda: _already_finished(
+                folder, start, found.plan, position, state, _gradient_bytes(job, learner)
+            ),
+        )
         return
 
     def open_log() -> RunLog:
@@ -156,7 +187,11 @@ def _train(
         offsets = {} if start.found is None else start.found.log_offsets
         log = RunLog(folder, found.plan, start.lock, offsets, position, state)
         _introduce(
-            job, found, environment, cores, [*found.notes, *update_notes(learner.update.optimizer), *cut_notes, *start.notes]
+            job,
+            found,
+            environment,
+            cores,
+            [*found.notes, *update_notes(learner.update.optimizer), *cut_notes, *start.notes],
         )
         return log
 
@@ -164,7 +199,18 @@ def _train(
     worker.watchdog.take_notes(folder / "progress")
     worker.stop.watch(folder / "STOP" if control.rank == 0 else None, job.stop_after_minutes)
     try:
-        follow(job, found, worker, learner, loader, checkpoints if control.rank == 0 else None, facts, log, position, state)
+        follow(
+            job,
+            found,
+            worker,
+            learner,
+            loader,
+            checkpoints if control.rank == 0 else None,
+            facts,
+            log,
+            position,
+            state,
+        )
     except Stopped:
         worker.stop.consume_file()
         raise
@@ -174,21 +220,36 @@ def _train(
 
 
 def _already_finished(
-    folder: Path, start: resume.RunStart | None, plan: Plan, position: RunProgress, state: TrainState, gradient_bytes: int
+    folder: Path,
+    start: resume.RunStart | None,
+    plan: Plan,
+    position: RunProgress,
+    state: TrainState,
+    gradient_bytes: int,
 ) -> None:
-    """Leave a finished run alone, but for a summary that it did not come to write: it was killed behind its last checkpoint."""
+    """Leave a finished run alone, but for a summary that it did not come to write: it was killed
+    behind its last checkpoint.
+    """
     made_up = ""
     if not (folder / "summary.json").exists():
         assert start is not None  # rank 0 has it
         assert start.found is not None  # what is finished was begun
         plan = replace(plan, world_size=start.found.world_size)
-        write_summary(folder, summary_of(plan, state, position, state.train_seconds, None, gradient_bytes))
+        write_summary(
+            folder, summary_of(plan, state, position, state.train_seconds, None, gradient_bytes)
+        )
         made_up = ", and its summary.json, which was missing, is written"
-    print_status(f"already finished: {folder} holds this run, complete{made_up}; --fresh sets it aside and begins anew")
+    print_status(
+        f"already finished: {folder} holds this run, complete{made_up}; --fresh sets it aside and "
+        "begins anew"
+    )
 
 
-def build_components(job: Job, control: ControlChannel, tensors: Collectives, watchdog: Watchdog) -> Components:
-    """Build what the job names and hold it against the other ranks'. Every rank calls this together.
+def build_components(
+    job: Job, control: ControlChannel, tensors: Collectives, watchdog: Watchdog
+) -> Components:
+    """Build what the job names and hold it against the other ranks'. Every rank calls this
+    together.
 
     Raises:
         JobError, InvalidEnvironmentError, RanksDisagreeError: on every rank alike.
@@ -197,28 +258,52 @@ def build_components(job: Job, control: ControlChannel, tensors: Collectives, wa
     arithmetic = raise_on_all_ranks(control, lambda: Precision(job.precision, device))
     notes = build.check_gpus(device, control, tensors)
     with watchdog.during("data"):
-        training_set, test_set = raise_on_all_ranks(control, lambda: build.load_data(job.data, job.seed))
-    sizes = {"training samples": len(training_set), "test samples": None if test_set is None else len(test_set)}
+        training_set, test_set = raise_on_all_ranks(
+            control, lambda: build.load_data(job.data, job.seed)
+        )
+    sizes = {
+        "training samples": len(training_set),
+        "test samples": None if test_set is None else len(test_set),
+    }
     check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
     plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
-    built = raise_on_all_ranks(control, lambda: build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed))
+    built = raise_on_all_ranks(
+        control,
+        lambda: build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed),
+    )
     if job.batch.micro == "auto" and device.type == "cuda":
         largest = build.largest_micro_batch(
-            plan, built.model, built.loss, arithmetic, training_set, job.data, job.model.channels_last, control
+            plan,
+            built.model,
+            built.loss,
+            arithmetic,
+            training_set,
+            job.data,
+            job.model.channels_last,
+            control,
         )
         torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
         plan = replace(plan, largest_micro_batch=largest)
-    return Components(arithmetic, training_set, test_set, sizes, plan, *built[:3], [*notes, *built.notes])
+    return Components(
+        arithmetic, training_set, test_set, sizes, plan, *built[:3], [*notes, *built.notes]
+    )
 
 
-def _keep_cutting(found: Components, state: TrainState, world_size: int) -> tuple[Components, list[str]]:
-    """On as many workers as before, cut steps as before the interruption, if that still fits; and what is to be said of it."""
+def _keep_cutting(
+    found: Components, state: TrainState, world_size: int
+) -> tuple[Components, list[str]]:
+    """On as many workers as before, cut steps as before the interruption, if that still fits; and
+    what is to be said of it.
+    """
     largest, notes = found.plan.largest_micro_batch, []
     if largest is None:
         return found, []
     before = state.largest_micro_batch if state.workers == world_size else None
     if before is not None and largest < before:
-        notes.append(f"only {largest:,} samples fit at once now, not {before:,}: batch statistics and dropout follow that")
+        notes.append(
+            f"only {largest:,} samples fit at once now, not {before:,}: batch statistics and "
+            "dropout follow that"
+        )
     elif before is not None:
         largest = before
     state.largest_micro_batch, state.workers = largest, world_size
@@ -254,17 +339,21 @@ def follow(
     position: RunProgress,
     state: TrainState,
 ) -> None:
-    """Follow the decisions from `position` to the end, by way of as many rollbacks as the job allows.
+    """Follow the decisions from `position` to the end, by way of as many rollbacks as the job
+    allows.
 
     Every rank calls this together; `checkpoints` and `log` are rank 0's.
     """
     went_back = False
     while True:
         controller = Controller(found.plan, position) if worker.control.rank == 0 else None
-        parts = build_loop(job, found, worker, learner, loader, controller, checkpoints, facts, log, state)
+        parts = build_loop(
+            job, found, worker, learner, loader, controller, checkpoints, facts, log, state
+        )
         try:
             if went_back or (job.on_nonfinite.policy == "rollback" and position.step == 0):
-                # Something to go back to; and after going back, the lower rate must outlive an interruption.
+                # Something to go back to; and after going back, the lower rate must outlive an
+                # interruption.
                 state.scheduled_step = position.step
                 here = position if controller is not None else None
                 save(parts, state, here, truncated=False, best=False, scheduled=True, wait=True)
@@ -278,12 +367,22 @@ def follow(
             break
         finally:
             parts.loader.close()
-    memory = max(int(message) for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device)))
-    on_rank_0(worker.control, lambda: _finish(parts, state, controller, memory, _gradient_bytes(job, learner)))
+    memory = max(
+        int(message)
+        for message in worker.control.allgather(b"%d" % _peak_memory(found.arithmetic.device))
+    )
+    on_rank_0(
+        worker.control,
+        lambda: _finish(parts, state, controller, memory, _gradient_bytes(job, learner)),
+    )
 
 
 def _finish(
-    parts: LoopComponents, state: TrainState, controller: Controller | None, peak_memory: int, gradient_bytes: int
+    parts: LoopComponents,
+    state: TrainState,
+    controller: Controller | None,
+    peak_memory: int,
+    gradient_bytes: int,
 ) -> None:
     """Wait for the last checkpoint and write the summary. Rank 0 alone."""
     parts.saver.finish()
@@ -298,10 +397,14 @@ def _gradient_bytes(job: Job, learner: Replica) -> int:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """The most memory that this rank has held so far, in bytes: torch's on its GPU, or the whole process's on a CPU."""
+    """The most memory that this rank has held so far, in bytes: torch's on its GPU, or the whole
+    process's on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def build_loop(
@@ -341,7 +444,9 @@ def build_loop(
         feed=build.build_feed(job.data, found.plan, control, controller, loader),
         loader=loader,
         learner=learner,
-        evaluation=build.build_evaluation(job.data, job.evaluate, found.test_set, control.rank, control.size),
+        evaluation=build.build_evaluation(
+            job.data, job.evaluate, found.test_set, control.rank, control.size
+        ),
         agreement=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), asks),
         policy=build.build_policy(job.on_nonfinite, state, learner),
         saver=saver,
@@ -356,22 +461,38 @@ def build_loop(
 def _go_back(
     parts: LoopComponents, state: TrainState, checkpoints: CheckpointFolder | None, reason: RollBack
 ) -> tuple[RunProgress, TrainState]:
-    """Bring every rank back to the last checkpoint, with a lower rate. Every rank calls this together."""
+    """Bring every rank back to the last checkpoint, with a lower rate. Every rank calls this
+    together.
+    """
     control, tensors, rolled_back = parts.control, parts.tensors, state.rolled_back + 1
     on_rank_0(control, parts.saver.finish)
     with parts.watchdog.during("checkpoint"):
         found = on_rank_0(
             control,
-            lambda: resume.go_back(checkpoints, parts.learner.modules, state.scheduled_step) if checkpoints is not None else None,
+            lambda: (
+                resume.go_back(checkpoints, parts.learner.modules, state.scheduled_step)
+                if checkpoints is not None
+                else None
+            ),
         )
     build.share_state(parts.learner.modules, control, tensors)
     position, state = resume.share(found, parts.learner, control, tensors)
     position = replace(position, lr_factor=position.lr_factor * reason.lr_factor)
     state.rolled_back = rolled_back
     log = parts.log
-    on_rank_0(control, lambda: log.go_back(found.log_offsets, position) if log is not None and found is not None else None)
+    on_rank_0(
+        control,
+        lambda: (
+            log.go_back(found.log_offsets, position)
+            if log is not None and found is not None
+            else None
+        ),
+    )
     if log is not None:
-        print_status(f"{reason}; back to step {position.step}, the rate is multiplied by {position.lr_factor:g} from there")
+        print_status(
+            f"{reason}; back to step {position.step}, the rate is multiplied by "
+            f"{position.lr_factor:g} from there"
+        )
     return position, state
 
 
@@ -381,15 +502,23 @@ def _settle_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before CUDA starts
+        # Torch asks for it, before CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
-def _introduce(job: Job, found: Components, environment: Mapping[str, Any], cores: int, start_notes: Sequence[str]) -> None:
+def _introduce(
+    job: Job,
+    found: Components,
+    environment: Mapping[str, Any],
+    cores: int,
+    start_notes: Sequence[str],
+) -> None:
     """Say what runs, before the first step. Rank 0 only."""
     print_status(world_line(environment, cores))
     print_status(
-        f"data     {job.data.name}: {len(found.training_set):,} samples for training, {len(found.test_set or ()):,} for testing"
+        f"data     {job.data.name}: {len(found.training_set):,} samples for training, "
+        f"{len(found.test_set or ()):,} for testing"
     )
     print_status(f"model    {job.model.name}: {model_line(found.model)}")
     print_status(f"update   {update_line(found.optimizer)}")
@@ -402,7 +531,9 @@ def _introduce(job: Job, found: Components, environment: Mapping[str, Any], core
         print_status(f"note     {note}")
 
 
-def _environment(worker: RankContext, device: torch.device, hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _environment(
+    worker: RankContext, device: torch.device, hosts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What the run folder keeps about where a run was started."""
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],

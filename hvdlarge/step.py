@@ -1,4 +1,6 @@
-"""One step: from decided micro-batches to moved weights. It stays on one screen; a new idea is an object handed in."""
+"""One step: from decided micro-batches to moved weights. It stays on one screen; a new idea is an
+object handed in.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from hvdlarge.telemetry.timers import PhaseTimers
 class StepOutcome(NamedTuple):
     """What came of a step."""
 
-    loss_share: torch.Tensor  # this worker's share of the mean loss, float64, shape (); all workers' shares add up to it
+    # This worker's share of the mean loss, float64, shape (); all workers' shares add up to it
+    loss_share: torch.Tensor
     verdict: StepFlags  # the same on every rank
     applied: bool  # whether the weights have moved; the same on every rank
 
@@ -37,7 +40,9 @@ def train_step(
     policy: NonFinitePolicy,
     timed: PhaseTimers,
 ) -> StepOutcome:
-    """Take the decided step. Every rank calls this together, with its own micro-batches in `fetched`."""
+    """Take the decided step. Every rank calls this together, with its own micro-batches in
+    `fetched`.
+    """
     mine = layout.numbers_of_rank(learner.rank)
     loss_share = torch.zeros((), dtype=torch.float64, device=learner.arithmetic.device)
     policy.before_step(learner)
@@ -45,23 +50,31 @@ def train_step(
     learner.statistics.begin_step()
     got_gradient: list[str] | None = None  # an idle worker has no view of it
     for micro_batch, inputs, targets in fetched:
-        # What model and loss draw belongs to the micro-batch, named by its first sample: not to the worker that processes it.
+        # What model and loss draw belongs to the micro-batch, named by its first sample: not to the
+        # worker that processes it.
         seed_all(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
         with timed("forward"), learner.arithmetic.autocast():
             outputs = learner.model(learner.to_device(inputs))
-            share = learner.loss(outputs, learner.to_device(targets)) * (micro_batch.size / decision.global_batch)
+            share = learner.loss(outputs, learner.to_device(targets)) * (
+                micro_batch.size / decision.global_batch
+            )
         with timed("backward"):
             learner.update.backward(learner.scale.scaled(share))
             loss_share += share.detach()
             if micro_batch.number == mine.stop - 1 and not learner.zero_if_missing:
-                got_gradient = [name for weight, name in learner.names.items() if weight.grad is not None]
+                got_gradient = [
+                    name for weight, name in learner.names.items() if weight.grad is not None
+                ]
             learner.update.backward_done()
     with timed("allreduce"):
-        agreement.start(decision, got_gradient, digest, uneven=learner.statistics.count_uses(len(mine)))
+        agreement.start(
+            decision, got_gradient, digest, uneven=learner.statistics.count_uses(len(mine))
+        )
         learner.update.synchronize()
         verdict = agreement.finish()
         learner.statistics.end_step(layout, verdict.uneven)
-    with timed("update"):  # only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
+    # Only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
+    with timed("update"):
         learner.scale.unscale(learner.names)
         optimizer: Any = learner.update.optimizer
         norms = optimizer.measure()

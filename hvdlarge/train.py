@@ -1,7 +1,8 @@
 """Door: python -m hvdlarge.train job.yaml [key.sub=value ...]
 
-Runs the job, alone or as one worker of a launch, and leaves with an exit code of `exits.py`. This file opens and closes what
-the run needs around it and answers for how it ends; `run.py` puts the run itself together.
+Runs the job, alone or as one worker of a launch, and leaves with an exit code of `exits.py`. This
+file opens and closes what the run needs around it and answers for how it ends; `run.py` puts the
+run itself together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from pathlib import Path
 from hvdlarge import __version__, exits
 from hvdlarge.comm.connect import open_control, open_tensors
 from hvdlarge.comm.environment import settle, shared_settings, versions
-from hvdlarge.comm.interfaces import CollectiveError, CollectiveMismatchError, ControlChannel, RankLostError, WorldMismatchError
+from hvdlarge.comm.interfaces import (
+    CollectiveError,
+    CollectiveMismatchError,
+    ControlChannel,
+    RankLostError,
+    WorldMismatchError,
+)
 from hvdlarge.comm.launcher import Launch, detect
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.job import Horovod, Timeouts
@@ -30,7 +37,8 @@ from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.telemetry.console import print_error, print_status
 
-# torch is imported inside the functions that need it: it takes a second, and a wrong job file should be answered at once.
+# torch is imported inside the functions that need it: it takes a second, and a wrong job file
+# should be answered at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,20 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if os.environ.get("HOROVOD_ELASTIC") == "1":
             raise WorldMismatchError(
-                "elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more workers instead"
+                "elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more "
+                "workers instead"
             )
         control = open_control(launch)
     except WorldMismatchError as error:
         return _wrong_world(error, launch)
     try:
-        return _leave_together(_run(options, launch, control, settings, watchdog, stop), control, watchdog)
+        return _leave_together(
+            _run(options, launch, control, settings, watchdog, stop), control, watchdog
+        )
     except exits.RunExit as end:  # raised by every rank alike
         if control.rank == 0:
             (print_status if end.code == exits.STOPPED else print_error)(str(end))
         return _leave_together(end.code, control, watchdog)
     except WorldMismatchError as error:
         code = _wrong_world(error, launch)
-        time.sleep(0 if launch is None or launch.is_local_leader else 2)  # let the message out before the run ends
+        # Let the message out before the run ends
+        time.sleep(0 if launch is None or launch.is_local_leader else 2)
         control.abort(code)
     except CollectiveMismatchError as error:
         _let_lower_ranks_speak(control.rank)
@@ -69,26 +81,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         control.abort(exits.RANKS_DISAGREE)
     except CollectiveError as error:
         _let_lower_ranks_speak(control.rank)
-        print_error(f"communication failed on rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
+        print_error(
+            f"communication failed on rank {control.rank} of {control.size} "
+            f"({socket.gethostname()}): {error}"
+        )
         control.abort(exits.INTERNAL_ERROR)
     except RankLostError as error:
-        # The rank that is gone, or the launcher, knows better why: it has some seconds to say so and to set the exit code.
+        # The rank that is gone, or the launcher, knows better why: it has some seconds to say so
+        # and to set the exit code.
         time.sleep(3.0)
-        print_error(f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another rank: {error}")
+        print_error(
+            f"rank {control.rank} of {control.size} ({socket.gethostname()}) has lost another "
+            f"rank: {error}"
+        )
         os._exit(exits.LOST_RANK)
     except exits.OutOfMemory as error:
         _let_lower_ranks_speak(control.rank)
         print_error(f"rank {control.rank} of {control.size} ({socket.gethostname()}): {error}")
         control.abort(exits.INTERNAL_ERROR)
-    except BaseException as error:  # this rank alone: end the others too, who would wait for it for ever
+    # This rank alone: end the others too, who would wait for it for ever
+    except BaseException as error:
         _let_lower_ranks_speak(control.rank)
         name = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
-        print_error(f"{name} on rank {control.rank} of {control.size} ({socket.gethostname()})\n{traceback.format_exc()}")
+        print_error(
+            f"{name} on rank {control.rank} of {control.size} "
+            f"({socket.gethostname()})\n{traceback.format_exc()}"
+        )
         control.abort(exits.INTERNAL_ERROR)
 
 
 def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
-    """Print the job with every default written out; nothing is started, so every rank leaves with the same code by itself."""
+    """Print the job with every default written out; nothing is started, so every rank leaves with
+    the same code by itself.
+    """
     speaks = launch is None or launch.rank == 0
     try:
         job = read_job(options.job, options.overrides)
@@ -104,13 +129,18 @@ def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
 
 
 def _let_lower_ranks_speak(rank: int) -> None:
-    """Where many ranks fail alike, one message is enough: the lowest rank's. Its abort ends this one while it waits here."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # mpirun's way to end a rank, about a second after another one's abort
+    """Where many ranks fail alike, one message is enough: the lowest rank's. Its abort ends this
+    one while it waits here.
+    """
+    # Mpirun's way to end a rank, about a second after another one's abort
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(min(5.0, 1.25 * rank))
 
 
 def _early(options: argparse.Namespace) -> tuple[Timeouts, Horovod]:
-    """What the job says about the time before the ranks can talk; a wrong job is reported later, by all together."""
+    """What the job says about the time before the ranks can talk; a wrong job is reported later, by
+    all together.
+    """
     try:
         job = read_job(options.job, options.overrides)
     except exits.JobError:
@@ -130,19 +160,33 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
         prog="python -m hvdlarge.train",
         description="Train a job with LARS, AdaBatch and LEGW, alone or on many workers.",
         epilog="Many workers: horovodrun -np 64 python -m hvdlarge.train job.yaml (or mpirun). "
-        "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 internal error, 71 the ranks "
-        "disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint could not be written, 75 stopped on request: run it again, "
-        "76 a rank was lost, 77 a checkpoint is damaged or of another job.",
+        "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 internal "
+        "error, 71 the ranks disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint could not be "
+        "written, 75 stopped on request: run it again, 76 a rank was lost, 77 a checkpoint is "
+        "damaged or of another job.",
     )
     parser.add_argument("job", help="the job file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key of the job, e.g. lr.base=0.2")
-    parser.add_argument("--fresh", action="store_true", help="begin anew; an earlier run of the folder is set aside")
-    parser.add_argument("--dry-run", action="store_true", help="print the job with every default, and start nothing")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="set a key of the job, e.g. lr.base=0.2",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin anew; an earlier run of the folder is set aside"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the job with every default, and start nothing"
+    )
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
     if speaks:
         return parser.parse_intermixed_args(arguments)
     # One copy of a usage message is enough; the other ranks leave with the same code.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         return parser.parse_intermixed_args(arguments)
 
 
@@ -169,8 +213,14 @@ def _run(
     from hvdlarge.run import RankContext, run
 
     try:
-        run(job, Path(options.job), options.fresh, RankContext(launch, settings, control, tensors, watchdog, stop))
-    except exits.RunExit:  # raised by every rank alike; what one rank raises alone must not wait for the others here
+        run(
+            job,
+            Path(options.job),
+            options.fresh,
+            RankContext(launch, settings, control, tensors, watchdog, stop),
+        )
+    # Raised by every rank alike; what one rank raises alone must not wait for the others here
+    except exits.RunExit:
         tensors.close()
         raise
     tensors.close()

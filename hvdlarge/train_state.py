@@ -11,15 +11,18 @@ class TrainState:
     """What a checkpoint holds beside weights, optimizer and position."""
 
     results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation
-    best: dict[str, Any] | None = None  # the best evaluation: by which result, its value and its step
+    # The best evaluation: by which result, its value and its step
+    best: dict[str, Any] | None = None
     skipped: int = 0  # steps left out as not finite
     rolled_back: int = 0
     scheduled_step: int | None = (
-        None  # behind which the job's cadence asked for the last checkpoint: what a rollback goes back to
+        # Behind which the job's cadence asked for the last checkpoint: what a rollback goes back to
+        None
     )
     overflows: int = 0  # of those left out, the ones that only asked for a smaller loss scale
     loss_scale: float | None = None  # the moving part, for fp16
     steps_at_loss_scale: int = 0
     train_seconds: float = 0.0  # of all parts of the run
-    largest_micro_batch: int | None = None  # samples that were found to fit at once, on so many workers
+    # Samples that were found to fit at once, on so many workers
+    largest_micro_batch: int | None = None
     workers: int | None = None

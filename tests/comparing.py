@@ -17,6 +17,7 @@ def same(ours, theirs):
 
 def distance(ours, theirs):
     return max(
-        (ours["model"][name].double() - value.double()).norm().item() / max(1e-3, value.double().norm().item())
+        (ours["model"][name].double() - value.double()).norm().item()
+        / max(1e-3, value.double().norm().item())
         for name, value in theirs["model"].items()
     )

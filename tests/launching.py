@@ -22,4 +22,8 @@ TRAIN = [sys.executable, "-m", "hvdlarge.train"]
 
 def environment(**changes):
     """The environment of a run: this one, with the tests' Python first on PATH."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **changes}
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **changes,
+    }

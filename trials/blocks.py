@@ -1,7 +1,9 @@
-"""Models, losses and data sets in all the forms that users write, made of small blocks that a job's arguments name.
+"""Models, losses and data sets in all the forms that users write, made of small blocks that a job's
+arguments name.
 
-A job says `trials.blocks:model` with arguments that describe each block; everything is smooth and tiny, so that a rounding error
-stays one. `REFUSED` holds the blocks that the engine may refuse, and what its message must then speak of.
+A job says `trials.blocks:model` with arguments that describe each block; everything is smooth and
+tiny, so that a rounding error stays one. `REFUSED` holds the blocks that the engine may refuse, and
+what its message must then speak of.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ from hvdlarge.data.in_memory import InMemory
 
 Description = dict[str, Any]
 
-# The precision of a job whose weights are moved by their last bit; how a trial finds out what rounding alone can do to it.
+# The precision of a job whose weights are moved by their last bit; how a trial finds out what
+# rounding alone can do to it.
 nudged: str | None = None
 
 
 def model(
-    blocks: list[Description], features: int = 4, outputs: int = 3, returned: str = "train", gives: str = "tensor"
+    blocks: list[Description],
+    features: int = 4,
+    outputs: int = 3,
+    returned: str = "train",
+    gives: str = "tensor",
 ) -> nn.Module:
     """A chain of blocks over `features` numbers, and a linear layer behind it.
 
@@ -34,10 +41,16 @@ def model(
         blocks: each with its `kind`, a key of BLOCKS, and its arguments.
         features: numbers of an input, even.
         outputs: numbers of an output.
-        returned: eval for a model that is handed over in evaluation mode, as those out of a file are.
+        returned: eval for a model that is handed over in evaluation mode, as those out of a file
+            are.
         gives: tensor, or dict for outputs under a name (which the loss `named` takes).
     """
-    chain = [BLOCKS[block["kind"]](features, **{key: value for key, value in block.items() if key != "kind"}) for block in blocks]
+    chain = [
+        BLOCKS[block["kind"]](
+            features, **{key: value for key, value in block.items() if key != "kind"}
+        )
+        for block in blocks
+    ]
     net = Chain(chain, nn.Linear(features, outputs), gives)
     if nudged is not None:
         for weight in net.parameters():
@@ -46,8 +59,14 @@ def model(
 
 
 def nudge(weight: torch.Tensor, precision: str) -> None:
-    """MomentumStep the first number of a tensor by its last bit, as a job of this precision has it."""
-    if weight.is_floating_point() and weight.is_contiguous() and not isinstance(weight, nn.UninitializedParameter):
+    """Move the first number of a tensor by its last bit, as a job of this precision has
+    it.
+    """
+    if (
+        weight.is_floating_point()
+        and weight.is_contiguous()
+        and not isinstance(weight, nn.UninitializedParameter)
+    ):
         if precision == "fp64":
             weight.data = weight.data.double()
         first = weight.data.view(-1)[:1]
@@ -64,7 +83,9 @@ class Chain(nn.Module):
         self.gives = gives
 
     def forward(self, inputs: Any) -> Any:
-        """Shape (n, features) to (n, outputs); the inputs may stand in a dict, a list or a tuple, or be images."""
+        """Shape (n, features) to (n, outputs); the inputs may stand in a dict, a list or a tuple,
+        or be images.
+        """
         if isinstance(inputs, dict):
             inputs = inputs["x"]
         if isinstance(inputs, (list, tuple)):
@@ -167,7 +188,8 @@ class Scale(nn.Module):
 
 
 class Brittle(nn.Module):
-    """A square root behind a `where`, whose gradient is not a number for micro-batches with a sample below zero.
+    """A square root behind a `where`, whose gradient is not a number for micro-batches with a
+    sample below zero.
 
     Args:
         features: any.
@@ -202,7 +224,10 @@ class Leashed(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Any shape of which the last is `features`."""
-        left = self.limit**2 - (self.layer.weight - self.start).square().sum() / self.start.square().sum()
+        left = (
+            self.limit**2
+            - (self.layer.weight - self.start).square().sum() / self.start.square().sum()
+        )
         return torch.tanh(self.layer(inputs)) + 0.0 * _root(left)
 
 
@@ -260,7 +285,11 @@ class Normed(nn.Module):
 
     def __init__(self, features: int, form: str = "layer") -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(features, eps=0.1) if form == "layer" else nn.GroupNorm(1, features, eps=0.1)
+        self.norm = (
+            nn.LayerNorm(features, eps=0.1)
+            if form == "layer"
+            else nn.GroupNorm(1, features, eps=0.1)
+        )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
@@ -302,16 +331,22 @@ class Attended(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
         pairs = inputs.reshape(len(inputs), -1, 2)
-        return torch.tanh(inputs + self.layer(pairs, pairs, pairs, need_weights=False)[0].flatten(1))
+        return torch.tanh(
+            inputs + self.layer(pairs, pairs, pairs, need_weights=False)[0].flatten(1)
+        )
 
 
 class Parametrized(nn.Module):
-    """A weight that is computed from others: weight or spectral normalisation as torch has them (settled: already converged)."""
+    """A weight that is computed from others: weight or spectral normalisation as torch has them
+    (settled: already converged).
+    """
 
     def __init__(self, features: int, form: str = "weight") -> None:
         super().__init__()
         kind = torch.nn.utils.parametrizations
-        self.layer = (kind.weight_norm if form == "weight" else kind.spectral_norm)(nn.Linear(features, features))
+        self.layer = (kind.weight_norm if form == "weight" else kind.spectral_norm)(
+            nn.Linear(features, features)
+        )
         if form == "settled":
             weight: Any = self.layer.parametrizations["weight"]  # type: ignore[index]
             with torch.no_grad():
@@ -341,7 +376,9 @@ class Buffered(nn.Module):
 
     held: torch.Tensor
 
-    def __init__(self, features: int, dtype: str = "bool", persistent: bool = True, scalar: bool = False) -> None:
+    def __init__(
+        self, features: int, dtype: str = "bool", persistent: bool = True, scalar: bool = False
+    ) -> None:
         super().__init__()
         drawn_values = torch.randint(0, 2, () if scalar else (features,)).to(getattr(torch, dtype))
         self.register_buffer("held", drawn_values, persistent=persistent)
@@ -408,7 +445,9 @@ class InstanceNormed(nn.Module):
 
     def __init__(self, features: int, tracks: bool = False) -> None:
         super().__init__()
-        self.norm = nn.InstanceNorm1d(features // 2, eps=0.1, affine=True, track_running_stats=tracks)
+        self.norm = nn.InstanceNorm1d(
+            features // 2, eps=0.1, affine=True, track_running_stats=tracks
+        )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
@@ -426,7 +465,9 @@ class _Tracking(nn.BatchNorm1d):
 
 
 class SameBatchNorm(_Tracking):
-    """A subclass with a forward of its own that computes what its base class does, and an activation (as timm has it)."""
+    """A subclass with a forward of its own that computes what its base class does, and an
+    activation (as timm has it).
+    """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, channels, length)."""
@@ -434,7 +475,14 @@ class SameBatchNorm(_Tracking):
             self.num_batches_tracked.add_(1)
         training = self.training or self.running_mean is None
         found = nn.functional.batch_norm(
-            inputs, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+            inputs,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
         )
         return torch.tanh(found)
 
@@ -455,17 +503,21 @@ class BatchNormed(nn.Module):
 
     Args:
         features: even.
-        form: plain; no_affine; frozen (train() keeps it in evaluation); evaluated (put into evaluation once, by hand); subclass
-            (see SameBatchNorm); renorm (see RenormalisingBatchNorm); untracked; cumulative (no momentum); never (used); twice
-            (used); twice_apart (used before and behind a layer); named_twice; checkpointed (recomputed in the backward pass);
-            reentrant (likewise, in torch's older way); skipped_by_data; skipped_by_chance; flat (over single features, of which a
-            micro-batch must have more than one); shared (a second layer with the same running statistics).
+        form: plain; no_affine; frozen (train() keeps it in evaluation); evaluated (put into
+            evaluation once, by hand); subclass (see SameBatchNorm); renorm (see
+            RenormalisingBatchNorm); untracked; cumulative (no momentum); never (used); twice
+            (used); twice_apart (used before and behind a layer); named_twice; checkpointed
+            (recomputed in the backward pass); reentrant (likewise, in torch's older way);
+            skipped_by_data; skipped_by_chance; flat (over single features, of which a micro-batch
+            must have more than one); shared (a second layer with the same running statistics).
         momentum: of its running statistics.
     """
 
     def __init__(self, features: int, form: str = "plain", momentum: float = 0.1) -> None:
         super().__init__()
-        kind = {"renorm": RenormalisingBatchNorm, "subclass": SameBatchNorm}.get(form, nn.BatchNorm1d)
+        kind = {"renorm": RenormalisingBatchNorm, "subclass": SameBatchNorm}.get(
+            form, nn.BatchNorm1d
+        )
         self.form = form
         self.bn = kind(
             features if form == "flat" else features // 2,
@@ -502,7 +554,9 @@ class BatchNormed(nn.Module):
         if self.form in ("checkpointed", "reentrant") and self.training:
             if self.form == "reentrant" and not inputs.requires_grad:
                 inputs = inputs.detach().requires_grad_()
-            return checkpoint(self._inner, inputs, use_reentrant=self.form == "reentrant", preserve_rng_state=True)
+            return checkpoint(
+                self._inner, inputs, use_reentrant=self.form == "reentrant", preserve_rng_state=True
+            )
         return self._inner(inputs)
 
     def _inner(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -516,7 +570,9 @@ class BatchNormed(nn.Module):
         return self._normalised(bn, found) if self.form == "twice_apart" else found
 
     def _normalised(self, bn: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        return bn(inputs) if self.form == "flat" else bn(inputs.reshape(len(inputs), -1, 2)).flatten(1)
+        return (
+            bn(inputs) if self.form == "flat" else bn(inputs.reshape(len(inputs), -1, 2)).flatten(1)
+        )
 
 
 # --- what draws at random
@@ -532,7 +588,9 @@ class Noise(nn.Module):
         checkpointed: recomputed in the backward pass, which draws again from all but torch.
     """
 
-    def __init__(self, features: int, source: str = "torch", always: bool = False, checkpointed: bool = False) -> None:
+    def __init__(
+        self, features: int, source: str = "torch", always: bool = False, checkpointed: bool = False
+    ) -> None:
         super().__init__()
         self.source, self.always, self.checkpointed = source, always, checkpointed
         self.layer = nn.Linear(features, features)
@@ -541,7 +599,11 @@ class Noise(nn.Module):
         """Shape (n, features)."""
         if not (self.training or self.always):
             return torch.tanh(self.layer(inputs))
-        return checkpoint(self._noisy, inputs, use_reentrant=False) if self.checkpointed else self._noisy(inputs)
+        return (
+            checkpoint(self._noisy, inputs, use_reentrant=False)
+            if self.checkpointed
+            else self._noisy(inputs)
+        )
 
     def _noisy(self, inputs: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.layer(inputs + 0.3 * drawn(self.source, inputs)))
@@ -602,7 +664,9 @@ class PrivateNoise(nn.Module):
         """Any shape."""
         if not self.training:
             return inputs
-        return inputs + 0.3 * torch.as_tensor(self.generator.normal(size=tuple(inputs.shape)), dtype=inputs.dtype)
+        return inputs + 0.3 * torch.as_tensor(
+            self.generator.normal(size=tuple(inputs.shape)), dtype=inputs.dtype
+        )
 
 
 # --- what a forward pass leaves behind
@@ -616,7 +680,9 @@ class PowerIteration(nn.Module):
     def __init__(self, features: int, persistent: bool = True) -> None:
         super().__init__()
         self.layer = nn.Linear(features, features)
-        self.register_buffer("direction", torch.ones(features) / math.sqrt(features), persistent=persistent)
+        self.register_buffer(
+            "direction", torch.ones(features) / math.sqrt(features), persistent=persistent
+        )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
@@ -678,7 +744,9 @@ class ActNormed(nn.Module):
 
 
 class Renormed(nn.Module):
-    """An embedding whose rows are shortened in place as they are looked up; none is too long at first if `within`."""
+    """An embedding whose rows are shortened in place as they are looked up; none is too long at
+    first if `within`.
+    """
 
     def __init__(self, features: int, within: bool = False) -> None:
         super().__init__()
@@ -733,7 +801,9 @@ class Hooked(nn.Module):
 
 
 class Evaluated(nn.Module):
-    """What it gives in evaluation depends on what was evaluated before, by a buffer or by a number of its own."""
+    """What it gives in evaluation depends on what was evaluated before, by a buffer or by a number
+    of its own.
+    """
 
     count: torch.Tensor
 
@@ -780,7 +850,8 @@ class Extra(nn.Module):
 
 
 class Reset(nn.Module):
-    """A buffer that each pass writes before it reads it: outside the state_dict, or always to the same.
+    """A buffer that each pass writes before it reads it: outside the state_dict, or always to the
+    same.
 
     Args:
         features: any.
@@ -845,7 +916,9 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def drawn(source: str, like: torch.Tensor) -> torch.Tensor:
-    """Normal noise of a tensor's shape and type, from one of the global generators, or from all three."""
+    """Normal noise of a tensor's shape and type, from one of the global generators, or from all
+    three.
+    """
     if source == "all":
         return (drawn("torch", like) + drawn("numpy", like) + drawn("random", like)) / 2
     if source == "torch":
@@ -891,11 +964,16 @@ class Centers(nn.Module):
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Shapes (n, classes) and (n,)."""
-        return nn.functional.cross_entropy(outputs, targets) + 0.1 * (outputs - self.centers[targets]).square().sum(1).mean()
+        return (
+            nn.functional.cross_entropy(outputs, targets)
+            + 0.1 * (outputs - self.centers[targets]).square().sum(1).mean()
+        )
 
 
 class Mixup(nn.Module):
-    """Cross entropy against a mixture of each target and another one, with a share drawn from numpy."""
+    """Cross entropy against a mixture of each target and another one, with a share drawn from
+    numpy.
+    """
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Shapes (n, classes) and (n,)."""
@@ -925,7 +1003,9 @@ class Averaging(nn.Module):
 
 
 class NormedLoss(nn.Module):
-    """Cross entropy behind a batch normalisation of the outputs, and dropout: a loss with a mode and running statistics."""
+    """Cross entropy behind a batch normalisation of the outputs, and dropout: a loss with a mode
+    and running statistics.
+    """
 
     def __init__(self, outputs: int = 3) -> None:
         super().__init__()
@@ -1031,7 +1111,11 @@ class Listed(Dataset):
             return inputs.double().numpy(), int(targets)
         if self.gives == "image":
             return inputs.reshape(2, -1, 1), targets
-        return {"tensor": inputs, "dict": {"x": inputs, "number": index}, "tuple": (inputs, [index])}[self.gives], targets
+        return {
+            "tensor": inputs,
+            "dict": {"x": inputs, "number": index},
+            "tuple": (inputs, [index]),
+        }[self.gives], targets
 
 
 class ListedMany(Listed):
@@ -1044,7 +1128,9 @@ class ListedMany(Listed):
 
 
 class OneBelowMany(ListedMany):
-    """A set that gives many at once, and a class below it that reads single samples in another way."""
+    """A set that gives many at once, and a class below it that reads single samples in another
+    way.
+    """
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         inputs, targets = super().__getitem__(index)
@@ -1072,7 +1158,9 @@ class OwnItem(InMemory):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = super().__getitem__(index)
-        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)), targets
+        return 0.7 * inputs + 0.3 + (
+            0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)
+        ), targets
 
 
 class OwnBatch(InMemory):
@@ -1085,13 +1173,17 @@ class OwnBatch(InMemory):
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of many samples."""
         inputs, targets = super().batch(indices)
-        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)), targets
+        return 0.7 * inputs + 0.3 + (
+            0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)
+        ), targets
 
 
 class Transformed(Subset):
-    """A part of a set with a transform of its own: the usual way to give the halves of a split theirs.
+    """A part of a set with a transform of its own: the usual way to give the halves of a split
+    theirs.
 
-    Without a way to many samples of its own, as torch allowed it before 2.10 (its constructor refuses that now).
+    Without a way to many samples of its own, as torch allowed it before 2.10 (its constructor
+    refuses that now).
     """
 
     def __init__(self, base: Any, source: str = "none") -> None:
@@ -1100,7 +1192,11 @@ class Transformed(Subset):
 
     def transform(self, inputs: torch.Tensor) -> torch.Tensor:
         """Of one sample."""
-        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs))
+        return (
+            0.7 * inputs
+            + 0.3
+            + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs))
+        )
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.dataset[self.indices[index]]
@@ -1131,7 +1227,9 @@ class Delegating:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.base[index]
-        return 0.7 * inputs + 0.3 + (0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)), targets
+        return 0.7 * inputs + 0.3 + (
+            0.0 if self.source == "none" else 0.2 * drawn(self.source, inputs)
+        ), targets
 
 
 class PrivatelyNoisy(Listed):
@@ -1143,7 +1241,9 @@ class PrivatelyNoisy(Listed):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.base[index]
-        return inputs + 0.2 * torch.as_tensor(self.generator.normal(size=len(inputs)), dtype=inputs.dtype), targets
+        return inputs + 0.2 * torch.as_tensor(
+            self.generator.normal(size=len(inputs)), dtype=inputs.dtype
+        ), targets
 
 
 class _First(Dataset):
@@ -1175,19 +1275,27 @@ SETS: dict[str, Callable[..., Any]] = {
     "own_batch": OwnBatch,
     "subset": _subset,
     "subset_in_memory": lambda base: Subset(base, _shuffled(len(base))),
-    "subset_own_batch": lambda base, source="none": Subset(OwnBatch(base, source), _shuffled(len(base))),
-    "subset_many": lambda base, source="none": Subset(ListedMany(base, source), _shuffled(len(base))),
+    "subset_own_batch": lambda base, source="none": Subset(
+        OwnBatch(base, source), _shuffled(len(base))
+    ),
+    "subset_many": lambda base, source="none": Subset(
+        ListedMany(base, source), _shuffled(len(base))
+    ),
     "nested": lambda base, source="none": Subset(_subset(base, source), _shuffled(len(base))),
     "transformed": Transformed,
     "transformed_many": TransformedMany,
-    "nested_transformed": lambda base, source="none": Subset(TransformedMany(base, source), _shuffled(len(base))),
+    "nested_transformed": lambda base, source="none": Subset(
+        TransformedMany(base, source), _shuffled(len(base))
+    ),
     "transformed_subset": lambda base, source="none": TransformedMany(_subset(base), source),
     "delegating": lambda base, source="none": Delegating(_subset(base), source),
     "delegating_many": lambda base, source="none": Delegating(ListedMany(base), source),
     "one_below_many": OneBelowMany,
     "mixed_in": lambda base: MixedIn(base.inputs, base.targets),
     "tensors": lambda base: TensorDataset(base.inputs, base.targets),
-    "concatenated": lambda base, source="none": ConcatDataset([Listed(base, source), OwnItem(base, source)]),
+    "concatenated": lambda base, source="none": ConcatDataset(
+        [Listed(base, source), OwnItem(base, source)]
+    ),
     "stacked": lambda base, source="none": StackDataset(_First(Listed(base, source)), base.targets),
     "private": PrivatelyNoisy,
 }
@@ -1227,6 +1335,17 @@ REFUSED: list[tuple[str, Description, str]] = [
 
 
 def refusals(job: Description) -> list[str]:
-    """What a refusal of this job may speak of, one pattern for each of its parts that may be refused."""
-    parts = {"blocks": job["model"]["args"]["blocks"], "loss": [job["loss"].get("args", {})], "data": [job["data"]["args"]]}
-    return [pattern for section, wanted, pattern in REFUSED for part in parts[section] if wanted.items() <= part.items()]
+    """What a refusal of this job may speak of, one pattern for each of its parts that may be
+    refused.
+    """
+    parts = {
+        "blocks": job["model"]["args"]["blocks"],
+        "loss": [job["loss"].get("args", {})],
+        "data": [job["data"]["args"]],
+    }
+    return [
+        pattern
+        for section, wanted, pattern in REFUSED
+        for part in parts[section]
+        if wanted.items() <= part.items()
+    ]

@@ -1,4 +1,6 @@
-"""Draws cases as plain JSON: a job of blocks, a schedule and an optimizer, and how its run is dealt out and interrupted."""
+"""Draws cases as plain JSON: a job of blocks, a schedule and an optimizer, and how its run is dealt
+out and interrupted.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +27,52 @@ _PLAIN_BLOCKS: list[dict[str, Any]] = [
     {"kind": "attention"},
 ]
 _ODD_BLOCKS: list[dict[str, Any]] = [
-    *({"kind": "batch_norm", "form": form} for form in (
-        "no_affine", "frozen", "evaluated", "subclass", "untracked", "never", "twice", "twice_apart", "named_twice",
-        "checkpointed", "reentrant", "skipped_by_data", "skipped_by_chance",
-    )),
+    *(
+        {"kind": "batch_norm", "form": form}
+        for form in (
+            "no_affine",
+            "frozen",
+            "evaluated",
+            "subclass",
+            "untracked",
+            "never",
+            "twice",
+            "twice_apart",
+            "named_twice",
+            "checkpointed",
+            "reentrant",
+            "skipped_by_data",
+            "skipped_by_chance",
+        )
+    ),
     {"kind": "batch_norm", "form": "flat"},
     {"kind": "batch_norm", "momentum": 1.0},
     {"kind": "batch_norm", "momentum": 0.0},
     {"kind": "conv2d"},
     {"kind": "parametrized", "form": "weight"},
     {"kind": "empty"},
-    *({"kind": "buffer", "dtype": dtype, "persistent": persistent, "scalar": scalar} for dtype, persistent, scalar in (
-        ("bool", True, False), ("uint8", True, True), ("int32", True, False), ("float16", True, True), ("bfloat16", True, False),
-        ("float64", False, False), ("complex64", True, False), ("float32", False, True), ("int16", True, False),
-    )),
+    *(
+        {"kind": "buffer", "dtype": dtype, "persistent": persistent, "scalar": scalar}
+        for dtype, persistent, scalar in (
+            ("bool", True, False),
+            ("uint8", True, True),
+            ("int32", True, False),
+            ("float16", True, True),
+            ("bfloat16", True, False),
+            ("float64", False, False),
+            ("complex64", True, False),
+            ("float32", False, True),
+            ("int16", True, False),
+        )
+    ),
     {"kind": "integers"},
     {"kind": "hooked", "when": "pass"},
     {"kind": "expanded", "rows": 1},
     {"kind": "instance_norm"},
-    *({"kind": "noise", "source": source, "checkpointed": True} for source in ("torch", "numpy", "random")),
+    *(
+        {"kind": "noise", "source": source, "checkpointed": True}
+        for source in ("torch", "numpy", "random")
+    ),
     {"kind": "noise", "source": "numpy"},
     {"kind": "noise", "source": "random"},
     {"kind": "noise", "source": "all", "always": True},
@@ -63,7 +92,7 @@ _ODD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "extra", "form": "tensor"},
     {"kind": "reset"},
     {"kind": "reset", "saved": True},
-]  # fmt: skip
+]
 _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "batch_norm", "form": "renorm"},
     {"kind": "batch_norm", "form": "cumulative"},
@@ -93,9 +122,25 @@ _BAD_BLOCKS: list[dict[str, Any]] = [
     {"kind": "evaluated", "saved": False},
 ]
 _QUIET_SETS = ["in_memory", "subset_in_memory", "mixed_in", "tensors"]
-_DRAWING_SETS = ["listed", "listed_many", "own_item", "own_batch", "subset", "subset_own_batch", "subset_many", "nested",
-                 "transformed", "transformed_many", "nested_transformed", "transformed_subset", "delegating",
-                 "delegating_many", "one_below_many", "concatenated", "stacked"]  # fmt: skip
+_DRAWING_SETS = [
+    "listed",
+    "listed_many",
+    "own_item",
+    "own_batch",
+    "subset",
+    "subset_own_batch",
+    "subset_many",
+    "nested",
+    "transformed",
+    "transformed_many",
+    "nested_transformed",
+    "transformed_subset",
+    "delegating",
+    "delegating_many",
+    "one_below_many",
+    "concatenated",
+    "stacked",
+]
 _PLAIN_LOSSES = ["cross_entropy", "function"]
 _ODD_LOSSES = ["regression", "temperature", "centers", "mixup", "normed", "named"]
 _EVERY_STEP_BY_THE_CLOCK = 1e-9  # minutes
@@ -104,13 +149,22 @@ _EVERY_STEP_BY_THE_CLOCK = 1e-9  # minutes
 _CHANGES: list[dict[str, Any]] = [
     {"data": {"prefetch_steps": 2}},
     {"checkpoint": {"every_steps": 2, "keep": 2}},
-    {"evaluate": {"every_epochs": 0.5}},  # another micro_batch would change what is drawn in an evaluation
+    # Another micro_batch would change what is drawn in an evaluation
+    {"evaluate": {"every_epochs": 0.5}},
     {"log": {"every_steps": 3}, "compare_every_steps": 2},
     {"checkpoint": {"best": "test_loss"}},
     {"checkpoint": {"every_minutes": _EVERY_STEP_BY_THE_CLOCK}},
     {"on_nonfinite": {"policy": "skip"}},
 ]
-_RATES = {"lars": 4.0, "lamb": 0.02, "sgd": 0.2, "adam": 0.01, "adamw": 0.01, "adagrad": 0.05, "rmsprop": 0.005}
+_RATES = {
+    "lars": 4.0,
+    "lamb": 0.02,
+    "sgd": 0.2,
+    "adam": 0.01,
+    "adamw": 0.01,
+    "adagrad": 0.05,
+    "rmsprop": 0.005,
+}
 
 
 def _often(draw: st.DrawFn, times_in_ten: int) -> bool:
@@ -124,7 +178,8 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
     Args:
         draw: Hypothesis's.
         largest_world: workers at most.
-        threads: whether worlds can be killed and have any size up to `largest_world`; else all have exactly that size, or one.
+        threads: whether worlds can be killed and have any size up to `largest_world`; else all have
+            exactly that size, or one.
     """
     sizes = [size for size in (2, 3, 4, 2, 3, 4, 5, 8, 1) if size <= largest_world]
     bad = _often(draw, 2)
@@ -140,13 +195,20 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
         "epochs": epochs,
         "precision": "fp32" if _often(draw, 1) else "fp64",
         "reduction": "exact" if exact else "fast",
-        "data": {"name": "trials.blocks:data", "args": training, "prefetch_steps": draw(st.integers(1, 4))},
+        "data": {
+            "name": "trials.blocks:data",
+            "args": training,
+            "prefetch_steps": draw(st.integers(1, 4)),
+        },
         "model": {"name": "trials.blocks:model", "args": model},
         "loss": {"name": "trials.blocks:loss", "args": loss["args"]},
         "batch": batch,
         "lr": {},
         "optimizer": draw(_optimizers()),
-        "evaluate": {"every_epochs": draw(st.sampled_from([1.0, 0.4, 3.0])), "micro_batch": draw(st.integers(1, 12))},
+        "evaluate": {
+            "every_epochs": draw(st.sampled_from([1.0, 0.4, 3.0])),
+            "micro_batch": draw(st.integers(1, 12)),
+        },
         "checkpoint": draw(_checkpoints()),
         "log": {"every_steps": draw(st.sampled_from([1, 2, 10]))},
         "compare_every_steps": draw(st.integers(1, 3)),
@@ -155,28 +217,43 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
     job["lr"] = draw(_rates(job["optimizer"]["name"], epochs, batch))
     if training.get("gives") == "image" and _often(draw, 5):
         job["model"]["channels_last"] = True
-    if exact and _often(draw, 2):  # in 16 bits only exact mode has a law: a last bit of a sum becomes the last of 8 or 11
+    # In 16 bits only exact mode has a law: a last bit of a sum becomes the last of 8 or 11
+    if exact and _often(draw, 2):
         job["precision"] = draw(st.sampled_from(["bf16", "fp16"]))
-    if (not exact or _often(draw, 1)) and _is_quiet(model, loss["args"], training) and _often(draw, 4):
+    if (
+        (not exact or _often(draw, 1))
+        and _is_quiet(model, loss["args"], training)
+        and _often(draw, 4)
+    ):
         batch["micro"] = "auto"
     if _often(draw, 2):
         job["gradients"]["clip_norm"] = draw(st.sampled_from([0.05, 0.5, 5.0]))
     if not exact and _often(draw, 1):
         job["horovod"] = {"groups": draw(st.integers(1, 6))}
-    skips = any(block["kind"] == "skipped" or "skipped" in block.get("form", "") for block in model["blocks"])
+    skips = any(
+        block["kind"] == "skipped" or "skipped" in block.get("form", "")
+        for block in model["blocks"]
+    )
     if "missing" in Gradients.model_fields and (skips or _often(draw, 1)):
         job["gradients"]["missing"] = "zero" if _often(draw, 9) else "error"
     if training.get("poisoned") is not None or not _stays_finite(model) or _often(draw, 1):
         job["on_nonfinite"] = draw(_nonfinite())
     workers = draw(st.sampled_from(sizes)) if threads else largest_world
     grows = job["lr"]["decay"]["policy"] in ("constant", "multistep", "exponential")
-    changes = [change for change in _CHANGES if "on_nonfinite" not in change or "on_nonfinite" not in job]
+    changes = [
+        change for change in _CHANGES if "on_nonfinite" not in change or "on_nonfinite" not in job
+    ]
     if training.get("poisoned") is not None or not _stays_finite(model):
         changes = [change for change in changes if "on_nonfinite" not in change]
-        if job["on_nonfinite"]["policy"] == "rollback":  # where it goes back to follows from these, and from the length
-            changes = [change for change in changes if not change.keys() & {"checkpoint", "evaluate"}]
+        # Where it goes back to follows from these, and from the length
+        if job["on_nonfinite"]["policy"] == "rollback":
+            changes = [
+                change for change in changes if not change.keys() & {"checkpoint", "evaluate"}
+            ]
             grows = False
-    breaks = st.lists(_interruptions(workers, largest_world, threads, grows, changes), min_size=1, max_size=3)
+    breaks = st.lists(
+        _interruptions(workers, largest_world, threads, grows, changes), min_size=1, max_size=3
+    )
     return {
         "job": job,
         "workers": workers,
@@ -201,19 +278,38 @@ def _nonfinite(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, Any]) -> bool:
-    """Whether nothing depends on how a step is cut into micro-batches, so that the workers may cut it."""
-    still = all(block["kind"] in ("linear", "conv", "conv2d", "norm", "tied", "scale", "integers") for block in model["blocks"])
-    by_sample = training.get("source", "none") == "none" or training["kind"] in ("listed", "own_item", "subset", "nested")
+    """Whether nothing depends on how a step is cut into micro-batches, so that the workers may cut
+    it.
+    """
+    still = all(
+        block["kind"] in ("linear", "conv", "conv2d", "norm", "tied", "scale", "integers")
+        for block in model["blocks"]
+    )
+    by_sample = training.get("source", "none") == "none" or training["kind"] in (
+        "listed",
+        "own_item",
+        "subset",
+        "nested",
+    )
     return still and loss["kind"] in ("cross_entropy", "function", "temperature") and by_sample
 
 
 @st.composite
 def _models(draw: st.DrawFn, bad: bool) -> tuple[dict[str, Any], int]:
     features = draw(st.sampled_from([2, 4, 6]))
-    blocks = draw(st.lists(st.one_of(st.sampled_from(_PLAIN_BLOCKS), st.sampled_from(_ODD_BLOCKS)), max_size=3))
+    blocks = draw(
+        st.lists(
+            st.one_of(st.sampled_from(_PLAIN_BLOCKS), st.sampled_from(_ODD_BLOCKS)), max_size=3
+        )
+    )
     if bad and draw(st.booleans()):
         blocks.insert(draw(st.integers(0, len(blocks))), draw(st.sampled_from(_BAD_BLOCKS)))
-    model = {"blocks": blocks, "features": features, "outputs": 3, "returned": "eval" if _often(draw, 1) else "train"}
+    model = {
+        "blocks": blocks,
+        "features": features,
+        "outputs": 3,
+        "returned": "eval" if _often(draw, 1) else "train",
+    }
     return model, features
 
 
@@ -231,7 +327,9 @@ def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
 
 
 @st.composite
-def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any], dict[str, Any], float]:
+def _batches(
+    draw: st.DrawFn, features: int, bad: bool
+) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Data set, batch section and length: some steps, each of some micro-batches."""
     samples = draw(st.integers(1, 100))
     first = draw(st.integers(1, 40))
@@ -244,7 +342,12 @@ def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any],
     if kind == "listed":
         training["gives"] = draw(st.sampled_from(["tensor", "numpy", "dict", "tuple", "image"]))
     if bad and _often(draw, 2):
-        training = {"kind": "private", "samples": samples, "features": features, "seeded": draw(st.booleans())}
+        training = {
+            "kind": "private",
+            "samples": samples,
+            "features": features,
+            "seeded": draw(st.booleans()),
+        }
     if _often(draw, 6):
         training["test_samples"] = draw(st.integers(1, 25))
         if bad and _often(draw, 2):
@@ -256,11 +359,16 @@ def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any],
         batch |= {"base": draw(st.integers(1, 40)), "initial": first}
     epochs = total / samples
     if _often(draw, 4):
-        growth: dict[str, Any] = {"policy": "adabatch", "factor": draw(st.sampled_from([2.0, 1.3, 3.0]))}
+        growth: dict[str, Any] = {
+            "policy": "adabatch",
+            "factor": draw(st.sampled_from([2.0, 1.3, 3.0])),
+        }
         if draw(st.booleans()):
             growth["every_epochs"] = epochs * draw(st.sampled_from([0.5, 0.3]))
         else:
-            growth["at_epochs"] = [epochs * part for part in draw(st.sampled_from([[0.5], [0.2, 0.6]]))]
+            growth["at_epochs"] = [
+                epochs * part for part in draw(st.sampled_from([[0.5], [0.2, 0.6]]))
+            ]
         if draw(st.booleans()):
             growth["max"] = first + draw(st.integers(0, 40))
         batch["growth"] = growth
@@ -270,7 +378,10 @@ def _batches(draw: st.DrawFn, features: int, bad: bool) -> tuple[dict[str, Any],
 @st.composite
 def _optimizers(draw: st.DrawFn) -> dict[str, Any]:
     name = draw(st.sampled_from(["lars", "lars", "lars", *_RATES]))
-    options: dict[str, Any] = {"name": name, "weight_decay": draw(st.sampled_from([0.0, 1e-3, 0.05]))}
+    options: dict[str, Any] = {
+        "name": name,
+        "weight_decay": draw(st.sampled_from([0.0, 1e-3, 0.05])),
+    }
     if name == "lars":
         options["preset"] = draw(st.sampled_from(["paper", "mlperf", "torch", "larc", "optax"]))
         options["trust_coefficient"] = draw(st.sampled_from([0.001, 0.02]))
@@ -291,7 +402,11 @@ def _rates(draw: st.DrawFn, optimizer: str, epochs: float, batch: dict[str, Any]
     rate: dict[str, Any] = {"base": _RATES[optimizer] * draw(st.sampled_from([1.0, 0.1]))}
     rate["scaling"] = draw(st.sampled_from(["none", "linear", "sqrt"]))
     factor = batch.get("initial", batch["base"]) / batch["base"]
-    decay = draw(st.sampled_from(["constant", "polynomial", "cosine", "exponential", "multistep", "one_cycle"]))
+    decay = draw(
+        st.sampled_from(
+            ["constant", "polynomial", "cosine", "exponential", "multistep", "one_cycle"]
+        )
+    )
     rate["decay"] = {"policy": decay}
     if decay == "multistep":
         rate["decay"] |= {"gamma": 0.5, "every_epochs": epochs / 3}
@@ -320,11 +435,23 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def _interruptions(
-    draw: st.DrawFn, workers: int, largest_world: int, threads: bool, grows: bool, changes: list[dict[str, Any]]
+    draw: st.DrawFn,
+    workers: int,
+    largest_world: int,
+    threads: bool,
+    grows: bool,
+    changes: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One interruption: where it comes, as a part of the way, how many workers go on, and what was otherwise in its job."""
+    """One interruption: where it comes, as a part of the way, how many workers go on, and what was
+    otherwise in its job.
+    """
     how = draw(st.sampled_from(["stop", "kill"])) if threads else "stop"
-    found = {"how": how, "at": draw(st.integers(0, 100)) / 100, "by_rank": draw(st.integers(0, 3)), "workers": workers}
+    found = {
+        "how": how,
+        "at": draw(st.integers(0, 100)) / 100,
+        "by_rank": draw(st.integers(0, 3)),
+        "workers": workers,
+    }
     if _often(draw, 4):
         found["workers"] = draw(st.integers(1, min(4, largest_world))) if threads else largest_world
     if _often(draw, 2):

@@ -1,4 +1,6 @@
-"""Starts the engine on a job in a world of one's own, and tells how the run ended and what it left."""
+"""Starts the engine on a job in a world of one's own, and tells how the run ended and what it
+left.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ class Outcome:
         calls: collective calls, of all ranks together.
         checkpoint: the content of last.pt; None where there is none.
         decisions: the lines of decisions.jsonl.
-        results: of summary.json, what does not depend on time and machine; None where there is none.
+        results: of summary.json, what does not depend on time and machine; None where there is
+            none.
         metrics: the lines of metrics.jsonl, without times.
         flaws: of the folder of a run that has finished.
         folder: of the run.
@@ -121,8 +124,15 @@ class Unwatched(Watchdog):
         """There is nothing to stop."""
 
 
-def train(job: Mapping[str, Any], folder: Path, workers: int, seed: int = 0, interruption: Interruption | None = None) -> Outcome:
-    """Start a job in a run folder, in a world of threads or alone, and go on to its end or its interruption.
+def train(
+    job: Mapping[str, Any],
+    folder: Path,
+    workers: int,
+    seed: int = 0,
+    interruption: Interruption | None = None,
+) -> Outcome:
+    """Start a job in a run folder, in a world of threads or alone, and go on to its end or its
+    interruption.
 
     Args:
         job: the job file's keys.
@@ -154,11 +164,17 @@ def train(job: Mapping[str, Any], folder: Path, workers: int, seed: int = 0, int
 
 
 def read(job: Mapping[str, Any], folder: Path) -> Job | Outcome:
-    """The job as the engine accepts it, or how it refuses it; its file lies beside the run folder."""
+    """The job as the engine accepts it, or how it refuses it; its file lies beside the run
+    folder.
+    """
     text = json.dumps(job)
     folder.with_suffix(".yaml").write_text(text, encoding="utf-8")
     accepted = _accepted(text)
-    return accepted.model_copy(update={"run_dir": str(folder)}) if isinstance(accepted, Job) else accepted
+    return (
+        accepted.model_copy(update={"run_dir": str(folder)})
+        if isinstance(accepted, Job)
+        else accepted
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -169,14 +185,22 @@ def _accepted(text: str) -> Job | Outcome:
         return Outcome(end.code, str(end))
 
 
-def one_rank(job: Job, folder: Path, control: Any, tensors: Any, stop: StopRequest) -> tuple[int, str]:
-    """What the engine's door does on one rank: the exit code and the message of the end that all ranks share.
+def one_rank(
+    job: Job, folder: Path, control: Any, tensors: Any, stop: StopRequest
+) -> tuple[int, str]:
+    """What the engine's door does on one rank: the exit code and the message of the end that all
+    ranks share.
 
     The wires are still open then.
     """
     code, message = exits.FINISHED, ""
     try:
-        run_module.run(job, folder.with_suffix(".yaml"), False, RankContext(None, {}, control, tensors, Unwatched(), stop))
+        run_module.run(
+            job,
+            folder.with_suffix(".yaml"),
+            False,
+            RankContext(None, {}, control, tensors, Unwatched(), stop),
+        )
     except exits.RunExit as end:
         code, message = end.code, str(end)
     return code, message
@@ -197,7 +221,12 @@ run_module.versions = functools.cache(run_module.versions)
 def unchanged_settings() -> Iterator[None]:
     """Leave torch's global settings as they were, and its threads at one while this lasts."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = torch.are_deterministic_algorithms_enabled(), cudnn.allow_tf32, cuda.allow_tf32, os.environ.copy()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.allow_tf32,
+        cuda.allow_tf32,
+        os.environ.copy(),
+    )
     set_num_threads = torch.set_num_threads
     set_num_threads(1)
     torch.set_num_threads = lambda nthreads: None
@@ -215,7 +244,11 @@ def unchanged_settings() -> Iterator[None]:
 def quietly() -> Iterator[None]:
     """Keep what the engine and torch say off the screen."""
     nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -224,7 +257,9 @@ def quietly() -> Iterator[None]:
 def scratch() -> Iterator[Path]:
     """A folder in memory where there is one, removed afterwards."""
     memory = Path("/dev/shm")
-    place = Path(tempfile.mkdtemp(prefix="trials-", dir=memory if os.access(memory, os.W_OK) else None))
+    place = Path(
+        tempfile.mkdtemp(prefix="trials-", dir=memory if os.access(memory, os.W_OK) else None)
+    )
     try:
         yield place
     finally:
@@ -245,13 +280,18 @@ def _judged(ends: Ends, steps: int) -> Outcome:
         )
         place = traceback.extract_tb(error.__traceback__)[-1]
         told = (str(error).splitlines() or [""])[0]
-        text = f"{type(error).__name__}: {told} (rank {rank}, {Path(place.filename).name}:{place.lineno})\n"
+        text = (
+            f"{type(error).__name__}: {told} (rank {rank}, "
+            f"{Path(place.filename).name}:{place.lineno})\n"
+        )
         text += "".join(traceback.format_exception(error))
         return Outcome(code, text, ends.broken, False, steps, ends.calls)
     if ends.broken is not None or ends.killed:
         return Outcome(-1, ends.broken or "", ends.broken, ends.killed, steps, ends.calls)
     if len(set(ends.results)) > 1:
-        return Outcome(-1, "", f"the ranks ended differently: {ends.results}", False, steps, ends.calls)
+        return Outcome(
+            -1, "", f"the ranks ended differently: {ends.results}", False, steps, ends.calls
+        )
     code, message = ends.results[0]
     return Outcome(code, message, None, False, steps, ends.calls)
 
@@ -261,7 +301,11 @@ _OF_THE_MACHINE = ("train_seconds", "samples_per_second", "peak_memory_bytes", "
 
 def read_folder(outcome: Outcome, folder: Path) -> Outcome:
     """What a run has left, put beside how it ended."""
-    last, decisions, summary = folder / "checkpoints" / "last.pt", folder / "decisions.jsonl", folder / "summary.json"
+    last, decisions, summary = (
+        folder / "checkpoints" / "last.pt",
+        folder / "decisions.jsonl",
+        folder / "summary.json",
+    )
     if last.exists():
         outcome.checkpoint = torch.load(last, weights_only=True)
     if decisions.exists():
@@ -269,7 +313,9 @@ def read_folder(outcome: Outcome, folder: Path) -> Outcome:
     if outcome.code == exits.FINISHED and summary.exists():
         found = json.loads(summary.read_text(encoding="utf-8"))
         # What is not finite is a word there.
-        outcome.results = {name: float(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
+        outcome.results = {
+            name: float(value) for name, value in found.items() if name not in _OF_THE_MACHINE
+        }
         outcome.metrics = [_without_times(line) for line in read_lines(folder / "metrics.jsonl")]
         outcome.flaws = list(flaws(folder))
     outcome.folder = folder

@@ -1,4 +1,6 @@
-"""Looks through the folder of a run that has finished: what is missing, left over, or does not agree with the rest."""
+"""Looks through the folder of a run that has finished: what is missing, left over, or does not
+agree with the rest.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from typing import Any
 
 from hvdlarge.config.job_file import read_job
 
-_FILES = {"job.yaml", "job.resolved.yaml", "environment.json", "starts.jsonl", "decisions.jsonl", "metrics.jsonl", "summary.json"}
+_FILES = {
+    "job.yaml",
+    "job.resolved.yaml",
+    "environment.json",
+    "starts.jsonl",
+    "decisions.jsonl",
+    "metrics.jsonl",
+    "summary.json",
+}
 _FILES |= {".lock", "checkpoints/last.pt", "checkpoints/best.pt", "checkpoints/SHA256SUMS"}
 _MAY_LACK = {"checkpoints/best.pt"}  # without a test set
 _STEP = re.compile(r"checkpoints/step_([0-9]{9})\.pt")
@@ -62,6 +72,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a run but the diary of its starts and what a start notes about itself."""
-    kept = {path for path in folder.rglob("*") if path.is_file() and path.name not in ("starts.jsonl", ".lock")}
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    """The SHA-256 of every file of a run but the diary of its starts and what a start notes about
+    itself.
+    """
+    kept = {
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("starts.jsonl", ".lock")
+    }
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in kept
+    }

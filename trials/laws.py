@@ -1,13 +1,15 @@
-"""Holds jobs drawn at random against the engine's laws, on worlds of threads or over real MPI and Horovod.
+"""Holds jobs drawn at random against the engine's laws, on worlds of threads or over real MPI and
+Horovod.
 
     python trials/laws.py --jobs 5000 --processes 2        ranks are threads of one process
     mpirun -np 3 python trials/laws.py --jobs 200          one long-lived world over the real wires
     python trials/laws.py --replay trials/found/x.json     one case, or all of a folder
 
-Each job must be refused before its first step, in the same words on every number of workers, or hold: law 0, one worker comes to
-what a plain loop comes to (reference.py); law 1, n workers come to what one comes to; law 2, stopped or killed and started again,
-on as many workers or others, a run comes to what it comes to undisturbed; law 3, exact mode, to the last bit. Exit code 1 if one
-does not. A violation is written to a file as soon as it is found, as a case that --replay takes.
+Each job must be refused before its first step, in the same words on every number of workers, or
+hold: law 0, one worker comes to what a plain loop comes to (reference.py); law 1, n workers come to
+what one comes to; law 2, stopped or killed and started again, on as many workers or others, a run
+comes to what it comes to undisturbed; law 3, exact mode, to the last bit. Exit code 1 if one does
+not. A violation is written to a file as soon as it is found, as a case that --replay takes.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Tally:
         self._shrinking: tuple[str, float] | None = None
 
     def draw(self, number: int, seed: int, judged: Judge, **drawn: Any) -> None:
-        """Draw and judge `number` cases; a new kind of violation ends a chunk of them, when it has been made smaller."""
+        """Draw and judge `number` cases; a new kind of violation ends a chunk of them, when it has
+        been made smaller.
+        """
         chunk = 0
         while self.jobs < number:
             before = self.jobs
@@ -83,9 +87,14 @@ class Tally:
 
         @hypothesis_seed(seed)
         @settings(
-            max_examples=number, deadline=None, database=None, phases=phases, report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck), print_blob=False,
-        )  # fmt: skip
+            max_examples=number,
+            deadline=None,
+            database=None,
+            phases=phases,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+        )
         @given(cases(**drawn))
         def one(case: Case) -> None:
             self.one(case, judged)
@@ -93,7 +102,9 @@ class Tally:
         one()
 
     def one(self, case: Case, judged: Judge) -> None:
-        """Judge one case; a new kind of violation is raised, so that Hypothesis makes it smaller."""
+        """Judge one case; a new kind of violation is raised, so that Hypothesis makes it
+        smaller.
+        """
         if time.monotonic() >= self._until:
             raise _Enough
         if self._shrinking is not None and time.monotonic() >= self._shrinking[1]:
@@ -132,12 +143,19 @@ class Tally:
 
     def lines(self, seconds: float) -> list[str]:
         """The summary."""
-        found = [f"{self.jobs} jobs in {seconds:.0f} s ({self.jobs / max(seconds, 1e-9):.1f} a second)"]
+        found = [
+            f"{self.jobs} jobs in {seconds:.0f} s ({self.jobs / max(seconds, 1e-9):.1f} a second)"
+        ]
         found += [f"  {kind:10} {count}" for kind, count in self.kinds.most_common()]
         found += [f"  law {law:12} held by {count}" for law, count in sorted(self.laws.items())]
-        found += [f"  refused {count:4}: {reason}" for reason, count in self.refusals.most_common(40)]
+        found += [
+            f"  refused {count:4}: {reason}" for reason, count in self.refusals.most_common(40)
+        ]
         for kind, violation in self.violations.items():
-            found += [f"VIOLATION ({self.times[kind]} times) {violation['reason'][:600]}", f"  {json.dumps(violation['case'])}"]
+            found += [
+                f"VIOLATION ({self.times[kind]} times) {violation['reason'][:600]}",
+                f"  {json.dumps(violation['case'])}",
+            ]
         return found
 
 
@@ -167,7 +185,9 @@ def main() -> int:
         tally = _share(0, options)
     else:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            tally, *others = pool.starmap(_share, [(number, options) for number in range(options.processes)])
+            tally, *others = pool.starmap(
+                _share, [(number, options) for number in range(options.processes)]
+            )
         for other in others:
             tally.add(other)
     print("\n".join(tally.lines(time.monotonic() - began)))
@@ -197,13 +217,25 @@ def replay(path: Path) -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=24 * 60, help="end after so long")
-    parser.add_argument("--shrink-seconds", type=float, default=20.0, help="for each kind of violation; 0: as it was found")
-    parser.add_argument("--found", type=Path, default=Path("violations.jsonl"), help="where violations are written down")
+    parser.add_argument(
+        "--shrink-seconds",
+        type=float,
+        default=20.0,
+        help="for each kind of violation; 0: as it was found",
+    )
+    parser.add_argument(
+        "--found",
+        type=Path,
+        default=Path("violations.jsonl"),
+        help="where violations are written down",
+    )
     parser.add_argument("--replay", type=Path, help="a file of cases, or a folder of such files")
     return parser.parse_args()
 

@@ -1,4 +1,6 @@
-"""The same cases in one long-lived world over real MPI and Horovod: rank 0 draws and judges, every rank runs."""
+"""The same cases in one long-lived world over real MPI and Horovod: rank 0 draws and judges, every
+rank runs.
+"""
 
 from __future__ import annotations
 
@@ -51,21 +53,30 @@ class RealWorld:
         accepted = engine.read(order["job"], folder)
         if not isinstance(accepted, Job):
             return accepted if self.control.rank == 0 else None
-        stop = AskedFor(breaks.stop_at if self.control.rank == breaks.by_rank % self.control.size else None)
+        stop = AskedFor(
+            breaks.stop_at if self.control.rank == breaks.by_rank % self.control.size else None
+        )
         code, message = exits.FINISHED, ""
         with self._limited(order), engine.unchanged_settings(), engine.quietly():
             try:
                 code, message = engine.one_rank(accepted, folder, self.control, self.tensors, stop)
             except BaseException:
                 self._end(f"rank {self.control.rank}: {traceback.format_exc()}", order)
-            heard = [tuple(json.loads(other)) for other in self.control.allgather(json.dumps([code, message]).encode())]
+            heard = [
+                tuple(json.loads(other))
+                for other in self.control.allgather(json.dumps([code, message]).encode())
+            ]
         if self.control.rank:
             return None
         broken = None if len(set(heard)) == 1 else f"the ranks ended differently: {heard}"
         return engine.read_folder(Outcome(code, message, broken, steps=stop.steps), folder)
 
     def _limited(self, order: Mapping[str, Any]) -> _Alarm:
-        return _Alarm(lambda: self._end(f"rank {self.control.rank} has waited for {_LIMIT_SECONDS:g} s", order))
+        return _Alarm(
+            lambda: self._end(
+                f"rank {self.control.rank} has waited for {_LIMIT_SECONDS:g} s", order
+            )
+        )
 
     def _end(self, what: str, order: Mapping[str, Any]) -> None:
         sys.__stderr__.write(f"VIOLATION {what}\n  {json.dumps(dict(order))}\n")  # type: ignore[union-attr]
@@ -89,7 +100,9 @@ class _Alarm:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Draw cases on rank 0 and judge them there; returns the exit code. Every rank calls this together."""
+    """Draw cases on rank 0 and judge them there; returns the exit code. Every rank calls this
+    together.
+    """
     world, began = RealWorld(), time.monotonic()
     if world.control.rank:
         while (order := world.hear())["job"] is not None:
@@ -97,10 +110,20 @@ def main(options: argparse.Namespace) -> int:
         return _leave(world, world.hear()["code"])
     tally = Tally(options.found, options.shrink_seconds, began + 60 * options.minutes)
 
-    def start(job: Mapping[str, Any], folder: Path, workers: int, seed: int, interruption: Interruption | None) -> Outcome:
+    def start(
+        job: Mapping[str, Any],
+        folder: Path,
+        workers: int,
+        seed: int,
+        interruption: Interruption | None,
+    ) -> Outcome:
         if workers == 1:
             return engine.train(job, folder, 1, seed, interruption)
-        order = {"job": dict(job), "folder": str(folder), "interruption": vars(interruption or Interruption())}
+        order = {
+            "job": dict(job),
+            "folder": str(folder),
+            "interruption": vars(interruption or Interruption()),
+        }
         world.tell(order)
         outcome = world.run(order)
         assert outcome is not None  # this is rank 0
@@ -114,7 +137,15 @@ def main(options: argparse.Namespace) -> int:
     world.tell({"job": None})
     code = 1 if tally.violations else 0
     world.tell({"code": code})
-    print("\n".join([f"over MPI and Horovod, {world.control.size} workers:", *tally.lines(time.monotonic() - began)]), flush=True)
+    print(
+        "\n".join(
+            [
+                f"over MPI and Horovod, {world.control.size} workers:",
+                *tally.lines(time.monotonic() - began),
+            ]
+        ),
+        flush=True,
+    )
     return _leave(world, code)
 
 

@@ -1,9 +1,10 @@
 """A world of ranks as threads of one process, of which exactly one runs at any time.
 
-The baton changes hands inside collective calls only, and each rank brings its own random generators with it. So every rank
-behaves as a process of its own, and a whole run costs no more than its arithmetic. What takes a time-out to notice among
-processes is seen at once: ranks that wait for each other for ever, ranks that call different collectives, or with other names,
-shapes or types, and a rank that leaves while others wait for it.
+The baton changes hands inside collective calls only, and each rank brings its own random generators
+with it. So every rank behaves as a process of its own, and a whole run costs no more than its
+arithmetic. What takes a time-out to notice among processes is seen at once: ranks that wait for
+each other for ever, ranks that call different collectives, or with other names, shapes or types,
+and a rank that leaves while others wait for it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Generators = tuple[Any, Any, Any]
 
 
 class WorldOver(BaseException):
-    """Raised in every rank of a world that has come to its end; no `except Exception` stands in its way."""
+    """Raised in every rank of a world that has come to its end; no `except Exception` stands in its
+    way.
+    """
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Ends:
 
     Attributes:
         results: what each rank returned; None for one that did not come to its end.
-        error: what one rank raised alone, and its number; the others were ended by it, as by MPI's abort.
+        error: what one rank raised alone, and its number; the others were ended by it, as by MPI's
+            abort.
         broken: how the ranks' calls did not fit together, in words.
         killed: whether the world was killed as it had been asked to be.
         calls: collective calls that were begun, of all ranks together.
@@ -64,7 +68,8 @@ class World:
     Args:
         size: ranks.
         seed: which rank gets the baton next, and with which random generators each rank begins.
-        kill_at: the collective call, counted over all ranks from 0, at which every rank ends at once; None for none.
+        kill_at: the collective call, counted over all ranks from 0, at which every rank ends at
+            once; None for none.
     """
 
     def __init__(self, size: int, seed: int = 0, kill_at: int | None = None) -> None:
@@ -84,7 +89,10 @@ class World:
 
     def run(self, action: Callable[[ThreadChannel, ThreadCollectives], Any]) -> Ends:
         """Let every rank do `action` with its two wires, and wait until all have come to an end."""
-        threads = [threading.Thread(target=self._live, args=(rank, action), daemon=True) for rank in range(self.size)]
+        threads = [
+            threading.Thread(target=self._live, args=(rank, action), daemon=True)
+            for rank in range(self.size)
+        ]
         with kept_generators():
             for thread in threads:
                 thread.start()
@@ -97,7 +105,9 @@ class World:
 
     # --- of one rank, while it has the baton
 
-    def begin(self, rank: int, wire: str, signature: Any, given: Any, combine: Callable[[list[Any]], Any]) -> _Meeting:
+    def begin(
+        self, rank: int, wire: str, signature: Any, given: Any, combine: Callable[[list[Any]], Any]
+    ) -> _Meeting:
         """Come to this rank's next collective call on `wire`, without waiting for the others."""
         self._count()
         number = self._numbers[rank].get(wire, 0)
@@ -105,8 +115,8 @@ class World:
         meeting = self._meetings.setdefault((wire, number), _Meeting(signature, rank))
         if meeting.signature != signature:
             self._break(
-                f"call {number} on the wire for {wire} is {_shown(meeting.signature)} on rank {meeting.first} and "
-                f"{_shown(signature)} on rank {rank}"
+                f"call {number} on the wire for {wire} is {_shown(meeting.signature)} on rank "
+                f"{meeting.first} and {_shown(signature)} on rank {rank}"
             )
         meeting.given[rank] = given
         if len(meeting.given) == self.size:
@@ -116,7 +126,9 @@ class World:
         return meeting
 
     def wait(self, rank: int, meeting: _Meeting) -> Any:
-        """What came of a collective call, once every rank has come to it. The baton goes on meanwhile."""
+        """What came of a collective call, once every rank has come to it. The baton goes on
+        meanwhile.
+        """
         self._waits_for[rank] = meeting
         self._pass_on(rank)
         self._waits_for[rank] = None
@@ -156,7 +168,11 @@ class World:
                 yield f"rank {rank} waits in {_shown(meeting.signature)}"
 
     def _next(self) -> int | None:
-        able = [other for other in range(self.size) if not self._left[other] and (self._over or self._can_go_on(other))]
+        able = [
+            other
+            for other in range(self.size)
+            if not self._left[other] and (self._over or self._can_go_on(other))
+        ]
         return self._chance.choice(able) if able else None
 
     def _can_go_on(self, rank: int) -> bool:
@@ -168,7 +184,9 @@ class World:
         _set_generators(self._generators[rank])
         try:
             if not self._over:
-                self._ends.results[rank] = action(ThreadChannel(self, rank), ThreadCollectives(self, rank))
+                self._ends.results[rank] = action(
+                    ThreadChannel(self, rank), ThreadCollectives(self, rank)
+                )
         except WorldOver:
             pass
         except BaseException as error:
@@ -195,7 +213,9 @@ class ThreadChannel:
         self.rank, self.size = rank, world.size
 
     def broadcast(self, record: bytes | None, length: int) -> bytes:
-        """Rank 0's `record` of exactly `length` bytes, on every rank. Every rank calls this together."""
+        """Rank 0's `record` of exactly `length` bytes, on every rank. Every rank calls this
+        together.
+        """
         if self.rank == 0 and (record is None or len(record) != length):
             raise ValueError(f"rank 0 must give a record of {length} bytes")
         return self._meet(("broadcast", length), record, lambda given: given[0])
@@ -205,9 +225,13 @@ class ThreadChannel:
         return list(self._meet(("allgather",), bytes(message), lambda given: given))
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin to find the largest of each value. Every rank calls this together, and later the result."""
+        """Begin to find the largest of each value. Every rank calls this together, and later the
+        result.
+        """
         mine = [float(value) for value in values]
-        meeting = self._world.begin(self.rank, "decisions", ("start_max", len(mine)), mine, _largest)
+        meeting = self._world.begin(
+            self.rank, "decisions", ("start_max", len(mine)), mine, _largest
+        )
         return lambda: list(self._world.wait(self.rank, meeting))
 
     def barrier(self) -> None:
@@ -223,7 +247,9 @@ class ThreadChannel:
         raise RuntimeError(f"rank {self.rank} ended the run with code {code}")
 
     def _meet(self, signature: Any, given: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        return self._world.wait(self.rank, self._world.begin(self.rank, "decisions", signature, given, combine))
+        return self._world.wait(
+            self.rank, self._world.begin(self.rank, "decisions", signature, given, combine)
+        )
 
 
 class ThreadCollectives:
@@ -240,7 +266,11 @@ class ThreadCollectives:
         """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
         held = list(tensors)
         given = [tensor.detach().clone() for _, tensor in held] if self.rank == 0 else None
-        found = self.meet(("broadcast_", *(_described(*pair) for pair in held)), given, lambda all_given: all_given[0])
+        found = self.meet(
+            ("broadcast_", *(_described(*pair) for pair in held)),
+            given,
+            lambda all_given: all_given[0],
+        )
         with torch.no_grad():
             for (_, tensor), value in zip(held, found, strict=True):
                 tensor.copy_(value)
@@ -251,7 +281,9 @@ class ThreadCollectives:
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Every rank's tensor, stacked in their order. Every rank calls this together."""
-        return self.meet(("gather", _described(name, tensor)), tensor.detach().clone(), torch.stack).clone()
+        return self.meet(
+            ("gather", _described(name, tensor)), tensor.detach().clone(), torch.stack
+        ).clone()
 
     def distributed_optimizer(
         self,
@@ -268,15 +300,20 @@ class ThreadCollectives:
         self.meet(("close",), None, lambda given: None)
 
     def meet(self, signature: Any, given: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        """One collective call of this wire; `combine` makes its result from what all ranks give, in their order."""
-        return self._world.wait(self.rank, self._world.begin(self.rank, "tensors", signature, given, combine))
+        """One collective call of this wire; `combine` makes its result from what all ranks give, in
+        their order.
+        """
+        return self._world.wait(
+            self.rank, self._world.begin(self.rank, "tensors", signature, given, combine)
+        )
 
 
 class ThreadOptimizer:
     """An optimizer behind a sum over threads, with the ways of Horovod's `DistributedOptimizer`.
 
-    The optimizer's class is made anew from its groups; a tensor travels as it is behind its last expected backward pass, and one
-    more pass is an error; missing gradients travel as zeros, so that every parameter has a gradient afterwards.
+    The optimizer's class is made anew from its groups; a tensor travels as it is behind its last
+    expected backward pass, and one more pass is an error; missing gradients travel as zeros, so
+    that every parameter has a gradient afterwards.
     """
 
     def __init__(
@@ -293,7 +330,9 @@ class ThreadOptimizer:
         if len(set(names)) != len(names):
             raise ValueError(f"names must be unique: {names}")
         held = {id(weight) for _, weight in named_parameters}
-        if any(id(weight) not in held for group in optimizer.param_groups for weight in group["params"]):
+        if any(
+            id(weight) not in held for group in optimizer.param_groups for weight in group["params"]
+        ):
             raise ValueError("a parameter of the optimizer has no name")
         self._tensors = tensors
         self._named = sorted(named_parameters)
@@ -306,7 +345,9 @@ class ThreadOptimizer:
             weight.register_post_accumulate_grad_hook(self._passed)
 
     def zero_grad(self, mine: range, num_micro_batches: int) -> None:
-        """Drop the old gradients and expect a backward pass for each of this rank's micro-batches."""
+        """Drop the old gradients and expect a backward pass for each of this rank's
+        micro-batches.
+        """
         self.optimizer.zero_grad()
         self._left = {weight: max(1, len(mine)) for _, weight in self._named}
         self._sent = {}
@@ -321,20 +362,27 @@ class ThreadOptimizer:
     def synchronize(self) -> None:
         """Let each gradient be the sum over all ranks. Every rank calls this together."""
         mine = [self._travels(weight) for _, weight in self._named]
-        described = [_described(name, grad) for (name, _), grad in zip(self._named, mine, strict=True)]
-        sums = self._tensors.meet(("reduce", self._groups, self._compressed, *described), mine, _added_each)
+        described = [
+            _described(name, grad) for (name, _), grad in zip(self._named, mine, strict=True)
+        ]
+        sums = self._tensors.meet(
+            ("reduce", self._groups, self._compressed, *described), mine, _added_each
+        )
         for (_, weight), total in zip(self._named, sums, strict=True):
             weight.grad = total.to(weight.dtype).clone()
 
     def step(self) -> None:
-        """MomentumStep the weights with the reduced gradients."""
+        """Move the weights with the reduced gradients."""
         self.optimizer.step()
 
     def _passed(self, weight: torch.Tensor) -> None:
         if weight not in self._left:  # before the first step, when somebody tries the model out
             return
         if self._left[weight] == 0:
-            raise AssertionError("Gradients were computed more than backward_passes_per_step times before call to step()")
+            raise AssertionError(
+                "Gradients were computed more than backward_passes_per_step times before call to "
+                "step()"
+            )
         self._left[weight] -= 1
         if self._left[weight] == 0:
             self._sent[weight] = self._of(weight)
@@ -395,8 +443,12 @@ def alone(action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None 
     return ends
 
 
-def run_world(size: int, action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None = None) -> Ends:
-    """Let each of `size` ranks do `action` with its two wires: the solo ones of a single worker, or threads."""
+def run_world(
+    size: int, action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None = None
+) -> Ends:
+    """Let each of `size` ranks do `action` with its two wires: the solo ones of a single worker, or
+    threads.
+    """
     return alone(action, seed, kill_at) if size == 1 else World(size, seed, kill_at).run(action)
 
 

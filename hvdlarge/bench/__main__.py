@@ -1,6 +1,7 @@
 """Door: python -m hvdlarge.bench lars | step | allreduce | data
 
-Measures on the user's own machine what the engine costs, against the limit and against the alternatives, side by side in one run.
+Measures on the user's own machine what the engine costs, against the limit and against the
+alternatives, side by side in one run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from hvdlarge.reporting.describe import columns
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.telemetry.console import print_error, print_status
 
-# torch is imported inside the functions that need it: it takes a second, and a wrong command line should be answered at once.
+# torch is imported inside the functions that need it: it takes a second, and a wrong command line
+# should be answered at once.
 
 DEFAULT_JOB = """\
 name: bench
@@ -59,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.nullcontext() if speaks else _silence():
         options = _parser().parse_intermixed_args(arguments)
     try:
-        job = None if options.what in ("lars", "allreduce") else _job(options, 1 if launch is None else launch.size)
+        job = (
+            None
+            if options.what in ("lars", "allreduce")
+            else _job(options, 1 if launch is None else launch.size)
+        )
         horovod = Horovod() if job is None else job.horovod
         settings = settle(launch, horovod)
         control = open_control(launch)
@@ -97,22 +103,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.bench",
-        description="Measure what the engine costs here: all sides in turn in one run, medians and the range of all rounds.",
-        epilog="Under mpirun or horovodrun: with so many workers. Exit codes: 0; 2 for a wrong command line or job; 3 for a "
-        "wrong environment.",
+        description=(
+            "Measure what the engine costs here: all sides in turn in one run, medians and the "
+            "range of all rounds."
+        ),
+        epilog=(
+            "Under mpirun or horovodrun: with so many workers. Exit codes: 0; 2 for a wrong "
+            "command line or job; 3 for a wrong environment."
+        ),
     )
     what = "lars: the update of ResNet-50's tensors; step: the engine's steps against a bare loop; "
-    what += "allreduce: latency and bandwidth, for hvdlarge.plan; data: whether a step waits for its samples"
+    what += (
+        "allreduce: latency and bandwidth, for hvdlarge.plan; data: whether a step waits for its "
+        "samples"
+    )
     parser.add_argument("what", choices=["lars", "step", "allreduce", "data"], help=what)
     parser.add_argument("job", nargs="?", help="of step and data (default: ResNet-20 on noise)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train")
-    parser.add_argument("--rounds", type=_count, default=7, metavar="N", help="turns of each side (default: 7)")
     parser.add_argument(
-        "--steps", type=_count, default=30, metavar="N", help="for step: steps in a turn; for data: steps at most"
+        "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
+    )
+    parser.add_argument(
+        "--rounds", type=_count, default=7, metavar="N", help="turns of each side (default: 7)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=_count,
+        default=30,
+        metavar="N",
+        help="for step: steps in a turn; for data: steps at most",
     )
     parser.add_argument("--only", metavar="SIDE", help="for step: this side alone")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="torch's threads on each worker (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures; hvdlarge.plan --allreduce reads allreduce's")
+    parser.add_argument(
+        "--threads",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="torch's threads on each worker (default: 1)",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write all figures; hvdlarge.plan --allreduce reads allreduce's",
+    )
     return parser
 
 
@@ -125,7 +157,11 @@ def _count(text: str) -> int:
 
 @contextlib.contextmanager
 def _silence() -> Any:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 
@@ -146,7 +182,9 @@ def _lars(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     device = build.choose_device(world.tensors)
     seconds = measure_lars(device, options.rounds)
     timings = {name: Timing.of(values) for name, values in seconds.items()}
-    return _found("lars", "seconds of one update of ResNet-50's 161 tensors, float32", device, timings, "LARS")
+    return _found(
+        "lars", "seconds of one update of ResNet-50's 161 tensors, float32", device, timings, "LARS"
+    )
 
 
 def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -159,11 +197,16 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     torch.set_num_threads(options.threads)
     clock = StepClock(world.control.rank, job.timeouts.limits())
     ingredients = build_components(job, world.control, world.tensors, clock)
-    worker = RankContext(world.launch, world.settings, world.control, world.tensors, clock, StopRequest())
-    seconds = measure_step(job, ingredients, worker, clock, options.steps, options.rounds, options.only)
+    worker = RankContext(
+        world.launch, world.settings, world.control, world.tensors, clock, StopRequest()
+    )
+    seconds = measure_step(
+        job, ingredients, worker, clock, options.steps, options.rounds, options.only
+    )
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     what = (
-        f"seconds of a step of {job.model.name}, global batch {ingredients.plan.initial_batch}, on {world.control.size} workers"
+        f"seconds of a step of {job.model.name}, global batch {ingredients.plan.initial_batch}, on "
+        f"{world.control.size} workers"
     )
     found = _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
     if ingredients.arithmetic.device.type == "cuda" and options.only in (None, "engine"):
@@ -178,12 +221,23 @@ def _allreduce(world: World, job: Job | None, options: argparse.Namespace) -> di
     from hvdlarge.comm.cost_model import fit
 
     if world.control.size < 2:
-        raise exits.JobError("an allreduce needs two workers at least: mpirun -np 2 python -m hvdlarge.bench allreduce")
+        raise exits.JobError(
+            "an allreduce needs two workers at least: mpirun -np 2 python -m hvdlarge.bench "
+            "allreduce"
+        )
     device = raise_on_all_ranks(world.control, lambda: build.choose_device(world.tensors))
     seconds = measure_allreduce(world.tensors, world.control, device, _SIZES, options.rounds)
     timings = {f"{size:,} bytes": Timing.of(values) for size, values in seconds.items()}
-    cost = fit(list(seconds), [Timing.of(values).median for values in seconds.values()], world.control.size)
-    found = _found("allreduce", f"seconds of a sum over {world.control.size} workers, float32", device, timings, None)
+    cost = fit(
+        list(seconds), [Timing.of(values).median for values in seconds.values()], world.control.size
+    )
+    found = _found(
+        "allreduce",
+        f"seconds of a sum over {world.control.size} workers, float32",
+        device,
+        timings,
+        None,
+    )
     return found | {
         "workers": world.control.size,
         "latency_seconds": cost.latency_seconds,
@@ -202,16 +256,26 @@ def _data(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     assert job is not None  # _job gave one
     torch.set_num_threads(options.threads)
     training_set, _ = raise_on_all_ranks(world.control, lambda: build.load_data(job.data, job.seed))
-    plan = raise_on_all_ranks(world.control, lambda: plan_run(job, len(training_set), world.control.size))
+    plan = raise_on_all_ranks(
+        world.control, lambda: plan_run(job, len(training_set), world.control.size)
+    )
     numbers = [0] if loads_in_place(training_set) else sorted({0, 1, 2, job.data.num_workers})
     alone = replace(plan, world_size=1)
-    speeds = {str(n): loading_speed(job.data, alone, training_set, job.seed, n, seconds=1.0) for n in numbers}
+    speeds = {
+        str(n): loading_speed(job.data, alone, training_set, job.seed, n, seconds=1.0)
+        for n in numbers
+    }
     # A worker that computes twice as long as its samples take to load.
     sample_seconds = 2 / speeds[str(0 if loads_in_place(training_set) else job.data.num_workers)]
-    waits = measure_waits(job.data, plan, training_set, job.seed, world.control, sample_seconds, options.steps)
+    waits = measure_waits(
+        job.data, plan, training_set, job.seed, world.control, sample_seconds, options.steps
+    )
     return {
         "what": "data",
-        "of": f"loading {job.data.name}: samples/s of one worker by loader processes; waits of steps that compute twice as long",
+        "of": (
+            f"loading {job.data.name}: samples/s of one worker by loader processes; waits of steps "
+            "that compute twice as long"
+        ),
         "samples_per_second": speeds,
         "waits": waits._asdict(),
     }
@@ -220,7 +284,9 @@ def _data(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
 _MEASURES = {"lars": _lars, "step": _step, "allreduce": _allreduce, "data": _data}
 
 
-def _found(what: str, of: str, device: Any, timings: Mapping[str, Timing], reference: str | None) -> dict[str, Any]:
+def _found(
+    what: str, of: str, device: Any, timings: Mapping[str, Timing], reference: str | None
+) -> dict[str, Any]:
     sides = {name: timing._asdict() for name, timing in timings.items()}
     if reference is not None and reference in timings:
         unit = timings[reference].median
@@ -229,13 +295,30 @@ def _found(what: str, of: str, device: Any, timings: Mapping[str, Timing], refer
     return {"what": what, "of": of, "device": str(device), "reference": reference, "sides": sides}
 
 
-def _report(found: dict[str, Any], options: argparse.Namespace, launch: Launch | None, settings: Mapping[str, str]) -> int:
+def _report(
+    found: dict[str, Any],
+    options: argparse.Namespace,
+    launch: Launch | None,
+    settings: Mapping[str, str],
+) -> int:
     """Print what was measured, and write it down where that was asked for. Rank 0 alone."""
     print_status("\n".join(in_words(found)))
     if options.json is None:
         return exits.FINISHED
-    world = {"launcher": None if launch is None else launch.launcher, "world_size": 1 if launch is None else launch.size}
-    document = found | world | {"threads": options.threads, "versions": versions(), "host": host(), "settings": dict(settings)}
+    world = {
+        "launcher": None if launch is None else launch.launcher,
+        "world_size": 1 if launch is None else launch.size,
+    }
+    document = (
+        found
+        | world
+        | {
+            "threads": options.threads,
+            "versions": versions(),
+            "host": host(),
+            "settings": dict(settings),
+        }
+    )
     try:
         Path(options.json).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -249,13 +332,16 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
     lines = [f"bench    {found['of']}" + (f" ({found['device']})" if "device" in found else "")]
     if found["what"] == "data":
         waits = found["waits"]
-        speeds = [(number, f"{speed:,.0f}") for number, speed in found["samples_per_second"].items()]
+        speeds = [
+            (number, f"{speed:,.0f}") for number, speed in found["samples_per_second"].items()
+        ]
         return [
             *lines,
             *columns([("loader processes", "samples/s"), *speeds]),
-            f"waits    {waits['steps']} steps, the first batch's of {waits['step_seconds']:.4g} s: median "
-            f"{waits['median']:.2g} s, longest {waits['longest']:.2g} s; at {waits['borders']} growths and epoch ends: "
-            f"longest {waits['longest_at_border']:.2g} s",
+            f"waits    {waits['steps']} steps, the first batch's of {waits['step_seconds']:.4g} s: "
+            f"median {waits['median']:.2g} s, longest {waits['longest']:.2g} s; at "
+            f"{waits['borders']} growths and epoch ends: longest {waits['longest_at_border']:.2g} "
+            "s",
         ]
     head: tuple[str, ...] = ("", "median ms", "lowest", "highest")
     last = "fitted" if found["what"] == "allreduce" else f"× {found['reference']}"
@@ -264,15 +350,21 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
         ratio = f"{side['ratio']:.3f}" if "ratio" in side else ""
         if found["what"] == "allreduce":
             ratio = f"{1e3 * found['fitted'][name.split()[0].replace(',', '')]:.3f}"
-        rows.append((name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio))
+        rows.append(
+            (name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio)
+        )
     lines += columns(rows)
     if "waits_for_the_gpu" in found:
         lines.append(
-            f"waits    {found['waits_for_the_gpu']} calls of torch that wait for the GPU in {found['steps']} steady steps"
+            f"waits    {found['waits_for_the_gpu']} calls of torch that wait for the GPU in "
+            f"{found['steps']} steady steps"
         )
     if found["what"] == "allreduce":
         rate = 1e-9 / found["seconds_per_byte"] if found["seconds_per_byte"] else float("inf")
-        lines.append(f"fit      {1e6 * found['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along the ring")
+        lines.append(
+            f"fit      {1e6 * found['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along "
+            "the ring"
+        )
     return lines
 
 

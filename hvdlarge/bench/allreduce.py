@@ -13,7 +13,11 @@ _REPEATS = 5  # in a row, so that Horovod's cycle is met at every phase
 
 
 def measure_allreduce(
-    tensors: Collectives, control: ControlChannel, device: torch.device, sizes: list[int], rounds: int
+    tensors: Collectives,
+    control: ControlChannel,
+    device: torch.device,
+    sizes: list[int],
+    rounds: int,
 ) -> dict[int, list[float]]:
     """Seconds of a sum of float32 over all workers. Every rank calls this together.
 
@@ -25,15 +29,23 @@ def measure_allreduce(
         rounds: measurements of each size.
     """
     settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    turns = {str(size): _turn(tensors, control, torch.ones(size // 4, device=device), settle) for size in sizes}
+    turns = {
+        str(size): _turn(tensors, control, torch.ones(size // 4, device=device), settle)
+        for size in sizes
+    }
     run_interleaved(turns, 1)  # buffers and connections are made
     return {int(size): seconds for size, seconds in run_interleaved(turns, rounds).items()}
 
 
 def _turn(
-    tensors: Collectives, control: ControlChannel, values: torch.Tensor, settle: Callable[[], object]
+    tensors: Collectives,
+    control: ControlChannel,
+    values: torch.Tensor,
+    settle: Callable[[], object],
 ) -> Callable[[], float]:
-    watch = stopwatch(lambda: [tensors.sum(values, f"bench.{values.numel()}") for _ in range(_REPEATS)], settle)
+    watch = stopwatch(
+        lambda: [tensors.sum(values, f"bench.{values.numel()}") for _ in range(_REPEATS)], settle
+    )
 
     def turn() -> float:
         control.barrier()

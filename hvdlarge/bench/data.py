@@ -1,4 +1,6 @@
-"""Times a job's data path: how fast its samples are loaded, and whether a step ever waits for them."""
+"""Times a job's data path: how fast its samples are loaded, and whether a step ever waits for
+them.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,14 @@ class DataWait(NamedTuple):
     steps: int
     median: float
     longest: float  # of all but the first step, which waits for the loader processes to start
-    longest_at_border: float  # of those, in the first step of a stage or an epoch, and the one behind it
+    # Of those, in the first step of a stage or an epoch, and the one behind it
+    longest_at_border: float
     borders: int
 
 
-def loading_speed(data: Data, plan: Plan, training_set: Any, seed: int, num_workers: int, seconds: float) -> float:
+def loading_speed(
+    data: Data, plan: Plan, training_set: Any, seed: int, num_workers: int, seconds: float
+) -> float:
     """Samples per second that one worker loads as fast as it can, with so many loader processes.
 
     Args:
@@ -54,9 +59,16 @@ def loading_speed(data: Data, plan: Plan, training_set: Any, seed: int, num_work
 
 
 def measure_waits(
-    data: Data, plan: Plan, training_set: Any, seed: int, control: ControlChannel, sample_seconds: float, steps: int
+    data: Data,
+    plan: Plan,
+    training_set: Any,
+    seed: int,
+    control: ControlChannel,
+    sample_seconds: float,
+    steps: int,
 ) -> DataWait:
-    """Follow the plan's decisions with its loader, and sleep where a run would compute. Every rank calls this together.
+    """Follow the plan's decisions with its loader, and sleep where a run would compute. Every rank
+    calls this together.
 
     Args:
         data: the job's section.
@@ -68,7 +80,9 @@ def measure_waits(
         steps: at most.
     """
     loader = build.build_loader(data, training_set, seed)
-    feed = build.build_feed(data, plan, control, Controller(plan) if control.rank == 0 else None, loader)
+    feed = build.build_feed(
+        data, plan, control, Controller(plan) if control.rank == 0 else None, loader
+    )
     waits: list[tuple[bool, float]] = []
     stage, epoch, borders, first = 0, 0, 0, 0.0
     since_border = 2
@@ -91,7 +105,14 @@ def measure_waits(
     counted = waits[1:] or waits
     ordered = sorted(wait for _, wait in counted)
     at_border = [wait for is_border, wait in counted if is_border]
-    return DataWait(first, len(waits), ordered[len(ordered) // 2], ordered[-1], max(at_border, default=0.0), borders)
+    return DataWait(
+        first,
+        len(waits),
+        ordered[len(ordered) // 2],
+        ordered[-1],
+        max(at_border, default=0.0),
+        borders,
+    )
 
 
 def loads_in_place(training_set: Any) -> bool:

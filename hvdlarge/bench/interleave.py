@@ -1,6 +1,8 @@
-"""Timing by turns: what is compared runs alternately in one process, so that a machine's moods fall on all alike.
+"""Timing by turns: what is compared runs alternately in one process, so that a machine's moods fall
+on all alike.
 
-Contract: pure. The order is turned round in every second round, so that none always runs behind the same one.
+Contract: pure. The order is turned round in every second round, so that none always runs behind the
+          same one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class Timing(NamedTuple):
         return cls(statistics.median(seconds), min(seconds), max(seconds))
 
 
-def run_interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def run_interleaved(
+    sides: Mapping[str, Callable[[], float]], rounds: int
+) -> dict[str, list[float]]:
     """Let every side measure itself once in each round.
 
     Args:
@@ -41,8 +45,12 @@ def run_interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> di
     return measured
 
 
-def stopwatch(work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> Callable[[], float]:
-    """A side that runs `work` once and measures its seconds; `settle` waits for a device, before and after."""
+def stopwatch(
+    work: Callable[[], object], settle: Callable[[], object] = lambda: None
+) -> Callable[[], float]:
+    """A side that runs `work` once and measures its seconds; `settle` waits for a device, before
+    and after.
+    """
 
     def measure() -> float:
         settle()

@@ -1,6 +1,7 @@
 """How long the LARS update of ResNet-50's tensors takes, beside what else could be done with them.
 
-Source:   the tensors of He et al. (2016); the floor of seven passes: DESIGN of this project, section 7.
+Source:   the tensors of He et al. (2016); the floor of seven passes: DESIGN of this project,
+          section 7.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ PASSES = 7  # norms read g and w; the update reads g, w, v and writes w, v
 
 
 def measure_lars(device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one update on `device`, each way of it in turn; every way moves tensors of its own.
+    """Seconds of one update on `device`, each way of it in turn; every way moves tensors of its
+    own.
 
     Returns:
-        By the name of the way: `LARS`, this engine's; `fused SGD`, torch's with momentum and weight decay, which has no norms;
-        `loop` and `foreach`, LARS as it is written down tensor by tensor and in torch's lists; `copy`, seven passes over as much
-        memory as one tensor list, at the speed at which it can be copied.
+        By the name of the way: `LARS`, this engine's; `fused SGD`, torch's with momentum and weight
+        decay, which has no norms; `loop` and `foreach`, LARS as it is written down tensor by tensor
+        and in torch's lists; `copy`, seven passes over as much memory as one tensor list, at the
+        speed at which it can be copied.
     """
     ways = {
         "LARS": _engine(_tensors(device)),
@@ -62,7 +65,9 @@ def _engine(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
 
 
 def _fused_sgd(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
-    return torch.optim.SGD(weights, lr=_RATE, momentum=_MOMENTUM, weight_decay=_DECAY, fused=True).step
+    return torch.optim.SGD(
+        weights, lr=_RATE, momentum=_MOMENTUM, weight_decay=_DECAY, fused=True
+    ).step
 
 
 def _loop(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
@@ -96,7 +101,10 @@ def _foreach(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
         ratios = torch._foreach_div(torch._foreach_mul(weight_norms, _TRUST), sizes)
         directions = torch._foreach_add(grads, adapted, alpha=_DECAY)
         torch._foreach_mul_(directions, ratios)
-        for members, moved in ((adapted, directions), (others, [w.grad for w in others if w.grad is not None])):
+        for members, moved in (
+            (adapted, directions),
+            (others, [w.grad for w in others if w.grad is not None]),
+        ):
             held = [velocities[weight] for weight in members]
             torch._foreach_mul_(held, _MOMENTUM)
             torch._foreach_add_(held, moved, alpha=_RATE)

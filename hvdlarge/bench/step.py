@@ -1,7 +1,8 @@
 """Times the engine's steps beside a bare loop of the same mathematics, by turns in one process.
 
-The bare loop is what one would write by hand: the same model, data, optimizer and Horovod wrapper, and no engine. The engine's
-side is the loop of a run as it is, decisions, agreement, logs and all, on a schedule of one stage and without checkpoints.
+The bare loop is what one would write by hand: the same model, data, optimizer and Horovod wrapper,
+and no engine. The engine's side is the loop of a run as it is, decisions, agreement, logs and all,
+on a schedule of one stage and without checkpoints.
 """
 
 from __future__ import annotations
@@ -62,7 +63,13 @@ class StepClock(Watchdog):
 
 
 def measure_step(
-    job: Job, found: Components, worker: RankContext, clock: StepClock, steps: int, rounds: int, only: str | None = None
+    job: Job,
+    found: Components,
+    worker: RankContext,
+    clock: StepClock,
+    steps: int,
+    rounds: int,
+    only: str | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of a step on this rank, for each side in turn. Every rank calls this together.
 
@@ -76,14 +83,16 @@ def measure_step(
         only: the one side to be measured; None for all.
 
     Returns:
-        By the name of the side: `engine`; `bare loop`; `one worker alone`, the bare loop without any other worker; `control`, the
-        decision and the agreement of a step, without any training around them.
+        By the name of the side: `engine`; `bare loop`; `one worker alone`, the bare loop without
+        any other worker; `control`, the decision and the agreement of a step, without any training
+        around them.
 
     Raises:
         JobError: on every rank alike, for an unknown side.
     """
     plan = _one_stage(found.plan, _WARM_UP + steps + 1)
-    job = job.model_copy(update={"checkpoint": Checkpoint(every_epochs=1e9)})  # steps are timed, not what comes between them
+    # Steps are timed, not what comes between them
+    job = job.model_copy(update={"checkpoint": Checkpoint(every_epochs=1e9)})
     rank, control = worker.control.rank, worker.control
     with tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder:
         engine = join(job, found, control, worker.tensors)
@@ -102,7 +111,11 @@ def measure_step(
         def together(side: Callable[[], float]) -> Callable[[], float]:
             def turn() -> float:
                 control.barrier()
-                with contextlib.redirect_stdout(io.StringIO()) if rank == 0 else contextlib.nullcontext():
+                with (
+                    contextlib.redirect_stdout(io.StringIO())
+                    if rank == 0
+                    else contextlib.nullcontext()
+                ):
                     return side()
 
             return turn
@@ -112,24 +125,43 @@ def measure_step(
         return run_interleaved(turns, rounds)
 
 
-def count_waits(job: Job, found: Components, worker: RankContext, clock: StepClock, steps: int) -> int:
-    """How often torch says that it waits for the GPU in so many steady steps of the engine, on this rank.
+def count_waits(
+    job: Job, found: Components, worker: RankContext, clock: StepClock, steps: int
+) -> int:
+    """How often torch says that it waits for the GPU in so many steady steps of the engine, on this
+    rank.
 
-    torch's mode sees its own calls, not what Horovod waits for. Every rank calls this together, on GPUs.
+    torch's mode sees its own calls, not what Horovod waits for. Every rank calls this together, on
+    GPUs.
     """
     alone = replace(found, plan=_one_stage(found.plan, _WARM_UP + steps + 1), test_set=None)
-    quiet = {"checkpoint": Checkpoint(every_epochs=1e9), "log": job.log.model_copy(update={"every_steps": 10**9})}
+    quiet = {
+        "checkpoint": Checkpoint(every_epochs=1e9),
+        "log": job.log.model_copy(update={"every_steps": 10**9}),
+    }
     job = job.model_copy(update=quiet)
-    model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
-    learner = join(job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, worker.tensors)
+    model, loss, optimizer, _ = build.build_learning(
+        job.model, job.loss, job.optimizer, found.arithmetic, job.seed
+    )
+    learner = join(
+        job,
+        replace(found, model=model, loss=loss, optimizer=optimizer),
+        worker.control,
+        worker.tensors,
+    )
     clock.told = range(_WARM_UP, _WARM_UP + steps)
-    with tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder, warnings.catch_warnings(record=True) as caught:
+    with (
+        tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder,
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always")
         with contextlib.redirect_stdout(io.StringIO()):
             _engine_turn(job, alone, worker, learner, clock, Path(folder))
     clock.told = range(0)
     torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    return sum(
+        "called a synchronizing CUDA operation" in str(warning.message) for warning in caught
+    )
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:
@@ -138,7 +170,14 @@ def _one_stage(plan: Plan, steps: int) -> Plan:
     return replace(plan, clock=Clock(size, steps * plan.initial_batch / size), growth=NoGrowth())
 
 
-def _engine_turn(job: Job, found: Components, worker: RankContext, learner: Replica, clock: StepClock, folder: Path) -> float:
+def _engine_turn(
+    job: Job,
+    found: Components,
+    worker: RankContext,
+    learner: Replica,
+    clock: StepClock,
+    folder: Path,
+) -> float:
     state, log, controller = TrainState(), None, None
     if worker.control.rank == 0:
         controller = Controller(found.plan)
@@ -158,7 +197,9 @@ def _engine_turn(job: Job, found: Components, worker: RankContext, learner: Repl
 
 
 def _control(plan: Plan, worker: RankContext, names: list[str]) -> float:
-    """A turn of what the engine says in a step: one decision received, one agreement sent and heard."""
+    """A turn of what the engine says in a step: one decision received, one agreement sent and
+    heard.
+    """
     controller = Controller(plan) if worker.control.rank == 0 else None
     feed = DecisionFeed(worker.control, controller, 1, lambda decision: None)
     agreement = ConsistencyCheck(worker.control, 0, dict)
@@ -170,19 +211,29 @@ def _control(plan: Plan, worker: RankContext, names: list[str]) -> float:
     return _per_step(moments)
 
 
-def _bare(job: Job, found: Components, worker: RankContext, tensors: Collectives, plan: Plan) -> Callable[[], float]:
+def _bare(
+    job: Job, found: Components, worker: RankContext, tensors: Collectives, plan: Plan
+) -> Callable[[], float]:
     """A turn of a loop written by hand, on a model of its own."""
-    model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, found.arithmetic, job.seed)
-    learner = join(job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, tensors)
+    model, loss, optimizer, _ = build.build_learning(
+        job.model, job.loss, job.optimizer, found.arithmetic, job.seed
+    )
+    learner = join(
+        job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, tensors
+    )
     layout = plan.layout(_first(plan))
     mine = layout.numbers_of_rank(worker.control.rank)
     sizes = [batch.size for batch in layout.of_rank(worker.control.rank, 0)]
     batches = _batches(job, found.training_set)
-    optimizer, steps = learner.update.optimizer, round(plan.clock.total_samples / plan.initial_batch)
+    optimizer, steps = (
+        learner.update.optimizer,
+        round(plan.clock.total_samples / plan.initial_batch),
+    )
     settle = torch.cuda.synchronize if found.arithmetic.device.type == "cuda" else (lambda: None)
 
     def turn() -> float:
-        learner.update.zero_grad(mine, layout.num_micro_batches)  # Horovod counts the passes of a step
+        # Horovod counts the passes of a step
+        learner.update.zero_grad(mine, layout.num_micro_batches)
         set_lr(optimizer, _first(plan).lr)
         moments = []
         for _ in range(steps):
@@ -207,7 +258,9 @@ def _first(plan: Plan) -> Any:
 
 
 def _batches(job: Job, training_set: Any) -> Callable[[int], Any]:
-    """Random batches of a size: by an index for tensors, by torch's own DataLoader for any other set."""
+    """Random batches of a size: by an index for tensors, by torch's own DataLoader for any other
+    set.
+    """
     if reads_batches(training_set):
         return lambda size: training_set.batch(torch.randint(len(training_set), (size,)))
     waiting: dict[int, Iterator[Any]] = {}

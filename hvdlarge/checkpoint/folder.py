@@ -1,10 +1,12 @@
-"""Checkpoints: written whole or not at all, listed with their SHA-256, verified before anything in them is read.
+"""Checkpoints: written whole or not at all, listed with their SHA-256, verified before anything in
+them is read.
 
-A checkpoint is a dict of tensors and builtins, so that `torch.load(weights_only=True)` accepts it and none can run code; its
-`model` is the plain state_dict. It is written aside, flushed to disk, renamed, then listed in SHA256SUMS (which `sha256sum -c`
-reads), and only then older ones are removed. One that is written again under its name leaves the list before: until it is listed
-anew, the checksums inside the file stand for it. So at every moment the folder holds a complete one, and a damaged newest one
-falls back to the one before.
+A checkpoint is a dict of tensors and builtins, so that `torch.load(weights_only=True)` accepts it
+and none can run code; its `model` is the plain state_dict. It is written aside, flushed to disk,
+renamed, then listed in SHA256SUMS (which `sha256sum -c` reads), and only then older ones are
+removed. One that is written again under its name leaves the list before: until it is listed anew,
+the checksums inside the file stand for it. So at every moment the folder holds a complete one, and
+a damaged newest one falls back to the one before.
 """
 
 from __future__ import annotations
@@ -46,7 +48,14 @@ class CheckpointFolder:
 
     # --- writing
 
-    def save(self, content: dict[str, Any], step: int, best: bool, wait: bool, also_keep: int | None = None) -> None:
+    def save(
+        self,
+        content: dict[str, Any],
+        step: int,
+        best: bool,
+        wait: bool,
+        also_keep: int | None = None,
+    ) -> None:
         """Write a checkpoint; with `wait` False its writing goes on beside the training.
 
         Args:
@@ -57,10 +66,13 @@ class CheckpointFolder:
             also_keep: the step of one that is kept though newer ones are enough.
 
         Raises:
-            CheckpointWriteError: if it, or the one before it, cannot be written; what was there before is left alone.
+            CheckpointWriteError: if it, or the one before it, cannot be written; what was there
+                before is left alone.
         """
         self.finish()
-        self._writer = threading.Thread(target=self._write, args=(content, step, best, also_keep), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(content, step, best, also_keep), name="checkpoint"
+        )
         self._writer.start()
         if wait:
             self.finish()
@@ -173,8 +185,11 @@ class CheckpointFolder:
         pairs = (line.split("  ", 1) for line in lines)
         return {pair[1]: pair[0] for pair in pairs if len(pair) == 2 and _NAME.fullmatch(pair[1])}
 
-    def newest_good(self, up_to: int | None = None) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that is whole: its path, its content, and what is wrong with those passed over.
+    def newest_good(
+        self, up_to: int | None = None
+    ) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The newest checkpoint that is whole: its path, its content, and what is wrong with those
+        passed over.
 
         Args:
             up_to: a step; those above are not looked at.
@@ -192,7 +207,14 @@ class CheckpointFolder:
             problems.append(problem)
             self._damaged.add(path.name)
         if problems:
-            raise CheckpointError("\n".join(["no checkpoint of this run is whole:", *(f"  {problem}" for problem in problems)]))
+            raise CheckpointError(
+                "\n".join(
+                    [
+                        "no checkpoint of this run is whole:",
+                        *(f"  {problem}" for problem in problems),
+                    ]
+                )
+            )
         return None
 
     def _read_all(self, up_to: int | None) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
@@ -211,8 +233,8 @@ def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
 
     Args:
         path: the file.
-        sha256: what it is listed with; None if it is not listed (it was renamed just before the run was killed, or the list is
-            lost): then the checksums inside the file are checked.
+        sha256: what it is listed with; None if it is not listed (it was renamed just before the run
+            was killed, or the list is lost): then the checksums inside the file are checked.
 
     Raises:
         CheckpointError: if it is not whole, not a checkpoint, or of another format.
@@ -225,17 +247,24 @@ def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             if broken is not None:
-                raise CheckpointError(f"{path}: damaged: the checksum of its part {broken} is wrong")
+                raise CheckpointError(
+                    f"{path}: damaged: the checksum of its part {broken} is wrong"
+                )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # torch answers damage with a dozen kinds of exception, KeyError among them
+    # Torch answers damage with a dozen kinds of exception, KeyError among them
+    except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else ""
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})"
+        ) from None
     if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
         raise CheckpointError(f"{path}: not a checkpoint of this engine")
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: its format is {content.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path}: its format is {content.get('format')!r}, this version reads {FORMAT}"
+        )
     return content
 
 

@@ -1,4 +1,6 @@
-"""Finds where a run left off and brings every rank there: the same command goes on with a run that was stopped or killed."""
+"""Finds where a run left off and brings every rank there: the same command goes on with a run that
+was stopped or killed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ class ResumePoint:
     @property
     def position(self) -> RunProgress:
         """Where the run stands."""
-        return RunProgress() if self.content is None else RunProgress.from_plain(self.content["position"])
+        return (
+            RunProgress()
+            if self.content is None
+            else RunProgress.from_plain(self.content["position"])
+        )
 
     @property
     def world_size(self) -> int:
@@ -86,13 +92,18 @@ def enter(
     make_folder(folder)
     lock = FolderLock(folder)
     if not lock.held:
-        notes.append(f"the file system of {folder} has no locks: nothing keeps a second run out of this folder")
+        notes.append(
+            f"the file system of {folder} has no locks: nothing keeps a second run out of this "
+            "folder"
+        )
     if not holds_run(folder):
         return RunStart(None, lock, notes)
     try:
         found = find(folder, checkpoints, facts, length_may_grow)
         if found.content is None or found.path is None:
-            return RunStart(found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"])
+            return RunStart(
+                found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"]
+            )
         load_modules(modules, found.content, found.path)
     except CheckpointError:
         lock.release()
@@ -106,13 +117,16 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
     Args:
         checkpoints: of the run.
         modules: get its state.
-        step: behind which the job's cadence asked for the last one. Those that a stop or a clock asked for are passed over: an
-            interruption must not decide where a run goes back to. None, or none there: the newest.
+        step: behind which the job's cadence asked for the last one. Those that a stop or a clock
+            asked for are passed over: an interruption must not decide where a run goes back to.
+            None, or none there: the newest.
 
     Raises:
         CheckpointError: if none is whole.
     """
-    good = (checkpoints.newest_good(step) if step is not None else None) or checkpoints.newest_good()
+    good = (
+        checkpoints.newest_good(step) if step is not None else None
+    ) or checkpoints.newest_good()
     if good is None:
         raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")
     path, content, notes = good
@@ -122,14 +136,18 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
     return found
 
 
-def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool) -> ResumePoint:
+def find(
+    folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool
+) -> ResumePoint:
     """The run in `folder`, if it is the one that `facts` describe. Rank 0 only.
 
     Args:
         folder: holds a run.
         checkpoints: those of the run.
-        facts: of the run that is being started: `job` (what decides the weights), `data` (sizes), `versions`, `world_size`.
-        length_may_grow: whether the schedule of the job does not depend on its length, so that more epochs may be added.
+        facts: of the run that is being started: `job` (what decides the weights), `data` (sizes),
+            `versions`, `world_size`.
+        length_may_grow: whether the schedule of the job does not depend on its length, so that more
+            epochs may be added.
 
     Raises:
         CheckpointError: if the folder holds another job, or no checkpoint of it is whole.
@@ -140,7 +158,10 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
         return ResumePoint(None, None, [])
     path, content, problems = good
     notes = [f"passed over: {problem}" for problem in problems]
-    there, here = {"job": dict(content["job"]), "data": content["data"]}, {"job": dict(facts["job"]), "data": facts["data"]}
+    there, here = (
+        {"job": dict(content["job"]), "data": content["data"]},
+        {"job": dict(facts["job"]), "data": facts["data"]},
+    )
     before, now = there["job"].get(_LENGTH), here["job"][_LENGTH]
     passed = content["position"]["samples_seen"] / content["data"]["training samples"]
     if before != now and length_may_grow and not content["truncated"] and now > passed:
@@ -148,10 +169,14 @@ def find(folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], 
         notes.append(f"epochs changes from {before:g} to {now:g}")
     _refuse_another(folder, there, here)
     if content["world_size"] != facts["world_size"]:
-        notes.append(f"the number of workers changes from {content['world_size']} to {facts['world_size']}")
+        notes.append(
+            f"the number of workers changes from {content['world_size']} to {facts['world_size']}"
+        )
     for name in sorted(facts["versions"]):
         if content["versions"].get(name) != facts["versions"][name]:
-            notes.append(f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}")
+            notes.append(
+                f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}"
+            )
     return ResumePoint(path, content, notes)
 
 
@@ -161,14 +186,18 @@ def _written_job(folder: Path) -> dict[str, Any]:
         return read_job(str(folder / "job.resolved.yaml")).resume_signature()
     except JobError as error:
         raise CheckpointError(
-            f"{folder} holds a run whose job cannot be read; --fresh sets it aside and begins anew\n{error}"
+            f"{folder} holds a run whose job cannot be read; --fresh sets it aside and begins "
+            f"anew\n{error}"
         ) from None
 
 
 def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     differing = list(_differences(there, here, ""))
     if differing:
-        lines = [f"  {name} is {json.dumps(theirs)} there and {json.dumps(ours)} here" for name, theirs, ours in differing]
+        lines = [
+            f"  {name} is {json.dumps(theirs)} there and {json.dumps(ours)} here"
+            for name, theirs, ours in differing
+        ]
         raise CheckpointError(
             "\n".join(
                 [
@@ -185,21 +214,30 @@ def _differences(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]
         return [
             found
             for key in sorted(there.keys() | here.keys())
-            for found in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            for found in _differences(
+                there.get(key), here.get(key), f"{name}.{key}" if name else key
+            )
         ]
     return [] if _alike(there, here) else [(name.removeprefix("job."), there, here)]
 
 
 def _alike(there: Any, here: Any) -> bool:
-    """Whether two values are the same, where one of them may be kept as its SHA-256: it came from the environment."""
-    return there == here or any(isinstance(one, str) and sha256_of(one) == other for one, other in [(there, here), (here, there)])
+    """Whether two values are the same, where one of them may be kept as its SHA-256: it came from
+    the environment.
+    """
+    return there == here or any(
+        isinstance(one, str) and sha256_of(one) == other
+        for one, other in [(there, here), (here, there)]
+    )
 
 
 def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> None:
-    """Put a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0 only.
+    """Put a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0
+    only.
 
     Raises:
-        CheckpointError: if names, shapes or types are those of other modules; nothing has been changed then.
+        CheckpointError: if names, shapes or types are those of other modules; nothing has been
+            changed then.
     """
     states = {"": content["model"], "loss.": content.get("loss", {})}
     for prefix, module in modules.items():
@@ -207,7 +245,9 @@ def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> No
         for name in sorted(there.keys() | here.keys()):
             ours, theirs = (_shape(state, name) for state in (here, there))
             if ours != theirs:
-                raise CheckpointError(f"{path}: the {what} has {name!r} as {ours}, the checkpoint as {theirs}")
+                raise CheckpointError(
+                    f"{path}: the {what} has {name!r} as {ours}, the checkpoint as {theirs}"
+                )
     for prefix, module in modules.items():
         module.load_state_dict(states[prefix])
 
@@ -224,11 +264,13 @@ def _shape(state: Mapping[str, Any], name: str) -> str:
 def share(
     found: ResumePoint | None, learner: Replica, control: ControlChannel, tensors: Collectives
 ) -> tuple[RunProgress, TrainState]:
-    """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank calls this together.
+    """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank
+    calls this together.
 
     Args:
         found: on rank 0; None elsewhere.
-        learner: whose optimizer state and running statistics are set; these are scattered afterwards.
+        learner: whose optimizer state and running statistics are set; these are scattered
+            afterwards.
         control: the wire for what is small.
         tensors: the wire for what is large.
     """
@@ -251,7 +293,9 @@ def _small(content: Mapping[str, Any]) -> dict[str, Any]:
     for name, state in content["optimizer"].items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                entries.append((name, key, list(value.shape), str(value.dtype).removeprefix("torch.")))
+                entries.append(
+                    (name, key, list(value.shape), str(value.dtype).removeprefix("torch."))
+                )
             else:
                 entries.append((name, key, value, None))
     return {
@@ -264,9 +308,13 @@ def _small(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share_optimizer(
-    entries: Sequence[Sequence[Any]], content: Mapping[str, Any] | None, learner: Replica, tensors: Collectives
+    entries: Sequence[Sequence[Any]],
+    content: Mapping[str, Any] | None,
+    learner: Replica,
+    tensors: Collectives,
 ) -> None:
-    # hvd.broadcast_optimizer_state would take a real step on empty state and move the weights; these are plain tensors.
+    # hvd.broadcast_optimizer_state would take a real step on empty state and move the weights;
+    # these are plain tensors.
     weights = {name: weight for weight, name in learner.names.items()}
     learner.update.optimizer.state.clear()
     shared = []
@@ -275,9 +323,12 @@ def _share_optimizer(
         if dtype is None:
             learner.update.optimizer.state[weight][key] = value
             continue
-        # A tensor with the shape of its weight lies beside it, also where neither has a dimension; torch keeps counts on the CPU.
+        # A tensor with the shape of its weight lies beside it, also where neither has a dimension;
+        # torch keeps counts on the CPU.
         beside = key != "step" and value == list(weight.shape)
-        tensor = torch.zeros(value, dtype=getattr(torch, dtype), device=weight.device if beside else "cpu")
+        tensor = torch.zeros(
+            value, dtype=getattr(torch, dtype), device=weight.device if beside else "cpu"
+        )
         if content is not None:
             tensor.copy_(content["optimizer"][name][key])
         learner.update.optimizer.state[weight][key] = tensor
@@ -285,8 +336,15 @@ def _share_optimizer(
     tensors.broadcast_(shared)
 
 
-def _share_parts(content: Mapping[str, Any] | None, learner: Replica, tensors: Collectives, control: ControlChannel) -> None:
-    """Give each rank its own part of the running statistics back, so that not even their last bits change."""
+def _share_parts(
+    content: Mapping[str, Any] | None,
+    learner: Replica,
+    tensors: Collectives,
+    control: ControlChannel,
+) -> None:
+    """Give each rank its own part of the running statistics back, so that not even their last bits
+    change.
+    """
     own = learner.statistics.local_stats()
     rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)
     if content is not None:

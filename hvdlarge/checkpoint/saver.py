@@ -1,8 +1,10 @@
-"""When and what is saved: the state of a run between two steps, from which it goes on as if it had never stopped.
+"""When and what is saved: the state of a run between two steps, from which it goes on as if it had
+never stopped.
 
-A checkpoint that the job's cadence asks for is part of the run: an undisturbed run writes it too, so gathering and scattering the
-running statistics there changes nothing between the two. One that a clock or a stop asks for is not: there every rank's part is
-kept beside the sum and put back, so that the last bits stay the same.
+A checkpoint that the job's cadence asks for is part of the run: an undisturbed run writes it too,
+so gathering and scattering the running statistics there changes nothing between the two. One that a
+clock or a stop asks for is not: there every rank's part is kept beside the sum and put back, so
+that the last bits stay the same.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from hvdlarge.train_state import TrainState
 
 
 class CheckpointSaver:
-    """Writes checkpoints when they are due. All methods but `wants_save` and `failed` are called by every rank together.
+    """Writes checkpoints when they are due. All methods but `wants_save` and `failed` are called by
+    every rank together.
 
     Args:
         control: the wire on which parts of the running statistics are collected.
@@ -38,7 +41,8 @@ class CheckpointSaver:
         best_by: accuracy or test_loss, or None for whichever there is.
         facts: what every checkpoint carries: the job, the data, versions.
         log_offsets: where rank 0's logs end, so that a resumed run can cut off what came behind.
-        goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept then.
+        goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept
+            then.
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class CheckpointSaver:
         return self._folder is not None and self._folder.failed
 
     def is_scheduled(self, decision: Decision) -> bool:
-        """Whether the job's cadence asks for a checkpoint behind this step; a function of the decision alone."""
+        """Whether the job's cadence asks for a checkpoint behind this step; a function of the
+        decision alone.
+        """
         if decision.is_last:
             return True
         if self._every_steps is not None and (decision.step + 1) % self._every_steps == 0:
@@ -88,10 +94,14 @@ class CheckpointSaver:
         if self._every_epochs is None:
             return False
         after = self._clock.epoch(decision.samples_seen + decision.global_batch)
-        return milestones_reached(after, self._every_epochs, None) > milestones_reached(decision.epoch, self._every_epochs, None)
+        return milestones_reached(after, self._every_epochs, None) > milestones_reached(
+            decision.epoch, self._every_epochs, None
+        )
 
     def is_best(self, state: TrainState, decision: Decision, found: dict[str, float]) -> bool:
-        """Take an evaluation into account; whether it is the best so far. The same on every rank."""
+        """Take an evaluation into account; whether it is the best so far. The same on every
+        rank.
+        """
         by = self._best_by or ("accuracy" if "accuracy" in found else "test_loss")
         if by not in found:
             return False
@@ -104,7 +114,13 @@ class CheckpointSaver:
         return True
 
     def save(
-        self, position: RunProgress | None, truncated: bool, state: TrainState, best: bool, scheduled: bool, wait: bool
+        self,
+        position: RunProgress | None,
+        truncated: bool,
+        state: TrainState,
+        best: bool,
+        scheduled: bool,
+        wait: bool,
     ) -> None:
         """Save the state of the run. Every rank calls this together; only rank 0 writes.
 
@@ -121,7 +137,13 @@ class CheckpointSaver:
         """
         statistics = self._learner.statistics
         kept = statistics.snapshot()
-        parts = [] if scheduled else _as_tensors(self._control.allgather(kept.local_stats.cpu().contiguous().numpy().tobytes()))
+        parts = (
+            []
+            if scheduled
+            else _as_tensors(
+                self._control.allgather(kept.local_stats.cpu().contiguous().numpy().tobytes())
+            )
+        )
         statistics.all_reduce(self._tensors.sum)
         try:
             if self._folder is not None:
@@ -130,7 +152,9 @@ class CheckpointSaver:
                 content = {
                     **self._facts,
                     "model": _copied(self._learner.model.state_dict()),
-                    "loss": _copied(self._learner.loss.state_dict()) if isinstance(self._learner.loss, torch.nn.Module) else {},
+                    "loss": _copied(self._learner.loss.state_dict())
+                    if isinstance(self._learner.loss, torch.nn.Module)
+                    else {},
                     "optimizer": optimizer_state(self._learner),
                     "world_size": self._control.size,
                     "position": position.to_plain(),
@@ -139,7 +163,13 @@ class CheckpointSaver:
                     "statistics": {"world_size": self._control.size, "parts": parts},
                     "logs": self._log_offsets(),
                 }
-                self._folder.save(content, position.step, best, wait, state.scheduled_step if self._goes_back else None)
+                self._folder.save(
+                    content,
+                    position.step,
+                    best,
+                    wait,
+                    state.scheduled_step if self._goes_back else None,
+                )
         finally:
             if scheduled:
                 statistics.to_partial()
@@ -156,7 +186,8 @@ def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
     """The optimizer's state by parameter name: tensors, copied to the CPU, and numbers."""
     return {
         learner.names[weight]: {  # type: ignore[index]
-            key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()
+            key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+            for key, value in state.items()
         }
         for weight, state in learner.update.optimizer.state.items()
     }
@@ -165,11 +196,19 @@ def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """A state_dict that nobody changes any more; an entry that is no tensor is extra state."""
     return {
-        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else unpack(pack({name: value}))[name]
+        name: value.detach().cpu().clone()
+        if isinstance(value, torch.Tensor)
+        else unpack(pack({name: value}))[name]
         for name, value in state.items()
     }
 
 
 def _as_tensors(messages: list[bytes]) -> list[torch.Tensor]:
-    """Bytes as tensors: a checkpoint holds nothing that torch.load(weights_only=True) does not know, and bytes are among that."""
-    return [torch.frombuffer(bytearray(message), dtype=torch.uint8) for message in messages] if any(messages) else []
+    """Bytes as tensors: a checkpoint holds nothing that torch.load(weights_only=True) does not
+    know, and bytes are among that.
+    """
+    return (
+        [torch.frombuffer(bytearray(message), dtype=torch.uint8) for message in messages]
+        if any(messages)
+        else []
+    )

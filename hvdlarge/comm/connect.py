@@ -1,4 +1,6 @@
-"""Opens the connections to the other workers: over MPI and Horovod, or the solo forms where no launcher started this process."""
+"""Opens the connections to the other workers: over MPI and Horovod, or the solo forms where no
+launcher started this process.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ def open_control(launch: Launch | None) -> ControlChannel:
     """Open the wire for decisions. Every rank calls this together; it needs no torch.
 
     Raises:
-        WorldMismatchError: if a launcher started this process and MPI is missing or sees another number of workers.
+        WorldMismatchError: if a launcher started this process and MPI is missing or sees another
+            number of workers.
     """
     if launch is None:
         from hvdlarge.comm.solo import SoloChannel
@@ -18,10 +21,11 @@ def open_control(launch: Launch | None) -> ControlChannel:
         return SoloChannel()
     try:
         from hvdlarge.comm.mpi_backend import MpiChannel
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but finds no MPI library
+    # RuntimeError: mpi4py is there, but finds no MPI library
+    except (ImportError, RuntimeError) as error:
         raise WorldMismatchError(
-            f"started by {launch.launcher} with {launch.size} workers, but mpi4py does not load here ({error}); "
-            "docker/install-horovod.sh installs it together with Horovod"
+            f"started by {launch.launcher} with {launch.size} workers, but mpi4py does not load "
+            f"here ({error}); docker/install-horovod.sh installs it together with Horovod"
         ) from error
     return MpiChannel(launch)
 
@@ -30,7 +34,8 @@ def open_tensors(launch: Launch | None, control: ControlChannel) -> Collectives:
     """Open the wire for tensors. Every rank calls this together, after `open_control`.
 
     Raises:
-        WorldMismatchError: if a launcher started this process and Horovod is missing or sees another number of workers.
+        WorldMismatchError: if a launcher started this process and Horovod is missing or sees
+            another number of workers.
     """
     if launch is None:
         from hvdlarge.comm.solo import SoloCollectives
@@ -40,7 +45,7 @@ def open_tensors(launch: Launch | None, control: ControlChannel) -> Collectives:
         from hvdlarge.comm.horovod_backend import HorovodCollectives
     except ImportError as error:
         raise WorldMismatchError(
-            f"started by {launch.launcher} with {launch.size} workers, but horovod.torch does not load here ({error}); "
-            "docker/install-horovod.sh builds and installs it"
+            f"started by {launch.launcher} with {launch.size} workers, but horovod.torch does not "
+            f"load here ({error}); docker/install-horovod.sh builds and installs it"
         ) from error
     return HorovodCollectives(control)

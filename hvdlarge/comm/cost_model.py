@@ -1,8 +1,12 @@
-"""What an allreduce costs: two figures fitted to measurements, and what follows from them for other sizes and numbers of workers.
+"""What an allreduce costs: two figures fitted to measurements, and what follows from them for other
+sizes and numbers of workers.
 
-Formula:  T(n, p) = 2(p − 1)·a + 2·(p − 1)/p · n·b      n bytes, p workers; a seconds of latency, b seconds per byte
-Source:   ring allreduce; Patarasuk, Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009).
-Contract: pure. The fit weighs relative errors, since times range over decades. Horovod's own cycle is part of a.
+Formula:  T(n, p) = 2(p − 1)·a + 2·(p − 1)/p · n·b      n bytes, p workers; a seconds of latency, b
+          seconds per byte
+Source:   ring allreduce; Patarasuk, Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+          workstations" (2009).
+Contract: pure. The fit weighs relative errors, since times range over decades. Horovod's own cycle
+          is part of a.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ class AllreduceCost(NamedTuple):
         >>> AllreduceCost(1e-3, 1e-9).seconds(1_000_000, 2)
         0.003
         """
-        return 2 * (workers - 1) * self.latency_seconds + 2 * (workers - 1) / workers * size * self.seconds_per_byte
+        return (
+            2 * (workers - 1) * self.latency_seconds
+            + 2 * (workers - 1) / workers * size * self.seconds_per_byte
+        )
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[float], workers: int) -> AllreduceCost:

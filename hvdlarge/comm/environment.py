@@ -1,4 +1,6 @@
-"""What surrounds a run: versions, the host, and the variables that MPI and Horovod read. Needs none of them."""
+"""What surrounds a run: versions, the host, and the variables that MPI and Horovod read. Needs none
+of them.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,31 @@ class HorovodSettings(Protocol):
 
 _PACKAGES = ("torch", "horovod", "mpi4py", "numpy", "triton")
 # Horovod's variables that differ from rank to rank, or from host to host, by their nature.
-_OF_A_RANK = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_", "HOROVOD_CROSS_", "HOROVOD_HOSTNAME", "HOROVOD_GLOO_",
-              "HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_THREAD_AFFINITY", "HOROVOD_TIMELINE",
-              "HOROVOD_LOG_", "HOROVOD_NCCL_HOME", "HOROVOD_CUDA_HOME")  # fmt: skip
+_OF_A_RANK = (
+    "HOROVOD_RANK",
+    "HOROVOD_SIZE",
+    "HOROVOD_LOCAL_",
+    "HOROVOD_CROSS_",
+    "HOROVOD_HOSTNAME",
+    "HOROVOD_GLOO_",
+    "HOROVOD_CONTROLLER",
+    "HOROVOD_CPU_OPERATIONS",
+    "HOROVOD_THREAD_AFFINITY",
+    "HOROVOD_TIMELINE",
+    "HOROVOD_LOG_",
+    "HOROVOD_NCCL_HOME",
+    "HOROVOD_CUDA_HOME",
+)
 
 
 def versions() -> dict[str, str | None]:
-    """Of the engine, Python and the packages whose versions may change results; None for one that is not installed."""
-    found: dict[str, str | None] = {"hvdlarge": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    """Of the engine, Python and the packages whose versions may change results; None for one that
+    is not installed.
+    """
+    found: dict[str, str | None] = {
+        "hvdlarge": __version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -56,23 +75,33 @@ def settle(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
         return {}
     cores = len(bound_cores())
     settings = starting_settings(
-        os.environ, launch.local_size, cores, horovod.fusion_mib, horovod.cycle_ms, horovod.yield_when_idle
+        os.environ,
+        launch.local_size,
+        cores,
+        horovod.fusion_mib,
+        horovod.cycle_ms,
+        horovod.yield_when_idle,
     )
     os.environ.update(settings)
     return settings
 
 
 def host() -> dict[str, Any]:
-    """What the run folder keeps about each worker; `cores` are the numbers of those it may run on."""
+    """What the run folder keeps about each worker; `cores` are the numbers of those it may run
+    on.
+    """
     return {"host": socket.gethostname(), "pid": os.getpid(), "cores": bound_cores()}
 
 
 def shared_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Horovod's variables that must be the same on every rank: they decide in which order sums are added up, and when.
+    """Horovod's variables that must be the same on every rank: they decide in which order sums are
+    added up, and when.
 
     >>> shared_settings({"HOROVOD_RANK": "1", "HOROVOD_CYCLE_TIME": "2", "HOME": "/home/ada"})
     {'HOROVOD_CYCLE_TIME': '2'}
     """
     return {
-        name: value for name, value in sorted(environ.items()) if name.startswith("HOROVOD_") and not name.startswith(_OF_A_RANK)
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith("HOROVOD_") and not name.startswith(_OF_A_RANK)
     }

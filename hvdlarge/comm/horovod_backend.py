@@ -1,4 +1,6 @@
-"""The tensor wire over Horovod: the only file that knows Horovod. Lines that exist because of it say so."""
+"""The tensor wire over Horovod: the only file that knows Horovod. Lines that exist because of it
+say so.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,20 @@ import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvdlarge.comm.interfaces import CollectiveError, CollectiveMismatchError, ControlChannel, RankLostError, WorldMismatchError
+from hvdlarge.comm.interfaces import (
+    CollectiveError,
+    CollectiveMismatchError,
+    ControlChannel,
+    RankLostError,
+    WorldMismatchError,
+)
 
 
 @contextmanager
 def _with_the_others() -> Iterator[None]:
-    """Tell a lost rank, ranks that do not fit together and every other failure apart; Horovod has one exception for all."""
+    """Tell a lost rank, ranks that do not fit together and every other failure apart; Horovod has
+    one exception for all.
+    """
     try:
         yield
     except HorovodInternalError as error:
@@ -41,19 +51,24 @@ class HorovodCollectives:
     """Sums and broadcasts over Horovod's MPI form."""
 
     def __init__(self, control: ControlChannel) -> None:
-        """Start Horovod on the MPI that the control wire has started. Every rank calls this together.
+        """Start Horovod on the MPI that the control wire has started. Every rank calls this
+        together.
 
         Raises:
-            WorldMismatchError: if Horovod was built without MPI or sees other ranks than the control wire.
+            WorldMismatchError: if Horovod was built without MPI or sees other ranks than the
+                control wire.
         """
         if not hvd.mpi_built():
-            raise WorldMismatchError("this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI")
+            raise WorldMismatchError(
+                "this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI"
+            )
         hvd.init()
         if (hvd.size(), hvd.rank()) != (control.size, control.rank):
             raise WorldMismatchError(
-                f"Horovod sees rank {hvd.rank()} of {hvd.size()}, MPI sees rank {control.rank} of {control.size}: Horovod "
-                "and mpi4py use two MPIs, or Horovod runs over Gloo; build both with docker/install-horovod.sh and start "
-                "with mpirun or horovodrun --mpi"
+                f"Horovod sees rank {hvd.rank()} of {hvd.size()}, MPI sees rank {control.rank} of "
+                f"{control.size}: Horovod and mpi4py use two MPIs, or Horovod runs over Gloo; "
+                "build both with docker/install-horovod.sh and start with mpirun or horovodrun "
+                "--mpi"
             )
         self.local_rank: int = hvd.local_rank()
         self.local_size: int = hvd.local_size()
@@ -64,8 +79,10 @@ class HorovodCollectives:
         """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
         handles = []
         for name, tensor in tensors:
-            # Every name is given: Horovod would make one from the type, and two ranks could then wait for each other.
-            if tensor.dtype not in _CARRIED or not tensor.is_contiguous():  # Horovod refuses these: they go as bytes
+            # Every name is given: Horovod would make one from the type, and two ranks could then
+            # wait for each other.
+            # Horovod refuses these: they go as bytes
+            if tensor.dtype not in _CARRIED or not tensor.is_contiguous():
                 carried = tensor.contiguous().reshape(-1).view(torch.uint8)
                 with _with_the_others():
                     hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
@@ -82,7 +99,9 @@ class HorovodCollectives:
             return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Every worker's tensor, stacked in the order of the ranks. Every rank calls this together."""
+        """Every worker's tensor, stacked in the order of the ranks. Every rank calls this
+        together.
+        """
         with _with_the_others():
             return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"gather.{name}")
 
@@ -101,15 +120,17 @@ class HorovodCollectives:
         hvd.shutdown()
 
 
-_CARRIED = frozenset([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64])
+_CARRIED = frozenset(
+    [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]
+)
 
 
 class HorovodOptimizer:
     """`hvd.DistributedOptimizer` with its order of calls: begin, backward passes, reduce, apply.
 
-    Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does op=Sum over the workers;
-    the step scales each micro-batch's loss by its share of the global batch instead. That is exact for uneven workers too,
-    where an average of averages is not.
+    Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does
+    op=Sum over the workers; the step scales each micro-batch's loss by its share of the global
+    batch instead. That is exact for uneven workers too, where an average of averages is not.
     """
 
     def __init__(
@@ -121,27 +142,33 @@ class HorovodOptimizer:
     ) -> None:
         if optimizer.state:
             raise ValueError("the optimizer has state already; Horovod would drop it")
-        # Horovod re-creates the optimizer's class from its param_groups: nothing may wrap or subclass the result, and
-        # whatever is not in the groups is lost. It is therefore the last thing done to an optimizer.
+        # Horovod re-creates the optimizer's class from its param_groups: nothing may wrap or
+        # subclass the result, and whatever is not in the groups is lost. It is therefore the last
+        # thing done to an optimizer.
         self.optimizer = hvd.DistributedOptimizer(
             optimizer,
             named_parameters=named_parameters,
             op=hvd.Sum,
             compression=hvd.Compression.fp16 if compressed else hvd.Compression.none,
-            groups=None if groups is None else min(groups, len(named_parameters)),  # Horovod would make empty ones, and fail
+            # Horovod would make empty ones, and fail
+            groups=None if groups is None else min(groups, len(named_parameters)),
         )
 
     def zero_grad(self, mine: range, num_micro_batches: int) -> None:
-        """Drop the old gradients and expect a backward pass for each of this worker's micro-batches."""
+        """Drop the old gradients and expect a backward pass for each of this worker's
+        micro-batches.
+        """
         self.optimizer.zero_grad()
-        # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A worker without any
-        # takes part all the same, with zeros that `synchronize` submits for it.
+        # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A
+        # worker without any takes part all the same, with zeros that `synchronize` submits for it.
         passes = max(1, len(mine))
         if passes != self.optimizer.backward_passes_per_step:
             self.optimizer.set_backward_passes_per_step(passes)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a micro-batch's share of the loss; Horovod's hooks send what is complete."""
+        """Add the gradients of a micro-batch's share of the loss; Horovod's hooks send what is
+        complete.
+        """
         with _with_the_others():
             loss.backward()
 
@@ -155,8 +182,9 @@ class HorovodOptimizer:
             self.optimizer.synchronize()
 
     def _complete_groups(self) -> None:
-        # `synchronize` would submit the tensors of an incomplete group one by one, while the other ranks wait for the group:
-        # an idle worker's, and one whose gradients are not all there (which the agreement of the step then tells).
+        # `synchronize` would submit the tensors of an incomplete group one by one, while the other
+        # ranks wait for the group: an idle worker's, and one whose gradients are not all there
+        # (which the agreement of the step then tells).
         handles = self.optimizer._handles
         for group in self.optimizer._group_counts:
             if group not in handles:
@@ -168,6 +196,6 @@ class HorovodOptimizer:
                 self.optimizer._group_counts[group] = 0
 
     def step(self) -> None:
-        """MomentumStep the weights with the reduced gradients."""
+        """Move the weights with the reduced gradients."""
         with self.optimizer.skip_synchronize():
             self.optimizer.step()

@@ -1,7 +1,8 @@
 """What the rest of the engine may ask of the other workers, and the errors with which they answer.
 
-Two wires (DESIGN of this project, section 4): tensors go over Horovod, decisions over MPI. Both have a solo form, so the
-code behind the door never asks whether it runs alone. Only `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
+Two wires (DESIGN of this project, section 4): tensors go over Horovod, decisions over MPI. Both
+have a solo form, so the code behind the door never asks whether it runs alone. Only
+`horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class WorldMismatchError(Exception):
-    """The environment cannot carry this run: a part is missing, or the parts disagree about the world (exit code 3)."""
+    """The environment cannot carry this run: a part is missing, or the parts disagree about the
+    world (exit code 3).
+    """
 
 
 class RankLostError(Exception):
@@ -26,11 +29,15 @@ class CollectiveMismatchError(Exception):
 
 
 class CollectiveError(Exception):
-    """A sum or broadcast failed for a reason of its own, such as NCCL's or CUDA's; the message is theirs (exit code 70)."""
+    """A sum or broadcast failed for a reason of its own, such as NCCL's or CUDA's; the message is
+    theirs (exit code 70).
+    """
 
 
 class ControlChannel(Protocol):
-    """Small messages of bytes. Every method but `abort` is collective: every rank calls it together, in one order."""
+    """Small messages of bytes. Every method but `abort` is collective: every rank calls it
+    together, in one order.
+    """
 
     rank: int
     size: int
@@ -44,7 +51,9 @@ class ControlChannel(Protocol):
         ...
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin to find the largest of each of some numbers, as many on every rank; what is returned waits and gives it."""
+        """Begin to find the largest of each of some numbers, as many on every rank; what is
+        returned waits and gives it.
+        """
         ...
 
     def barrier(self) -> None:
@@ -52,11 +61,15 @@ class ControlChannel(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave in order, after the tensor wire is closed; a rank that left without this would end the others' run badly."""
+        """Leave in order, after the tensor wire is closed; a rank that left without this would end
+        the others' run badly.
+        """
         ...
 
     def abort(self, code: int) -> NoReturn:
-        """End every process of the run with this exit code, at once. Any single rank may call it."""
+        """End every process of the run with this exit code, at once. Any single rank may call
+        it.
+        """
         ...
 
 
@@ -66,7 +79,8 @@ class DistributedOptimizer(Protocol):
     optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
 
     def zero_grad(self, mine: range, num_micro_batches: int) -> None:
-        """Drop the old gradients and expect a backward pass for each of this worker's micro-batches.
+        """Drop the old gradients and expect a backward pass for each of this worker's
+        micro-batches.
 
         Called before the first backward pass of each step.
 
@@ -80,7 +94,8 @@ class DistributedOptimizer(Protocol):
         """Add the gradients of `loss`, a micro-batch's share of the step's, shape ().
 
         Raises:
-            RankLostError, CollectiveMismatchError, CollectiveError: where sums begin beside the backward pass and one fails.
+            RankLostError, CollectiveMismatchError, CollectiveError: where sums begin beside the
+                backward pass and one fails.
         """
         ...
 
@@ -89,16 +104,22 @@ class DistributedOptimizer(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait until each gradient is the sum over all workers' micro-batches. Every rank calls this together."""
+        """Wait until each gradient is the sum over all workers' micro-batches. Every rank calls
+        this together.
+        """
         ...
 
     def step(self) -> None:
-        """MomentumStep the weights with the reduced gradients. Called after `reduce`; needs no other worker."""
+        """Move the weights with the reduced gradients. Called after `reduce`; needs no
+        other worker.
+        """
         ...
 
 
 class Collectives(Protocol):
-    """Tensors between workers. Every method is collective: every rank calls it together, in one order."""
+    """Tensors between workers. Every method is collective: every rank calls it together, in one
+    order.
+    """
 
     local_rank: int
     local_size: int
@@ -106,7 +127,9 @@ class Collectives(Protocol):
     needs_own_gpus: bool  # whether two workers cannot share one
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite each named tensor by rank 0's, in place. Names, shapes and types are the same on every rank."""
+        """Overwrite each named tensor by rank 0's, in place. Names, shapes and types are the same
+        on every rank.
+        """
         ...
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """The control wire over MPI: the only file that knows mpi4py.
 
-An mpi4py broadcast of a fixed record costs 0.002 to 0.04 ms where a Horovod broadcast waits one cycle (1 to 2 ms).
+An mpi4py broadcast of a fixed record costs 0.002 to 0.04 ms where a Horovod broadcast waits one
+cycle (1 to 2 ms).
 
-Every collective is begun without waiting and then asked after until it is done. A rank that waits inside MPI would wait in C:
-no signal would reach Python, and two threads of one process, this one and Horovod's, would block in the same MPI at once.
+Every collective is begun without waiting and then asked after until it is done. A rank that waits
+inside MPI would wait in C: no signal would reach Python, and two threads of one process, this one
+and Horovod's, would block in the same MPI at once.
 """
 
 from __future__ import annotations
@@ -21,40 +23,51 @@ import mpi4py
 from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.launcher import Launch
 
-mpi4py.rc.initialize = False  # MPI starts when the wire is opened, after the environment has been settled
-# Nor may it ever start in a loader process whose data set's module imports mpi4py: such a process is no rank.
+# MPI starts when the wire is opened, after the environment has been settled
+mpi4py.rc.initialize = False
+# Nor may it ever start in a loader process whose data set's module imports mpi4py: such a process
+# is no rank.
 os.environ.setdefault("MPI4PY_RC_INITIALIZE", "0")
 from mpi4py import MPI  # noqa: E402
 
-# Most answers are there within microseconds. Who has waited longer gives the core away between two questions, and who has
-# waited long sleeps: more ranks than cores must not take turns at asking.
+# Most answers are there within microseconds. Who has waited longer gives the core away between two
+# questions, and who has waited long sleeps: more ranks than cores must not take turns at asking.
 _GIVE_WAY_AFTER, _SLEEP_AFTER, _SLEEP_SECONDS = 20e-6, 2e-3, 100e-6
 
 
 class MpiChannel:
-    """Decisions and verdicts over a communicator of their own, so that Horovod's messages never meet them."""
+    """Decisions and verdicts over a communicator of their own, so that Horovod's messages never
+    meet them.
+    """
 
     def __init__(self, launch: Launch) -> None:
         """Start MPI. Every rank calls this together.
 
         Raises:
-            WorldMismatchError: if MPI sees another number of workers than the launcher started, or cannot serve two threads.
+            WorldMismatchError: if MPI sees another number of workers than the launcher started, or
+                cannot serve two threads.
         """
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         if MPI.COMM_WORLD.size != launch.size:
             raise WorldMismatchError(
-                f"{launch.launcher} started {launch.size} workers, but MPI sees {MPI.COMM_WORLD.size}: "
+                f"{launch.launcher} started {launch.size} workers, but MPI sees "
+                f"{MPI.COMM_WORLD.size}: "
                 "start the run with the launcher of the MPI that mpi4py uses "
                 f"({MPI.Get_library_version().splitlines()[0].split(', package')[0].rstrip()})"
             )
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            raise WorldMismatchError("this MPI does not allow calls from two threads (MPI_THREAD_MULTIPLE), which Horovod needs")
+            raise WorldMismatchError(
+                "this MPI does not allow calls from two threads (MPI_THREAD_MULTIPLE), which "
+                "Horovod needs"
+            )
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
 
     def broadcast(self, record: bytes | None, length: int) -> bytes:
-        """Rank 0's `record` of exactly `length` bytes, on every rank. Every rank calls this together."""
+        """Rank 0's `record` of exactly `length` bytes, on every rank. Every rank calls this
+        together.
+        """
         buffer = bytearray(length)
         if self.rank == 0:
             if record is None or len(record) != length:
@@ -66,7 +79,11 @@ class MpiChannel:
     def allgather(self, message: bytes) -> list[bytes]:
         """Every rank's message, in the order of the ranks. Every rank calls this together."""
         lengths = bytearray(8 * self.size)
-        _wait(self._comm.Iallgather([len(message).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE]))
+        _wait(
+            self._comm.Iallgather(
+                [len(message).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE]
+            )
+        )
         counts = [int.from_bytes(lengths[8 * r : 8 * r + 8], "little") for r in range(self.size)]
         gathered = bytearray(sum(counts))
         _wait(self._comm.Iallgatherv([message, MPI.BYTE], [gathered, counts, MPI.BYTE]))
@@ -74,10 +91,13 @@ class MpiChannel:
         return [bytes(gathered[start:stop]) for start, stop in itertools.pairwise(limits)]
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin to find the largest of each value over all ranks. Every rank calls this together, and later the result."""
+        """Begin to find the largest of each value over all ranks. Every rank calls this together,
+        and later the result.
+        """
         mine, largest = array("d", values), array("d", bytes(8 * len(values)))
         request = self._comm.Iallreduce([mine, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
-        held = (mine, largest)  # MPI reads and writes both until it is done, and the request does not hold an array
+        # MPI reads and writes both until it is done, and the request does not hold an array
+        held = (mine, largest)
 
         def wait() -> list[float]:
             _wait(request)
@@ -96,7 +116,9 @@ class MpiChannel:
         MPI.Finalize()
 
     def abort(self, code: int) -> NoReturn:
-        """End every process of the run with this exit code, at once. Any single rank may call it."""
+        """End every process of the run with this exit code, at once. Any single rank may call
+        it.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)

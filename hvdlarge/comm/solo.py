@@ -98,5 +98,5 @@ class SoloOptimizer:
         """The gradients of one worker are the sum already."""
 
     def step(self) -> None:
-        """MomentumStep the weights."""
+        """Move the weights."""
         self.optimizer.step()

@@ -1,7 +1,8 @@
 """The job file: what a run is, as frozen sections whose fields are the keys of the YAML.
 
-A job is strict: whatever is not understood is an error. `job_file.py` reads it and words the errors, `validation.py` holds its
-values against each other. Nothing is imported and nothing is started before a job is accepted.
+A job is strict: whatever is not understood is an error. `job_file.py` reads it and words the
+errors, `validation.py` holds its values against each other. Nothing is imported and nothing is
+started before a job is accepted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from hvdlarge.config import yaml_source
 from hvdlarge.config.registry import LOSSES
-from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
+from hvdlarge.schedule.decay import (
+    ConstantDecay,
+    CosineDecay,
+    ExponentialDecay,
+    MultistepDecay,
+    OneCycle,
+    PolynomialDecay,
+)
 from hvdlarge.schedule.growth import LARGEST_BATCH, AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.plan import Plan
@@ -42,10 +50,12 @@ class Data(Section):
 
     name: str  # a built-in, or package.module:attribute
     args: Arguments = {}  # for the attribute, which returns (training set, test set or None)
-    samples: Count | None = None  # of the training set: what `plan` counts with; the run holds it against the data
+    # Of the training set: what `plan` counts with; the run holds it against the data
+    samples: Count | None = None
     num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes on each worker
     prefetch_factor: Count = 2  # micro-batches ahead for each loader process
-    prefetch_steps: Count | None = None  # decisions ahead; default: what the loader processes can have in hand
+    # Decisions ahead; default: what the loader processes can have in hand
+    prefetch_steps: Count | None = None
 
 
 class Model(Section):
@@ -53,7 +63,8 @@ class Model(Section):
 
     name: str  # a built-in, or package.module:attribute
     args: Arguments = {}
-    channels_last: bool = False  # images in memory with their channels last, which is faster on most GPUs
+    # Images in memory with their channels last, which is faster on most GPUs
+    channels_last: bool = False
     compile: bool = False  # by torch.compile
 
 
@@ -72,7 +83,9 @@ class Loss(Section):
     @property
     def arguments(self) -> Arguments:
         """All arguments of the loss."""
-        smoothing = {} if self.label_smoothing is None else {"label_smoothing": self.label_smoothing}
+        smoothing = (
+            {} if self.label_smoothing is None else {"label_smoothing": self.label_smoothing}
+        )
         return {**self.args, **smoothing}
 
 
@@ -93,7 +106,9 @@ class Batch(Section):
     def _fits(self) -> Batch:
         largest = self.growth.max if isinstance(self.growth, AdaBatchGrowth) else None
         if largest is not None and largest < self.first:
-            raise ValueError(f"growth.max is {largest}, below the first global batch of {self.first}")
+            raise ValueError(
+                f"growth.max is {largest}, below the first global batch of {self.first}"
+            )
         return self
 
 
@@ -102,9 +117,16 @@ class LearningRate(Section):
 
     base: Positive  # tuned for batch.base
     scaling: Scaling = "none"
-    warmup: Annotated[NoWarmup | LinearWarmup | LegwWarmup, Field(discriminator="policy")] = NoWarmup()
+    warmup: Annotated[NoWarmup | LinearWarmup | LegwWarmup, Field(discriminator="policy")] = (
+        NoWarmup()
+    )
     decay: Annotated[
-        ConstantDecay | MultistepDecay | ExponentialDecay | PolynomialDecay | CosineDecay | OneCycle,
+        ConstantDecay
+        | MultistepDecay
+        | ExponentialDecay
+        | PolynomialDecay
+        | CosineDecay
+        | OneCycle,
         Field(discriminator="policy"),
     ] = ConstantDecay()
 
@@ -117,7 +139,8 @@ class Optimizer(Section):
     """What every optimizer has: which parameters are adapted and decayed."""
 
     weight_decay: NotNegative = 0.0
-    exclude_bias_and_norm: bool = True  # neither adapted nor decayed; false: the LARS paper's reading
+    # Neither adapted nor decayed; false: the LARS paper's reading
+    exclude_bias_and_norm: bool = True
     exclude: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
     excluded_lr_factor: NotNegative = 1.0  # their own rate, as a factor
 
@@ -131,7 +154,9 @@ Part = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Lars(Optimizer):
-    """LARS; a preset names a published form, whose options job_file.py puts where the job sets none; the paper's by default."""
+    """LARS; a preset names a published form, whose options job_file.py puts where the job sets
+    none; the paper's by default.
+    """
 
     name: Literal["lars"] = "lars"
     preset: Literal["paper", "mlperf", "torch", "larc", "optax"] = "paper"
@@ -228,7 +253,8 @@ class Checkpoint(Section):
     every_steps: Count | None = None
     every_minutes: Positive | None = None
     keep: Count = 3  # of the newest
-    best: Literal["accuracy", "test_loss"] | None = None  # which result best.pt goes by; default: accuracy where there is one
+    # Which result best.pt goes by; default: accuracy where there is one
+    best: Literal["accuracy", "test_loss"] | None = None
 
     @property
     def epochs(self) -> float | None:
@@ -241,18 +267,25 @@ class Checkpoint(Section):
 class Gradients(Section):
     """What is done to gradients on their way to the update."""
 
-    clip_norm: Positive | None = None  # the largest L2 norm of all mean gradients together; larger ones are scaled down to it
+    # The largest L2 norm of all mean gradients together; larger ones are scaled down to it
+    clip_norm: Positive | None = None
     compression: Literal["none", "fp16"] = "none"  # how they travel between workers
-    missing: Literal["error", "zero"] = "error"  # a tensor that has a gradient on some workers only, as where layers are skipped
+    # A tensor that has a gradient on some workers only, as where layers are skipped
+    missing: Literal["error", "zero"] = "error"
 
 
 class Horovod(Section):
-    """How Horovod and MPI are set; a variable that stands in the environment already comes first."""
+    """How Horovod and MPI are set; a variable that stands in the environment already comes
+    first.
+    """
 
-    fusion_mib: NotNegative = 0.0  # HOROVOD_FUSION_THRESHOLD: buffers in which gradients are sent together
-    cycle_ms: Positive | None = None  # HOROVOD_CYCLE_TIME: how often Horovod looks for work; default: its own
+    # HOROVOD_FUSION_THRESHOLD: buffers in which gradients are sent together
+    fusion_mib: NotNegative = 0.0
+    # HOROVOD_CYCLE_TIME: how often Horovod looks for work; default: its own
+    cycle_ms: Positive | None = None
     groups: Count | None = None  # so many groups of gradients, each sent as one
-    yield_when_idle: bool | None = None  # OMPI_MCA_mpi_yield_when_idle; default: where a worker has less than two cores
+    # OMPI_MCA_mpi_yield_when_idle; default: where a worker has less than two cores
+    yield_when_idle: bool | None = None
 
 
 class StopWhenNotFinite(Section):
@@ -269,9 +302,11 @@ class SkipWhenNotFinite(Section):
 
 
 class RollbackWhenNotFinite(Section):
-    """The run goes back to the last checkpoint of the job's cadence and on from there with a lower rate.
+    """The run goes back to the last checkpoint of the job's cadence and on from there with a lower
+    rate.
 
-    Those that a stop or the clock (`checkpoint.every_minutes`) asked for are passed over: an interruption changes nothing.
+    Those that a stop or the clock (`checkpoint.every_minutes`) asked for are passed over: an
+    interruption changes nothing.
     """
 
     policy: Literal["rollback"] = "rollback"
@@ -285,7 +320,8 @@ class Timeouts(Section):
     start_seconds: Positive = 300.0
     step_seconds: Positive = 300.0
     data_seconds: Positive = 3600.0  # for building the data sets
-    checkpoint_seconds: Positive = 3600.0  # for finding, verifying and loading a checkpoint, and sharing it
+    # For finding, verifying and loading a checkpoint, and sharing it
+    checkpoint_seconds: Positive = 3600.0
     fetch_seconds: Positive = 600.0
     evaluate_seconds: Positive = 3600.0
     save_seconds: Positive = 3600.0
@@ -293,7 +329,8 @@ class Timeouts(Section):
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
         limits = {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
-        return limits | {"rehearse": self.fetch_seconds + self.step_seconds}  # it fetches samples and takes a few passes
+        # It fetches samples and takes a few passes
+        return limits | {"rehearse": self.fetch_seconds + self.step_seconds}
 
 
 class Log(Section):
@@ -305,12 +342,14 @@ class Log(Section):
 class Job(Section):
     """A whole job file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # its run folder is runs/<name>
+    # Its run folder is runs/<name>
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     run_dir: str | None = None  # another place for the run folder
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     epochs: Positive
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
-    reduction: Literal["fast", "exact"] = "fast"  # exact: bit-identical weights on 1, 2, 4, … workers
+    # Exact: bit-identical weights on 1, 2, 4, … workers
+    reduction: Literal["fast", "exact"] = "fast"
     deterministic: bool = False  # bit-identical from run to run on the same number of workers
     data: Data
     model: Model
@@ -318,23 +357,29 @@ class Job(Section):
     batch: Batch
     lr: LearningRate
     gradients: Gradients = Gradients()
-    optimizer: Annotated[Lars | Lamb | Sgd | Adam | AdamW | Adagrad | RmsProp, Field(discriminator="name")] = Lars()
+    optimizer: Annotated[
+        Lars | Lamb | Sgd | Adam | AdamW | Adagrad | RmsProp, Field(discriminator="name")
+    ] = Lars()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
-    on_nonfinite: Annotated[StopWhenNotFinite | SkipWhenNotFinite | RollbackWhenNotFinite, Field(discriminator="policy")] = (
-        StopWhenNotFinite()
-    )
-    compare_every_steps: Count = 100  # a digest of weights, buffers and optimizer state is compared across the ranks
+    on_nonfinite: Annotated[
+        StopWhenNotFinite | SkipWhenNotFinite | RollbackWhenNotFinite, Field(discriminator="policy")
+    ] = StopWhenNotFinite()
+    # A digest of weights, buffers and optimizer state is compared across the ranks
+    compare_every_steps: Count = 100
     stop_after_minutes: Positive | None = None  # a time limit: stop with a checkpoint, exit code 75
     timeouts: Timeouts = Timeouts()
     horovod: Horovod = Horovod()
-    _variables: dict[yaml_source.Path, str] = PrivateAttr(default_factory=dict)  # see keeping_variables
+    # See keeping_variables
+    _variables: dict[yaml_source.Path, str] = PrivateAttr(default_factory=dict)
 
     def keeping_variables(self, written: Mapping[yaml_source.Path, str]) -> Job:
-        """The same job, whose texts at these places in `args` came from the environment and may be secrets.
+        """The same job, whose texts at these places in `args` came from the environment and may be
+        secrets.
 
-        Files, messages and other ranks get to see how such a text was written, or its SHA-256; only the run itself sees it.
+        Files, messages and other ranks get to see how such a text was written, or its SHA-256; only
+        the run itself sees it.
         """
         job = self.model_copy()
         job._variables = {path: text for path, text in written.items() if path[1:2] == ("args",)}
@@ -346,7 +391,9 @@ class Job(Section):
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
 
     def plan(self, dataset_size: int, world_size: int) -> Plan:
-        """What the controller follows, for a training set of `dataset_size` samples on `world_size` workers."""
+        """What the controller follows, for a training set of `dataset_size` samples on `world_size`
+        workers.
+        """
         return Plan(
             clock=Clock(dataset_size, self.epochs),
             base_batch=self.batch.base,
@@ -358,21 +405,35 @@ class Job(Section):
         )
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, as plain values; of texts from the environment in `args` the SHA-256."""
-        return _each(self.model_dump(mode="json"), lambda path, value: sha256_of(value) if path in self._variables else value)
+        """Every key with its value, defaults included, as plain values; of texts from the
+        environment in `args` the SHA-256.
+        """
+        return _each(
+            self.model_dump(mode="json"),
+            lambda path, value: sha256_of(value) if path in self._variables else value,
+        )
 
     def to_yaml(self) -> str:
-        """The job with every default written out; reading it in the same environment gives the same job."""
+        """The job with every default written out; reading it in the same environment gives the same
+        job.
+        """
         written = {path: yaml_source.AsWritten(text) for path, text in self._variables.items()}
-        return yaml_source.write(_each(self.model_dump(mode="json"), lambda path, value: written.get(path, value)))
+        return yaml_source.write(
+            _each(self.model_dump(mode="json"), lambda path, value: written.get(path, value))
+        )
 
     def resume_signature(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
         resolved = self.resolved()
         found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
-        found["gradients"] = {key: value for key, value in resolved["gradients"].items() if key != "missing"}
+        found["gradients"] = {
+            key: value for key, value in resolved["gradients"].items() if key != "missing"
+        }
         # Of these sections the other keys say how samples come and how the model is carried out.
-        return found | {section: {key: resolved[section][key] for key in ("name", "args")} for section in ("data", "model")}
+        return found | {
+            section: {key: resolved[section][key] for key in ("name", "args")}
+            for section in ("data", "model")
+        }
 
     def fingerprint(self) -> str:
         """SHA-256 over every key and value."""
@@ -388,7 +449,9 @@ def sha256_of(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _each(values: Any, change: Callable[[yaml_source.Path, Any], Any], path: yaml_source.Path = ()) -> Any:
+def _each(
+    values: Any, change: Callable[[yaml_source.Path, Any], Any], path: yaml_source.Path = ()
+) -> Any:
     """Plain values with `change` made to each, by its place."""
     if isinstance(values, dict):
         return {key: _each(value, change, (*path, key)) for key, value in values.items()}
@@ -397,7 +460,8 @@ def _each(values: Any, change: Callable[[yaml_source.Path, Any], Any], path: yam
     return change(path, values)
 
 
-# May change between the parts of a run: where things go, how often they are looked at, how failures are met.
+# May change between the parts of a run: where things go, how often they are looked at, how failures
+# are met.
 _NOT_MATHEMATICS = frozenset(
     [
         "name",

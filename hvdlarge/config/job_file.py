@@ -1,7 +1,8 @@
-"""Reads a job: the file, the file that it extends, the environment's variables, the command line; and says what is wrong with it.
+"""Reads a job: the file, the file that it extends, the environment's variables, the command line;
+and says what is wrong with it.
 
-Every problem is told, all at once, each with its place (file and line, or the command line), the key as written, the value, the
-rule, and the nearest known key.
+Every problem is told, all at once, each with its place (file and line, or the command line), the
+key as written, the value, the rule, and the nearest known key.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from hvdlarge.exits import JobError
 from hvdlarge.optim.presets import PRESETS
 
 _EXTENDS = "extends"
-# The keys that say what kind a section is of; another kind has other keys, so the section it extends counts for nothing then.
+# The keys that say what kind a section is of; another kind has other keys, so the section it
+# extends counts for nothing then.
 _KINDS = ("policy", "name")
-_USUAL_KINDS = {("optimizer",): "lars", ("loss",): "cross_entropy"}  # of sections that need not name theirs
+# Of sections that need not name theirs
+_USUAL_KINDS = {("optimizer",): "lars", ("loss",): "cross_entropy"}
 
 
 class Place(NamedTuple):
@@ -66,7 +69,9 @@ def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
 
 
 def parse_job(text: bytes | str, path: str, overrides: Sequence[str] = ()) -> Job:
-    """The job in a YAML text; `path` is for messages and for what it extends. Raises JobError as `read_job` does."""
+    """The job in a YAML text; `path` is for messages and for what it extends. Raises JobError as
+    `read_job` does.
+    """
     return _accepted(_read_text(text, path, ()), overrides)
 
 
@@ -75,11 +80,14 @@ def _read_file(path: str, extended_by: tuple[Place, ...]) -> Written:
     where = f"{extended_by[-1]}: extends: " if extended_by else ""
     try:
         with Path(path).open("rb") as file:
-            text = file.read(yaml_source.MAX_BYTES + 1)  # whatever is longer is no job file and need not be read to its end
+            # Whatever is longer is no job file and need not be read to its end
+            text = file.read(yaml_source.MAX_BYTES + 1)
     except FileNotFoundError:
         raise JobError(f"{where}{path}: no such {what} (looked in {Path.cwd()})") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise JobError(f"{where}{path}: the {what} cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise JobError(
+            f"{where}{path}: the {what} cannot be read: {getattr(error, 'strerror', error)}"
+        ) from None
     return _read_text(text, path, extended_by)
 
 
@@ -89,10 +97,18 @@ def _read_text(text: bytes | str, path: str, extended_by: tuple[Place, ...]) -> 
     except yaml_source.SourceError as error:
         raise JobError(f"{Place(path, error.line)}: {error}") from None
     if source.values is None:
-        raise JobError(f"{path}: the job file is empty; the smallest job has name, epochs, data, model, batch and lr")
+        raise JobError(
+            f"{path}: the job file is empty; the smallest job has name, epochs, data, model, batch "
+            "and lr"
+        )
     if not isinstance(source.values, dict):
-        raise JobError(f"{path}: a job file is a list of `key: value` pairs, not a {type(source.values).__name__}")
-    places = {(): Place(path)} | {key: Place(path, line, source.variables.get(key)) for key, line in source.lines.items()}
+        raise JobError(
+            f"{path}: a job file is a list of `key: value` pairs, not a "
+            f"{type(source.values).__name__}"
+        )
+    places = {(): Place(path)} | {
+        key: Place(path, line, source.variables.get(key)) for key, line in source.lines.items()
+    }
     written = Written(source.values, places)
     if _EXTENDS not in written.values:
         return written
@@ -102,7 +118,10 @@ def _read_text(text: bytes | str, path: str, extended_by: tuple[Place, ...]) -> 
     chain = (*extended_by, place)
     file = str(Path(path).parent / other)
     if any(_same_file(file, before.file) for before in chain):
-        raise JobError(f"{place}: extends: {' → '.join([*(before.file for before in chain), file])} comes back to itself")
+        raise JobError(
+            f"{place}: extends: {' → '.join([*(before.file for before in chain), file])} comes "
+            "back to itself"
+        )
     base = _read_file(file, chain)
     places = dict(base.places)
     _extend(base.values, written.values, (), places, written.places)
@@ -123,20 +142,32 @@ def _extend(
     places: dict[yaml_source.Path, Place],
     own_places: Mapping[yaml_source.Path, Place],
 ) -> None:
-    """Put `own` over `base`, section by section; lists and sections of another kind replace what was there."""
+    """Put `own` over `base`, section by section; lists and sections of another kind replace what
+    was there.
+    """
     for key, value in own.items():
         here, before = (*path, key), base.get(key)
         places[here] = own_places[here]
-        if isinstance(value, dict) and isinstance(before, dict) and not _of_another_kind(before, value, here):
+        if (
+            isinstance(value, dict)
+            and isinstance(before, dict)
+            and not _of_another_kind(before, value, here)
+        ):
             _extend(before, value, here, places, own_places)
             continue
-        for other in [other for other in places if len(other) > len(here) and other[: len(here)] == here]:
+        for other in [
+            other for other in places if len(other) > len(here) and other[: len(here)] == here
+        ]:
             del places[other]
-        places.update({other: place for other, place in own_places.items() if other[: len(here)] == here})
+        places.update(
+            {other: place for other, place in own_places.items() if other[: len(here)] == here}
+        )
         base[key] = value
 
 
-def _of_another_kind(before: Mapping[str, Any], after: Mapping[str, Any], path: yaml_source.Path) -> bool:
+def _of_another_kind(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: yaml_source.Path
+) -> bool:
     usual = {"name": _USUAL_KINDS[path]} if path in _USUAL_KINDS else {}
     before = {**usual, **before}
     return any(kind in after and kind in before and after[kind] != before[kind] for kind in _KINDS)
@@ -153,14 +184,22 @@ def _accepted(written: Written, overrides: Sequence[str]) -> Job:
         if optimizer["name"] == "lars" and isinstance(preset, str):
             written.values["optimizer"] = {**PRESETS.get(preset, {}), **optimizer}
     try:
-        # JSON is the strict mode in which a list may become a tuple and a mapping a section, but "3" never a number.
+        # JSON is the strict mode in which a list may become a tuple and a mapping a section, but
+        # "3" never a number.
         job = Job.model_validate_json(json.dumps(written.values), strict=True)
     except ValidationError as error:
-        raise _refused(path, [_describe(problem, written) for problem in error.errors(include_url=False)]) from None
-    problems = [f"  {written.place(key)}: {'.'.join(map(str, key))}: {message}" for key, message in cross_field_errors(job)]
+        raise _refused(
+            path, [_describe(problem, written) for problem in error.errors(include_url=False)]
+        ) from None
+    problems = [
+        f"  {written.place(key)}: {'.'.join(map(str, key))}: {message}"
+        for key, message in cross_field_errors(job)
+    ]
     if problems:
         raise _refused(path, problems)
-    variables = {key: place.variable for key, place in written.places.items() if place.variable is not None}
+    variables = {
+        key: place.variable for key, place in written.places.items() if place.variable is not None
+    }
     return job.keeping_variables(variables)
 
 
@@ -182,12 +221,19 @@ def _override(written: Written, override: str) -> None:
     for number, part in enumerate(parts[:-1]):
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
-            raise JobError(f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section")
+            raise JobError(
+                f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section"
+            )
     section[parts[-1]] = new.values
     for other in [other for other in written.places if other[: len(parts)] == parts]:
         del written.places[other]
     written.places[parts] = _COMMAND_LINE
-    written.places.update({(*parts, *path): _COMMAND_LINE._replace(variable=text) for path, text in new.variables.items()})
+    written.places.update(
+        {
+            (*parts, *path): _COMMAND_LINE._replace(variable=text)
+            for path, text in new.variables.items()
+        }
+    )
 
 
 # --- words for what is wrong
@@ -198,15 +244,21 @@ def _describe(problem: Any, written: Written) -> str:
     name, place = ".".join(map(str, keys)), written.place(keys)
     kind, value = problem["type"], problem["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"  {place}: unknown key {name!r}{_nearest(str(keys[-1]), _known_keys(problem['loc']))}"
+        return (
+            f"  {place}: unknown key {name!r}{_nearest(str(keys[-1]), _known_keys(problem['loc']))}"
+        )
     if kind == "missing":
         return f"  {place}: the key {name!r} is missing"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         known, tag = _known_policies(problem["loc"]), problem["ctx"]["discriminator"].strip("'")
         if kind == "union_tag_not_found":
-            return f"  {place}: the key {f'{name}.{tag}'!r} is missing; it is one of {', '.join(known)}"
+            return (
+                f"  {place}: the key {f'{name}.{tag}'!r} is missing; it is one of "
+                f"{', '.join(known)}"
+            )
         return (
-            f"  {written.place((*keys, tag))}: {name}.{tag} is {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
+            f"  {written.place((*keys, tag))}: {name}.{tag} is "
+            f"{problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
         )
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         keys_there, policies = _known_keys((*problem["loc"], "")), _known_policies(problem["loc"])
@@ -216,19 +268,33 @@ def _describe(problem: Any, written: Written) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(value, (dict, list)) and kind == "value_error":
         return f"  {place}: {name}: {message}"
-    return f"  {place}: {name} is {_show(value)}: {message[0].lower()}{message[1:]}{_hint(kind, value)}"
+    return (
+        f"  {place}: {name} is {_show(value)}: "
+        f"{message[0].lower()}{message[1:]}{_hint(kind, value)}"
+    )
 
 
 def _hint(kind: str, value: Any) -> str:
     """What a value was perhaps meant to be."""
-    if kind == "bool_type" and isinstance(value, str) and value.lower() in ("yes", "on", "y", "no", "off", "n"):
-        return f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'} (in YAML 1.2 {value!r} is a word)"
+    if (
+        kind == "bool_type"
+        and isinstance(value, str)
+        and value.lower() in ("yes", "on", "y", "no", "off", "n")
+    ):
+        return (
+            f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'} (in YAML 1.2 "
+            f"{value!r} is a word)"
+        )
     if kind in ("int_type", "float_type") and isinstance(value, str):
         plain = value.replace("_", "").replace(",", "")
         try:
             float(plain)
         except ValueError:
-            return "; the unit is in the key's name, write the number alone" if value[:1].isdigit() else ""
+            return (
+                "; the unit is in the key's name, write the number alone"
+                if value[:1].isdigit()
+                else ""
+            )
         return f"; write {plain}, without quotes"
     if kind == "string_type" and isinstance(value, (int, float)):
         return "; put it in quotes"
@@ -236,7 +302,11 @@ def _hint(kind: str, value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = "nan" if isinstance(value, float) and math.isnan(value) else json.dumps(value, ensure_ascii=False)
+    text = (
+        "nan"
+        if isinstance(value, float) and math.isnan(value)
+        else json.dumps(value, ensure_ascii=False)
+    )
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -248,7 +318,9 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
-    """Where a problem stands in the YAML: pydantic's location without its names of union members."""
+    """Where a problem stands in the YAML: pydantic's location without its names of union
+    members.
+    """
     path: list[str | int] = []
     for number, part in enumerate(location):
         is_last = number == len(location) - 1
@@ -258,7 +330,11 @@ def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
         elif isinstance(values, dict) and part in values:
             path.append(part)
             values = values[part]
-        elif isinstance(values, dict) and is_last and part not in (values.get("policy"), values.get("name")):
+        elif (
+            isinstance(values, dict)
+            and is_last
+            and part not in (values.get("policy"), values.get("name"))
+        ):
             path.append(part)  # a key that is missing
     return tuple(path)
 
@@ -274,11 +350,16 @@ def _known_policies(location: Sequence[str | int]) -> list[str]:
 
 
 def _schema_of(location: Sequence[str | int]) -> dict[str, Any]:
-    """The part of the job file's JSON Schema that describes the section at pydantic's `location`."""
+    """The part of the job file's JSON Schema that describes the section at pydantic's
+    `location`.
+    """
     schema = _schema()
     node: dict[str, Any] = schema
     for part in location:
-        properties, mapping = node.get("properties", {}), node.get("discriminator", {}).get("mapping", {})
+        properties, mapping = (
+            node.get("properties", {}),
+            node.get("discriminator", {}).get("mapping", {}),
+        )
         node = properties.get(part) or ({"$ref": mapping[part]} if part in mapping else {})
         while "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]

@@ -1,7 +1,7 @@
 """The JSON Schema of the job file, for editors: completion and checking while a job is written.
 
-jobs/job.schema.json is what this gives; a test keeps the two in step. A job points at it in its first line:
-`# yaml-language-server: $schema=job.schema.json`.
+jobs/job.schema.json is what this gives; a test keeps the two in step. A job points at it in its
+first line: `# yaml-language-server: $schema=job.schema.json`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ def job_schema() -> dict[str, Any]:
                 del entry["default"]
             entry.pop("title", None)
             definition["properties"][name] = _with_variables(entry)
-    schema["properties"]["extends"] = {"type": "string", "description": "another job file, of which this one changes some keys"}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "another job file, of which this one changes some keys",
+    }
     if "Lars" in schema["$defs"]:
-        schema["properties"]["optimizer"] = {"anyOf": [schema["properties"]["optimizer"], {"$ref": "#/$defs/Lars"}]}
+        schema["properties"]["optimizer"] = {
+            "anyOf": [schema["properties"]["optimizer"], {"$ref": "#/$defs/Lars"}]
+        }
     # A file that extends another one has the rest of its keys there.
     required = schema.pop("required")
     schema["if"] = {"not": {"required": ["extends"]}}
     schema["then"] = {"required": required}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hvdlarge job", **schema}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "hvdlarge job",
+        **schema,
+    }
 
 
 def _with_variables(entry: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +47,11 @@ def _with_variables(entry: dict[str, Any]) -> dict[str, Any]:
     if entry.get("type") in ("integer", "number", "boolean") or any(
         kind.get("type") in ("integer", "number", "boolean") for kind in entry.get("anyOf", [])
     ):
-        outside = {name: value for name, value in entry.items() if name in ("default", "title", "description")}
+        outside = {
+            name: value
+            for name, value in entry.items()
+            if name in ("default", "title", "description")
+        }
         inside = {name: value for name, value in entry.items() if name not in outside}
         return {"anyOf": [inside, _VARIABLE], **outside}
     return entry

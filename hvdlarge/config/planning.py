@@ -1,4 +1,5 @@
-"""The run on paper: what a job comes to on a number of workers, and what cannot run there. Needs no torch, Horovod or MPI.
+"""The run on paper: what a job comes to on a number of workers, and what cannot run there. Needs no
+torch, Horovod or MPI.
 
 `train` and `plan` both come through here, so that they refuse the same jobs in the same words.
 """
@@ -35,7 +36,8 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
         world_size: workers.
 
     Raises:
-        JobError: for a run without a sample in it, a rate that overflows, or a number of workers that exact mode cannot serve.
+        JobError: for a run without a sample in it, a rate that overflows, or a number of workers
+            that exact mode cannot serve.
     """
     if job.reduction == "exact" and depth_of(world_size) is None:
         raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
@@ -44,10 +46,16 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
     except (ValueError, OverflowError) as error:
         raise JobError(f"epochs: {error}") from None
     if plan.clock.total_samples >= _MOST_SAMPLES:
-        raise JobError(f"epochs: a run of {job.epochs:g} epochs over {dataset_size:,} samples is longer than can be counted")
+        raise JobError(
+            f"epochs: a run of {job.epochs:g} epochs over {dataset_size:,} samples is longer than "
+            "can be counted"
+        )
     for stage in stages_of(plan):
         if not math.isfinite(stage.highest_lr):
-            raise JobError(f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch {stage.global_batch})")
+            raise JobError(
+                f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch "
+                f"{stage.global_batch})"
+            )
     return plan
 
 
@@ -59,7 +67,10 @@ def training_samples(job: Job) -> int:
     """
     found = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
     if found is None:
-        raise JobError(f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, or give --samples N")
+        raise JobError(
+            f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, "
+            "or give --samples N"
+        )
     return found
 
 
@@ -79,7 +90,9 @@ def layout_of(plan: Plan, global_batch: int) -> BatchLayout:
 
 
 def checkpoints_of(cadence: Checkpoint, stages: list[StageOutline], clock: Clock) -> list[int]:
-    """Checkpoints written in each stage at the job's cadence in epochs and steps, the one at the end of the run among them."""
+    """Checkpoints written in each stage at the job's cadence in epochs and steps, the one at the
+    end of the run among them.
+    """
     counts, step = [], 0
     for stage in stages:
         marks = _MarkedSteps(cadence.epochs, stage, clock)
@@ -88,7 +101,11 @@ def checkpoints_of(cadence: Checkpoint, stages: list[StageOutline], clock: Clock
             every = cadence.every_steps
             count += (step + steps) // every - step // every
             count -= marks.also_every(every, step)
-        if stage is stages[-1] and not marks.hold(steps - 1) and (cadence.every_steps is None or (step + steps) % every):
+        if (
+            stage is stages[-1]
+            and not marks.hold(steps - 1)
+            and (cadence.every_steps is None or (step + steps) % every)
+        ):
             count += 1
         counts.append(count)
         step += steps
@@ -105,11 +122,15 @@ class _MarkedSteps:
         self._every, self._stage, self._clock = every_epochs, stage, clock
         self._begin = round(stage.start * clock.dataset_size)
         first, last = (
-            0 if every_epochs is None else milestones_reached(epoch, every_epochs, None) for epoch in (stage.start, stage.end)
+            0 if every_epochs is None else milestones_reached(epoch, every_epochs, None)
+            for epoch in (stage.start, stage.end)
         )
         self._numbers = range(first + 1, last + 1)
-        # Marks closer than steps: each step reaches one. Marks farther apart than steps: each mark has a step of its own.
-        self._all = every_epochs is not None and every_epochs * clock.dataset_size <= stage.global_batch
+        # Marks closer than steps: each step reaches one. Marks farther apart than steps: each mark
+        # has a step of its own.
+        self._all = (
+            every_epochs is not None and every_epochs * clock.dataset_size <= stage.global_batch
+        )
 
     def __len__(self) -> int:
         return self._stage.steps if self._all else len(self._numbers)
@@ -119,10 +140,13 @@ class _MarkedSteps:
         return self._all or (len(self._numbers) > 0 and self._step_of(self._numbers[-1]) == step)
 
     def also_every(self, every_steps: int, first_step: int) -> int:
-        """How many of them are also a multiple of `every_steps`, counted over the run; the stage begins at `first_step`."""
+        """How many of them are also a multiple of `every_steps`, counted over the run; the stage
+        begins at `first_step`.
+        """
         if self._all:
             return (first_step + self._stage.steps) // every_steps - first_step // every_steps
-        listed = self._numbers[:_MOST_LISTED]  # beyond that a plan need not know which of two rules wrote a checkpoint
+        # Beyond that a plan need not know which of two rules wrote a checkpoint
+        listed = self._numbers[:_MOST_LISTED]
         return sum((first_step + self._step_of(number) + 1) % every_steps == 0 for number in listed)
 
     def _step_of(self, number: int) -> int:
@@ -143,14 +167,17 @@ class Measured:
     gradient_bytes: int | None  # that a worker sends in each step
 
 
-def estimate(job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None) -> dict[str, Any]:
+def estimate(
+    job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None
+) -> dict[str, Any]:
     """Everything about a planned run, as JSON values under the words of the run's own files.
 
     Args:
         job: a job.
         plan: of that job.
         measured: figures of an earlier run, for the time and the memory; None leaves those out.
-        allreduce: its cost, for the time on another number of workers; None: as long as in the earlier run.
+        allreduce: its cost, for the time on another number of workers; None: as long as in the
+            earlier run.
     """
     stages = stages_of(plan)
     checkpoints = checkpoints_of(job.checkpoint, stages, plan.clock)
@@ -175,9 +202,17 @@ def estimate(job: Job, plan: Plan, measured: Measured | None, allreduce: Allredu
             "checkpoints": saved,
         }
         if measured is not None:
-            row["seconds"] = stage.steps * layout.accumulation_steps * layout.micro_batch / measured.samples_per_second
+            row["seconds"] = (
+                stage.steps
+                * layout.accumulation_steps
+                * layout.micro_batch
+                / measured.samples_per_second
+            )
         rows.append(row)
-    steps, fixed = sum(stage.steps for stage in stages), -(-plan.clock.total_samples // plan.base_batch)
+    steps, fixed = (
+        sum(stage.steps for stage in stages),
+        -(-plan.clock.total_samples // plan.base_batch),
+    )
     found: dict[str, Any] = {
         "name": job.name,
         "fingerprint": plan.fingerprint(),
@@ -199,7 +234,10 @@ def estimate(job: Job, plan: Plan, measured: Measured | None, allreduce: Allredu
         found["checkpoint_bytes"] = measured.checkpoint_bytes
         if allreduce is not None and measured.gradient_bytes is not None:
             size = measured.gradient_bytes
-            here, there = (allreduce.seconds(size, workers) for workers in (plan.world_size, measured.world_size))
+            here, there = (
+                allreduce.seconds(size, workers)
+                for workers in (plan.world_size, measured.world_size)
+            )
             # What the earlier run waited for its own allreduce is in its speed already.
             found["allreduce"] = {"bytes": size, "seconds": here, "seconds_measured": there}
             found["seconds_if_none_hides"] = found["seconds"] + steps * max(0.0, here - there)

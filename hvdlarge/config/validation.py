@@ -26,39 +26,60 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
 def _batch(job: Job) -> Iterator[Problem]:
     micro, first = job.batch.micro, job.batch.first
     if micro != "auto" and micro > first:
-        yield ("batch", "micro"), f"a micro-batch of {micro} samples is more than the first global batch of {first}"
+        yield (
+            ("batch", "micro"),
+            f"a micro-batch of {micro} samples is more than the first global batch of {first}",
+        )
 
 
 def _exact(job: Job) -> Iterator[Problem]:
     if job.reduction == "exact" and job.batch.micro == "auto":
         yield (
             ("batch", "micro"),
-            "reduction: exact adds up micro-batches that are the same on any number of workers: give a number",
+            "reduction: exact adds up micro-batches that are the same on any number of workers: "
+            "give a number",
         )
 
 
 def _warmup(job: Job) -> Iterator[Problem]:
     warmup = job.lr.warmup
     if job.lr.decay.policy == "one_cycle" and warmup.policy != "none":
-        yield ("lr", "warmup"), "one_cycle is its own warmup: leave lr.warmup out, or set its policy to none"
+        yield (
+            ("lr", "warmup"),
+            "one_cycle is its own warmup: leave lr.warmup out, or set its policy to none",
+        )
     k = job.batch.first / job.batch.base
     length = warmup.length(k)
     if length > job.epochs:
-        by_rule = f" ({warmup.epochs:g} × {k:g}, the first batch over the base batch)" if warmup.policy == "legw" else ""
+        by_rule = (
+            f" ({warmup.epochs:g} × {k:g}, the first batch over the base batch)"
+            if warmup.policy == "legw"
+            else ""
+        )
         yield (
             ("lr", "warmup", "epochs"),
-            f"the warmup takes {length:g} epochs{by_rule}, the run has {job.epochs:g}; it is given in epochs, not in steps",
+            f"the warmup takes {length:g} epochs{by_rule}, the run has {job.epochs:g}; it is given "
+            "in epochs, not in steps",
         )
 
 
 def _gradients(job: Job) -> Iterator[Problem]:
     compressed = job.gradients.compression != "none"
     if compressed and job.reduction == "exact":
-        yield ("gradients", "compression"), "reduction: exact keeps every bit, compression does not: choose one of them"
+        yield (
+            ("gradients", "compression"),
+            "reduction: exact keeps every bit, compression does not: choose one of them",
+        )
     if compressed and job.precision == "fp64":
-        yield ("gradients", "compression"), "precision: fp64 asks for 53 bits, compression: fp16 sends 11: choose one of them"
+        yield (
+            ("gradients", "compression"),
+            "precision: fp64 asks for 53 bits, compression: fp16 sends 11: choose one of them",
+        )
     if job.horovod.groups is not None and job.reduction == "exact":
-        yield ("horovod", "groups"), "reduction: exact sends all gradients of a worker as one: leave horovod.groups out"
+        yield (
+            ("horovod", "groups"),
+            "reduction: exact sends all gradients of a worker as one: leave horovod.groups out",
+        )
 
 
 def _loss(job: Job) -> Iterator[Problem]:
@@ -66,14 +87,24 @@ def _loss(job: Job) -> Iterator[Problem]:
         return
     given = job.loss.args
     sums = {"reduction": given.get("reduction", "mean") not in ("mean", "batchmean")}
-    sums |= {old: given.get(old) is False for old in ("size_average", "reduce")}  # torch's older names for it
+    # Torch's older names for it
+    sums |= {old: given.get(old) is False for old in ("size_average", "reduce")}
     for key in (key for key, says_so in sums.items() if says_so):
         why = "the engine weighs the mean over each micro-batch by its share of the global batch"
-        yield ("loss", "args", key), f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}"
+        yield (
+            ("loss", "args", key),
+            f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}",
+        )
 
 
-def _past_the_end(key: tuple[str, ...], marks: Sequence[float] | None, epochs: float) -> Iterator[Problem]:
+def _past_the_end(
+    key: tuple[str, ...], marks: Sequence[float] | None, epochs: float
+) -> Iterator[Problem]:
     late = [mark for mark in marks or () if mark >= epochs]
     if late:
         shown = ", ".join(f"{mark:g}" for mark in late)
-        yield key, f"{shown} is not before the end of the run at epoch {epochs:g}; marks are given in epochs, not in steps"
+        yield (
+            key,
+            f"{shown} is not before the end of the run at epoch {epochs:g}; marks are given in "
+            "epochs, not in steps",
+        )

@@ -1,10 +1,12 @@
 """Reads a YAML text into plain values and remembers where each key stands.
 
-Numbers and booleans follow YAML 1.2: `1e-3` is a number, `on` and `no` are words, a date is text. A key that stands twice, an
-alias, a tag, a second document and a number with a leading zero are errors, because each of them is a mistake in a job file.
+Numbers and booleans follow YAML 1.2: `1e-3` is a number, `on` and `no` are words, a date is text. A
+key that stands twice, an alias, a tag, a second document and a number with a leading zero are
+errors, because each of them is a mistake in a job file.
 
-`${NAME}` and `${NAME:-default}` in a value stand for a variable of the environment, `$${` for `${` itself. A value without quotes
-then has the type of what stands there (`epochs: ${EPOCHS:-30}` is a number), one in quotes stays text.
+`${NAME}` and `${NAME:-default}` in a value stand for a variable of the environment, `$${` for `${`
+itself. A value without quotes then has the type of what stands there (`epochs: ${EPOCHS:-30}` is a
+number), one in quotes stays text.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _VARIABLE = re.compile(r"\$(\$\{)|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\
 
 
 class SourceError(Exception):
-    """The text is not what a job file may be; the message says why, `line` where (from 1, or None)."""
+    """The text is not what a job file may be; the message says why, `line` where (from 1, or
+    None).
+    """
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -37,7 +41,8 @@ class Source:
 
     values: Any
     lines: dict[Path, int] = field(default_factory=dict)
-    variables: dict[Path, str] = field(default_factory=dict)  # texts that the environment gave, as they were written
+    # Texts that the environment gave, as they were written
+    variables: dict[Path, str] = field(default_factory=dict)
 
     def line(self, path: Path) -> int | None:
         """The line (from 1) of the longest part of `path` that stands in the text."""
@@ -50,7 +55,9 @@ class AsWritten(str):
     """A text with variables in it, which `write` leaves for the next reader to fill in."""
 
 
-def read(text: bytes | str, environ: Mapping[str, str] | None = None, fill_in: bool = True) -> Source:
+def read(
+    text: bytes | str, environ: Mapping[str, str] | None = None, fill_in: bool = True
+) -> Source:
     """The values of one YAML document, with the line of each key.
 
     Args:
@@ -59,7 +66,8 @@ def read(text: bytes | str, environ: Mapping[str, str] | None = None, fill_in: b
         fill_in: put that in; else such values stay as they are written.
 
     Raises:
-        SourceError: for anything that is not one plain document, and for a variable that is not set and has no default.
+        SourceError: for anything that is not one plain document, and for a variable that is not set
+            and has no default.
 
     >>> read("lr: 1e-3").values
     {'lr': 0.001}
@@ -91,7 +99,9 @@ def read(text: bytes | str, environ: Mapping[str, str] | None = None, fill_in: b
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
-        if mark and re.search(r"\{.*\$\{", (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]):
+        if mark and re.search(
+            r"\{.*\$\{", (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
+        ):
             what += "; inside { } a variable stands in quotes, or its key on a line of its own"
         raise SourceError(f"not valid YAML: {what}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
@@ -103,11 +113,15 @@ def _refuse_what_is_not_plain(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise SourceError(f"the alias *{event.anchor} is not allowed; write the values out", _line_of(event))
+            raise SourceError(
+                f"the alias *{event.anchor} is not allowed; write the values out", _line_of(event)
+            )
         tag = getattr(event, "tag", None)
         if tag is not None and tag != "!":
             short = tag.replace("tag:yaml.org,2002:", "!!")
-            raise SourceError(f"the tag {short} is not allowed; write plain values", _line_of(event))
+            raise SourceError(
+                f"the tag {short} is not allowed; write plain values", _line_of(event)
+            )
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -128,9 +142,13 @@ def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise SourceError("a key must be a word", line)
             if key_node.tag != _TEXT:
-                raise SourceError(f"the key {key!r} is read as a number or the like: put it in quotes", line)
+                raise SourceError(
+                    f"the key {key!r} is read as a number or the like: put it in quotes", line
+                )
             if key in seen:
-                raise SourceError(f"the key {key!r} stands twice, on lines {seen[key]} and {line}", line)
+                raise SourceError(
+                    f"the key {key!r} stands twice, on lines {seen[key]} and {line}", line
+                )
             seen[key] = line
             lines[path + (key,)] = line
             _record(value_node, path + (key,), lines)
@@ -140,8 +158,16 @@ def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
             _record(item, path + (number,), lines)
 
 
-def _fill_in(node: yaml.Node, path: Path, loader: _Loader, environ: Mapping[str, str], variables: dict[Path, str]) -> None:
-    """Put the environment's values into the nodes of a document, and keep in `variables` how such texts were written."""
+def _fill_in(
+    node: yaml.Node,
+    path: Path,
+    loader: _Loader,
+    environ: Mapping[str, str],
+    variables: dict[Path, str],
+) -> None:
+    """Put the environment's values into the nodes of a document, and keep in `variables` how such
+    texts were written.
+    """
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             _fill_in(value_node, (*path, key_node.value), loader, environ, variables)
@@ -154,8 +180,11 @@ def _fill_in(node: yaml.Node, path: Path, loader: _Loader, environ: Mapping[str,
             node.value = _VARIABLE.sub(lambda found: _value_of(found, environ), node.value)
         except LookupError as error:
             where = ".".join(map(str, path))
-            raise SourceError(f"{where}: {error.args[0]}" if where else error.args[0], node.start_mark.line + 1) from None
-        if node.style is None:  # not quoted: of the type that it would have had if it had been written here
+            raise SourceError(
+                f"{where}: {error.args[0]}" if where else error.args[0], node.start_mark.line + 1
+            ) from None
+        # Not quoted: of the type that it would have had if it had been written here
+        if node.style is None:
             node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
         if node.tag == _TEXT and any(name for _, name, _ in _VARIABLE.findall(written)):
             variables[path] = written
@@ -166,12 +195,17 @@ def _value_of(found: re.Match[str], environ: Mapping[str, str]) -> str:
     if escaped:
         return "${"
     if name is None:
-        raise LookupError("a variable is written ${NAME} or ${NAME:-default}, and $${ stands for ${ itself")
-    value = environ.get(name) or default  # as in a shell, :- also stands in for one that is set to nothing
+        raise LookupError(
+            "a variable is written ${NAME} or ${NAME:-default}, and $${ stands for ${ itself"
+        )
+    # As in a shell, :- also stands in for one that is set to nothing
+    value = environ.get(name) or default
     if value is None:
         value = environ.get(name)
     if value is None:
-        raise LookupError(f"the variable {name} is not set; ${{{name}:-default}} would give it a default")
+        raise LookupError(
+            f"the variable {name} is not set; ${{{name}:-default}} would give it a default"
+        )
     return value
 
 
@@ -182,14 +216,20 @@ class _Loader(yaml.SafeLoader):
 
 
 def _resolve(tag: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first)
+    )
 
 
 _resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
 _resolve("null", "~|null|Null|NULL|", "~nN\0")
 _resolve("int", "[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789")
-_resolve("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-         "-+.0123456789")  # fmt: skip
+_resolve(
+    "float",
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    "-+.0123456789",
+)
 _Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers.pop("\0")
 
 
@@ -197,7 +237,8 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = node.value.lstrip("+")
     if re.match("-?0[0-9]", text):
         raise SourceError(
-            f"{node.value} begins with a zero: YAML 1.1 reads it as octal, YAML 1.2 as decimal; write it without the zero",
+            f"{node.value} begins with a zero: YAML 1.1 reads it as octal, YAML 1.2 as decimal; "
+            "write it without the zero",
             node.start_mark.line + 1,
         )
     base = 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10
@@ -217,7 +258,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 # In quotes, so that it is a text whatever the variable holds.
-_Dumper.add_representer(AsWritten, lambda dumper, text: dumper.represent_scalar(_TEXT, str(text), style="'"))
+_Dumper.add_representer(
+    AsWritten, lambda dumper, text: dumper.represent_scalar(_TEXT, str(text), style="'")
+)
 
 
 def write(values: Any) -> str:
@@ -234,4 +277,8 @@ def _escaped(values: Any) -> Any:
         return {key: _escaped(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [_escaped(value) for value in values]
-    return values.replace("${", "$${") if isinstance(values, str) and not isinstance(values, AsWritten) else values
+    return (
+        values.replace("${", "$${")
+        if isinstance(values, str) and not isinstance(values, AsWritten)
+        else values
+    )

@@ -17,9 +17,11 @@ _SPLIT_SEED = 1998  # the year in which the digits were published; any fixed num
 
 
 def digits() -> tuple[InMemory, InMemory]:
-    """1797 handwritten digits of 8×8 pixels: 1437 for training and 360 for testing, always the same.
+    """1797 handwritten digits of 8×8 pixels: 1437 for training and 360 for testing, always the
+    same.
 
-    Source: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (1998), as carried
+    Source: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+            Repository (1998), as carried
     by scikit-learn.
 
     Returns:
@@ -37,11 +39,14 @@ def digits() -> tuple[InMemory, InMemory]:
 
 
 def _pixels_and_labels() -> tuple[np.ndarray, np.ndarray]:
-    """The digits as scikit-learn has them: float64 (1797, 64) in 0 … 16, and their classes (1797,)."""
+    """The digits as scikit-learn has them: float64 (1797, 64) in 0 … 16, and their classes
+    (1797,).
+    """
     found = importlib.util.find_spec("sklearn")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(
-            "the digits are carried by scikit-learn, which is not installed: pip install 'hvdlarge[digits]'"
+            "the digits are carried by scikit-learn, which is not installed: pip install "
+            "'hvdlarge[digits]'"
         )
     table = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
     if not table.exists():  # another release of it keeps them elsewhere

@@ -1,7 +1,8 @@
 """From decided micro-batches to tensors in memory, in the order of the step.
 
-Two forms with the same calls: `TensorLoader` for sets that hold tensors, and `WorkerLoader`, torch's `DataLoader` with its
-worker processes, for every other map-style set. A rank fetches its own micro-batches only.
+Two forms with the same calls: `TensorLoader` for sets that hold tensors, and `WorkerLoader`,
+torch's `DataLoader` with its worker processes, for every other map-style set. A rank fetches its
+own micro-batches only.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ class Loader(Protocol):
     """What the loop asks of a loader."""
 
     def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
-        """Take note of this worker's micro-batches of a coming step; `is_last` when no step follows it."""
+        """Take note of this worker's micro-batches of a coming step; `is_last` when no step follows
+        it.
+        """
         ...
 
     def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
-        """The next `count` announced micro-batches, in order; each is waited for when it is asked for."""
+        """The next `count` announced micro-batches, in order; each is waited for when it is asked
+        for.
+        """
         ...
 
     def close(self) -> None:
@@ -58,13 +63,15 @@ class MicroBatchDataset(Dataset):
     Args:
         dataset: map-style, of pairs (input, target).
         seed: of the run.
-        shuffled: whether a micro-batch counts samples of the run's stream (training) or of the set itself (evaluation).
+        shuffled: whether a micro-batch counts samples of the run's stream (training) or of the set
+            itself (evaluation).
     """
 
     def __init__(self, dataset: Any, seed: int, shuffled: bool) -> None:
         self._size = len(dataset)
         self._chosen: list[Sequence[int]] = []
-        # Its own way to many samples would draw for the micro-batch. A class below it may read samples in another way.
+        # Its own way to many samples would draw for the micro-batch. A class below it may read
+        # samples in another way.
         while type(dataset) is Subset:
             self._chosen.append(dataset.indices)
             dataset = dataset.dataset
@@ -75,11 +82,13 @@ class MicroBatchDataset(Dataset):
         self._stream = order.Stream(seed, self._size)
 
     def __getitem__(self, micro_batch: MicroBatch | None) -> LoadedMicroBatch | None:
-        if micro_batch is None:  # a hole: nothing was known to be fetched when this place in the queue came up
+        # A hole: nothing was known to be fetched when this place in the queue came up
+        if micro_batch is None:
             return None
         indices = self._through_subsets(self.indices(micro_batch))
-        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the process that loads it. A set
-        # that gives many samples at once draws for the micro-batch, under the key of its first sample.
+        # Whatever a set draws for a sample belongs to the sample: not to the rank, nor to the
+        # process that loads it. A set that gives many samples at once draws for the micro-batch,
+        # under the key of its first sample.
         if self._reads_batches or self._reads_many:
             seed_all(seeds.key(self._seed, seeds.SAMPLE, micro_batch.start))
         if self._reads_batches:
@@ -135,8 +144,9 @@ class TensorLoader:
 class _Announced:
     """The live list of micro-batches that torch's DataLoader reads ahead of the training.
 
-    It must never wait: a worker that waited here for a decision could hold up the very allreduce that rank 0 is waiting in
-    before it decides. Where nothing is known yet it gives a hole, which costs nothing and is passed over.
+    It must never wait: a worker that waited here for a decision could hold up the very allreduce
+    that rank 0 is waiting in before it decides. Where nothing is known yet it gives a hole, which
+    costs nothing and is passed over.
     """
 
     def __init__(self) -> None:
@@ -145,7 +155,8 @@ class _Announced:
 
     def __iter__(self) -> Iterator[MicroBatch | None]:
         while True:
-            complete = self.complete  # before the list, which another thread fills before it says so
+            # Before the list, which another thread fills before it says so
+            complete = self.complete
             if self.micro_batches:
                 yield self.micro_batches.popleft()
             elif complete:
@@ -157,23 +168,27 @@ class _Announced:
 class WorkerLoader:
     """torch's DataLoader over announced micro-batches.
 
-    A loader process hands its tensors over by file descriptors, which takes some 2 ms for a micro-batch however small it is. So
-    where there are loader processes a thread takes them over, ahead of the training; without any, samples are loaded when they
-    are asked for.
+    A loader process hands its tensors over by file descriptors, which takes some 2 ms for a
+    micro-batch however small it is. So where there are loader processes a thread takes them over,
+    ahead of the training; without any, samples are loaded when they are asked for.
 
     Args:
         fetch: the set.
         num_workers: loader processes; 0 loads in this process.
-        prefetch_factor: micro-batches in hand for each loader process; the thread holds as many again.
+        prefetch_factor: micro-batches in hand for each loader process; the thread holds as many
+            again.
     """
 
     def __init__(self, fetch: MicroBatchDataset, num_workers: int, prefetch_factor: int) -> None:
         self._announced = _Announced()
-        self._loader: DataLoader | None = make_dataloader(fetch, self._announced, num_workers, prefetch_factor)
+        self._loader: DataLoader | None = make_dataloader(
+            fetch, self._announced, num_workers, prefetch_factor
+        )
         self._loaded: Iterator[LoadedMicroBatch | None] | None = None
         self._thread: threading.Thread | None = None
         self._wanted = threading.Semaphore(0)  # announced and not yet taken over
-        self._room = threading.Semaphore(num_workers * prefetch_factor)  # for what is taken over and not yet asked for
+        # For what is taken over and not yet asked for
+        self._room = threading.Semaphore(num_workers * prefetch_factor)
         self._ready: queue.SimpleQueue[LoadedMicroBatch | BaseException] = queue.SimpleQueue()
         self._has_processes = num_workers > 0
         self._processes: set[multiprocessing.process.BaseProcess] = set()
@@ -200,13 +215,16 @@ class WorkerLoader:
                 continue
             taken = self._ready.get()
             if isinstance(taken, BaseException):
-                # The message has the process's traceback. The thread's own would keep torch's iterator, and its processes, alive.
+                # The message has the process's traceback. The thread's own would keep torch's
+                # iterator, and its processes, alive.
                 raise taken.with_traceback(None)
             self._room.release()
             yield taken
 
     def close(self) -> None:
-        """End the thread and the loader processes. A micro-batch that is being loaded is waited for, but not for long."""
+        """End the thread and the loader processes. A micro-batch that is being loaded is waited
+        for, but not for long.
+        """
         atexit.unregister(self.close)
         self._closed = True
         if self._thread is not None:
@@ -217,14 +235,16 @@ class WorkerLoader:
                 for process in self._processes:
                     process.kill()  # torch sees that within its patience, and tells the thread
                 self._thread.join()
-        self._loaded = self._loader = None  # torch ends its processes when nobody holds them, which the thread did
+        # Torch ends its processes when nobody holds them, which the thread did
+        self._loaded = self._loader = None
 
     def _begin(self) -> None:
         assert self._loader is not None  # nothing is fetched from a closed loader
         before = set(multiprocessing.active_children())
         self._loaded = iter(self._loader)
         if self._has_processes:
-            # Before multiprocessing waits, at the interpreter's end, for processes that this thread would keep alive.
+            # Before multiprocessing waits, at the interpreter's end, for processes that this thread
+            # would keep alive.
             atexit.register(self.close)
             self._processes = set(multiprocessing.active_children()) - before
             self._thread = threading.Thread(target=self._take_over, name="loader", daemon=True)
@@ -248,8 +268,12 @@ class WorkerLoader:
         return loaded
 
 
-def make_dataloader(fetch: MicroBatchDataset, micro_batches: Any, num_workers: int, prefetch_factor: int) -> DataLoader:
-    """A torch DataLoader whose items are micro-batches as they are; `micro_batches` gives the indices."""
+def make_dataloader(
+    fetch: MicroBatchDataset, micro_batches: Any, num_workers: int, prefetch_factor: int
+) -> DataLoader:
+    """A torch DataLoader whose items are micro-batches as they are; `micro_batches` gives the
+    indices.
+    """
     return DataLoader(
         fetch,
         batch_size=None,
@@ -265,8 +289,8 @@ def make_dataloader(fetch: MicroBatchDataset, micro_batches: Any, num_workers: i
 
 
 def _context() -> Any:
-    # A process that has started MPI must not be forked: InfiniBand's pinned pages and MPI's locks do not survive it. The server
-    # that forks in its place imports torch once for all.
+    # A process that has started MPI must not be forked: InfiniBand's pinned pages and MPI's locks
+    # do not survive it. The server that forks in its place imports torch once for all.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
@@ -277,12 +301,14 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    # A launcher forwards these to whole process groups; they are for the training process, which stops in order.
+    # A launcher forwards these to whole process groups; they are for the training process, which
+    # stops in order.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-    # torch looks for a new parent to see that the training process is gone; under forkserver the parent stays the same.
+    # torch looks for a new parent to see that the training process is gone; under forkserver the
+    # parent stays the same.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

@@ -1,11 +1,14 @@
-"""The order of the data: one stream of shuffled epochs, of which a step takes the next `global_batch` samples.
+"""The order of the data: one stream of shuffled epochs, of which a step takes the next
+`global_batch` samples.
 
-Formula:  sample s of a run (s = 0, 1, 2, …) is data-set index permute(seed, s // N, s % N) of a set of N samples;
-          permute = a Feistel network of `_ROUNDS` rounds on the numbers of max(6, ⌈log2 N⌉) bits, walked until below N
-Source:   DESIGN of this project, section 5; Feistel with cycle walking: Black, Rogaway, "Ciphers with Arbitrary Finite
-          Domains" (2002), section 4.
-Contract: pure; for every seed, epoch and N a bijection on 0 … N − 1; time and memory grow with the indices asked for and
-          not with N. Every epoch shows every sample once, whatever the batches, and the data position is one integer.
+Formula:  sample s of a run (s = 0, 1, 2, …) is data-set index permute(seed, s // N, s % N) of a set
+          of N samples; permute = a Feistel network of `_ROUNDS` rounds on the numbers of max(6,
+          ⌈log2 N⌉) bits, walked until below N
+Source:   DESIGN of this project, section 5; Feistel with cycle walking: Black, Rogaway, "Ciphers
+          with Arbitrary Finite Domains" (2002), section 4.
+Contract: pure; for every seed, epoch and N a bijection on 0 … N − 1; time and memory grow with the
+          indices asked for and not with N. Every epoch shows every sample once, whatever the
+          batches, and the data position is one integer.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from numpy.typing import NDArray
 from hvdlarge.data import seeds
 
 _ROUNDS = 8
-_LEAST_BITS = 6  # fewer would shuffle very small sets unevenly; their places are found among 64 numbers instead
+# Fewer would shuffle very small sets unevenly; their places are found among 64 numbers instead
+_LEAST_BITS = 6
 
 
-def permute(seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.int64], size: int) -> NDArray[np.int64]:
+def permute(
+    seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.int64], size: int
+) -> NDArray[np.int64]:
     """Where each place of a shuffled epoch lies in the data set.
 
     Args:
@@ -37,7 +43,9 @@ def permute(seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.
     >>> sorted(permute(0, 0, np.arange(10), 10).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    offset, epoch = np.broadcast_arrays(np.atleast_1d(np.asarray(offset, dtype=np.int64)), np.asarray(epoch, np.int64))
+    offset, epoch = np.broadcast_arrays(
+        np.atleast_1d(np.asarray(offset, dtype=np.int64)), np.asarray(epoch, np.int64)
+    )
     if not 1 <= size <= 2**62:
         raise ValueError(f"size must lie between 1 and 2^62 samples, got {size}")
     if offset.size and not 0 <= int(offset.min()) <= int(offset.max()) < size:
@@ -55,10 +63,15 @@ def permute(seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.
     return places.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], round_keys: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+def _feistel(
+    values: NDArray[np.uint64], round_keys: NDArray[np.uint64], bits: int
+) -> NDArray[np.uint64]:
     """A keyed bijection on the numbers of `bits` bits: the two halves change each other in turn."""
     low_bits, high_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
-    low_mask, high_mask = (np.uint64(1) << low_bits) - np.uint64(1), (np.uint64(1) << high_bits) - np.uint64(1)
+    low_mask, high_mask = (
+        (np.uint64(1) << low_bits) - np.uint64(1),
+        (np.uint64(1) << high_bits) - np.uint64(1),
+    )
     low, high = values & low_mask, values >> low_bits
     for number in range(0, _ROUNDS, 2):
         high = high ^ (seeds.mix(low + _round_key(round_keys, number)) & high_mask)
@@ -67,12 +80,14 @@ def _feistel(values: NDArray[np.uint64], round_keys: NDArray[np.uint64], bits: i
 
 
 def _round_key(round_keys: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-    # Far apart: keys that lie closer than 2^bits would let the rounds share values, and small sets would shuffle badly.
+    # Far apart: keys that lie closer than 2^bits would let the rounds share values, and small sets
+    # would shuffle badly.
     return round_keys + np.uint64(number * 0xD1B54A32D192ED03 % 2**64)
 
 
 def samples(seed: int, size: int, start: int, stop: int) -> NDArray[np.int64]:
-    """Data-set indices of the samples `start` … `stop` − 1 of a run over a set of `size` samples, in stream order.
+    """Data-set indices of the samples `start` … `stop` − 1 of a run over a set of `size` samples,
+    in stream order.
 
     >>> len(set(samples(seed=7, size=5, start=10, stop=15).tolist()))
     5
@@ -82,14 +97,16 @@ def samples(seed: int, size: int, start: int, stop: int) -> NDArray[np.int64]:
 
 
 class Stream:
-    """`samples` for one who reads on through the stream: looks ahead, since a look costs little more for many than for few.
+    """`samples` for one who reads on through the stream: looks ahead, since a look costs little
+    more for many than for few.
 
     Args:
         seed: of the run.
         size: N, samples in the data set.
 
     >>> stream = Stream(seed=7, size=100)
-    >>> all((stream.samples(at, at + 3) == samples(7, 100, at, at + 3)).all() for at in (0, 3, 9, 500, 3))
+    >>> windows = [(start, start + 3) for start in (0, 3, 9, 500, 3)]
+    >>> all((stream.samples(*window) == samples(7, 100, *window)).all() for window in windows)
     True
     """
 
@@ -102,7 +119,8 @@ class Stream:
     def samples(self, start: int, stop: int) -> NDArray[np.int64]:
         """Data-set indices of the samples `start` … `stop` − 1 of the run."""
         if not self._begin <= start <= stop <= self._end:
-            # Who jumps far, as a worker among many does, would throw away most of what was looked up ahead.
+            # Who jumps far, as a worker among many does, would throw away most of what was looked
+            # up ahead.
             reads_on = 0 <= start - self._last <= _AHEAD // 4
             self._begin, self._end = start, max(stop, start + _AHEAD) if reads_on else stop
             self._found = samples(self._seed, self._size, self._begin, self._end)

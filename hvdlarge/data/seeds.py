@@ -1,10 +1,11 @@
 """Keys for everything random: a seed for what it is used for, never for who uses it.
 
-Formula:  mix(x) = the SplitMix64 finalizer;  key(seed, purpose, a, b, …) = mix(… mix(mix(seed) + a) + b …), all modulo 2^64
-Source:   Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014), with the constants of its reference
-          implementation.
-Contract: pure. Augmentation is keyed by sample and dropout by micro-batch, never by rank: that is why the number of workers
-          does not change a run (DESIGN of this project, section 5).
+Formula:  mix(x) = the SplitMix64 finalizer;  key(seed, purpose, a, b, …) = mix(… mix(mix(seed) + a)
+          + b …), all modulo 2^64
+Source:   Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014), with the
+          constants of its reference implementation.
+Contract: pure. Augmentation is keyed by sample and dropout by micro-batch, never by rank: that is
+          why the number of workers does not change a run (DESIGN of this project, section 5).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA, EVALUATION = 1, 2, 3, 4, 5, 6
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit values, one to one. `values` is an array (numpy warns of the wanted overflow on scalars)."""
+    """Scramble 64-bit values, one to one. `values` is an array (numpy warns of the wanted overflow
+    on scalars).
+    """
     values = values + np.uint64(_GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
@@ -49,7 +52,8 @@ def keys(seed: int, purpose: int, *parts: int | NDArray[np.int64]) -> NDArray[np
 
 
 def key(seed: int, purpose: int, *parts: int) -> int:
-    """One key as a non-negative Python integer below 2^63, which every random generator accepts as its seed.
+    """One key as a non-negative Python integer below 2^63, which every random generator accepts as
+    its seed.
 
     >>> key(7, MICRO_BATCH, 3) == int(keys(7, MICRO_BATCH, 3)[0]) >> 1
     True

@@ -1,4 +1,5 @@
-"""How many training samples the built-in data sets have, for a run on paper. A test holds this against the data.
+"""How many training samples the built-in data sets have, for a run on paper. A test holds this
+against the data.
 
 Contract: pure.
 """

@@ -33,8 +33,11 @@ class Repeated(InMemory):
         return super().batch(indices % len(self.inputs))
 
 
-def synthetic_images(samples: int, size: int = 32, channels: int = 3, classes: int = 10) -> tuple[Repeated, None]:
-    """Noise with labels drawn at random: nothing can be learnt from it, everything can be timed with it.
+def synthetic_images(
+    samples: int, size: int = 32, channels: int = 3, classes: int = 10
+) -> tuple[Repeated, None]:
+    """Noise with labels drawn at random: nothing can be learnt from it, everything can be timed
+    with it.
 
     Args:
         samples: of the set; at most 512 are different.
@@ -43,14 +46,16 @@ def synthetic_images(samples: int, size: int = 32, channels: int = 3, classes: i
         classes: different labels.
 
     Returns:
-        A training set, inputs (n, channels, size, size) float32 of mean 0 and variance 1, targets (n,) int64; no test set.
+        A training set, inputs (n, channels, size, size) float32 of mean 0 and variance 1, targets
+        (n,) int64; no test set.
 
     Raises:
         ValueError: unless all four are at least 1.
     """
     if min(samples, size, channels, classes) < 1:
         raise ValueError(
-            f"synthetic images need at least 1 sample, pixel, channel and class, not {samples, size, channels, classes}"
+            "synthetic images need at least 1 sample, pixel, channel and class, not "
+            f"{samples, size, channels, classes}"
         )
     pool = min(samples, _POOL)
     inputs = torch.randn(pool, channels, size, size)

@@ -1,7 +1,8 @@
 """Door: python -m hvdlarge.doctor [--json]     also: mpirun -np N python -m hvdlarge.doctor
 
-Says what this machine has and lacks for a run: ok, warning or error, each with the one command that mends it. Works with anything
-missing. Under a launcher it looks at that very launch, and one worker of each host reports.
+Says what this machine has and lacks for a run: ok, warning or error, each with the one command that
+mends it. Works with anything missing. Under a launcher it looks at that very launch, and one worker
+of each host reports.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Examine this machine; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.doctor",
-        description="What this machine has and lacks for a run, and the command that mends each fault.",
+        description=(
+            "What this machine has and lacks for a run, and the command that mends each fault."
+        ),
         epilog="Exit codes: 0 if nothing stands in the way of a run, 3 if something does.",
     )
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
@@ -36,11 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exits.FINISHED
     findings = list(run_checks(os.environ, launch))
     if options.json:
-        report = {"host": socket.gethostname(), "hvdlarge": __version__, "findings": [found._asdict() for found in findings]}
+        report = {
+            "host": socket.gethostname(),
+            "hvdlarge": __version__,
+            "findings": [found._asdict() for found in findings],
+        }
         print_status(json.dumps(report, indent=2))
     else:
         print_status("\n".join(in_words(findings)))
-    return exits.WRONG_ENVIRONMENT if any(found.level == "error" for found in findings) else exits.FINISHED
+    return (
+        exits.WRONG_ENVIRONMENT
+        if any(found.level == "error" for found in findings)
+        else exits.FINISHED
+    )
 
 
 def in_words(findings: Sequence[Finding]) -> list[str]:
@@ -50,7 +61,9 @@ def in_words(findings: Sequence[Finding]) -> list[str]:
         lines.append(f"{_SIGNS[found.level]}  {found.name}: {found.text}")
         if found.cure:
             lines.append(f"         mend it: {found.cure}")
-    errors, warnings = (sum(found.level == level for found in findings) for level in ("error", "warning"))
+    errors, warnings = (
+        sum(found.level == level for found in findings) for level in ("error", "warning")
+    )
     state = "nothing stands in the way of a run" if not errors else f"{errors} in the way of a run"
     return [*lines, state + (f"; {warnings} to look at" if warnings else "")]
 

@@ -1,7 +1,8 @@
 """What this machine has and lacks for a run: each finding with the one command that mends it.
 
-Everything that may crash, hang or be missing is looked at in a process of its own, so an examination always comes to its end.
-What is looked for is what users of Horovod and MPI report most; the messages are those of Horovod 0.28.1 and Open MPI 4 and 5.
+Everything that may crash, hang or be missing is looked at in a process of its own, so an
+examination always comes to its end. What is looked for is what users of Horovod and MPI report
+most; the messages are those of Horovod 0.28.1 and Open MPI 4 and 5.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _SYSTEM = "docker/install-system.sh python"
 _PATIENCE_SECONDS = 60
 _SMALL_SHARED_MEMORY = 512 * 2**20
 
-# Imports one module and says what its named functions return and which MPI libraries the process has loaded.
+# Imports one module and says what its named functions return and which MPI libraries the process
+# has loaded.
 _LOOK = """
 import importlib, json, os, sys
 found = {}
@@ -36,7 +38,8 @@ try:
         found[name] = value() if callable(value) else value
     if os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps") as maps:
-            found["libraries"] = sorted({line.split()[-1] for line in maps if "libmpi" in line.split("/")[-1]})
+            paths = [line.split()[-1] for line in maps]
+            found["libraries"] = sorted({path for path in paths if "libmpi" in path.split("/")[-1]})
 except BaseException as error:
     found["error"] = f"{type(error).__name__}: {error}"
 print("FOUND" + json.dumps(found, default=str))
@@ -79,14 +82,19 @@ def run_checks(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Fi
 
     Args:
         environ: the environment of this process.
-        launch: the launch that this process belongs to; None without a launcher, then a launch of two workers is tried.
+        launch: the launch that this process belongs to; None without a launcher, then a launch of
+            two workers is tried.
     """
     yield _python()
     torch = _look("torch", "__version__")
     yield _torch(torch)
     mpi4py = _look("mpi4py.MPI", "Get_library_version", MPI4PY_RC_INITIALIZE="0")
     yield from _mpi(mpi4py)
-    horovod = _look("horovod.torch", "mpi_built", "nccl_built", "cuda_built", "rocm_built") if "error" not in torch else None
+    horovod = (
+        _look("horovod.torch", "mpi_built", "nccl_built", "cuda_built", "rocm_built")
+        if "error" not in torch
+        else None
+    )
     yield from _horovod(horovod, torch, mpi4py)
     yield from _variables(environ)
     if "error" not in mpi4py and horovod is not None and "error" not in horovod:
@@ -96,8 +104,11 @@ def run_checks(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Fi
 
 
 def observe(launch: Launch) -> None:
-    """What the ranks do that do not report: take part in the trial of the world. Every such rank calls this together."""
-    _ask(_WORLD, environ={}, patience=3 * _PATIENCE_SECONDS)  # the one that reports looks at other things first
+    """What the ranks do that do not report: take part in the trial of the world. Every such rank
+    calls this together.
+    """
+    # The one that reports looks at other things first
+    _ask(_WORLD, environ={}, patience=3 * _PATIENCE_SECONDS)
 
 
 def _python() -> Finding:
@@ -106,10 +117,17 @@ def _python() -> Finding:
 
 def _torch(found: Mapping[str, Any]) -> Finding:
     if "error" in found:
-        return Finding("torch", "error", f"does not load: {found['error']}", "python -m pip install torch")
+        return Finding(
+            "torch", "error", f"does not load: {found['error']}", "python -m pip install torch"
+        )
     version = found["__version__"]
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 10):
-        return Finding("torch", "error", f"{version}; 2.10 or later is needed", "python -m pip install --upgrade torch")
+        return Finding(
+            "torch",
+            "error",
+            f"{version}; 2.10 or later is needed",
+            "python -m pip install --upgrade torch",
+        )
     return Finding("torch", "ok", version)
 
 
@@ -117,25 +135,38 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
     launcher = None
     if shutil.which("mpirun") is None:
         text = "mpirun is not on PATH: only runs on one worker are possible"
-        yield Finding("MPI launcher", "warning", text, f"{_SYSTEM}  (on a cluster: module load openmpi)")
+        yield Finding(
+            "MPI launcher", "warning", text, f"{_SYSTEM}  (on a cluster: module load openmpi)"
+        )
     else:
         said = _output(["mpirun", "--version"])
         launcher = _vendor_of(said)
-        yield Finding("MPI launcher", "ok", f"{' '.join(launcher) or said.strip()[:80]} ({shutil.which('mpirun')})")
+        yield Finding(
+            "MPI launcher",
+            "ok",
+            f"{' '.join(launcher) or said.strip()[:80]} ({shutil.which('mpirun')})",
+        )
     if "error" in mpi4py:
         yield Finding("mpi4py", "error", f"does not load: {mpi4py['error']}", _BUILD)
         return
     library = _vendor_of(mpi4py["Get_library_version"])
     if launcher and library and launcher != library:
-        text = f"uses {' '.join(library)}, but mpirun is that of {' '.join(launcher)}: every worker would be alone in its world"
-        yield Finding("mpi4py", "error", text, f"{_BUILD}  (with the MPI that you launch with first on PATH)")
+        text = (
+            f"uses {' '.join(library)}, but mpirun is that of {' '.join(launcher)}: every worker "
+            "would be alone in its world"
+        )
+        yield Finding(
+            "mpi4py", "error", text, f"{_BUILD}  (with the MPI that you launch with first on PATH)"
+        )
     else:
         yield Finding("mpi4py", "ok", f"on {' '.join(library)}")
 
 
 def _output(command: Sequence[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
+        ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not answer ({type(error).__name__})"
 
@@ -143,7 +174,7 @@ def _output(command: Sequence[str]) -> str:
 def _vendor_of(text: str) -> tuple[str, ...]:
     """Vendor and version of an MPI from what it says about itself.
 
-    >>> _vendor_of("mpirun (Open MPI) 4.1.4"), _vendor_of("Open MPI v4.1.4, package: Debian OpenMPI, ident: 4.1.4")
+    >>> _vendor_of("mpirun (Open MPI) 4.1.4"), _vendor_of("Open MPI v4.1.4, ident: 4.1.4")
     (('Open MPI', '4.1.4'), ('Open MPI', '4.1.4'))
     >>> _vendor_of("HYDRA build details: Version: 4.2.0 Release Date")
     ('MPICH', '4.2.0')
@@ -159,7 +190,9 @@ def _vendor_of(text: str) -> tuple[str, ...]:
     return ()
 
 
-def _horovod(found: Mapping[str, Any] | None, torch: Mapping[str, Any], mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
+def _horovod(
+    found: Mapping[str, Any] | None, torch: Mapping[str, Any], mpi4py: Mapping[str, Any]
+) -> Iterator[Finding]:
     if found is None:
         return  # without torch there is nothing to see
     if "error" in found:
@@ -167,18 +200,36 @@ def _horovod(found: Mapping[str, Any] | None, torch: Mapping[str, Any], mpi4py: 
         return
     built_with = _torch_that_horovod_was_built_with()
     if built_with is not None and built_with != torch["__version__"]:
-        yield Finding("Horovod", "error", f"was built with torch {built_with}, here is {torch['__version__']}", _BUILD)
+        yield Finding(
+            "Horovod",
+            "error",
+            f"was built with torch {built_with}, here is {torch['__version__']}",
+            _BUILD,
+        )
     elif not found["mpi_built"]:
         yield Finding("Horovod", "error", "was built without MPI", _BUILD)
     else:
-        flags = ", ".join(name.removesuffix("_built") for name in found if name.endswith("_built") and found[name])
-        yield Finding("Horovod", "ok", f"built with {flags}" + (f" against torch {built_with}" if built_with else ""))
+        flags = ", ".join(
+            name.removesuffix("_built") for name in found if name.endswith("_built") and found[name]
+        )
+        yield Finding(
+            "Horovod",
+            "ok",
+            f"built with {flags}" + (f" against torch {built_with}" if built_with else ""),
+        )
     theirs, ours = (
-        {library for library in maps.get("libraries", ()) if re.match(r"libmpi\.so", Path(library).name)}
+        {
+            library
+            for library in maps.get("libraries", ())
+            if re.match(r"libmpi\.so", Path(library).name)
+        }
         for maps in (found, mpi4py)
     )
     if theirs and ours and theirs != ours:
-        text = f"Horovod loads {', '.join(sorted(theirs))}, mpi4py {', '.join(sorted(ours))}: they would not meet"
+        text = (
+            f"Horovod loads {', '.join(sorted(theirs))}, mpi4py {', '.join(sorted(ours))}: they "
+            "would not meet"
+        )
         yield Finding("one MPI", "error", text, _BUILD)
 
 
@@ -186,14 +237,27 @@ def _why_horovod_does_not_load(error: str) -> tuple[str, str]:
     """What is wrong, and the command that mends it."""
     if error.startswith("ModuleNotFoundError: No module named 'horovod"):
         return "is not installed: only runs on one worker are possible", _BUILD
-    if "has not been built" in error or "no attribute 'mpi_built'" in error or "No module named 'horovod.torch.mpi_lib" in error:
+    if (
+        "has not been built" in error
+        or "no attribute 'mpi_built'" in error
+        or "No module named 'horovod.torch.mpi_lib" in error
+    ):
         return "was installed without its torch part", _BUILD
     if "undefined symbol" in error:
-        return f"was built against another torch ({error.rsplit(':', 1)[-1].strip()[:60]} is missing)", _BUILD
+        return (
+            f"was built against another torch ({error.rsplit(':', 1)[-1].strip()[:60]} is missing)",
+            _BUILD,
+        )
     if "libmpi" in error:
-        return f"does not find its MPI: {error}", "module load openmpi  (or LD_LIBRARY_PATH of the MPI that it was built with)"
+        return (
+            f"does not find its MPI: {error}",
+            "module load openmpi  (or LD_LIBRARY_PATH of the MPI that it was built with)",
+        )
     if "packaging" in error or "distutils" in error:
-        return f"misses a part of Python's packaging: {error}", "python -m pip install setuptools packaging"
+        return (
+            f"misses a part of Python's packaging: {error}",
+            "python -m pip install setuptools packaging",
+        )
     return f"does not load: {error}", _BUILD
 
 
@@ -210,11 +274,21 @@ def _torch_that_horovod_was_built_with() -> str | None:
 
 def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     if environ.get("HOROVOD_ELASTIC") == "1":
-        yield Finding("HOROVOD_ELASTIC", "error", "elastic Horovod is not supported", "python -m hvdlarge.launch -np N job.yaml")
+        yield Finding(
+            "HOROVOD_ELASTIC",
+            "error",
+            "elastic Horovod is not supported",
+            "python -m hvdlarge.launch -np N job.yaml",
+        )
     allowed = all(environ.get(f"OMPI_ALLOW_RUN_AS_ROOT{end}") == "1" for end in ("", "_CONFIRM"))
     if hasattr(os, "geteuid") and os.geteuid() == 0 and not allowed and shutil.which("mpirun"):
         text = "Open MPI's mpirun refuses to run as root"
-        yield Finding("root", "warning", text, "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+        yield Finding(
+            "root",
+            "warning",
+            text,
+            "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+        )
 
 
 def _world(launch: Launch | None) -> Iterator[Finding]:
@@ -232,7 +306,12 @@ def _world(launch: Launch | None) -> Iterator[Finding]:
             slots = found["error"]
             found = _ask(_WORLD, environ=root, before=("mpirun", "--oversubscribe", "-np", "2"))
             if "error" not in found:
-                yield Finding(name, "warning", f"mpirun finds too few slots here ({slots})", "mpirun --oversubscribe -np 2 …")
+                yield Finding(
+                    name,
+                    "warning",
+                    f"mpirun finds too few slots here ({slots})",
+                    "mpirun --oversubscribe -np 2 …",
+                )
     if "error" in found:
         yield Finding(name, "error", found["error"], _cure_of_a_world(found["error"]))
         return
@@ -253,13 +332,20 @@ def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Itera
     if sharing > len(cores):
         enough = os.cpu_count() or 1
         cure = "mpirun --bind-to none …" if enough >= len(here) else f"mpirun -np {enough} …"
-        yield Finding("cores", "warning", f"{sharing} workers share {one}: each waits for the other", cure)
+        yield Finding(
+            "cores", "warning", f"{sharing} workers share {one}: each waits for the other", cure
+        )
         return
     yield Finding("cores", "ok", f"{one} for {sharing} {'worker' if sharing == 1 else 'workers'}")
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if launch is not None and threads.isdigit() and int(threads) * sharing > len(cores):
         text = f"OMP_NUM_THREADS={threads} for {sharing} workers on {one}"
-        yield Finding("threads", "warning", text, "unset OMP_NUM_THREADS  (the engine sets torch's threads from the cores)")
+        yield Finding(
+            "threads",
+            "warning",
+            text,
+            "unset OMP_NUM_THREADS  (the engine sets torch's threads from the cores)",
+        )
 
 
 def _cure_of_a_world(error: str) -> str:
@@ -281,13 +367,29 @@ def _gpus(torch: Mapping[str, Any], horovod: Mapping[str, Any] | None) -> Iterat
     gpus = f"{len(there)} {'GPU' if len(there) == 1 else 'GPUs'}"
     if not seen.get("is_available"):
         text = f"{gpus} on this host, but this torch does not use them"
-        yield Finding("GPUs", "warning", text, "python -m pip install --force-reinstall torch  (the CUDA build), then " + _BUILD)
-    elif horovod is not None and "error" not in horovod and not (horovod["cuda_built"] or horovod["rocm_built"]):
+        yield Finding(
+            "GPUs",
+            "warning",
+            text,
+            "python -m pip install --force-reinstall torch  (the CUDA build), then " + _BUILD,
+        )
+    elif (
+        horovod is not None
+        and "error" not in horovod
+        and not (horovod["cuda_built"] or horovod["rocm_built"])
+    ):
         text = f"{gpus}, but Horovod was built without CUDA"
-        yield Finding("GPUs", "error", text, f"CUDA_HOME=/usr/local/cuda HOROVOD_GPU_OPERATIONS=NCCL {_BUILD}")
+        yield Finding(
+            "GPUs", "error", text, f"CUDA_HOME=/usr/local/cuda HOROVOD_GPU_OPERATIONS=NCCL {_BUILD}"
+        )
     elif horovod is not None and "error" not in horovod and not horovod["nccl_built"]:
         text = f"{gpus}, but Horovod was built without NCCL: gradients go by way of the host"
-        yield Finding("GPUs", "warning", text, f"CUDA_HOME=/usr/local/cuda HOROVOD_GPU_OPERATIONS=NCCL {_BUILD}")
+        yield Finding(
+            "GPUs",
+            "warning",
+            text,
+            f"CUDA_HOME=/usr/local/cuda HOROVOD_GPU_OPERATIONS=NCCL {_BUILD}",
+        )
     else:
         yield Finding("GPUs", "ok", gpus)
 
@@ -298,7 +400,12 @@ def _system() -> Iterator[Finding]:
         size = shutil.disk_usage(shared).total
         if size < _SMALL_SHARED_MEMORY:
             text = f"{size // 2**20} MiB: loader processes and MPI on one host need more"
-            yield Finding("/dev/shm", "warning", text, "docker run --shm-size=2g …  (or: mount -o remount,size=2g /dev/shm)")
+            yield Finding(
+                "/dev/shm",
+                "warning",
+                text,
+                "docker run --shm-size=2g …  (or: mount -o remount,size=2g /dev/shm)",
+            )
         else:
             yield Finding("/dev/shm", "ok", f"{size / 2**30:.1f} GiB")
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
@@ -307,7 +414,12 @@ def _system() -> Iterator[Finding]:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         if limit != resource.RLIM_INFINITY:
             text = f"{limit // 1024} KiB may be locked: InfiniBand needs it unlimited"
-            yield Finding("memlock", "warning", text, "ulimit -l unlimited  (docker run --cap-add=IPC_LOCK --ulimit memlock=-1)")
+            yield Finding(
+                "memlock",
+                "warning",
+                text,
+                "ulimit -l unlimited  (docker run --cap-add=IPC_LOCK --ulimit memlock=-1)",
+            )
         else:
             yield Finding("memlock", "ok", "unlimited")
     try:
@@ -315,7 +427,9 @@ def _system() -> Iterator[Finding]:
         yield Finding("host name", "ok", socket.gethostname())
     except OSError:
         text = f"{socket.gethostname()} has no address: launchers look this host up by its name"
-        yield Finding("host name", "warning", text, f"echo 127.0.1.1 {socket.gethostname()} >> /etc/hosts")
+        yield Finding(
+            "host name", "warning", text, f"echo 127.0.1.1 {socket.gethostname()} >> /etc/hosts"
+        )
     if shutil.which("ssh") is None:
         yield Finding(
             "ssh",
@@ -342,7 +456,12 @@ def _ask(
     command = [*before, sys.executable, "-c", script, *arguments]
     try:
         done = subprocess.run(
-            command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=patience, check=False
+            command,
+            env={**os.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=patience,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"did not answer within {patience:g} s"}

@@ -16,7 +16,9 @@ class ConvNet(nn.Module):
         dropout: probability before the last layer.
     """
 
-    def __init__(self, in_channels: int = 1, width: int = 16, classes: int = 10, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int = 1, width: int = 16, classes: int = 10, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *_block(in_channels, width),
@@ -27,7 +29,8 @@ class ConvNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(2 * width, classes)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (n, in_channels, height, width) -> (n, classes)
+    # (n, in_channels, height, width) -> (n, classes)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class scores."""
         features = self.features(images).mean(dim=(2, 3))  # (n, 2·width)
         return self.classifier(self.dropout(features))

@@ -19,7 +19,13 @@ class MLP(nn.Module):
         dropout: probability behind each hidden layer.
     """
 
-    def __init__(self, inputs: int = 64, hidden: Sequence[int] = (64, 64), classes: int = 10, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        inputs: int = 64,
+        hidden: Sequence[int] = (64, 64),
+        classes: int = 10,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         widths = [inputs, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
@@ -27,6 +33,7 @@ class MLP(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
-    def forward(self, samples: torch.Tensor) -> torch.Tensor:  # (n, …) of `inputs` values -> (n, classes)
+    # (n, …) of `inputs` values -> (n, classes)
+    def forward(self, samples: torch.Tensor) -> torch.Tensor:
         """Class scores."""
         return self.layers(samples)

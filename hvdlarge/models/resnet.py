@@ -1,8 +1,9 @@
 """Residual networks: ResNet-20 for images of 32×32 pixels, ResNet-50 for ImageNet.
 
-Source:   He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2016): section 4.2 for the small one (shortcuts
-          without parameters), table 1 for the large one, with the stride in the 3×3 convolution as every later reference has it.
-          Weights as in He et al., "Delving Deep into Rectifiers" (2015), by the fan-out.
+Source:   He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2016): section 4.2
+          for the small one (shortcuts without parameters), table 1 for the large one, with the
+          stride in the 3×3 convolution as every later reference has it. Weights as in He et al.,
+          "Delving Deep into Rectifiers" (2015), by the fan-out.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ class ResNet20(nn.Module):
 
     def __init__(self, in_channels: int = 3, width: int = 16, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_convolution(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            _convolution(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         widths = [width] * 3 + [2 * width] * 3 + [4 * width] * 3
         before = [width, *widths[:-1]]
-        self.blocks = nn.Sequential(*(_Basic(a, b, stride=b // a) for a, b in zip(before, widths, strict=True)))
+        self.blocks = nn.Sequential(
+            *(_Basic(a, b, stride=b // a) for a, b in zip(before, widths, strict=True))
+        )
         self.classifier = nn.Linear(4 * width, classes)
         _initialise(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (n, in_channels, height, width) -> (n, classes)
+    # (n, in_channels, height, width) -> (n, classes)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class scores."""
         return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
@@ -40,13 +46,17 @@ class ResNet50(nn.Module):
 
     Args:
         classes: outputs.
-        zero_last: begin with each block as the identity, its last normalisation's scale at zero (Goyal et al. 2017).
+        zero_last: begin with each block as the identity, its last normalisation's scale at zero
+            (Goyal et al. 2017).
     """
 
     def __init__(self, classes: int = 1000, zero_last: bool = True) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            _convolution(3, 64, 7, stride=2), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+            _convolution(3, 64, 7, stride=2),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
         )
         blocks: list[nn.Module] = []
         channels = 64
@@ -62,13 +72,16 @@ class ResNet50(nn.Module):
             for block in blocks:
                 nn.init.zeros_(block.last.weight)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (n, 3, height, width) -> (n, classes)
+    # (n, 3, height, width) -> (n, classes)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class scores."""
         return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 
 class _Basic(nn.Module):
-    """Two 3×3 convolutions beside a shortcut without parameters: every other pixel, and zeros for the new channels."""
+    """Two 3×3 convolutions beside a shortcut without parameters: every other pixel, and zeros for
+    the new channels.
+    """
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -90,7 +103,9 @@ class _Basic(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions beside a shortcut, which is a 1×1 convolution where shapes change."""
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut, which is a 1×1 convolution where shapes
+    change.
+    """
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -106,7 +121,11 @@ class _Bottleneck(nn.Module):
             _convolution(width, after, 1),
         )
         changes = stride > 1 or before != after
-        self.shortcut = nn.Sequential(_convolution(before, after, 1, stride), nn.BatchNorm2d(after)) if changes else nn.Identity()
+        self.shortcut = (
+            nn.Sequential(_convolution(before, after, 1, stride), nn.BatchNorm2d(after))
+            if changes
+            else nn.Identity()
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return functional.relu(self.last(self.body(images)) + self.shortcut(images), inplace=True)

@@ -1,4 +1,6 @@
-"""An LSTM that reads an image row by row, the task of LEGW's MNIST experiment (You et al. 2019, section 5)."""
+"""An LSTM that reads an image row by row, the task of LEGW's MNIST experiment (You et al. 2019,
+section 5).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class RowLSTM(nn.Module):
         self.lstm = nn.LSTM(row, hidden, batch_first=True)
         self.classifier = nn.Linear(hidden, classes)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (n, channels, height, width) -> (n, classes)
+    # (n, channels, height, width) -> (n, classes)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class scores."""
         rows = images.movedim(1, 2).flatten(start_dim=2)  # (n, height, channels · width)
         _, (state, _) = self.lstm(rows)  # state: (1, n, hidden)

@@ -1,7 +1,9 @@
-"""The modules that learn, and what of them is state: the model, and a loss that is a module, by names that fit together.
+"""The modules that learn, and what of them is state: the model, and a loss that is a module, by
+names that fit together.
 
-Contract: a tensor is told by its identity and never by its name alone: one that stands under two names (tied weights, a
-          layer that two modules hold) is one tensor. A loss's parts are named `loss.<name>`, beside the model's own names.
+Contract: a tensor is told by its identity and never by its name alone: one that stands under two
+          names (tied weights, a layer that two modules hold) is one tensor. A loss's parts are
+          named `loss.<name>`, beside the model's own names.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def trained_modules(model: nn.Module, loss: Any) -> dict[str, nn.Module]:
     taken = {name for name in model.state_dict() if name.startswith(_LOSS)}
     both = sorted(taken & {_LOSS + name for name in loss.state_dict()})
     if both:
-        raise ValueError(f"{both[0]!r} is the name of a part of the model and of a part of the loss: rename the model's")
+        raise ValueError(
+            f"{both[0]!r} is the name of a part of the model and of a part of the loss: rename the "
+            "model's"
+        )
     return {"": model, _LOSS: loss}
 
 
@@ -60,7 +65,9 @@ def named_buffers(modules: Modules) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def saved_tensors(modules: Modules) -> dict[str, torch.Tensor]:
-    """Every tensor of the state_dicts once, by the first of its names; the tensors themselves, not copies."""
+    """Every tensor of the state_dicts once, by the first of its names; the tensors themselves, not
+    copies.
+    """
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, value in _entries(modules):
@@ -79,7 +86,8 @@ def pack(extra: Mapping[str, Any]) -> bytes:
     """Extra state as bytes; equal states give equal bytes.
 
     Raises:
-        ValueError: for extra state that a checkpoint cannot hold, because it is more than tensors and builtins.
+        ValueError: for extra state that a checkpoint cannot hold, because it is more than tensors
+            and builtins.
     """
     file = io.BytesIO()
     try:
@@ -88,8 +96,8 @@ def pack(extra: Mapping[str, Any]) -> bytes:
     except Exception as error:  # pickle's errors are of many kinds
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"the extra state {', '.join(map(repr, extra))} cannot be saved: get_extra_state must return tensors and builtins "
-            f"({type(error).__name__}: {reason})"
+            f"the extra state {', '.join(map(repr, extra))} cannot be saved: get_extra_state must "
+            f"return tensors and builtins ({type(error).__name__}: {reason})"
         ) from None
     return file.getvalue()
 
@@ -102,7 +110,11 @@ def unpack(packed: bytes) -> dict[str, Any]:
 def set_extra_states(modules: Modules, extra: Mapping[str, Any]) -> None:
     """Hand extra state back to the modules that it came from."""
     for prefix, whole in modules.items():
-        own = {name.removeprefix(prefix): value for name, value in extra.items() if name in _names(prefix, whole)}
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in extra.items()
+            if name in _names(prefix, whole)
+        }
         if own:
             whole.load_state_dict(own, strict=False)
 

@@ -33,10 +33,12 @@ def build_optimizer(
     excluded_lr_factor: float = 1.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each step.
+    """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each
+    step.
 
     Args:
-        modules: a model, or several modules; their parameters are put into groups (param_groups.py says what the last three are).
+        modules: a model, or several modules; their parameters are put into groups (param_groups.py
+            says what the last three are).
         name: lars, lamb, sgd, adam, adamw, adagrad or rmsprop.
         weight_decay: of the adapted parameters.
         exclude_bias_and_norm: see param_groups.py.
@@ -45,22 +47,27 @@ def build_optimizer(
         **options: the optimizer's own, e.g. momentum.
 
     Raises:
-        ValueError: for patterns that match nothing, a model without trainable parameters, or an option out of its range.
+        ValueError: for patterns that match nothing, a model without trainable parameters, or an
+            option out of its range.
     """
     _leave_the_compiler_out()
-    groups = parameter_groups(modules, weight_decay, exclude, exclude_bias_and_norm, excluded_lr_factor)
+    groups = parameter_groups(
+        modules, weight_decay, exclude, exclude_bias_and_norm, excluded_lr_factor
+    )
     return _CLASSES[name](groups, **options)
 
 
 def waits_for_norms(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of this optimizer waits until the norms of its gradients have come to the host."""
+    """Whether a step of this optimizer waits until the norms of its gradients have come to the
+    host.
+    """
     return not isinstance(optimizer, LARS) or optimizer.reason_against_gpu() is not None
 
 
 def _leave_the_compiler_out() -> None:
-    # torch keeps its compiler away from these methods, and imports it for that when one of them is first called: more than a
-    # second on every worker. The engine never has them compiled, so they are marked as kept away already; where torch does it
-    # another way this changes nothing.
+    # torch keeps its compiler away from these methods, and imports it for that when one of them is
+    # first called: more than a second on every worker. The engine never has them compiled, so they
+    # are marked as kept away already; where torch does it another way this changes nothing.
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None and not hasattr(plain, "__dynamo_disable"):

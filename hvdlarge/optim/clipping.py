@@ -1,9 +1,11 @@
 """Gradient clipping by the norm of all mean gradients together.
 
 Formula:  n = √(Σ ‖g‖²) over all tensors;  g ← g · c / n where n > c
-Source:   Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks" (2013), section 3.2.
-Contract: after the gradients have been averaged over all workers and found finite; a worker's own share is never clipped. With
-          LARS only the balance between gradient and weight decay changes by it: a trust ratio takes a gradient's length out.
+Source:   Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks"
+          (2013), section 3.2.
+Contract: after the gradients have been averaged over all workers and found finite; a worker's own
+          share is never clipped. With LARS only the balance between gradient and weight decay
+          changes by it: a trust ratio takes a gradient's length out.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from collections.abc import Mapping
 import torch
 
 
-def clip(norms: Mapping[torch.nn.Parameter, float], limit: float | None) -> dict[torch.nn.Parameter, float]:
+def clip(
+    norms: Mapping[torch.nn.Parameter, float], limit: float | None
+) -> dict[torch.nn.Parameter, float]:
     """Scale all gradients down, in place, where they are longer together than `limit`.
 
     Args:

@@ -1,11 +1,15 @@
 """LAMB, layer-wise adaptive moments for batch training: Adam's direction with LARS's trust ratio.
 
-Formula:  m ← β₁·m + (1 − β₁)·g;    v ← β₂·v + (1 − β₂)·g²;    r = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε) + β·w
-          w ← w − lr·(‖w‖ / ‖r‖)·r      ratio 1 where ‖w‖ = 0 or ‖r‖ = 0, and for a tensor that is not adapted
-          A tensor whose gradient is zero throughout is left alone in that step (norms.py): weights, moments and its count t.
-Source:   You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large Batch Optimization for Deep Learning:
-          Training BERT in 76 Minutes" (2020), Algorithm 2, with φ(z) = z and Adam's bias correction.
-Contract: as in lars.py: after the gradients have been averaged; every hyper-parameter in the groups; defaults for all.
+Formula:  m ← β₁·m + (1 − β₁)·g;    v ← β₂·v + (1 − β₂)·g²;    r = (m / (1 − β₁ᵗ)) / (√(v / (1 −
+          β₂ᵗ)) + ε) + β·w
+          w ← w − lr·(‖w‖ / ‖r‖)·r      ratio 1 where ‖w‖ = 0 or ‖r‖ = 0, and for a tensor that is
+          not adapted A tensor whose gradient is zero throughout is left alone in that step
+          (norms.py): weights, moments and its count t.
+Source:   You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large Batch
+          Optimization for Deep Learning: Training BERT in 76 Minutes" (2020), Algorithm 2, with
+          φ(z) = z and Adam's bias correction.
+Contract: as in lars.py: after the gradients have been averaged; every hyper-parameter in the
+          groups; defaults for all.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
     """Adam's direction, as long as the weights.
 
     Args:
-        params: parameters or parameter groups. A group may set `adapt: False` to be left without trust ratios.
+        params: parameters or parameter groups. A group may set `adapt: False` to be left without
+            trust ratios.
         lr: learning rate, ≥ 0.
         betas: β₁ and β₂, in [0, 1).
         eps: ε, > 0.
@@ -44,7 +49,10 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
         adapt: bool = True,
     ) -> None:
         self._ratios: dict[torch.Tensor, float] = {}
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt})
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt},
+        )
         for group in self.param_groups:
             if not group["lr"] >= 0:
                 raise ValueError(f"lr must be at least 0, got {group['lr']}")
@@ -57,20 +65,34 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """MomentumStep the weights once, with the gradients in `.grad`, already averaged over all workers.
+        """Move the weights once, with the gradients in `.grad`, already averaged over all
+        workers.
 
         Raises:
             ValueError: if a closure is given, or for a sparse gradient.
         """
         if closure is not None:
-            raise ValueError("LAMB takes no closure: its gradients would not be averaged over the workers")
+            raise ValueError(
+                "LAMB takes no closure: its gradients would not be averaged over the workers"
+            )
         self._ratios = {}
         self.take_gradient_norms()  # gradients that are zero have been taken away
-        moving = [(group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None]
+        moving = [
+            (group, weight)
+            for group in self.param_groups
+            for weight in group["params"]
+            if weight.grad is not None
+        ]
         if not moving:
             return
         directions = [self._direction(group, weight) for group, weight in moving]
-        sizes = torch.stack([norm(tensor) for (_, weight), r in zip(moving, directions, strict=True) for tensor in (weight, r)])
+        sizes = torch.stack(
+            [
+                norm(tensor)
+                for (_, weight), r in zip(moving, directions, strict=True)
+                for tensor in (weight, r)
+            ]
+        )
         numbers = sizes.tolist()
         for place, ((group, weight), direction) in enumerate(zip(moving, directions, strict=True)):
             weight_norm, size = numbers[2 * place], numbers[2 * place + 1]
@@ -90,10 +112,18 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
         first, second = group["betas"]
         state["first_moment"].mul_(first).add_(grad, alpha=1 - first)
         state["second_moment"].mul_(second).addcmul_(grad, grad, value=1 - second)
-        root = (state["second_moment"].sqrt() / math.sqrt(1 - second ** state["t"])).add_(group["eps"])
+        root = (state["second_moment"].sqrt() / math.sqrt(1 - second ** state["t"])).add_(
+            group["eps"]
+        )
         direction = state["first_moment"].div(1 - first ** state["t"]).div_(root)
-        return direction.add_(weight, alpha=group["weight_decay"]) if group["weight_decay"] else direction
+        return (
+            direction.add_(weight, alpha=group["weight_decay"])
+            if group["weight_decay"]
+            else direction
+        )
 
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
-        """‖w‖ / ‖r‖ of a tensor in the last step (1 for one that is not adapted); None if it was left alone."""
+        """‖w‖ / ‖r‖ of a tensor in the last step (1 for one that is not adapted); None if it was
+        left alone.
+        """
         return self._ratios.get(weight)

@@ -1,9 +1,11 @@
-"""LARS on a GPU: no host waits in it, and the number of launches does not grow with the number of tensors.
+"""LARS on a GPU: no host waits in it, and the number of launches does not grow with the number of
+tensors.
 
 Formula:  lars.py; here over vectors that hold one number for each tensor.
-Contract: moves what `LARS.step` moves tensor by tensor, and gives the same numbers to rounding. The norms of all weights and
-          gradients come out of one pass over both (two reads), the ratios from vectors on the GPU, the update from one pass that
-          reads g, w, v and writes w, v: seven in all, and two more for joint norms.
+Contract: moves what `LARS.step` moves tensor by tensor, and gives the same numbers to rounding. The
+          norms of all weights and gradients come out of one pass over both (two reads), the ratios
+          from vectors on the GPU, the update from one pass that reads g, w, v and writes w, v:
+          seven in all, and two more for joint norms.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from hvdlarge.optim.norms import HostNorms
 
 
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why tensors of this device are not moved in this way; None where they are. Tried out once on every device."""
+    """Why tensors of this device are not moved in this way; None where they are. Tried out once on
+    every device.
+    """
     if device.type != "cuda":
         return "the weights are not on a GPU"
     return _reason_against(device)
@@ -27,19 +31,30 @@ def unsupported_reason(device: torch.device) -> str | None:
 @functools.cache
 def _reason_against(device: torch.device) -> str | None:
     try:
-        right = all(_gives_the_formula(device, dtype, other_side) for dtype in _CLOSE for other_side in (False, True))
+        right = all(
+            _gives_the_formula(device, dtype, other_side)
+            for dtype in _CLOSE
+            for other_side in (False, True)
+        )
         return None if right else "Triton's update gives other numbers here than torch's"
-    except Exception as error:  # Triton's own errors are of many kinds, and none of them is worth a run
-        return f"Triton does not work here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    # Triton's own errors are of many kinds, and none of them is worth a run
+    except Exception as error:
+        return (
+            f"Triton does not work here ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''})"
+        )
 
 
 _CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def _gives_the_formula(device: torch.device, dtype: torch.dtype, other_side: bool) -> bool:
-    """Whether the kernels compile and give the formula for tensors of a type, on one side of their branches or the other."""
+    """Whether the kernels compile and give the formula for tensors of a type, on one side of their
+    branches or the other.
+    """
     held = [torch.linspace(-1, 2, count + 1, dtype=dtype, device=device) for count in (5, 5000)]
-    weights = [tensor[1:] if other_side else tensor[:-1] for tensor in held]  # aligned in memory, and not
+    # Aligned in memory, and not
+    weights = [tensor[1:] if other_side else tensor[:-1] for tensor in held]
     grads = [weight.cos() for weight in weights]
     velocities = [weight.sin() for weight in weights]
     group = {
@@ -65,11 +80,15 @@ def _gives_the_formula(device: torch.device, dtype: torch.dtype, other_side: boo
     table.move(norms, [group])
     ours = [tensor for pair in zip(weights, velocities, strict=True) for tensor in pair]
     close = _CLOSE[dtype]
-    return all(torch.allclose(one, other, rtol=close, atol=close) for one, other in zip(ours, expected, strict=True))
+    return all(
+        torch.allclose(one, other, rtol=close, atol=close)
+        for one, other in zip(ours, expected, strict=True)
+    )
 
 
 class DeviceNorms:
-    """L2 norms of weights and of their mean gradients, as they come out of a GPU: reading a number of them waits for it.
+    """L2 norms of weights and of their mean gradients, as they come out of a GPU: reading a number
+    of them waits for it.
 
     Args:
         weights: the tensors, in the order of `values`.
@@ -77,20 +96,24 @@ class DeviceNorms:
         guarded: whether a step with a gradient that is not finite moves nothing.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], values: torch.Tensor, guarded: bool = False) -> None:
+    def __init__(
+        self, weights: Sequence[torch.Tensor], values: torch.Tensor, guarded: bool = False
+    ) -> None:
         self.weights = weights
         self.values = values
         self.guarded = guarded
 
     def not_finite(self, names: Mapping[Any, str]) -> list[str]:
-        """The names of the gradients that are not finite. DataWait for the GPU."""
+        """The names of the gradients that are not finite. Waits for the GPU."""
         found = zip(self.weights, self.values[1].isfinite().tolist(), strict=True)
         return [names[weight] for weight, finite in found if not finite]
 
     def later(self) -> Callable[[], HostNorms]:
-        """Begin to bring the gradients' norms to the host; what is returned waits for them and gives them.
+        """Begin to bring the gradients' norms to the host; what is returned waits for them and
+        gives them.
 
-        As nobody has judged them when the weights are moved, gradients that are not finite then leave all of them alone.
+        As nobody has judged them when the weights are moved, gradients that are not finite then
+        leave all of them alone.
         """
         self.guarded = True
         found = self.values[1]
@@ -108,12 +131,17 @@ class DeviceNorms:
         return wait
 
     def clipped(self, limit: float | None) -> DeviceNorms:
-        """Scale all gradients down, in place, where they are longer together than `limit`; the norms afterwards."""
+        """Scale all gradients down, in place, where they are longer together than `limit`; the
+        norms afterwards.
+        """
         if limit is None:
             return self
         factor = (limit / torch.linalg.vector_norm(self.values[1])).clamp(max=1.0)
-        torch._foreach_mul_([weight.grad for weight in self.weights], factor.to(self.weights[0].dtype))  # type: ignore[misc]
-        return DeviceNorms(self.weights, torch.stack([self.values[0], self.values[1] * factor]), self.guarded)
+        grads: Any = [weight.grad for weight in self.weights]
+        torch._foreach_mul_(grads, factor.to(self.weights[0].dtype))
+        return DeviceNorms(
+            self.weights, torch.stack([self.values[0], self.values[1] * factor]), self.guarded
+        )
 
 
 class Table:
@@ -139,23 +167,34 @@ class Table:
             first.append(first[-1] + count)
         self._first_chunk = first
         self._sizes = self._upload(sizes)
-        self._owners = self._upload([owner for owner, count in enumerate(chunks) for _ in range(count)])
-        self._starts = self._upload([lars_kernels.CHUNK * number for count in chunks for number in range(count)])
+        self._owners = self._upload(
+            [owner for owner, count in enumerate(chunks) for _ in range(count)]
+        )
+        self._starts = self._upload(
+            [lars_kernels.CHUNK * number for count in chunks for number in range(count)]
+        )
         self._first = self._upload(first)
         self._squares = torch.empty((first[-1], 2), dtype=torch.float64, device=self._device)
         self._listed: list[int] = []
         self._aligned = False
         self._addresses = self._sizes
-        self.ratios = torch.ones(len(sizes), dtype=torch.float64, device=self._device)  # λ of the last step
+        # Λ of the last step
+        self.ratios = torch.ones(len(sizes), dtype=torch.float64, device=self._device)
 
     def is_of(self, weights: Sequence[torch.Tensor], ends: Sequence[int]) -> bool:
         """Whether this is the table of exactly these tensors and groups."""
         same = len(weights) == len(self.weights) and list(ends) == self._ends
         return same and all(one is other for one, other in zip(weights, self.weights, strict=True))
 
-    def measure(self, grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor]) -> DeviceNorms:
-        """The norms of all weights and gradients; `grads` and `velocities` are what `move` then works with."""
-        listed = [tensor.data_ptr() for tensors in (self.weights, grads, velocities) for tensor in tensors]
+    def measure(
+        self, grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor]
+    ) -> DeviceNorms:
+        """The norms of all weights and gradients; `grads` and `velocities` are what `move` then
+        works with.
+        """
+        listed = [
+            tensor.data_ptr() for tensors in (self.weights, grads, velocities) for tensor in tensors
+        ]
         if listed != self._listed:
             self._listed, self._addresses = listed, self._upload(listed)
             self._aligned = all(address % 16 == 0 for address in listed)
@@ -164,14 +203,15 @@ class Table:
         return DeviceNorms(self.weights, values)
 
     def move(self, norms: DeviceNorms, groups: Sequence[Mapping[str, Any]]) -> None:
-        """MomentumStep the weights, by the settings of their groups."""
+        """Move the weights, by the settings of their groups."""
         moving = norms.values
         if norms.guarded:  # a norm of zero leaves its tensor alone
             moving = torch.where(norms.values[1].isfinite().all(), norms.values, 0.0)
         for group, begin, end in zip(groups, self._begins, self._ends, strict=True):
             if begin == end:
                 continue
-            # A tensor filled on the GPU: copying numbers from the host's ordinary memory would wait.
+            # A tensor filled on the GPU: copying numbers from the host's ordinary memory would
+            # wait.
             out = 1.0 if group["lr_in_momentum"] else group["lr"]
             settings = self._vector([group["momentum"], group["weight_decay"], out])
             weight_norms, grad_norms = norms.values[0], norms.values[1]
@@ -198,7 +238,9 @@ class Table:
                 **self._kind(),
             )
 
-    def _take_squares(self, begin: int, end: int, values: torch.Tensor, settings: torch.Tensor | None) -> None:
+    def _take_squares(
+        self, begin: int, end: int, values: torch.Tensor, settings: torch.Tensor | None
+    ) -> None:
         chunks = slice(self._first_chunk[begin], self._first_chunk[end])
         if chunks.start < chunks.stop:
             self._kernels.squares[(chunks.stop - chunks.start,)](
@@ -218,10 +260,16 @@ class Table:
 
     def _kind(self) -> dict[str, Any]:
         types = {torch.float32: self._kernels.tl.float32, torch.float64: self._kernels.tl.float64}
-        return {"TYPE": types[self.weights[0].dtype], "ALIGNED": self._aligned, "CHUNK": self._kernels.CHUNK}
+        return {
+            "TYPE": types[self.weights[0].dtype],
+            "ALIGNED": self._aligned,
+            "CHUNK": self._kernels.CHUNK,
+        }
 
     def _vector(self, numbers: Sequence[float]) -> torch.Tensor:
-        return torch.stack([torch.full((), number, dtype=torch.float64, device=self._device) for number in numbers])
+        return torch.stack(
+            [torch.full((), number, dtype=torch.float64, device=self._device) for number in numbers]
+        )
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         """A list as int64 on the device; from pinned memory, so that nothing waits."""
@@ -229,8 +277,11 @@ class Table:
         return held.to(self._device, non_blocking=True)
 
 
-def trust_ratios(weight_norms: torch.Tensor, grad_norms: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """λ of many tensors of one group, as `lars.trust_ratio` gives it for one; 1 throughout where the group is not adapted.
+def trust_ratios(
+    weight_norms: torch.Tensor, grad_norms: torch.Tensor, group: Mapping[str, Any]
+) -> torch.Tensor:
+    """λ of many tensors of one group, as `lars.trust_ratio` gives it for one; 1 throughout where
+    the group is not adapted.
 
     Args:
         weight_norms: float64, shape (n,).
@@ -251,9 +302,15 @@ def trust_ratios(weight_norms: torch.Tensor, grad_norms: torch.Tensor, group: Ma
 
 
 def same_dtype_and_device(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether these tensors can be moved together: of one type that the update knows, on one device, each dense in memory."""
+    """Whether these tensors can be moved together: of one type that the update knows, on one
+    device, each dense in memory.
+    """
     kinds = {(weight.dtype, weight.device) for weight in weights}
-    return len(kinds) == 1 and weights[0].dtype in (torch.float32, torch.float64) and all(_dense(weight) for weight in weights)
+    return (
+        len(kinds) == 1
+        and weights[0].dtype in (torch.float32, torch.float64)
+        and all(_dense(weight) for weight in weights)
+    )
 
 
 def match_strides(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
-"""What lars_gpu.py runs on a GPU, in Triton: the norms and the update of many tensors in one launch each, whatever their shapes.
+"""What lars_gpu.py runs on a GPU, in Triton: the norms and the update of many tensors in one launch
+each, whatever their shapes.
 
 Formula:  lars.py.
-Contract: imported by lars_gpu.py alone, where Triton is; torch's builds for GPUs bring it. A tensor is an entry in lists of
-          addresses and sizes; its values are walked in the order of memory, which is the same for its w, g and v. Programs take
-          `CHUNK` values each, those from `starts` on of the tensor that `owners` names; squares are added in the tensor's own
-          precision within a chunk and in float64 over chunks, always in one order: the same bits in every run, and on every
-          rank with the same Triton and kind of GPU.
+Contract: imported by lars_gpu.py alone, where Triton is; torch's builds for GPUs bring it. A tensor
+          is an entry in lists of addresses and sizes; its values are walked in the order of memory,
+          which is the same for its w, g and v. Programs take `CHUNK` values each, those from
+          `starts` on of the tensor that `owners` names; squares are added in the tensor's own
+          precision within a chunk and in float64 over chunks, always in one order: the same bits in
+          every run, and on every rank with the same Triton and kind of GPU.
 """
 
 from __future__ import annotations
@@ -82,7 +84,11 @@ def _update(
     w = _read(w_pointers, at, size, WHOLE)
     g = _read(_pointers(addresses + number + owner, at, TYPE, ALIGNED), at, size, WHOLE)
     v = _read(v_pointers, at, size, WHOLE)
-    momentum, decay, out = tl.load(settings).to(TYPE), tl.load(settings + 1).to(TYPE), tl.load(settings + 2).to(TYPE)
+    momentum, decay, out = (
+        tl.load(settings).to(TYPE),
+        tl.load(settings + 1).to(TYPE),
+        tl.load(settings + 2).to(TYPE),
+    )
     u = tl.load(into + owner).to(TYPE) * (g + decay * w)
     v = momentum * v + u
     moved = v
@@ -112,9 +118,33 @@ def squares(
     start, size = tl.multiple_of(tl.load(starts + chunk), CHUNK), tl.load(sizes + owner)
     at = start + tl.arange(0, CHUNK)
     if start + CHUNK <= size:
-        _squares(addresses, number, owner, at, size, settings, found + 2 * chunk, JOINT, TYPE, ALIGNED, True)
+        _squares(
+            addresses,
+            number,
+            owner,
+            at,
+            size,
+            settings,
+            found + 2 * chunk,
+            JOINT,
+            TYPE,
+            ALIGNED,
+            True,
+        )
     else:
-        _squares(addresses, number, owner, at, size, settings, found + 2 * chunk, JOINT, TYPE, ALIGNED, False)
+        _squares(
+            addresses,
+            number,
+            owner,
+            at,
+            size,
+            settings,
+            found + 2 * chunk,
+            JOINT,
+            TYPE,
+            ALIGNED,
+            False,
+        )
 
 
 @triton.jit
@@ -153,7 +183,7 @@ def update(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """MomentumStep w and v; one program a chunk."""
+    """Move w and v; one program a chunk."""
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
     start, size = tl.multiple_of(tl.load(starts + chunk), CHUNK), tl.load(sizes + owner)

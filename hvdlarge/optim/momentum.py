@@ -1,12 +1,15 @@
 """The momentum update of one tensor with a trust ratio, in few passes over its memory.
 
-Formula:  u = λ·(g + β·w);   rate in the momentum:  v ← m·v + lr·u;  w ← w − v      (nesterov: w ← w − (m·v + lr·u))
-                             rate outside:          v ← m·v + u;     w ← w − lr·v   (nesterov: w ← w − lr·(m·v + u))
+Formula:  u = λ·(g + β·w);   rate in the momentum:  v ← m·v + lr·u;  w ← w − v      (nesterov: w ← w
+          − (m·v + lr·u))
+                             rate outside:          v ← m·v + u;     w ← w − lr·v   (nesterov: w ← w
+                             − lr·(m·v + u))
 Source:   the forms of LARS; see lars.py.
-Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_update` does the same with torch's own fused SGD in
-          one pass that reads g, w, v and writes w, v: lr = 1 and dampening = 1 − lr·λ (or lr and 1 − λ) make it this update. That
-          call is private to torch, so it is tried once and the reference stands in where it is missing or has changed; and where
-          1 − (1 − lr·λ) would not give lr·λ back to the weights' precision.
+Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_update` does the same
+          with torch's own fused SGD in one pass that reads g, w, v and writes w, v: lr = 1 and
+          dampening = 1 − lr·λ (or lr and 1 − λ) make it this update. That call is private to torch,
+          so it is tried once and the reference stands in where it is missing or has changed; and
+          where 1 − (1 − lr·λ) would not give lr·λ back to the weights' precision.
 """
 
 from __future__ import annotations
@@ -40,9 +43,12 @@ class MomentumStep(NamedTuple):
 
 
 def momentum_update(
-    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: MomentumStep
+    weights: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    velocities: Sequence[torch.Tensor],
+    move: MomentumStep,
 ) -> None:
-    """MomentumStep tensors in place and alike, the fastest way that gives the formula.
+    """Move tensors in place and alike, the fastest way that gives the formula.
 
     Args:
         weights: w of each.
@@ -50,11 +56,16 @@ def momentum_update(
         velocities: v of each, of the same; zeros before the first step.
         move: how.
     """
-    # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum: other formulas.
+    # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum:
+    # other formulas.
     able = not move.nesterov and move.momentum > 0 and _fused_works(weights[0].device.type)
     factor = move.into_momentum
     for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
-        able = able and weight.dtype == grad.dtype == velocity.dtype and _exact_as_dampening(factor, weight.dtype)
+        able = (
+            able
+            and weight.dtype == grad.dtype == velocity.dtype
+            and _exact_as_dampening(factor, weight.dtype)
+        )
         able = able and weight.stride() == grad.stride() == velocity.stride()
     if able:
         _fused_update(weights, grads, velocities, move)
@@ -63,7 +74,9 @@ def momentum_update(
         reference_update(weight, grad, velocity, move)
 
 
-def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: MomentumStep) -> None:
+def reference_update(
+    weight: torch.Tensor, grad: torch.Tensor, velocity: torch.Tensor, move: MomentumStep
+) -> None:
     """The formula in plain torch, for one tensor; otherwise as `momentum_update`."""
     inside, decay = move.into_momentum, move.into_momentum * move.weight_decay
     velocity.mul_(move.momentum).add_(grad, alpha=inside)
@@ -78,7 +91,10 @@ def reference_update(weight: torch.Tensor, grad: torch.Tensor, velocity: torch.T
 
 
 def _fused_update(
-    weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], move: MomentumStep
+    weights: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    velocities: Sequence[torch.Tensor],
+    move: MomentumStep,
 ) -> None:
     torch._fused_sgd_(
         list(weights),
@@ -106,10 +122,15 @@ def _epsilon(dtype: torch.dtype) -> float:
 
 @functools.cache
 def _fused_works(device: str) -> bool:
-    """Whether this torch's fused SGD is there and gives the formula; on a GPU one launch for each tensor would cost more."""
+    """Whether this torch's fused SGD is there and gives the formula; on a GPU one launch for each
+    tensor would cost more.
+    """
     if device != "cpu":
         return False
-    fused, reference = (tuple(torch.tensor([value, 2.0], dtype=torch.float64) for value in (1.0, -3.0, 0.5)) for _ in range(2))
+    fused, reference = (
+        tuple(torch.tensor([value, 2.0], dtype=torch.float64) for value in (1.0, -3.0, 0.5))
+        for _ in range(2)
+    )
     weight, grad, velocity = fused
     move = MomentumStep(lr=0.7, ratio=0.3, momentum=0.9, weight_decay=0.1)
     try:
@@ -118,4 +139,7 @@ def _fused_works(device: str) -> bool:
         return False
     weight, grad, velocity = reference
     reference_update(weight, grad, velocity, move)
-    return all(torch.allclose(ours, theirs, rtol=1e-12, atol=0) for ours, theirs in zip(fused, reference, strict=True))
+    return all(
+        torch.allclose(ours, theirs, rtol=1e-12, atol=0)
+        for ours, theirs in zip(fused, reference, strict=True)
+    )

@@ -1,8 +1,10 @@
 """L2 norms that are exact enough to divide by, and do not depend on the number of threads.
 
-Formula:  ‖x‖ = √(Σ over rows of ‖row‖²), rows of `_ROW` values in x's own precision, their sum in float64
-Contract: torch's norm of a whole float32 tensor sums in float32: measured on a CPU, it is 4e-5 too small for 2.4 million
-          values and 4e-4 for 10 million. In rows the error stays below 1e-7, at the same speed and with any thread count.
+Formula:  ‖x‖ = √(Σ over rows of ‖row‖²), rows of `_ROW` values in x's own precision, their sum in
+          float64
+Contract: torch's norm of a whole float32 tensor sums in float32: measured on a CPU, it is 4e-5 too
+          small for 2.4 million values and 4e-4 for 10 million. In rows the error stays below 1e-7,
+          at the same speed and with any thread count.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     if tensors[0].device.type != "cpu":
         # A GPU adds up in chunks already, and its way for lists takes a few launches.
         return torch.stack(torch._foreach_norm(list(tensors))).double().tolist()
-    # The same sums as in `norm`, with few calls for many small tensors: most of a model's tensors are.
+    # The same sums as in `norm`, with few calls for many small tensors: most of a model's tensors
+    # are.
     squares = np.zeros(len(tensors))
     parts: dict[int, torch.Tensor] = {}
     rests: dict[int, torch.Tensor] = {}
@@ -50,15 +53,21 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
         if rest is not None:
             rests[number] = rest
     if rests:
-        squares[list(rests)] = np.square(torch.stack(torch._foreach_norm(list(rests.values()))).double().numpy())
+        squares[list(rests)] = np.square(
+            torch.stack(torch._foreach_norm(list(rests.values()))).double().numpy()
+        )
     if parts:
         starts = np.cumsum([0] + [len(part) for part in parts.values()])[:-1]
-        squares[list(parts)] += np.add.reduceat(np.square(torch.cat(list(parts.values())).double().numpy()), starts)
+        squares[list(parts)] += np.add.reduceat(
+            np.square(torch.cat(list(parts.values())).double().numpy()), starts
+        )
     return np.sqrt(squares).tolist()
 
 
 def _cut(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A large tensor's values as whole rows, shape (n, _ROW), and the rest, shape (m,), where there is one."""
+    """A large tensor's values as whole rows, shape (n, _ROW), and the rest, shape (m,), where there
+    is one.
+    """
     size = tensor.numel()
     if size % _ROW == 0:
         return tensor.reshape(-1, _ROW), None
@@ -69,15 +78,19 @@ def _cut(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, float]:
     """L2 norm of each parameter's mean gradient; a gradient that is zero throughout is taken away.
 
-    Horovod submits zeros for a gradient that is missing on every worker. Without this rule an optimizer would decay such a
-    parameter, and move it by its momentum, on several workers and leave it alone on one.
+    Horovod submits zeros for a gradient that is missing on every worker. Without this rule an
+    optimizer would decay such a parameter, and move it by its momentum, on several workers and
+    leave it alone on one.
     """
     held, grads = [], []
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if (grad := weight.grad) is not None:
                 if grad.is_sparse:
-                    raise ValueError("sparse gradients cannot be averaged and measured: build the embedding with sparse=False")
+                    raise ValueError(
+                        "sparse gradients cannot be averaged and measured: build the embedding "
+                        "with sparse=False"
+                    )
                 held.append(weight)
                 grads.append(grad)
     measured = dict(zip(held, norms(grads), strict=True))
@@ -88,7 +101,9 @@ def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Paramet
 
 
 class GradientNorms(Protocol):
-    """L2 norms of the mean gradients of one step; a gradient that is zero throughout moves nothing."""
+    """L2 norms of the mean gradients of one step; a gradient that is zero throughout moves
+    nothing.
+    """
 
     def not_finite(self, names: Mapping[Any, str]) -> list[str]:
         """The names of the parameters whose gradients are not finite."""
@@ -99,7 +114,9 @@ class GradientNorms(Protocol):
         ...
 
     def clipped(self, limit: float | None) -> GradientNorms:
-        """Scale all gradients down, in place, where they are longer together than `limit`; the norms afterwards."""
+        """Scale all gradients down, in place, where they are longer together than `limit`; the
+        norms afterwards.
+        """
         ...
 
 
@@ -122,12 +139,16 @@ class HostNorms:
         return lambda: self
 
     def clipped(self, limit: float | None) -> HostNorms:
-        """Scale all gradients down, in place, where they are longer together than `limit`; the norms afterwards."""
+        """Scale all gradients down, in place, where they are longer together than `limit`; the
+        norms afterwards.
+        """
         return HostNorms(clip(self.of, limit))
 
 
 class MeasuresGradients:
-    """For an optimizer: uses the norms that the step has measured, or measures them itself when nobody has."""
+    """For an optimizer: uses the norms that the step has measured, or measures them itself when
+    nobody has.
+    """
 
     gradient_norms: GradientNorms | None = None
 

@@ -1,8 +1,9 @@
 """Which parameters are adapted and decayed, and which are not.
 
-Source:   the LARS paper (2017) adapts and decays every tensor; each later reference (TensorFlow's TPU code, MLPerf) leaves
-          out biases and normalisation parameters, and so do we by default. They are told by the kind of their module, not by
-          a guess from their shape, and by name patterns that a job adds.
+Source:   the LARS paper (2017) adapts and decays every tensor; each later reference (TensorFlow's
+          TPU code, MLPerf) leaves out biases and normalisation parameters, and so do we by default.
+          They are told by the kind of their module, not by a guess from their shape, and by name
+          patterns that a job adds.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ def parameter_groups(
     exclude_bias_and_norm: bool = True,
     excluded_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model, or of several modules, in at most two groups: adapted and decayed, and neither.
+    """The trainable parameters of a model, or of several modules, in at most two groups: adapted
+    and decayed, and neither.
 
     Args:
         modules: parameters that do not require a gradient are left out.
         weight_decay: β of the adapted group; the other one has none.
-        exclude: patterns with `*` and `?`; a parameter whose full name matches one is neither adapted nor decayed.
-        exclude_bias_and_norm: whether biases and normalisation parameters are excluded too; False is the paper's reading.
+        exclude: patterns with `*` and `?`; a parameter whose full name matches one is neither
+            adapted nor decayed.
+        exclude_bias_and_norm: whether biases and normalisation parameters are excluded too; False
+            is the paper's reading.
         excluded_lr_factor: what multiplies the rate of the parameters that are not adapted.
 
     Returns:
@@ -50,19 +54,26 @@ def parameter_groups(
     if isinstance(modules, nn.Module):
         modules = {"": modules}
     apart = set(_bias_and_normalisation(modules)) if exclude_bias_and_norm else set()
-    trainable = [(name, parameter) for name, parameter in every_parameter(modules) if parameter.requires_grad]
+    trainable = [
+        (name, parameter) for name, parameter in every_parameter(modules) if parameter.requires_grad
+    ]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
     for pattern in exclude:
         matching = {name for name, _ in trainable if fnmatchcase(name, pattern)}
         if not matching:
             names = ", ".join(name for name, _ in trainable[:8])
-            raise ValueError(f"the pattern {pattern!r} matches no trainable parameter; the first names are: {names}")
+            raise ValueError(
+                f"the pattern {pattern!r} matches no trainable parameter; the first names are: "
+                f"{names}"
+            )
         apart |= matching
 
     groups = []
     for adapt in (True, False):
-        members = [(name, parameter) for name, parameter in trainable if (name not in apart) == adapt]
+        members = [
+            (name, parameter) for name, parameter in trainable if (name not in apart) == adapt
+        ]
         if members:
             groups.append(
                 {
@@ -78,7 +89,11 @@ def parameter_groups(
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Parameter]]:
     """Every parameter of the groups with its full name."""
-    return [(name, parameter) for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)]
+    return [
+        (name, parameter)
+        for group in groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    ]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -90,5 +105,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _bias_and_normalisation(modules: Modules) -> Iterator[str]:
     for module_name, module in named_modules(modules):
         for name, _ in module.named_parameters(recurse=False):
-            if isinstance(module, _NORMALISATION) or name.startswith("bias") or name.endswith("_bias"):
+            if (
+                isinstance(module, _NORMALISATION)
+                or name.startswith("bias")
+                or name.endswith("_bias")
+            ):
                 yield join_names(module_name, name)

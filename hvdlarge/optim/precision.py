@@ -1,12 +1,15 @@
 """In which number formats a step computes, and what its losses are multiplied by for them.
 
-Formula:  gradients of s·loss, divided by s once they are summed over all workers; s a power of two, so that nothing is rounded.
-          fp16: s begins at 2¹⁶, is halved at each step whose gradients overflow (that step is left out on every rank), and
-          doubled after 2000 steps without one. compression fp16: s also has the smallest power of two that is no less than the
-          number of workers, since what travels is each worker's share of the mean.
-Source:   Micikevicius et al., "Mixed Precision Training" (2018), section 3.2; the numbers are those of torch's GradScaler.
-Contract: weights, their gradients and everything in the update stay in 32 (or 64) bits. The order in a step: backward, sum over
-          the workers, divide by s, look for what is not finite, clip, update. So every rank sees the same s.
+Formula:  gradients of s·loss, divided by s once they are summed over all workers; s a power of two,
+          so that nothing is rounded. fp16: s begins at 2¹⁶, is halved at each step whose gradients
+          overflow (that step is left out on every rank), and doubled after 2000 steps without one.
+          compression fp16: s also has the smallest power of two that is no less than the number of
+          workers, since what travels is each worker's share of the mean.
+Source:   Micikevicius et al., "Mixed Precision Training" (2018), section 3.2; the numbers are those
+          of torch's GradScaler.
+Contract: weights, their gradients and everything in the update stay in 32 (or 64) bits. The order
+          in a step: backward, sum over the workers, divide by s, look for what is not finite, clip,
+          update. So every rank sees the same s.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ import torch
 from hvdlarge.exits import JobError
 
 _WEIGHTS = {"fp64": torch.float64}
-_NARROW = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+_NARROW = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
 _WIDENED = {
     torch.float32: _NARROW,
     torch.float64: dict.fromkeys([torch.float16, torch.bfloat16, torch.float32], torch.float64)
@@ -55,7 +62,9 @@ class LossScaler:
     def unscale(self, weights: Iterable[torch.Tensor]) -> None:
         """Divide the gradients of `weights` by s, in place."""
         if self.value != 1:
-            torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], 1 / self.value)
+            torch._foreach_mul_(
+                [weight.grad for weight in weights if weight.grad is not None], 1 / self.value
+            )
 
 
 class Precision:
@@ -72,18 +81,24 @@ class Precision:
     def __init__(self, precision: str, device: torch.device) -> None:
         known = precisions_of(device)
         if precision not in known:
-            raise JobError(f"precision: {precision} is not there on {_named(device)}; it has {', '.join(known)}")
+            raise JobError(
+                f"precision: {precision} is not there on {_named(device)}; it has "
+                f"{', '.join(known)}"
+            )
         self.precision, self.device = precision, device
         self.weights = _WEIGHTS.get(precision, torch.float32)
         self.scales_losses = precision == "fp16"
 
     def convert(self, module: torch.nn.Module) -> None:
-        """Bring a module to the device, its real and complex numbers to at least the width of this precision, in place.
+        """Bring a module to the device, its real and complex numbers to at least the width of this
+        precision, in place.
 
-        A type that is wider already, or is no number format of weights, was chosen by whoever built the module, and stays.
+        A type that is wider already, or is no number format of weights, was chosen by whoever built
+        the module, and stays.
         """
         wider = _WIDENED[self.weights]
-        # As Module.to does it; that would make every float, however wide, and with torch.float32 a complex number too, one type.
+        # As Module.to does it; that would make every float, however wide, and with torch.float32 a
+        # complex number too, one type.
         module._apply(lambda tensor: tensor.to(self.device, wider.get(tensor.dtype, tensor.dtype)))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -106,7 +121,8 @@ def precisions_of(device: torch.device) -> list[str]:
 
 
 def scale_for_compression(compression: str, world_size: int) -> float:
-    """The part of s that makes up for dividing the mean over the workers before it is sent in 16 bits.
+    """The part of s that makes up for dividing the mean over the workers before it is sent in 16
+    bits.
 
     >>> scale_for_compression("fp16", 48), scale_for_compression("none", 48)
     (64.0, 1.0)

@@ -1,10 +1,13 @@
-"""The published forms of LARS under their names, so that the settings of another program can be carried over.
+"""The published forms of LARS under their names, so that the settings of another program can be
+carried over.
 
-Source:   `paper`: You, Gitman, Ginsburg (2017), Algorithm 1. `mlperf`: the MLPerf reference in TensorFlow, which is the paper's
-          form with an epsilon. `torch`: the rate outside the buffer, as torch's SGD has it and most PyTorch forms of LARS with
-          it. `larc`: NVIDIA Apex's LARC in its clipping mode. `optax`: decay added before the norm is taken.
-Contract: pure; a preset gives defaults only, every option may be set beside it. What remains of a peer's own ways is the
-          treatment of a gradient that is zero throughout (norms.py), of biases (param_groups.py), and of clamps that no paper has
+Source:   `paper`: You, Gitman, Ginsburg (2017), Algorithm 1. `mlperf`: the MLPerf reference in
+          TensorFlow, which is the paper's form with an epsilon. `torch`: the rate outside the
+          buffer, as torch's SGD has it and most PyTorch forms of LARS with it. `larc`: NVIDIA
+          Apex's LARC in its clipping mode. `optax`: decay added before the norm is taken.
+Contract: pure; a preset gives defaults only, every option may be set beside it. What remains of a
+          peer's own ways is the treatment of a gradient that is zero throughout (norms.py), of
+          biases (param_groups.py), and of clamps that no paper has
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "mlperf": _PAPER | {"eps": 1e-7},
     "torch": _PAPER | {"lr_in_momentum": False, "eps": 1e-8},
-    "larc": _PAPER | {"lr_in_momentum": False, "clip": True, "eps": 1e-8, "trust_coefficient": 0.02},
+    "larc": _PAPER
+    | {"lr_in_momentum": False, "clip": True, "eps": 1e-8, "trust_coefficient": 0.02},
     "optax": _PAPER | {"joint_norm": True},
 }

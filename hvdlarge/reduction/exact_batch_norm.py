@@ -1,8 +1,10 @@
 """Running statistics of batch normalisation, bit for bit the same on 1, 2, 4, … workers.
 
-Formula:  running ← (1 − m)·running + m·batch for each use of a layer, in the order of the step's micro-batches, on every worker
-Contract: the statistics of each use are gathered at the end of a step and followed by all workers in one order, at the price of
-          two messages for each step. The fast form, and what it promises, is in batch_norm.py.
+Formula:  running ← (1 − m)·running + m·batch for each use of a layer, in the order of the step's
+          micro-batches, on every worker
+Contract: the statistics of each use are gathered at the end of a step and followed by all workers
+          in one order, at the price of two messages for each step. The fast form, and what it
+          promises, is in batch_norm.py.
 """
 
 from __future__ import annotations
@@ -18,11 +20,16 @@ from hvdlarge.schedule.batch import BatchLayout
 
 
 class ExactStatistics(RunningStatistics):
-    """As RunningStatistics, with the same calls; every rank has the whole statistics always, so `all_reduce` only adds up counts."""
+    """As RunningStatistics, with the same calls; every rank has the whole statistics always, so
+    `all_reduce` only adds up counts.
+    """
 
-    def __init__(self, modules: Modules, rank: int, world_size: int, gather_ranks: GatherRanks) -> None:
+    def __init__(
+        self, modules: Modules, rank: int, world_size: int, gather_ranks: GatherRanks
+    ) -> None:
         super().__init__(modules, rank, world_size, gather_ranks)
-        self._seen: list[list[torch.Tensor]] = []  # the statistics of each use in the step, by layer: mean and variance in one
+        # The statistics of each use in the step, by layer: mean and variance in one
+        self._seen: list[list[torch.Tensor]] = []
         self._hooks: list[Any] = []
 
     def partial_buffers(self) -> set[int]:
@@ -39,7 +46,8 @@ class ExactStatistics(RunningStatistics):
         self._parts = [buffer.clone() for buffer in self._buffers()]
         self._seen = [[] for _ in self._layers]
         for number, layer in enumerate(self._layers):
-            layer.module.momentum = 1.0  # running ← 0·running + 1·batch: the batch's statistics as they are
+            # Running ← 0·running + 1·batch: the batch's statistics as they are
+            layer.module.momentum = 1.0
             self._hooks.append(layer.module.register_forward_hook(self._note(number)))
 
     def _note(self, number: int) -> Callable[..., None]:
@@ -76,7 +84,9 @@ class ExactStatistics(RunningStatistics):
                 buffer.copy_(part)
 
     def _rows(self, number: int, most: int) -> torch.Tensor:
-        """The statistics of a layer's uses on this rank, filled up with zeros, shape (most, 2 · features)."""
+        """The statistics of a layer's uses on this rank, filled up with zeros, shape (most, 2 ·
+        features).
+        """
         mean, _ = self._layers[number].averages
         rows = mean.new_zeros(most, 2 * mean.numel())
         for use, seen in enumerate(self._seen[number]):
@@ -84,7 +94,9 @@ class ExactStatistics(RunningStatistics):
         return rows
 
     def all_reduce(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-        """Add up the counts; the statistics themselves are everywhere. Every rank calls this together."""
+        """Add up the counts; the statistics themselves are everywhere. Every rank calls this
+        together.
+        """
         if self._partial and self._layers and self._world_size > 1:
             self._gather_counts(total)
         self._partial = False

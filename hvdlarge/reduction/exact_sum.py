@@ -1,8 +1,9 @@
-"""The exact sum over workers: gradients of micro-batches are added in one fixed tree, so 1, 2, 4, … workers agree bit for bit.
+"""The exact sum over workers: gradients of micro-batches are added in one fixed tree, so 1, 2, 4, …
+workers agree bit for bit.
 
-Each worker adds up the gradients of its own node of the tree (tree.py), gathers the others' sums, and adds those in the
-tree above. That moves as many copies of the gradients as there are workers: slower than an allreduce, and the proof that the
-engine adds nothing of its own.
+Each worker adds up the gradients of its own node of the tree (tree.py), gathers the others' sums,
+and adds those in the tree above. That moves as many copies of the gradients as there are workers:
+slower than an allreduce, and the proof that the engine adds nothing of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class ExactOptimizer:
         self._additions = tree.additions(num_micro_batches, self._depth, self._rank)[::-1]
         self._num_micro_batches = num_micro_batches
         if len(self._additions) != len(mine):
-            raise ValueError(f"{len(mine)} micro-batches were dealt, the tree has {len(self._additions)}")
+            raise ValueError(
+                f"{len(mine)} micro-batches were dealt, the tree has {len(self._additions)}"
+            )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Leave the pass's gradients on the parameters."""
@@ -63,7 +66,12 @@ class ExactOptimizer:
 
     def backward_done(self) -> None:
         """Take the pass's gradients off the parameters and into the tree."""
-        self._stack.append([torch.cat([self._gradient(weight).reshape(-1) for weight in weights]) for weights in self._kinds])
+        self._stack.append(
+            [
+                torch.cat([self._gradient(weight).reshape(-1) for weight in weights])
+                for weights in self._kinds
+            ]
+        )
         self.optimizer.zero_grad()
         for _ in range(self._additions.pop()):
             right = self._stack.pop()
@@ -71,7 +79,9 @@ class ExactOptimizer:
                 left.add_(added)
 
     def synchronize(self) -> None:
-        """Give each parameter its gradient's sum over all micro-batches. Every rank calls this together."""
+        """Give each parameter its gradient's sum over all micro-batches. Every rank calls this
+        together.
+        """
         mine = self._stack.pop() if self._stack else [None] * len(self._kinds)
         for number, (weights, part) in enumerate(zip(self._kinds, mine, strict=True)):
             self._reduce(weights, part, f"exact.{number}")
@@ -90,7 +100,7 @@ class ExactOptimizer:
             weight.grad = part.view(weight.shape).clone()
 
     def step(self) -> None:
-        """MomentumStep the weights."""
+        """Move the weights."""
         self.optimizer.step()
 
     @staticmethod

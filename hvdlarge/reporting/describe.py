@@ -1,4 +1,6 @@
-"""What a run says before its first step: the batch as arithmetic, the schedule as a small table, where the files go."""
+"""What a run says before its first step: the batch as arithmetic, the schedule as a small table,
+where the files go.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,24 @@ from hvdlarge.schedule.plan import Plan
 
 def world_line(environment: Mapping[str, Any], cores: int) -> str:
     """Who runs, on what, and what was set in its environment."""
-    workers, hosts = environment["world_size"], len({worker["host"] for worker in environment["workers"]})
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    workers, hosts = (
+        environment["world_size"],
+        len({worker["host"] for worker in environment["workers"]}),
+    )
+    versions = ", ".join(
+        f"{name} {version}" for name, version in environment["versions"].items() if version
+    )
     world = f"{workers} {'worker' if workers == 1 else 'workers'}"
     world += f" on {hosts} hosts" if hosts > 1 else ""
     world += f" by {environment['launcher']}" if environment["launcher"] else " without a launcher"
     settings = ", ".join(f"{name}={value}" for name, value in environment["settings"].items())
-    line = f"hvdlarge: {world}, {cores} {'core' if cores == 1 else 'cores'} each, on {environment['device']}; {versions}"
-    return line + (f"\nset      {settings} (your own values would have been kept)" if settings else "")
+    line = (
+        f"hvdlarge: {world}, {cores} {'core' if cores == 1 else 'cores'} each, on "
+        f"{environment['device']}; {versions}"
+    )
+    return line + (
+        f"\nset      {settings} (your own values would have been kept)" if settings else ""
+    )
 
 
 def model_line(model: Any) -> str:
@@ -38,19 +50,35 @@ def update_line(optimizer: Any) -> str:
         for name in ("momentum", "betas", "alpha", "weight_decay", "trust_coefficient")
         if name in groups[0]
     )
-    adapted = sum(weight.numel() for group in groups if group["adapt"] for weight in group["params"])
-    others = sum(weight.numel() for group in groups if not group["adapt"] for weight in group["params"])
+    adapted = sum(
+        weight.numel() for group in groups if group["adapt"] for weight in group["params"]
+    )
+    others = sum(
+        weight.numel() for group in groups if not group["adapt"] for weight in group["params"]
+    )
     verb = "adapted and decayed" if hasattr(optimizer, "trust_ratio_of") else "decayed"
-    return f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {verb}, {others:,} (biases, normalisation) not"
+    return (
+        f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {verb}, {others:,} (biases, "
+        "normalisation) not"
+    )
 
 
 def update_notes(optimizer: Any) -> list[str]:
-    """What a user should know of how a LARS optimizer's weights are moved on a GPU; nothing elsewhere."""
+    """What a user should know of how a LARS optimizer's weights are moved on a GPU; nothing
+    elsewhere.
+    """
     device = optimizer.param_groups[0]["params"][0].device
     if device.type != "cuda" or not hasattr(optimizer, "reason_against_gpu"):
         return []
     reason = optimizer.reason_against_gpu()
-    return [f"LARS moves the weights tensor by tensor here, and each step waits for their norms: {reason}"] if reason else []
+    return (
+        [
+            "LARS moves the weights tensor by tensor here, and each step waits for their norms: "
+            f"{reason}"
+        ]
+        if reason
+        else []
+    )
 
 
 def batch_line(plan: Plan) -> str:
@@ -61,15 +89,23 @@ def batch_line(plan: Plan) -> str:
 
 
 def stage_table(plan: Plan, paper: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
-    """One line for each stage, under a heading; with `paper`, the stages of `planning.estimate`, what else is known of them."""
-    rows: list[tuple[str, ...]] = [("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")]
+    """One line for each stage, under a heading; with `paper`, the stages of `planning.estimate`,
+    what else is known of them.
+    """
+    rows: list[tuple[str, ...]] = [
+        ("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")
+    ]
     if paper is not None:
         rows[0] += ("full rate", "samples", "saved") + (("time",) if "seconds" in paper[0] else ())
     for stage in stages_of(plan):
         more: tuple[str, ...] = ()
         if paper is not None:
             row = paper[stage.stage]
-            more = (f"epoch {row['full_rate_epoch']:.4g}", f"{row['samples']:,}", f"{row['checkpoints']:,}")
+            more = (
+                f"epoch {row['full_rate_epoch']:.4g}",
+                f"{row['samples']:,}",
+                f"{row['checkpoints']:,}",
+            )
             more += (duration(row["seconds"]),) if "seconds" in row else ()
         layout = layout_of(plan, stage.global_batch)
         idle = f", {layout.idle_workers} idle" if layout.idle_workers else ""
@@ -93,20 +129,31 @@ def notes(plan: Plan, model: Any) -> list[str]:
     lines = []
     normalises = any("BatchNorm" in type(module).__name__ for module in model.modules())
     if plan.largest_micro_batch is not None:
-        fit = f"{plan.largest_micro_batch:,} samples" if plan.largest_micro_batch > 1 else "1 sample"
-        lines.append(f"note     batch.micro is auto: {fit} at once were tried out on every GPU, and no micro-batch is larger")
+        fit = (
+            f"{plan.largest_micro_batch:,} samples" if plan.largest_micro_batch > 1 else "1 sample"
+        )
+        lines.append(
+            f"note     batch.micro is auto: {fit} at once were tried out on every GPU, and no "
+            "micro-batch is larger"
+        )
     if plan.micro_batch is None and normalises:
-        lines.append("note     batch.micro is auto: batch statistics and dropout follow the number of workers")
+        lines.append(
+            "note     batch.micro is auto: batch statistics and dropout follow the number of "
+            "workers"
+        )
     elif plan.micro_batch is None:
-        lines.append("note     batch.micro is auto: dropout, where there is any, follows the number of workers")
+        lines.append(
+            "note     batch.micro is auto: dropout, where there is any, follows the number of "
+            "workers"
+        )
     stages = stages_of(plan)
     batches = {stage.global_batch for stage in stages if stage.steps > 1} | {stages[-1].last_batch}
     single = sorted(batch for batch in batches if batch % plan.micro_batch_of(batch) == 1)
     if normalises and single:
         layout = layout_of(plan, single[0])
         lines.append(
-            f"note     {layout.equation()}: a micro-batch of one sample; batch normalisation without further dimensions "
-            "(BatchNorm1d) refuses it"
+            f"note     {layout.equation()}: a micro-batch of one sample; batch normalisation "
+            "without further dimensions (BatchNorm1d) refuses it"
         )
     return lines
 
@@ -115,28 +162,48 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
     """What the user may not expect of this schedule, a line each."""
     lines = []
     growth, decay, epochs = job.batch.growth, job.lr.decay, plan.clock.epochs
-    if growth.policy == "adabatch" and growth.every_epochs is not None and growth.every_epochs >= epochs:
+    if (
+        growth.policy == "adabatch"
+        and growth.every_epochs is not None
+        and growth.every_epochs >= epochs
+    ):
         lines.append(
-            f"note     batch.growth.every_epochs is {growth.every_epochs:g}, the run has {epochs:g}: the batch never grows"
+            f"note     batch.growth.every_epochs is {growth.every_epochs:g}, the run has "
+            f"{epochs:g}: the batch never grows"
         )
-    if decay.policy == "multistep" and decay.every_epochs is not None and decay.every_epochs >= epochs:
-        lines.append(f"note     lr.decay.every_epochs is {decay.every_epochs:g}, the run has {epochs:g}: the rate never decays")
+    if (
+        decay.policy == "multistep"
+        and decay.every_epochs is not None
+        and decay.every_epochs >= epochs
+    ):
+        lines.append(
+            f"note     lr.decay.every_epochs is {decay.every_epochs:g}, the run has {epochs:g}: "
+            "the rate never decays"
+        )
     if job.batch.first > plan.clock.dataset_size:
         epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
         lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
     lines += _loss_notes(job, plan)
     last = stages_of(plan)[-1]
     if last.full_rate > epochs:
-        lines.append(f"note     the last stage ends before its rate is fully there, which would be at epoch {last.full_rate:.4g}")
+        lines.append(
+            "note     the last stage ends before its rate is fully there, which would be at epoch "
+            f"{last.full_rate:.4g}"
+        )
     return lines
 
 
 def _loss_notes(job: Job, plan: Plan) -> list[str]:
-    largest = layout_of(plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in stages_of(plan)))
-    if not (job.loss.is_torchs and "ignore_index" in job.loss.args and largest.num_micro_batches > 1):
+    largest = layout_of(
+        plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in stages_of(plan))
+    )
+    if not (
+        job.loss.is_torchs and "ignore_index" in job.loss.args and largest.num_micro_batches > 1
+    ):
         return []
     return [
-        f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is a mean over its own targets that count, and "
+        f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is a mean over "
+        "its own targets that count, and "
         "all weigh alike, whether many of their targets count or few"
     ]
 
@@ -145,7 +212,10 @@ def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: D
     """One line in words about a growth of the batch."""
     layout = BatchLayout(after.stage_batch, after.micro_batch, plan.world_size)
     lr = f"lr {after.lr:.4g}" if lr_before is None else f"lr {lr_before:.4g} becomes {after.lr:.4g}"
-    return f"epoch {after.epoch:.2f}: the global batch grows from {batch_before} to {layout.equation()}{_idle(layout)}; {lr}"
+    return (
+        f"epoch {after.epoch:.2f}: the global batch grows from {batch_before} to "
+        f"{layout.equation()}{_idle(layout)}; {lr}"
+    )
 
 
 def duration(seconds: float) -> str:
@@ -156,15 +226,27 @@ def duration(seconds: float) -> str:
 
 
 def _figure(value: Any) -> str:
-    return " and ".join(f"{part:g}" for part in value) if isinstance(value, (tuple, list)) else f"{value:g}"
+    return (
+        " and ".join(f"{part:g}" for part in value)
+        if isinstance(value, (tuple, list))
+        else f"{value:g}"
+    )
 
 
 def _idle(layout: BatchLayout) -> str:
     idle = layout.idle_workers
-    return f"; {idle} of {layout.world_size} workers idle, a smaller batch.micro would use them" if idle else ""
+    return (
+        f"; {idle} of {layout.world_size} workers idle, a smaller batch.micro would use them"
+        if idle
+        else ""
+    )
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,7 +1,8 @@
-"""Sees to it that nothing changes the saved buffers and extra state of a model while it trains, but batch normalisation its own.
+"""Sees to it that nothing changes the saved buffers and extra state of a model while it trains, but
+batch normalisation its own.
 
-The rehearsal refuses a model whose forward pass changes them at once; one that does so later, after some steps or beyond a value,
-is seen here, before a result of it is kept.
+The rehearsal refuses a model whose forward pass changes them at once; one that does so later, after
+some steps or beyond a value, is seen here, before a result of it is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class BufferGuard:
         self._before: dict[str, int] = {}
 
     def begin(self, learner: Replica) -> None:
-        """Take the state as it is when training begins; the running statistics are scattered already."""
+        """Take the state as it is when training begins; the running statistics are scattered
+        already.
+        """
         self._before = _digests(learner)
 
     def refuse_changes(self, control: ControlChannel, learner: Replica) -> None:
@@ -38,8 +41,9 @@ class BufferGuard:
         def refuse() -> None:
             if changed:
                 raise JobError(
-                    f"model.name: {changed[0]!r}, which is saved with the model, is changed while it trains; what it becomes "
-                    "would depend on how many micro-batches a worker processes (a cache may be a buffer with persistent=False)"
+                    f"model.name: {changed[0]!r}, which is saved with the model, is changed while "
+                    "it trains; what it becomes would depend on how many micro-batches a worker "
+                    "processes (a cache may be a buffer with persistent=False)"
                 )
 
         raise_on_all_ranks(control, refuse, name_ranks=False)
@@ -48,7 +52,11 @@ class BufferGuard:
 def _digests(learner: Replica) -> dict[str, int]:
     followed = learner.statistics.followed_buffers()
     saved = saved_tensors(learner.modules).items()
-    resting = {name: value for name, value in saved if not isinstance(value, torch.nn.Parameter) and id(value) not in followed}
+    resting = {
+        name: value
+        for name, value in saved
+        if not isinstance(value, torch.nn.Parameter) and id(value) not in followed
+    }
     for name, value in extra_states(learner.modules).items():
         resting[name] = torch.frombuffer(bytearray(pack({name: value})), dtype=torch.uint8)
     return tensor_digests(resting)

@@ -1,8 +1,10 @@
-"""Ends this process after some time whatever it does, with a message and a code, even while C code holds the interpreter lock.
+"""Ends this process after some time whatever it does, with a message and a code, even while C code
+holds the interpreter lock.
 
-Python's faulthandler can print the stacks without that lock, and end the process with code 1. The message and the code of our own
-come from timers of the C library whose notification is a C function called on a thread of its own: `warnx` and `_exit`.
-Where the C library has no such timers (not Linux) faulthandler alone is left, and its code 1.
+Python's faulthandler can print the stacks without that lock, and end the process with code 1. The
+message and the code of our own come from timers of the C library whose notification is a C function
+called on a thread of its own: `warnx` and `_exit`. Where the C library has no such timers (not
+Linux) faulthandler alone is left, and its code 1.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class HardExit:
 
     def __init__(self, code: int) -> None:
         self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._message = ctypes.create_string_buffer(2048)  # read by the C library when its time comes
+        # Read by the C library when its time comes
+        self._message = ctypes.create_string_buffer(2048)
         self._code = code
         self._timers: list[ctypes.c_void_p] = []
 
@@ -78,10 +81,17 @@ class HardExit:
         if self._libc is None:
             return False
         try:
-            for function, value in ((self._libc.warnx, ctypes.addressof(self._message)), (self._libc._exit, self._code)):
-                event = _Event(value, 0, _SIGEV_THREAD, ctypes.cast(function, ctypes.c_void_p).value, None)
+            for function, value in (
+                (self._libc.warnx, ctypes.addressof(self._message)),
+                (self._libc._exit, self._code),
+            ):
+                event = _Event(
+                    value, 0, _SIGEV_THREAD, ctypes.cast(function, ctypes.c_void_p).value, None
+                )
                 timer = ctypes.c_void_p()
-                if self._libc.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+                if self._libc.timer_create(
+                    _CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)
+                ):
                     raise OSError("no timer")
                 self._timers.append(timer)
         except (AttributeError, OSError):

@@ -1,7 +1,9 @@
-"""What becomes of a step whose mean gradients are not finite: the run stops, the step is left out, or the run goes back.
+"""What becomes of a step whose mean gradients are not finite: the run stops, the step is left out,
+or the run goes back.
 
-The gradients are reduced before they are looked at, so every rank sees the same and takes the same branch. A loss may be not
-finite while the gradients are. It is summed only where it is logged, behind the update: such a step cannot be left out any more.
+The gradients are reduced before they are looked at, so every rank sees the same and takes the same
+branch. A loss may be not finite while the gradients are. It is summed only where it is logged,
+behind the update: such a step cannot be left out any more.
 """
 
 from __future__ import annotations
@@ -34,16 +36,22 @@ class NonFinitePolicy(Protocol):
         ...
 
     def check_loss(self, decision: Decision, loss: float) -> None:
-        """The mean loss of an applied step is not finite. Raises what `check` does, on every rank alike."""
+        """The mean loss of an applied step is not finite. Raises what `check` does, on every rank
+        alike.
+        """
         ...
 
     def flush(self, learner: Replica) -> None:
-        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what `check` does."""
+        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what
+        `check` does.
+        """
         ...
 
 
 class RollBack(Exception):
-    """Go back to the last checkpoint and on from there with a lower rate; raised by every rank alike."""
+    """Go back to the last checkpoint and on from there with a lower rate; raised by every rank
+    alike.
+    """
 
     def __init__(self, reason: str, lr_factor: float) -> None:
         super().__init__(reason)
@@ -97,7 +105,10 @@ class SkipPolicy(_ChecksAtOnce):
             return True
         self.skipped += 1
         if self.skipped > self._limit:
-            raise DivergedError(f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped already")
+            raise DivergedError(
+                f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped "
+                "already"
+            )
         assert self._kept is not None
         learner.statistics.restore(self._kept)
         return False
@@ -137,7 +148,8 @@ class RollbackPolicy(_ChecksAtOnce):
 
 
 class LossScalingPolicy(_ChecksAtOnce):
-    """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks for a smaller scale.
+    """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks
+    for a smaller scale.
 
     Args:
         then: what is done where no scaling is left to be taken back.
@@ -178,9 +190,11 @@ class LossScalingPolicy(_ChecksAtOnce):
 
 
 class DeferredCheck:
-    """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no step waits for them.
+    """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no
+    step waits for them.
 
-    For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one behind it is never kept.
+    For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one
+    behind it is never kept.
 
     Args:
         then: the policy, which never leaves out a step.
@@ -205,7 +219,7 @@ class DeferredCheck:
         self._then.check_loss(decision, loss)
 
     def flush(self, learner: Replica) -> None:
-        """Judge the last step now. DataWait for the GPU."""
+        """Judge the last step now. Waits for the GPU."""
         if self._open is None:
             return
         (decision, arrived), self._open = self._open, None
@@ -215,14 +229,16 @@ class DeferredCheck:
 def _describe(decision: Decision, not_finite: list[str]) -> str:
     others = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
     return (
-        f"the gradient of {not_finite[0]}{others} is not finite at step {decision.step} (epoch {decision.epoch:.2f}, "
-        f"global batch {decision.global_batch}, lr {decision.lr:.4g}): lower lr.base or warm up longer"
+        f"the gradient of {not_finite[0]}{others} is not finite at step {decision.step} (epoch "
+        f"{decision.epoch:.2f}, global batch {decision.global_batch}, lr {decision.lr:.4g}): lower "
+        "lr.base or warm up longer"
     )
 
 
 def _describe_loss(decision: Decision, loss: float) -> str:
     return (
-        f"the loss is {loss} at step {decision.step} (epoch {decision.epoch:.2f}, global batch {decision.global_batch}) "
-        "while the gradients are finite: most often all targets of a micro-batch are ignored (ignore_index), so that its mean "
-        "has no sample; else look for a logarithm or a division by zero in the loss"
+        f"the loss is {loss} at step {decision.step} (epoch {decision.epoch:.2f}, global batch "
+        f"{decision.global_batch}) while the gradients are finite: most often all targets of a "
+        "micro-batch are ignored (ignore_index), so that its mean has no sample; else look for a "
+        "logarithm or a division by zero in the loss"
     )

@@ -1,4 +1,6 @@
-"""What is said when memory runs out on a rank, and how the largest micro-batch that fits on a GPU is found."""
+"""What is said when memory runs out on a rank, and how the largest micro-batch that fits on a GPU
+is found.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def explain_out_of_memory(where: str, advice: str) -> Iterator[None]:
 def oom_hint(micro_batch: int, global_batch: int) -> str:
     """What would take less memory than micro-batches of so many samples."""
     if micro_batch == 1:
-        return "a micro-batch has one sample already: use a larger device, fewer bits (precision: bf16) or a smaller model"
+        return (
+            "a micro-batch has one sample already: use a larger device, fewer bits (precision: "
+            "bf16) or a smaller model"
+        )
     lower = f"set batch.micro lower, e.g. to {micro_batch // 2}"
     return f"{lower}; the global batch of {global_batch:,} stays, in more accumulation steps"
 
@@ -56,9 +61,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
-# Of the size of the weights: kept free for the optimizer's state (two of them for LAMB and Adam) and the sum over workers.
+# Of the size of the weights: kept free for the optimizer's state (two of them for LAMB and Adam)
+# and the sum over workers.
 _KEPT_FREE = 3
-# Of a GPU: for what does not come out of torch's store, such as NCCL's and Horovod's buffers, which come with the first sum.
+# Of a GPU: for what does not come out of torch's store, such as NCCL's and Horovod's buffers, which
+# come with the first sum.
 _PART_KEPT_FREE, _LEAST_KEPT_FREE = 20, 2**30
 
 
@@ -69,9 +76,11 @@ def largest_micro_batch(
     samples: Callable[[int], tuple[Any, Any]],
     most: int,
 ) -> int:
-    """How many samples a forward and backward pass can take at once on this worker's device, by trying it out.
+    """How many samples a forward and backward pass can take at once on this worker's device, by
+    trying it out.
 
-    Leaves nothing behind: no gradient, no change of a buffer, of a module's mode or of torch's random generators.
+    Leaves nothing behind: no gradient, no change of a buffer, of a module's mode or of torch's
+    random generators.
 
     Args:
         model: on the device, not yet joined with other workers.
@@ -93,7 +102,11 @@ def largest_micro_batch(
             _kept_free = [torch.empty_like(weight) for weight in weights for _ in range(_KEPT_FREE)]
             if is_gpu:
                 part = torch.cuda.mem_get_info(arithmetic.device)[1] // _PART_KEPT_FREE
-                _kept_free.append(torch.empty(max(part, _LEAST_KEPT_FREE), dtype=torch.uint8, device=arithmetic.device))
+                _kept_free.append(
+                    torch.empty(
+                        max(part, _LEAST_KEPT_FREE), dtype=torch.uint8, device=arithmetic.device
+                    )
+                )
             inputs, targets = samples(size)
             with arithmetic.autocast():
                 value = loss(model(inputs), targets)
@@ -103,7 +116,9 @@ def largest_micro_batch(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) and size <= 2:
                 raise
-            return False  # a larger size also fails where a library has no way for it, or cannot number its values
+            # A larger size also fails where a library has no way for it, or cannot number its
+            # values
+            return False
         finally:
             for weight in weights:
                 weight.grad = None
@@ -119,7 +134,8 @@ def largest_micro_batch(
     for whole in modules.values():
         whole.train()
     gpus = [arithmetic.device] if is_gpu else []
-    with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):  # compiling each size takes minutes
+    # Compiling each size takes minutes
+    with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):
         try:
             return largest_that_fits(tried, most)
         finally:
@@ -131,7 +147,8 @@ def largest_micro_batch(
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest size from 1 to `most` that fits, to within a sixteenth of it; 0 if not even one does.
+    """The largest size from 1 to `most` that fits, to within a sixteenth of it; 0 if not even one
+    does.
 
     Args:
         fits: tries a size out; what fits once also fits when it is smaller.

@@ -1,7 +1,9 @@
-"""Requests to stop: signals, a file, a time limit. They only set a flag; the run stops between two steps, on all ranks alike.
+"""Requests to stop: signals, a file, a time limit. They only set a flag; the run stops between two
+steps, on all ranks alike.
 
-SIGUSR1, SIGUSR2 and SIGTERM reach the ranks when a scheduler or a user signals `mpirun`, or a single rank. A flag that one rank
-has seen rides with the gradients of the coming step, so every rank stops behind the same step.
+SIGUSR1, SIGUSR2 and SIGTERM reach the ranks when a scheduler or a user signals `mpirun`, or a
+single rank. A flag that one rank has seen rides with the gradients of the coming step, so every
+rank stops behind the same step.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ class StopRequest:
         """From now on also look at the clock and for a file.
 
         Args:
-            stop_file: a file whose appearance asks for a stop; None on ranks that do not look. One from before is removed.
+            stop_file: a file whose appearance asks for a stop; None on ranks that do not look. One
+                from before is removed.
             after_minutes: a time limit since the start of this process, or None.
         """
         self._stop_file, self._minutes = stop_file, after_minutes
         self.consume_file()
 
     def install_handlers(self) -> None:
-        """Let the signals set the flag from now on; a second Ctrl-C ends this process at once, as users expect."""
+        """Let the signals set the flag from now on; a second Ctrl-C ends this process at once, as
+        users expect.
+        """
         for name in _SIGNALS:
             signal.signal(getattr(signal, name), self._heard)
 

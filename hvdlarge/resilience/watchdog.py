@@ -1,9 +1,11 @@
-"""Ends a run in which this rank makes no progress: a rank that hangs, is stopped or holds the interpreter lock holds up all.
+"""Ends a run in which this rank makes no progress: a rank that hangs, is stopped or holds the
+interpreter lock holds up all.
 
-Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not see a rank that is frozen as a
-whole. A thread on every rank does: when a phase lasts longer than its limit it prints where this rank stands, who is behind,
-and all stacks, and leaves with exit code 72; the launcher then ends the others. A second line stands behind it that needs no
-interpreter lock (hard_exit.py): MPI waits inside its own start for a rank that never comes, and holds that lock.
+Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not see a
+rank that is frozen as a whole. A thread on every rank does: when a phase lasts longer than its
+limit it prints where this rank stands, who is behind, and all stacks, and leaves with exit code 72;
+the launcher then ends the others. A second line stands behind it that needs no interpreter lock
+(hard_exit.py): MPI waits inside its own start for a rank that never comes, and holds that lock.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _SECOND_LINE_SECONDS, _SECOND_LINE_AT_THE_START_SECONDS = 30.0, 2.0
 
 
 class Watchdog:
-    """Watches the progress of one rank, between `start` and `stop`; before and behind them nothing is armed.
+    """Watches the progress of one rank, between `start` and `stop`; before and behind them nothing
+    is armed.
 
     Args:
         rank: this worker.
@@ -53,7 +56,9 @@ class Watchdog:
         self._thread.start()
 
     def take_notes(self, folder: Path) -> None:
-        """From now on note this rank's place in `folder` every few seconds, for the others and for an operator to read."""
+        """From now on note this rank's place in `folder` every few seconds, for the others and for
+        an operator to read.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:  # a note is a help, not a duty: a full disk must not end the run here
@@ -70,7 +75,9 @@ class Watchdog:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Count the `with` block as `phase`, then go back to the phase before it with a fresh start."""
+        """Count the `with` block as `phase`, then go back to the phase before it with a fresh
+        start.
+        """
         before = self._phase
         self.progress(phase)
         self._rearm()
@@ -93,11 +100,14 @@ class Watchdog:
         if not self._watching:
             return
         self._armed = time.monotonic()
-        after = _SECOND_LINE_AT_THE_START_SECONDS if self._phase == "start" else _SECOND_LINE_SECONDS
+        after = (
+            _SECOND_LINE_AT_THE_START_SECONDS if self._phase == "start" else _SECOND_LINE_SECONDS
+        )
         self._last_line.arm(
             self._limit() + after,
-            f"rank {self._rank} ({socket.gethostname()}) has not moved for {self._limit():g} s in phase {self._phase}: "
-            "something holds its interpreter, MPI that waits for another rank or a call into C (timeouts in the job). Stacks:",
+            f"rank {self._rank} ({socket.gethostname()}) has not moved for {self._limit():g} s in "
+            f"phase {self._phase}: something holds its interpreter, MPI that waits for another "
+            "rank or a call into C (timeouts in the job). Stacks:",
         )
 
     def _watch(self) -> None:
@@ -128,8 +138,9 @@ class Watchdog:
 
     def _leave(self, seconds: float) -> None:
         lines = [
-            f"hvdlarge: error: rank {self._rank} ({socket.gethostname()}) has waited {seconds:.0f} s in phase {self._phase} "
-            f"of step {self._step}; the limit is {self._limit():g} s (timeouts in the job). A rank hangs or is stopped.",
+            f"hvdlarge: error: rank {self._rank} ({socket.gethostname()}) has waited {seconds:.0f} "
+            f"s in phase {self._phase} of step {self._step}; the limit is {self._limit():g} s "
+            "(timeouts in the job). A rank hangs or is stopped.",
             *self._behind(),
             "the stacks of this rank:",
         ]
@@ -139,7 +150,9 @@ class Watchdog:
         os._exit(HUNG)
 
     def _behind(self) -> list[str]:
-        """The ranks whose last note is old or of an earlier step, where the run folder is shared."""
+        """The ranks whose last note is old or of an earlier step, where the run folder is
+        shared.
+        """
         if self._notes is None:
             return []
         lines = []
@@ -147,8 +160,13 @@ class Watchdog:
             try:
                 note = json.loads(path.read_text())
                 age = time.time() - note["time"]
-                if note["rank"] != self._rank and (age > 3 * _NOTE_SECONDS or note["step"] < self._step):
-                    seen = f"was last seen {age:.0f} s ago in phase {note['phase']} of step {note['step']}"
+                if note["rank"] != self._rank and (
+                    age > 3 * _NOTE_SECONDS or note["step"] < self._step
+                ):
+                    seen = (
+                        f"was last seen {age:.0f} s ago in phase {note['phase']} of step "
+                        f"{note['step']}"
+                    )
                     lines.append(f"rank {note['rank']} ({note['host']}) {seen}")
             except (OSError, ValueError, KeyError):
                 continue

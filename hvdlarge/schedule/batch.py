@@ -1,10 +1,13 @@
-"""How a step's samples are cut into micro-batches and dealt to the workers: the one place of the batch arithmetic.
+"""How a step's samples are cut into micro-batches and dealt to the workers: the one place of the
+batch arithmetic.
 
-Formula:  global_batch = Σ over workers of (micro-batches of that worker × their sizes)     e.g. 8192 = 64 × 2 × 64
-          M = ⌈global_batch / micro_batch⌉ micro-batches; worker r of n takes those from ⌊r·M/n⌋ to ⌊(r+1)·M/n⌋ − 1
+Formula:  global_batch = Σ over workers of (micro-batches of that worker × their sizes)     e.g.
+          8192 = 64 × 2 × 64 M = ⌈global_batch / micro_batch⌉ micro-batches; worker r of n takes
+          those from ⌊r·M/n⌋ to ⌊(r+1)·M/n⌋ − 1
 Source:   DESIGN of this project, sections 2 and 5.
-Contract: pure. Micro-batches belong to the step and not to the worker: their limits do not depend on the number of workers.
-          Each worker's micro-batches are consecutive, and two workers never differ by more than one.
+Contract: pure. Micro-batches belong to the step and not to the worker: their limits do not depend
+          on the number of workers. Each worker's micro-batches are consecutive, and two workers
+          never differ by more than one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from typing import NamedTuple
 
 
 class MicroBatch(NamedTuple):
-    """One forward/backward pass: samples `start` … `stop` − 1 of the stream (or of an evaluation set)."""
+    """One forward/backward pass: samples `start` … `stop` − 1 of the stream (or of an evaluation
+    set).
+    """
 
     number: int  # place in its step, 0 … M − 1
     start: int
@@ -75,20 +80,34 @@ class BatchLayout:
         return max(0, self.world_size - self.num_micro_batches)
 
     def equation(self) -> str:
-        """The identity as arithmetic: micro-batch × accumulation steps × workers, or its terms where they are uneven."""
+        """The identity as arithmetic: micro-batch × accumulation steps × workers, or its terms
+        where they are uneven.
+        """
         if self.global_batch == self.micro_batch * self.accumulation_steps * self.world_size:
-            return f"{self.global_batch} = {self.micro_batch} × {self.accumulation_steps} × {self.world_size}"
-        terms = "+".join(f"{count}×{workers}" if workers > 1 else f"{count}" for count, workers in self._deal())
+            return (
+                f"{self.global_batch} = {self.micro_batch} × {self.accumulation_steps} × "
+                f"{self.world_size}"
+            )
+        terms = "+".join(
+            f"{count}×{workers}" if workers > 1 else f"{count}" for count, workers in self._deal()
+        )
         full, rest = divmod(self.global_batch, self.micro_batch)
         cut = f"{self.micro_batch} × {full}" + (f" + {rest}" if rest else "")
-        return f"{self.global_batch} = {cut if full else rest}, dealt {terms} to {self.world_size} workers"
+        return (
+            f"{self.global_batch} = {cut if full else rest}, dealt {terms} to {self.world_size} "
+            "workers"
+        )
 
     def _deal(self) -> Iterator[tuple[int, int]]:
-        """(micro-batches, number of workers that have so many), the busiest first, idle workers left out."""
+        """(micro-batches, number of workers that have so many), the busiest first, idle workers
+        left out.
+        """
         counts = [len(self.numbers_of_rank(rank)) for rank in range(self.world_size)]
         for count in sorted(set(counts) - {0}, reverse=True):
             yield count, counts.count(count)
 
     def _micro_batch(self, number: int, start: int) -> MicroBatch:
         first = number * self.micro_batch
-        return MicroBatch(number, start + first, start + min(first + self.micro_batch, self.global_batch))
+        return MicroBatch(
+            number, start + first, start + min(first + self.micro_batch, self.global_batch)
+        )

@@ -1,17 +1,21 @@
 """Decay of the learning rate over a run.
 
 Formula:  constant: 1;   multistep: gamma^(marks reached);
-          with x = (epoch − W) / (T − W), W = end of the first warmup, T = the run's length (after_warmup: true, the reading of
-          MLPerf and of the LEGW tables), or W = 0 (after_warmup: false):
+          with x = (epoch − W) / (T − W), W = end of the first warmup, T = the run's length
+          (after_warmup: true, the reading of MLPerf and of the LEGW tables), or W = 0
+          (after_warmup: false):
           polynomial:  end + (1 − end)·(1 − x)^power;   cosine:  end + (1 − end)·(1 + cos πx) / 2
           exponential: gamma^((epoch − W) / every_epochs)
-          one_cycle:   with p = peak: linear from start to 1 over x in [0, p], back to start over [p, 2p], then on to end
+          one_cycle:   with p = peak: linear from start to 1 over x in [0, p], back to start over
+          [p, 2p], then on to end
                        over [2p, 1]; it holds its own warmup, so the job's must be none and W = 0
-Source:   polynomial, power 2: You, Gitman, Ginsburg, LARS (2017), Algorithm 1; multistep: AdaBatch (2017), where a baseline
-          decay of 0.375 and a batch doubling with linear scaling give the paper's factor 0.75; exponential: one of the
-          schedules that LEGW (2019) was tried with; cosine: Loshchilov and Hutter, SGDR (2017), equation 5 without restarts;
-          one_cycle: Smith and Topin, "Super-Convergence" (2018), section 3, "1cycle".
-Contract: pure; read at the start of a step; 1 before it begins (one_cycle: at its peak) and never above 1.
+Source:   polynomial, power 2: You, Gitman, Ginsburg, LARS (2017), Algorithm 1; multistep: AdaBatch
+          (2017), where a baseline decay of 0.375 and a batch doubling with linear scaling give the
+          paper's factor 0.75; exponential: one of the schedules that LEGW (2019) was tried with;
+          cosine: Loshchilov and Hutter, SGDR (2017), equation 5 without restarts; one_cycle: Smith
+          and Topin, "Super-Convergence" (2018), section 3, "1cycle".
+Contract: pure; read at the start of a step; 1 before it begins (one_cycle: at its peak) and never
+          above 1.
 """
 
 from __future__ import annotations
@@ -59,7 +63,9 @@ class MultistepDecay:
         check_milestones(self.every_epochs, self.milestones, ("every_epochs", "milestones"))
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch` (epochs); the end of the warmup and the run's length do not matter to it."""
+        """The decay at `epoch` (epochs); the end of the warmup and the run's length do not matter
+        to it.
+        """
         return self.gamma ** milestones_reached(epoch, self.every_epochs, self.milestones)
 
 
@@ -70,7 +76,8 @@ class PolynomialDecay:
     Args:
         power: of the polynomial; 2 in the LARS paper.
         end_factor: the decay at the end of the run, in [0, 1].
-        after_warmup: measured from the end of the first warmup (True) or from the start of the run (False).
+        after_warmup: measured from the end of the first warmup (True) or from the start of the run
+            (False).
 
     >>> decay = PolynomialDecay(power=2)
     >>> [round(10 * decay.factor(epoch, 0, 100), 9) for epoch in (0, 25, 50, 75, 99)]
@@ -88,7 +95,9 @@ class PolynomialDecay:
         _check_factor("end_factor", self.end_factor)
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs` (all in epochs)."""
+        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs`
+        (all in epochs).
+        """
         passed = _passed(epoch, warmup_end if self.after_warmup else 0.0, epochs)
         return self.end_factor + (1.0 - self.end_factor) * (1.0 - passed) ** self.power
 
@@ -99,7 +108,8 @@ class CosineDecay:
 
     Args:
         end_factor: the decay at the end of the run, in [0, 1].
-        after_warmup: measured from the end of the first warmup (True) or from the start of the run (False).
+        after_warmup: measured from the end of the first warmup (True) or from the start of the run
+            (False).
 
     >>> decay = CosineDecay()
     >>> [round(decay.factor(epoch, 10, 110), 9) for epoch in (10, 35, 60, 110)]
@@ -114,7 +124,9 @@ class CosineDecay:
         _check_factor("end_factor", self.end_factor)
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs` (all in epochs)."""
+        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs`
+        (all in epochs).
+        """
         passed = _passed(epoch, warmup_end if self.after_warmup else 0.0, epochs)
         return self.end_factor + (1.0 - self.end_factor) * 0.5 * (1.0 + math.cos(math.pi * passed))
 
@@ -126,7 +138,8 @@ class ExponentialDecay:
     Args:
         gamma: in (0, 1].
         every_epochs: the stretch, in epochs.
-        after_warmup: measured from the end of the first warmup (True) or from the start of the run (False).
+        after_warmup: measured from the end of the first warmup (True) or from the start of the run
+            (False).
 
     >>> decay = ExponentialDecay(gamma=0.5, every_epochs=2)
     >>> [decay.factor(epoch, 1, 90) for epoch in (0, 1, 3, 5)]
@@ -142,7 +155,9 @@ class ExponentialDecay:
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
         if not (math.isfinite(self.every_epochs) and self.every_epochs > 0):
-            raise ValueError(f"every_epochs must be a positive number of epochs, got {self.every_epochs}")
+            raise ValueError(
+                f"every_epochs must be a positive number of epochs, got {self.every_epochs}"
+            )
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
         """The decay at `epoch`, for a first warmup that ends at `warmup_end` (both in epochs)."""
@@ -175,10 +190,15 @@ class OneCycle:
         if not 0 < self.start_factor <= 1:
             raise ValueError(f"start_factor must be above 0 and at most 1, got {self.start_factor}")
         if not 0 <= self.end_factor <= self.start_factor:
-            raise ValueError(f"end_factor must lie between 0 and start_factor ({self.start_factor}), got {self.end_factor}")
+            raise ValueError(
+                f"end_factor must lie between 0 and start_factor ({self.start_factor}), got "
+                f"{self.end_factor}"
+            )
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The factor at `epoch` of a run of `epochs` (both in epochs); `warmup_end` is 0, since the cycle is its own warmup."""
+        """The factor at `epoch` of a run of `epochs` (both in epochs); `warmup_end` is 0, since the
+        cycle is its own warmup.
+        """
         passed = _passed(epoch, 0.0, epochs)
         if passed <= 2 * self.peak:
             return 1.0 - (1.0 - self.start_factor) * abs(passed - self.peak) / self.peak
@@ -190,7 +210,9 @@ Decay = ConstantDecay | MultistepDecay | ExponentialDecay | PolynomialDecay | Co
 
 
 def _passed(epoch: float, begin: float, epochs: float) -> float:
-    """The part of the way from `begin` to the end of the run that lies behind `epoch`, in [0, 1]."""
+    """The part of the way from `begin` to the end of the run that lies behind `epoch`, in [0,
+    1].
+    """
     if epoch <= begin or begin >= epochs:
         return 0.0
     return min(1.0, (epoch - begin) / (epochs - begin))

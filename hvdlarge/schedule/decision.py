@@ -1,6 +1,7 @@
 """The order for one step: what the rank-0 controller decides and every worker follows.
 
-Formula:  one fixed record, little endian; float64 fields travel as their bits, so every rank has the very same rate.
+Formula:  one fixed record, little endian; float64 fields travel as their bits, so every rank has
+          the very same rate.
 Source:   DESIGN of this project, section 4 (two wires).
 Contract: pure; `from_bytes(decision.to_bytes()) == decision`, bit for bit.
 """
@@ -31,7 +32,8 @@ class Decision:
 
     def to_plain(self) -> dict[str, int | float | bool]:
         """Its fields by name."""
-        return dict(vars(self))  # all of them are numbers: dataclasses.asdict would take ten times as long to find out
+        # All of them are numbers: dataclasses.asdict would take ten times as long to find out
+        return dict(vars(self))
 
     @classmethod
     def from_bytes(cls, record: bytes) -> Decision:

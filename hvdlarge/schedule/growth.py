@@ -1,10 +1,13 @@
 """Growth of the global batch during a run.
 
-Formula:  global_batch(epoch) = min(max, round(initial · factor^n)),  n = growth marks reached at `epoch`; 2^62 at most
-Source:   AdaBatch: Devarakonda, Naumov, Garland, "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks"
-          (2017), section 3: at fixed epoch marks the batch is multiplied by beta (2 in the main experiments).
-Contract: pure; epochs are floats; a mark acts on the first step that starts at or after it, and only between steps.
-          The rate that goes with a growth is in scaling.py and warmup.py, the decay that goes with it in decay.py.
+Formula:  global_batch(epoch) = min(max, round(initial · factor^n)),  n = growth marks reached at
+          `epoch`; 2^62 at most
+Source:   AdaBatch: Devarakonda, Naumov, Garland, "AdaBatch: Adaptive Batch Sizes for Training Deep
+          Neural Networks" (2017), section 3: at fixed epoch marks the batch is multiplied by beta
+          (2 in the main experiments).
+Contract: pure; epochs are floats; a mark acts on the first step that starts at or after it, and
+          only between steps. The rate that goes with a growth is in scaling.py and warmup.py, the
+          decay that goes with it in decay.py.
 """
 
 from __future__ import annotations

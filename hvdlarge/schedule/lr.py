@@ -1,8 +1,9 @@
 """The learning rate of one step, put together from scaling, warmup and decay.
 
 Formula:  lr = base_lr · multiplier(epoch at the step's end) · decay(epoch at the step's start)
-Source:   DESIGN of this project, section 6. Warmup is read at the end of a step, so the first step moves and the first
-          full-rate step is the one that completes the warmup; decay is read at its start, so the first step is undecayed.
+Source:   DESIGN of this project, section 6. Warmup is read at the end of a step, so the first step
+          moves and the first full-rate step is the one that completes the warmup; decay is read at
+          its start, so the first step is undecayed.
 Contract: pure; `stages` holds the stages begun so far, including the one that the step belongs to.
 """
 
@@ -38,7 +39,9 @@ class LRSchedule:
             raise ValueError(f"base must be a positive rate, got {self.base}")
 
     def lr(self, stages: Sequence[StageStart], start: float, end: float, epochs: float) -> float:
-        """The rate of the step that goes from epoch `start` to epoch `end` in a run of `epochs` epochs."""
+        """The rate of the step that goes from epoch `start` to epoch `end` in a run of `epochs`
+        epochs.
+        """
         warmup_end = self.warmup.length(stages[0].batch_factor)
         rise = multiplier(self.warmup, self.scaling, stages, end)
         return self.base * rise * self.decay.factor(start, warmup_end, epochs)

@@ -1,7 +1,8 @@
 """A run on paper: its stages, without taking a step.
 
-Contract: pure; the stages, step counts and rates are those that the controller will decide, found by arithmetic, so that a
-          run of a million steps costs no more to outline than one of ten. A test holds the two together.
+Contract: pure; the stages, step counts and rates are those that the controller will decide, found
+          by arithmetic, so that a run of a million steps costs no more to outline than one of ten.
+          A test holds the two together.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class StageOutline:
     end: float  # epochs
     steps: int  # updates
     global_batch: int  # samples
-    last_batch: int  # samples of the stage's last step; smaller than global_batch at the end of a run only
+    # Samples of the stage's last step; smaller than global_batch at the end of a run only
+    last_batch: int
     first_lr: float
     highest_lr: float
     last_lr: float
@@ -46,8 +48,12 @@ class Stretch(NamedTuple):
     lr: Callable[[int], float]  # of the step with this number within the stretch
 
 
-def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule) -> Iterator[Stretch]:
-    """The stretches of a run of `clock` that begins with `initial` samples an update; `base_batch` is where k = 1."""
+def stretches(
+    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule
+) -> Iterator[Stretch]:
+    """The stretches of a run of `clock` that begins with `initial` samples an update; `base_batch`
+    is where k = 1.
+    """
     starts: list[StageStart] = []
     samples, total = 0, clock.total_samples
     while samples < total:
@@ -56,26 +62,38 @@ def stretches(clock: Clock, base_batch: int, initial: int, growth: Growth, rate:
         starts.append(StageStart(epoch, batch / base_batch))
         steps = _steps_of(clock, initial, growth, samples, batch)
 
-        def lr(step: int, begun: tuple[StageStart, ...] = tuple(starts), first: int = samples, batch: int = batch) -> float:
+        def lr(
+            step: int,
+            begun: tuple[StageStart, ...] = tuple(starts),
+            first: int = samples,
+            batch: int = batch,
+        ) -> float:
             start = first + step * batch
-            return rate.lr(begun, clock.epoch(start), clock.epoch(min(total, start + batch)), clock.epochs)
+            return rate.lr(
+                begun, clock.epoch(start), clock.epoch(min(total, start + batch)), clock.epochs
+            )
 
         yield Stretch(samples, steps, batch, tuple(starts), lr)
         samples = min(total, samples + steps * batch)
 
 
 def _steps_of(clock: Clock, initial: int, growth: Growth, first: int, batch: int) -> int:
-    """Steps of `batch` samples from sample `first` on, up to the end of the run or the first step of a larger batch."""
+    """Steps of `batch` samples from sample `first` on, up to the end of the run or the first step
+    of a larger batch.
+    """
     left = -(-(clock.total_samples - first) // batch)
 
     def has_grown(step: int) -> bool:
         return growth.global_batch(initial, clock.epoch(first + step * batch)) > batch
 
-    # Batches only grow, so this is a search: marks may be many more than steps, and most of them may round to no change.
+    # Batches only grow, so this is a search: marks may be many more than steps, and most of them
+    # may round to no change.
     return 1 + bisect_left(range(1, left), True, key=has_grown)
 
 
-def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule) -> list[StageOutline]:
+def outline(
+    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule
+) -> list[StageOutline]:
     """The stages of a run; the arguments are those of `stretches`."""
     stages: list[StageOutline] = []
     for stretch in stretches(clock, base_batch, initial, growth, rate):
@@ -83,7 +101,11 @@ def outline(clock: Clock, base_batch: int, initial: int, growth: Growth, rate: L
         end = min(clock.total_samples, first + steps * batch)
         full_rate = full_rate_epoch(rate.warmup, stretch.starts)
         turns = [full_rate, *_turns(rate.decay, clock.epochs, full_rate)]
-        near = {-(-(clock.samples_until(turn) - first) // batch) + aside for turn in turns for aside in (-1, 0)}
+        near = {
+            -(-(clock.samples_until(turn) - first) // batch) + aside
+            for turn in turns
+            for aside in (-1, 0)
+        }
         stages.append(
             StageOutline(
                 stage=len(stages),
@@ -115,21 +137,30 @@ def _turns(decay: Decay, epochs: float, full_rate: float) -> list[float]:
 
 
 def _highest(stretch: Stretch, near: Sequence[int]) -> float:
-    """The highest rate of a stretch: that of its turns, or of a search that closes in on the highest of evenly spaced steps."""
+    """The highest rate of a stretch: that of its turns, or of a search that closes in on the
+    highest of evenly spaced steps.
+    """
     low, high = 0, stretch.steps - 1
     while True:
         probes = sorted({low + number * (high - low) // _PROBES for number in range(_PROBES + 1)})
         rates = [stretch.lr(step) for step in probes]
         best = rates.index(max(rates))
         if high - low <= _PROBES:
-            return max(rates[best], *(stretch.lr(step) for step in near), stretch.lr(0), stretch.lr(stretch.steps - 1))
+            return max(
+                rates[best],
+                *(stretch.lr(step) for step in near),
+                stretch.lr(0),
+                stretch.lr(stretch.steps - 1),
+            )
         low, high = probes[max(0, best - 1)], probes[min(len(probes) - 1, best + 1)]
 
 
 def curve(
     clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule, points: int = 400
 ) -> list[tuple[float, int, float]]:
-    """Epoch, global batch and rate of about `points` steps of each stage, in order, first and last among them."""
+    """Epoch, global batch and rate of about `points` steps of each stage, in order, first and last
+    among them.
+    """
     found = []
     for stretch in stretches(clock, base_batch, initial, growth, rate):
         steps = sorted({number * (stretch.steps - 1) // points for number in range(points + 1)})

@@ -27,7 +27,8 @@ class Plan:
     growth: Growth
     rate: LRSchedule
     world_size: int  # workers
-    largest_micro_batch: int | None = None  # samples that fit at once on every worker; None: as many as there are
+    # Samples that fit at once on every worker; None: as many as there are
+    largest_micro_batch: int | None = None
 
     def micro_batch_of(self, global_batch: int) -> int:
         """Samples of one forward/backward pass in a step of `global_batch` samples."""
@@ -38,8 +39,14 @@ class Plan:
         return -(-share // passes)
 
     def fingerprint(self) -> str:
-        """What stands for the schedule: 16 hexadecimal digits, the same for the same decisions whatever the number of workers."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("world_size", "largest_micro_batch")}
+        """What stands for the schedule: 16 hexadecimal digits, the same for the same decisions
+        whatever the number of workers.
+        """
+        plain = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("world_size", "largest_micro_batch")
+        }
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def layout(self, decision: Decision) -> BatchLayout:
@@ -51,8 +58,9 @@ class Plan:
 class RunProgress:
     """Where a run stands between two steps: all that the controller needs to go on from there.
 
-    What was decided ahead of it is no part of it: every decision is a function of the plan and of this, and the plan may change
-    at a resume (a run may become longer or shorter, and with it what its last step is).
+    What was decided ahead of it is no part of it: every decision is a function of the plan and of
+    this, and the plan may change at a resume (a run may become longer or shorter, and with it what
+    its last step is).
     """
 
     step: int = 0  # steps taken
@@ -64,7 +72,10 @@ class RunProgress:
     def to_plain(self) -> dict[str, Any]:
         """As builtins, for a checkpoint."""
         return {
-            **{name: getattr(self, name) for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
+            **{
+                name: getattr(self, name)
+                for name in ("step", "samples_seen", "stage_batch", "lr_factor")
+            },
             "stages": [[stage.epoch, stage.batch_factor] for stage in self.stages],
         }
 

@@ -1,9 +1,11 @@
 """Progress of a run: samples are the clock, epochs are a float read off it.
 
-Formula:  epoch = samples_seen / dataset_size;  total_samples = epochs · dataset_size (rounded to whole samples)
-Source:   DESIGN of this project, sections 5 and 6. Counting steps instead would shift every schedule when the batch grows.
-Contract: pure. Every comparison of progress with a mark goes through `reached`, so that two policies with the same
-          mark (AdaBatch's growth and its decay) act in the same step.
+Formula:  epoch = samples_seen / dataset_size;  total_samples = epochs · dataset_size (rounded to
+          whole samples)
+Source:   DESIGN of this project, sections 5 and 6. Counting steps instead would shift every
+          schedule when the batch grows.
+Contract: pure. Every comparison of progress with a mark goes through `reached`, so that two
+          policies with the same mark (AdaBatch's growth and its decay) act in the same step.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-# A mark such as 3 × 0.1 epochs is not exactly a float; a progress this close to it (relative) has reached it.
+# A mark such as 3 × 0.1 epochs is not exactly a float; a progress this close to it (relative) has
+# reached it.
 _TOLERANCE = 1e-12
 
 
@@ -37,7 +40,10 @@ class Clock:
         if self.dataset_size < 1:
             raise ValueError(f"dataset_size must be at least 1 sample, got {self.dataset_size}")
         if not (math.isfinite(self.epochs) and self.total_samples >= 1):
-            raise ValueError(f"a run of {self.epochs} epochs over {self.dataset_size} samples has no sample in it")
+            raise ValueError(
+                f"a run of {self.epochs} epochs over {self.dataset_size} samples has no sample in "
+                "it"
+            )
 
     @property
     def total_samples(self) -> int:
@@ -57,12 +63,17 @@ class Clock:
 
 
 def reached(epoch: float, mark: float) -> bool:
-    """Whether progress `epoch` has come to `mark` (both in epochs): with a mark at 20, epoch 20.0 has, 19.99 has not."""
+    """Whether progress `epoch` has come to `mark` (both in epochs): with a mark at 20, epoch 20.0
+    has, 19.99 has not.
+    """
     return epoch >= mark * (1 - _TOLERANCE)
 
 
-def milestones_reached(epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None) -> int:
-    """How many marks lie behind `epoch`: those at 1, 2, 3, … times `every_epochs`, or those listed in `at_epochs`.
+def milestones_reached(
+    epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None
+) -> int:
+    """How many marks lie behind `epoch`: those at 1, 2, 3, … times `every_epochs`, or those listed
+    in `at_epochs`.
 
     >>> [milestones_reached(epoch, 20, None) for epoch in (0, 19.999, 20, 45)]
     [0, 0, 1, 2]
@@ -77,7 +88,9 @@ def milestones_reached(epoch: float, every_epochs: float | None, at_epochs: Sequ
     return count + 1 if reached(epoch, (count + 1) * every_epochs) else count
 
 
-def next_mark(epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None) -> float | None:
+def next_mark(
+    epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None
+) -> float | None:
     """The next mark (in epochs) that `epoch` has not reached, or None."""
     if at_epochs is not None:
         return min((mark for mark in at_epochs if not reached(epoch, mark)), default=None)
@@ -86,7 +99,9 @@ def next_mark(epoch: float, every_epochs: float | None, at_epochs: Sequence[floa
     return (milestones_reached(epoch, every_epochs, None) + 1) * every_epochs
 
 
-def check_milestones(every_epochs: float | None, at_epochs: Sequence[float] | None, names: tuple[str, str]) -> None:
+def check_milestones(
+    every_epochs: float | None, at_epochs: Sequence[float] | None, names: tuple[str, str]
+) -> None:
     """Refuse marks that cannot be followed; `names` are the two keys as the user writes them.
 
     Raises:

@@ -2,14 +2,19 @@
 
 Formula:  W(k) = warmup length in epochs:  none: 0;  linear: w;  legw: w0·k
           before any growth:  multiplier(e) = scale(k) · min(1, e / W(k))
-          on_growth = jump:   multiplier(e) = scale(k(e)) · min(1, e / W(k_0)),  k_0 = batch factor of the first stage
-          on_growth = ramp:   at a growth from k to k' at epoch e the multiplier rises linearly from its value at e to
-                              scale(k') over  legw: max(w0·k' − e, w0·(k' − k)),  linear: w,  none: 0  epochs
-Source:   linear: Goyal et al. (2017), section 2.2; legw: You et al., LEGW (UCB/EECS-2018-138; 2019): a batch k times
-          larger warms up over k times as many epochs, hence over the same number of *iterations*.
-          jump is AdaBatch's own reading (the rate changes with the batch, in the same step). ramp is ours: no paper
-          says what happens when a batch grows during a LEGW run.
-Contract: pure; the multiplier never falls while batches only grow; it is continuous where a warmup or ramp ends.
+          on_growth = jump:   multiplier(e) = scale(k(e)) · min(1, e / W(k_0)),  k_0 = batch factor
+          of the first stage
+          on_growth = ramp:   at a growth from k to k' at epoch e the multiplier rises linearly from
+          its value at e to
+                              scale(k') over  legw: max(w0·k' − e, w0·(k' − k)),  linear: w,  none:
+                              0  epochs
+Source:   linear: Goyal et al. (2017), section 2.2; legw: You et al., LEGW (UCB/EECS-2018-138;
+          2019): a batch k times larger warms up over k times as many epochs, hence over the same
+          number of *iterations*. jump is AdaBatch's own reading (the rate changes with the batch,
+          in the same step). ramp is ours: no paper says what happens when a batch grows during a
+          LEGW run.
+Contract: pure; the multiplier never falls while batches only grow; it is continuous where a warmup
+          or ramp ends.
 """
 
 from __future__ import annotations
@@ -73,7 +78,9 @@ class LinearWarmup:
         return self.epochs
 
     def ramp_length(self, epoch: float, before: float, after: float) -> float:
-        """Epochs over which the rate follows a growth from k = `before` to `after` at `epoch`: one warmup."""
+        """Epochs over which the rate follows a growth from k = `before` to `after` at `epoch`: one
+        warmup.
+        """
         return self.epochs
 
 
@@ -108,7 +115,9 @@ class LegwWarmup:
 Warmup = NoWarmup | LinearWarmup | LegwWarmup
 
 
-def multiplier(warmup: Warmup, scaling: Scaling, stages: Sequence[StageStart], epoch: float) -> float:
+def multiplier(
+    warmup: Warmup, scaling: Scaling, stages: Sequence[StageStart], epoch: float
+) -> float:
     """What multiplies the base rate at `epoch`, before decay.
 
     Args:
@@ -118,7 +127,8 @@ def multiplier(warmup: Warmup, scaling: Scaling, stages: Sequence[StageStart], e
         epoch: progress, in epochs, not before the last stage's start.
 
     >>> run = [StageStart(0.0, 1.0), StageStart(2.0, 4.0)]
-    >>> [round(multiplier(LegwWarmup(epochs=0.5), "sqrt", run, epoch), 3) for epoch in (2.0, 2.75, 3.5, 9.0)]
+    >>> legw = LegwWarmup(epochs=0.5)
+    >>> [round(multiplier(legw, "sqrt", run, epoch), 3) for epoch in (2.0, 2.75, 3.5, 9.0)]
     [1.0, 1.5, 2.0, 2.0]
     """
     first = stages[0]

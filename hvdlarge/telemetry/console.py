@@ -6,7 +6,9 @@ import sys
 
 
 def print_status(text: str) -> None:
-    """Print for the user, at once, and in one piece: a launcher tags every piece that it reads with the rank."""
+    """Print for the user, at once, and in one piece: a launcher tags every piece that it reads with
+    the rank.
+    """
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -1,7 +1,8 @@
-"""The folder of a run: who may use it, and the files that say what runs and what came of it. Rank 0 only.
+"""The folder of a run: who may use it, and the files that say what runs and what came of it. Rank 0
+only.
 
-In runs/<name>: job.yaml (as given), job.resolved.yaml, environment.json, starts.jsonl, the logs (run_log.py), summary.json and
-checkpoints/.
+In runs/<name>: job.yaml (as given), job.resolved.yaml, environment.json, starts.jsonl, the logs
+(run_log.py), summary.json and checkpoints/.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from hvdlarge.train_state import TrainState
 
 
 class FolderLock:
-    """Keeps a second run out of a run folder for as long as this process lives; the system frees it with the process.
+    """Keeps a second run out of a run folder for as long as this process lives; the system frees it
+    with the process.
 
     Raises:
         JobError: if another run holds it, naming host and process.
@@ -30,7 +32,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.held = True  # False on a file system without locks, where nothing keeps a second run out
+        # False on a file system without locks, where nothing keeps a second run out
+        self.held = True
         self._file = (folder / ".lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +41,9 @@ class FolderLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise JobError(f"run_dir: {folder} is in use by {holder}; wait for it, or name another run_dir") from None
+            raise JobError(
+                f"run_dir: {folder} is in use by {holder}; wait for it, or name another run_dir"
+            ) from None
         except OSError:
             self.held = False
         try:
@@ -46,7 +51,9 @@ class FolderLock:
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._file.flush()
         except OSError as error:
-            raise CheckpointWriteError.of(f"the lock of {folder}", folder, error, "nothing was changed") from None
+            raise CheckpointWriteError.of(
+                f"the lock of {folder}", folder, error, "nothing was changed"
+            ) from None
 
     def release(self) -> None:
         """Let others in."""
@@ -60,7 +67,9 @@ def holds_run(folder: Path) -> bool:
         JobError: if something else is.
     """
     try:
-        if not folder.is_dir() or not any(not path.name.startswith(".") for path in folder.iterdir()):
+        if not folder.is_dir() or not any(
+            not path.name.startswith(".") for path in folder.iterdir()
+        ):
             return False
     except OSError as error:
         raise JobError(f"run_dir: {folder} cannot be read: {error.strerror}") from None
@@ -83,7 +92,9 @@ def set_aside(folder: Path) -> Path:
     try:
         folder.rename(aside)
     except OSError as error:
-        raise JobError(f"run_dir: {folder} cannot be set aside as {aside}: {error.strerror}") from None
+        raise JobError(
+            f"run_dir: {folder} cannot be set aside as {aside}: {error.strerror}"
+        ) from None
     return aside
 
 
@@ -99,7 +110,9 @@ def make_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise JobError(f"run_dir: {folder} cannot be made or written to: {error.strerror}") from None
+        raise JobError(
+            f"run_dir: {folder} cannot be made or written to: {error.strerror}"
+        ) from None
 
 
 def write_documents(
@@ -110,23 +123,34 @@ def write_documents(
     position: RunProgress,
     notes: Sequence[str],
 ) -> None:
-    """Write down what runs, and that it has been started (again); the summary of an end that it goes on from is removed.
+    """Write down what runs, and that it has been started (again); the summary of an end that it
+    goes on from is removed.
 
     Raises:
         CheckpointWriteError: if that cannot be written.
     """
-    started = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": position.step, "world_size": environment["world_size"]}
+    started = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": position.step,
+        "world_size": environment["world_size"],
+    }
     try:
-        # First and whole: a folder with this file in it is a run, whatever else a sudden end has left out.
+        # First and whole: a folder with this file in it is a run, whatever else a sudden end has
+        # left out.
         _write_whole(folder / "job.resolved.yaml", resolved)
         if not (folder / "job.yaml").exists():  # as it was first given
             _write_whole(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
         write_json(folder / "environment.json", environment)
         (folder / "summary.json").unlink(missing_ok=True)
         with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**started, "versions": environment["versions"], "notes": list(notes)}) + "\n")
+            file.write(
+                json.dumps({**started, "versions": environment["versions"], "notes": list(notes)})
+                + "\n"
+            )
     except OSError as error:
-        raise CheckpointWriteError.of(f"the files in {folder} that say what runs", folder, error, "no step was taken") from None
+        raise CheckpointWriteError.of(
+            f"the files in {folder} that say what runs", folder, error, "no step was taken"
+        ) from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -141,7 +165,12 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def summary_of(
-    plan: Plan, state: TrainState, position: RunProgress, seconds: float, peak_memory: int | None, gradient_bytes: int
+    plan: Plan,
+    state: TrainState,
+    position: RunProgress,
+    seconds: float,
+    peak_memory: int | None,
+    gradient_bytes: int,
 ) -> dict[str, Any]:
     """What a run has come to, under the words of its other files.
 
@@ -150,7 +179,8 @@ def summary_of(
         state: its results.
         position: behind the last step.
         seconds: of training.
-        peak_memory: of the worker that needed most, in bytes; None where that is not known any more.
+        peak_memory: of the worker that needed most, in bytes; None where that is not known any
+            more.
         gradient_bytes: that a worker sends in each step.
     """
     return {
@@ -175,9 +205,14 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     try:
         write_json(folder / "summary.json", without_nonfinite(summary))
     except OSError as error:
-        raise CheckpointWriteError.of(f"the summary in {folder}", folder, error, "the checkpoints are untouched") from None
+        raise CheckpointWriteError.of(
+            f"the summary in {folder}", folder, error, "the checkpoints are untouched"
+        ) from None
 
 
 def without_nonfinite(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with what is not finite as a word: JSON has no such numbers."""
-    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }

@@ -1,4 +1,6 @@
-"""The logs of a run, metrics.jsonl and decisions.jsonl, and the lines that it prints on its way. Rank 0 only."""
+"""The logs of a run, metrics.jsonl and decisions.jsonl, and the lines that it prints on its way.
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
@@ -28,30 +30,43 @@ class RunLog:
         folder: the run folder, made already.
         plan: what the run follows.
         lock: on the folder, held until the logs are closed.
-        offsets: where each log goes on, by its name; what stands behind is of steps that will be taken again.
+        offsets: where each log goes on, by its name; what stands behind is of steps that will be
+            taken again.
         position: where the run begins or goes on.
         before: what it had come to.
     """
 
     def __init__(
-        self, folder: Path, plan: Plan, lock: FolderLock, offsets: Mapping[str, int], position: RunProgress, before: TrainState
+        self,
+        folder: Path,
+        plan: Plan,
+        lock: FolderLock,
+        offsets: Mapping[str, int],
+        position: RunProgress,
+        before: TrainState,
     ) -> None:
         self.folder = folder
         self._plan = plan
         self._lock = lock
         self._failure: OSError | None = None
         with self._told():
-            self._files = {name: _open_at(folder / f"{name}.jsonl", offsets.get(name, 0)) for name in ("metrics", "decisions")}
+            self._files = {
+                name: _open_at(folder / f"{name}.jsonl", offsets.get(name, 0))
+                for name in ("metrics", "decisions")
+            }
         self._began = self._last_line = time.monotonic()
         self._before_seconds = before.train_seconds
         self._pause = _FIRST_LINE_SECONDS
         self._samples_at_last_line = position.samples_seen
-        self._stage_batch = position.stage_batch  # of the step before, and its rate where it is known
+        # Of the step before, and its rate where it is known
+        self._stage_batch = position.stage_batch
         self._lr: float | None = None
         self._accuracy = before.results.get("accuracy")
 
     def decision(self, decision: Decision) -> None:
-        """Record what was ordered for a step; the first step of a larger batch also says what it `grew_from`."""
+        """Record what was ordered for a step; the first step of a larger batch also says what it
+        `grew_from`.
+        """
         before = self._stage_batch
         if before not in (0, decision.stage_batch):
             print_status(growth_line(self._plan, self._stage_batch, self._lr, decision))
@@ -60,7 +75,9 @@ class RunLog:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
-        self._write(lambda: self._put("metrics", json.dumps(without_nonfinite(record), allow_nan=False)))
+        self._write(
+            lambda: self._put("metrics", json.dumps(without_nonfinite(record), allow_nan=False))
+        )
         self._write(self._flush)
 
     @property
@@ -69,7 +86,9 @@ class RunLog:
         return self._failure is not None
 
     def check(self) -> None:
-        """Raise CheckpointWriteError if something could not be written since the logs were opened."""
+        """Raise CheckpointWriteError if something could not be written since the logs were
+        opened.
+        """
         with self._told():
             if self._failure is not None:
                 raise self._failure
@@ -88,7 +107,9 @@ class RunLog:
             file.flush()
 
     def _write(self, action: Callable[[], None]) -> None:
-        """Write while that works; rank 0 alone must not leave in the middle of a step, so what fails is told at its end."""
+        """Write while that works; rank 0 alone must not leave in the middle of a step, so what
+        fails is told at its end.
+        """
         if self._failure is None:
             try:
                 action()
@@ -109,7 +130,9 @@ class RunLog:
         self._accuracy = result.get("accuracy")
 
     def progress(self, decision: Decision, samples_seen: int, loss: float) -> None:
-        """Say where the run is, unless that was said a moment ago (every 2 s at first, every 30 s in a long run)."""
+        """Say where the run is, unless that was said a moment ago (every 2 s at first, every 30 s
+        in a long run).
+        """
         now = time.monotonic()
         if now - self._last_line < self._pause:
             return
@@ -119,14 +142,17 @@ class RunLog:
         accuracy = "" if self._accuracy is None else f" | accuracy {self._accuracy:.4f}"
         print_status(
             f"epoch {clock.epoch(samples_seen):7.2f} of {clock.epochs:g} | "
-            f"step {decision.step + 1:6d} | global batch {decision.global_batch:5d} | lr {decision.lr:.4g} | "
+            f"step {decision.step + 1:6d} | global batch {decision.global_batch:5d} | lr "
+            f"{decision.lr:.4g} | "
             f"loss {loss:.4f}{accuracy} | {rate:,.0f} samples/s | {duration(left)} left"
         )
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
     def go_back(self, offsets: Mapping[str, int], position: RunProgress) -> None:
-        """Cut off what was written behind a checkpoint that the run goes back to. Raises CheckpointWriteError as `check` does."""
+        """Cut off what was written behind a checkpoint that the run goes back to. Raises
+        CheckpointWriteError as `check` does.
+        """
         self.check()
         with self._told():
             for name, file in self._files.items():
@@ -140,7 +166,9 @@ class RunLog:
         """Seconds of training, in all parts of the run."""
         return self._before_seconds + time.monotonic() - self._began
 
-    def finish(self, state: TrainState, position: RunProgress, peak_memory: int, gradient_bytes: int) -> None:
+    def finish(
+        self, state: TrainState, position: RunProgress, peak_memory: int, gradient_bytes: int
+    ) -> None:
         """Write the summary and say how the run ended.
 
         Args:
@@ -159,8 +187,9 @@ class RunLog:
         results = state.results
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         print_status(
-            f"done: {accuracy}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, {position.step:,} steps and "
-            f"{duration(summary['train_seconds'])} ({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
+            f"done: {accuracy}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, "
+            f"{position.step:,} steps and {duration(summary['train_seconds'])} "
+            f"({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
 
     def close(self) -> None:
@@ -179,7 +208,8 @@ def _open_at(path: Path, offset: int) -> IO[str]:
 
 
 def decision_line(decision: Decision, batch_before: int) -> str:
-    """A decision as a line of decisions.jsonl; the first step of a larger batch also says what it `grew_from`.
+    """A decision as a line of decisions.jsonl; the first step of a larger batch also says what it
+    `grew_from`.
 
     Args:
         decision: of a step.

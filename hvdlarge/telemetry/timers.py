@@ -1,6 +1,7 @@
 """Where the time of a step goes: seconds by phase, under the names that code, log and report share.
 
-Contract: pure; counts this worker's own seconds. Work that a GPU does later is counted where the host waits for it.
+Contract: pure; counts this worker's own seconds. Work that a GPU does later is counted where the
+          host waits for it.
 """
 
 from __future__ import annotations

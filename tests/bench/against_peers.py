@@ -23,7 +23,11 @@ LAUNCHERS = {"mpirun": ["mpirun", "-np", "2"], "horovodrun": ["horovodrun", "-np
 
 def run(command):
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -32,14 +36,26 @@ def run(command):
 def engine(launcher, steps):
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "step.json"
-        asked = ["step", "--only", "engine", "--rounds", "1", "--steps", str(steps), "--json", str(found)]
+        asked = [
+            "step",
+            "--only",
+            "engine",
+            "--rounds",
+            "1",
+            "--steps",
+            str(steps),
+            "--json",
+            str(found),
+        ]
         run([*launcher, PYTHON, "-m", "hvdlarge.bench", *asked])
         return json.loads(found.read_text())["sides"]["engine"]["median"]
 
 
 def printed(launcher, script, steps, *more):
     text = run([*launcher, PYTHON, str(HERE / script), "--steps", str(steps), *more])
-    return float(re.search(r"seconds a step: ([0-9.e-]+)", text)[1])  # horovodrun prints the rank's mark behind it
+    return float(
+        re.search(r"seconds a step: ([0-9.e-]+)", text)[1]
+    )  # horovodrun prints the rank's mark behind it
 
 
 def free_port():
@@ -59,10 +75,15 @@ def main():
         for name, launcher in LAUNCHERS.items()
         for what, side in (
             ("engine", lambda launcher=launcher: engine(launcher, options.steps)),
-            ("stock Horovod loop", lambda launcher=launcher: printed(launcher, "stock_horovod.py", options.steps)),
+            (
+                "stock Horovod loop",
+                lambda launcher=launcher: printed(launcher, "stock_horovod.py", options.steps),
+            ),
         )
     }
-    sides["DDP (gloo), mpirun"] = lambda: printed(plain, "ddp_textbook.py", options.steps, "--port", free_port())
+    sides["DDP (gloo), mpirun"] = lambda: printed(
+        plain, "ddp_textbook.py", options.steps, "--port", free_port()
+    )
     seconds = {name: [] for name in sides}
     for number in range(options.rounds):
         for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
@@ -70,9 +91,13 @@ def main():
             print(f"round {number}: {name}: {1e3 * seconds[name][-1]:.1f} ms", flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
-        print(f"{name}: {1e3 * median[name]:.1f} ms ({1e3 * min(values):.1f} to {1e3 * max(values):.1f})")
+        print(
+            f"{name}: {1e3 * median[name]:.1f} ms ({1e3 * min(values):.1f} to {1e3 * max(values):.1f})"
+        )
     for name in LAUNCHERS:
-        print(f"stock / engine under {name}: {median[f'stock Horovod loop, {name}'] / median[f'engine, {name}']:.2f}")
+        print(
+            f"stock / engine under {name}: {median[f'stock Horovod loop, {name}'] / median[f'engine, {name}']:.2f}"
+        )
     print(f"DDP / engine: {median['DDP (gloo), mpirun'] / median['engine, mpirun']:.2f}")
 
 

@@ -33,7 +33,9 @@ def main():
     options = parser.parse_args()
     rank, size = (int(os.environ[f"OMPI_COMM_WORLD_{what}"]) for what in ("RANK", "SIZE"))
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=size)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=size
+    )
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(ResNet20())
     velocities = [torch.zeros_like(weight) for weight in model.parameters()]

@@ -47,7 +47,12 @@ class Bench:
         """Start any command in a session of its own."""
         log = (self.folder / f"log{len(self.started)}").open("w+")
         process = subprocess.Popen(
-            command, cwd=self.folder, env=environment(**environ), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=self.folder,
+            env=environment(**environ),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         self.started.append((process, log, time.monotonic()))
         return process
@@ -60,14 +65,18 @@ class Bench:
         except subprocess.TimeoutExpired:
             states = "\n".join(map(self.state, self.left()))
             self.stop(process)
-            raise AssertionError(f"still running after {timeout} s\n{states}\n{self.text(log)}") from None
+            raise AssertionError(
+                f"still running after {timeout} s\n{states}\n{self.text(log)}"
+            ) from None
         seconds = time.monotonic() - began
         deadline = time.monotonic() + 8
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left, f"left behind: {left}\n{self.text(log)}"
         self.rows.append((code, seconds, self.text(log)))
-        return Ended(code, self.text(log), seconds, sorted(path.name for path in self.folder.glob("fired-*")))
+        return Ended(
+            code, self.text(log), seconds, sorted(path.name for path in self.folder.glob("fired-*"))
+        )
 
     def run(self, workers, *arguments, timeout=150, **options):
         """Start a run and wait for its end."""
@@ -86,7 +95,11 @@ class Bench:
                 state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
             except (OSError, IndexError):
                 continue
-            if state != "Z" and Path(where).is_relative_to(self.folder) and int(process.name) != os.getpid():
+            if (
+                state != "Z"
+                and Path(where).is_relative_to(self.folder)
+                and int(process.name) != os.getpid()
+            ):
                 found.append(int(process.name))
         return found
 
@@ -123,7 +136,9 @@ class Bench:
         """Wait for something to be true."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, "waited in vain\n" + "\n".join(self.text(log) for _, log, _ in self.started)
+            assert time.monotonic() < deadline, "waited in vain\n" + "\n".join(
+                self.text(log) for _, log, _ in self.started
+            )
             time.sleep(0.02)
 
     def run_folder(self, name="runs/faults"):
@@ -139,7 +154,15 @@ class Bench:
 
 def said(text):
     """The line that tells the user what happened."""
-    words = ("hvdlarge: error:", "stopped behind", "back to step", "already finished", "passed over", "goes on from", "done:")
+    words = (
+        "hvdlarge: error:",
+        "stopped behind",
+        "back to step",
+        "already finished",
+        "passed over",
+        "goes on from",
+        "done:",
+    )
     lines = text.splitlines()
     return next((line for word in words for line in lines if word in line), "")
 
@@ -153,7 +176,9 @@ def bench(tmp_path, request):
     for process, log, _ in made.started:
         made.stop(process)
         log.close()
-    if table := os.environ.get("FAULT_TABLE"):  # where the table of cases is written, a line for each run
+    if table := os.environ.get(
+        "FAULT_TABLE"
+    ):  # where the table of cases is written, a line for each run
         with open(table, "a") as file:
             for code, seconds, text in made.rows:
                 file.write(f"{request.node.name}\t{code}\t{seconds:.1f}\t{said(text)}\n")

@@ -86,7 +86,12 @@ def fault(moment, passes):
         mark = f"fired-{kind}-{number}-{at}"
         if not moment and kind.startswith(("eval-", "build-")):
             continue
-        if kind.startswith(moment) and int(number) == rank() and int(at) == passes and not os.path.exists(mark):
+        if (
+            kind.startswith(moment)
+            and int(number) == rank()
+            and int(at) == passes
+            and not os.path.exists(mark)
+        ):
             with open(mark, "w") as file:
                 file.write(str(os.getpid()))
             return kind.removeprefix(moment)
@@ -108,7 +113,10 @@ class Net(torch.nn.Module):
             time.sleep(5) if kind == "slow" else ACTIONS[kind]()
         width = hidden + (rank() if shape_by_rank else 0)
         self.body = torch.nn.Sequential(
-            torch.nn.Linear(64, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU(), torch.nn.Dropout(0.1)
+            torch.nn.Linear(64, width),
+            torch.nn.BatchNorm1d(width),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.1),
         )
         self.extra = torch.nn.Linear(width, width)
         self.head = torch.nn.Linear(width, 10)

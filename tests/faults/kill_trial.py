@@ -44,8 +44,13 @@ def ranks_of(mpirun):
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:")).split()[1]
-            if parent == str(mpirun) and b"hvdlarge.train" in (status.parent / "cmdline").read_bytes():
+            parent = next(
+                line for line in status.read_text().splitlines() if line.startswith("PPid:")
+            ).split()[1]
+            if (
+                parent == str(mpirun)
+                and b"hvdlarge.train" in (status.parent / "cmdline").read_bytes()
+            ):
                 found.append(int(status.parent.name))
         except (OSError, StopIteration):
             continue
@@ -54,7 +59,9 @@ def ranks_of(mpirun):
 
 def start(folder, workers, log):
     command = [*MPIRUN, "-np", str(workers), *TRAIN, "job.yaml", "run_dir=run"]
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def wait_for_a_write(folder, process, seconds):
@@ -73,7 +80,8 @@ def weights_of(folder):
 
 def distance(ours, theirs):
     return max(
-        (ours[name].double() - theirs[name].double()).norm().item() / max(1e-3, theirs[name].double().norm().item())
+        (ours[name].double() - theirs[name].double()).norm().item()
+        / max(1e-3, theirs[name].double().norm().item())
         for name in ours
     )
 
@@ -148,7 +156,13 @@ def main():
     try:
         whole, longest = undisturbed(place / "whole", options.workers)
         print(f"undisturbed: {longest:.1f} s on {options.workers} workers", flush=True)
-        totals = {"runs": 0, "kills": 0, "kills while a checkpoint was written": 0, "starts": 0, "agree": 0}
+        totals = {
+            "runs": 0,
+            "kills": 0,
+            "kills while a checkpoint was written": 0,
+            "starts": 0,
+            "agree": 0,
+        }
         worst = 0.0
         for number in range(options.runs):
             others = (
@@ -166,18 +180,27 @@ def main():
                 worst = max(worst, away)
             else:
                 agree = all(torch.equal(weights[name], value) for name, value in whole.items())
-            lines = [json.loads(line) for line in (place / f"run{number}/run/decisions.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line)
+                for line in (place / f"run{number}/run/decisions.jsonl").read_text().splitlines()
+            ]
             agree = agree and [line["step"] for line in lines] == list(range(len(lines)))
             for name, value in zip(totals, (1, kills, in_write, starts, int(agree)), strict=True):
                 totals[name] += value
             print(
-                f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, {'agrees' if agree else 'DIFFERS'}", flush=True
+                f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, {'agrees' if agree else 'DIFFERS'}",
+                flush=True,
             )
             shutil.rmtree(place / f"run{number}")
         print(
-            ", ".join(f"{name} {value}" for name, value in totals.items()) + (f", largest distance {worst:.1e}" if worst else "")
+            ", ".join(f"{name} {value}" for name, value in totals.items())
+            + (f", largest distance {worst:.1e}" if worst else "")
         )
-        return 0 if totals["agree"] == totals["runs"] == options.runs and totals["kills"] >= options.runs else 1
+        return (
+            0
+            if totals["agree"] == totals["runs"] == options.runs and totals["kills"] >= options.runs
+            else 1
+        )
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

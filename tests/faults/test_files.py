@@ -77,7 +77,11 @@ def test_52_the_list_of_digests_is_lost(stopped, kind):
     if kind == "missing":
         listing.unlink()
     else:
-        listing.write_bytes({"empty": b"", "garbage": b"\xff\x00garbage", "foreign": b"0000  step_000000001.pt\n"}[kind])
+        listing.write_bytes(
+            {"empty": b"", "garbage": b"\xff\x00garbage", "foreign": b"0000  step_000000001.pt\n"}[
+                kind
+            ]
+        )
     (stopped.run_folder() / "checkpoints" / "last.pt").unlink()
     ended = stopped.run(2)
     assert ended.code == 0, ended.text
@@ -105,7 +109,9 @@ def test_53_a_checkpoint_never_runs_code(stopped, monkeypatch):
     ended = stopped.run(2)
     assert ended.code == 77, ended.text
     assert not (stopped.folder / "hacked").exists()
-    torch.load(newest(stopped)[-1], weights_only=False)  # the same file does run code where that is allowed
+    torch.load(
+        newest(stopped)[-1], weights_only=False
+    )  # the same file does run code where that is allowed
     assert os.path.exists("hacked")
     os.unlink("hacked")
 
@@ -117,7 +123,10 @@ def test_53_a_checkpoint_never_runs_code(stopped, monkeypatch):
         ("optimizer={name: sgd}", 'optimizer.name is "lars" there and "sgd" here'),
         ("batch.growth.max=128", "batch.growth.max is 64 there and 128 here"),
         ("seed=9", "seed is 0 there and 9 here"),
-        ("model={name: 'faulty:Net', args: {hidden: 16}}", "model.args.hidden is null there and 16 here"),
+        (
+            "model={name: 'faulty:Net', args: {hidden: 16}}",
+            "model.args.hidden is null there and 16 here",
+        ),
         ("data={name: 'faulty:data', args: {size: 1000}}", "data.name is"),
         ("precision=fp64", 'precision is "fp32" there and "fp64" here'),
     ],
@@ -154,14 +163,22 @@ def test_66_a_data_set_of_another_size_is_refused(bench):
     first = bench.run(2, "data={name: 'faulty:data'}", FAULT="usr1@1:60")
     assert first.code == 75
     source = (bench.folder / "faulty.py").read_text()
-    (bench.folder / "faulty.py").write_text(source.replace("def data(size=None)", "def data(size=1000)"))
+    (bench.folder / "faulty.py").write_text(
+        source.replace("def data(size=None)", "def data(size=1000)")
+    )
     ended = bench.run(2, "data={name: 'faulty:data'}")
     assert ended.code == 77, ended.text
     assert "training samples is 1437 there and 1000 here" in ended.text
 
 
 def test_what_may_change_is_allowed_and_recorded(stopped):
-    ended = stopped.run(3, "epochs=2.5", "checkpoint.every_steps=20", "log.every_steps=5", "evaluate.every_epochs=0.5")
+    ended = stopped.run(
+        3,
+        "epochs=2.5",
+        "checkpoint.every_steps=20",
+        "log.every_steps=5",
+        "evaluate.every_epochs=0.5",
+    )
     assert ended.code == 0, ended.text
     starts = (stopped.run_folder() / "starts.jsonl").read_text()
     assert "epochs changes from 2 to 2.5" in starts
@@ -172,7 +189,9 @@ def test_what_may_change_is_allowed_and_recorded(stopped):
 
 
 @pytest.mark.parametrize("workers", [None, 2, 3])
-@pytest.mark.parametrize(("epochs", "pass_of_stop"), [(2, 44), (0.23, 10)], ids=["longer", "shorter"])
+@pytest.mark.parametrize(
+    ("epochs", "pass_of_stop"), [(2, 44), (0.23, 10)], ids=["longer", "shorter"]
+)
 def test_a_run_stopped_near_its_end_and_given_another_length_is_the_undisturbed_run_of_that_length(
     bench, workers, epochs, pass_of_stop
 ):
@@ -186,7 +205,9 @@ def test_a_run_stopped_near_its_end_and_given_another_length_is_the_undisturbed_
     ended = bench.run(workers, *arguments, f"epochs={epochs}", FAULT="")
     assert ended.code == 0, ended.text
     assert f"epochs changes from 1 to {epochs}" in ended.text
-    assert bench.run(workers, *arguments, f"epochs={epochs}", "run_dir=runs/whole", FAULT="").code == 0
+    assert (
+        bench.run(workers, *arguments, f"epochs={epochs}", "run_dir=runs/whole", FAULT="").code == 0
+    )
     assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
     folders = [bench.run_folder(name) for name in ("runs/faults", "runs/whole")]
     ours, theirs = ((folder / "decisions.jsonl").read_text() for folder in folders)
@@ -238,7 +259,9 @@ def small_disk(bench):
     """A file system of its own with some megabytes; only root may make one."""
     place = bench.folder / "small"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"this user cannot make a small file system: {made.stderr.strip()}")
     yield place
@@ -261,7 +284,9 @@ def test_50_a_disk_that_fills_up(bench, small_disk):
     arguments = ["epochs=4", "log.every_steps=1", "run_dir=small/run"]
     whole = bench.run(2, "epochs=4", "log.every_steps=1", "run_dir=runs/whole")
     assert whole.code == 0, whole.text
-    process = bench.begin(2, *arguments, FAULT="freeze@1:40")  # some seconds in which the disk can be filled
+    process = bench.begin(
+        2, *arguments, FAULT="freeze@1:40"
+    )  # some seconds in which the disk can be filled
     bench.until(lambda: list(bench.folder.glob("fired-*")))
     fill(small_disk)
     ended = bench.end(process)
@@ -277,7 +302,10 @@ def test_50_a_disk_that_fills_up(bench, small_disk):
     assert last.code == 0, last.text
     assert "goes on from small/run/checkpoints/step_" in last.text
     assert same(bench.checkpoint("small/run"), bench.checkpoint("runs/whole"))
-    lines = [(bench.run_folder(name) / "decisions.jsonl").read_text() for name in ("small/run", "runs/whole")]
+    lines = [
+        (bench.run_folder(name) / "decisions.jsonl").read_text()
+        for name in ("small/run", "runs/whole")
+    ]
     assert lines[0] == lines[1]
 
 
@@ -324,7 +352,19 @@ def test_56_only_rank_0_sees_the_run_folder(bench):
         (elsewhere / name).write_bytes((bench.folder / name).read_bytes())
 
     def launch(*arguments):
-        return [*MPIRUN, "-np", "1", *TRAIN, "job.yaml", *arguments, ":", "-np", "1", "-wdir", str(elsewhere)]
+        return [
+            *MPIRUN,
+            "-np",
+            "1",
+            *TRAIN,
+            "job.yaml",
+            *arguments,
+            ":",
+            "-np",
+            "1",
+            "-wdir",
+            str(elsewhere),
+        ]
 
     first = bench.run(1, "epochs=1", launch=launch("epochs=1"), FAULT="usr1@0:30")
     assert first.code == 75, first.text
@@ -345,7 +385,10 @@ def test_57_resumed_on_another_number_of_workers(bench, workers):
     whole = bench.run(2, "run_dir=runs/whole", *arguments)
     assert whole.code == 0
     assert 0 < distance(bench.checkpoint(), bench.checkpoint("runs/whole")) + 1e-300 < 1e-12
-    ours, theirs = ((bench.run_folder(name) / "decisions.jsonl").read_text() for name in ("runs/faults", "runs/whole"))
+    ours, theirs = (
+        (bench.run_folder(name) / "decisions.jsonl").read_text()
+        for name in ("runs/faults", "runs/whole")
+    )
     assert ours == theirs
 
 
@@ -385,7 +428,10 @@ def test_58_the_loss_scale_comes_back(bench):
 @short
 def test_49_the_kill_trial_in_short():
     done = subprocess.run(
-        [sys.executable, HERE / "kill_trial.py", "--runs", "3", "--seed", "5"], capture_output=True, text=True, timeout=200
+        [sys.executable, HERE / "kill_trial.py", "--runs", "3", "--seed", "5"],
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agree 3" in done.stdout

@@ -25,7 +25,9 @@ def finished_alike(bench, workers=2, *arguments):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("kind", "code"), [pytest.param("kill", 137, marks=short), ("segv", 139), ("abort", 134)])
+@pytest.mark.parametrize(
+    ("kind", "code"), [pytest.param("kill", 137, marks=short), ("segv", 139), ("abort", 134)]
+)
 def test_27_a_rank_is_killed(bench, kind, code, victim):
     ended = bench.run(2, FAULT=f"{kind}@{victim}:25")
     assert ended.fired
@@ -36,7 +38,9 @@ def test_27_a_rank_is_killed(bench, kind, code, victim):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize(("kind", "words"), [("raise", "RuntimeError: made to fail"), ("exit0", "SystemExit")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("raise", "RuntimeError: made to fail"), ("exit0", "SystemExit")]
+)
 def test_26_28_a_rank_raises(bench, kind, words, workers):
     ended = bench.run(workers, FAULT=f"{kind}@1:25")
     assert ended.fired
@@ -50,9 +54,21 @@ def test_26_28_a_rank_raises(bench, kind, words, workers):
 @pytest.mark.parametrize(
     ("fault", "where", "change"),
     [
-        ("memory@1:25", "step 24, with micro-batches of 16 samples", "batch.micro lower, e.g. to 8"),
-        ("pymemory@1:25", "step 24, with micro-batches of 16 samples", "batch.micro lower, e.g. to 8"),
-        ("eval-memory@1:45", "an evaluation of 104 samples at once", "set evaluate.micro_batch lower"),
+        (
+            "memory@1:25",
+            "step 24, with micro-batches of 16 samples",
+            "batch.micro lower, e.g. to 8",
+        ),
+        (
+            "pymemory@1:25",
+            "step 24, with micro-batches of 16 samples",
+            "batch.micro lower, e.g. to 8",
+        ),
+        (
+            "eval-memory@1:45",
+            "an evaluation of 104 samples at once",
+            "set evaluate.micro_batch lower",
+        ),
     ],
 )
 def test_29_memory_runs_out(bench, fault, where, change):
@@ -78,7 +94,9 @@ def test_28_a_rank_leaves_with_0_in_the_middle(bench):
 def test_26_66_the_data_set_fails(bench, kind, words, num_workers):
     if kind == "kill" and num_workers == 0:
         pytest.skip("that is case 27")
-    ended = bench.run(2, f"data={{name: 'faulty:data', num_workers: {num_workers}}}", DATA_FAULT=kind)
+    ended = bench.run(
+        2, f"data={{name: 'faulty:data', num_workers: {num_workers}}}", DATA_FAULT=kind
+    )
     assert ended.fired
     assert ended.code == 70, ended.text
     assert len(ended.errors) == 1, ended.text
@@ -93,7 +111,9 @@ def test_30_the_launcher_is_killed(bench):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 6
-    while (left := [pid for pid in ranks if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+    while (
+        left := [pid for pid in ranks if os.path.exists(f"/proc/{pid}")]
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
     assert bench.run(2, "epochs=50", "stop_after_minutes=0.05").code == 75
@@ -122,7 +142,9 @@ def test_35_the_data_set_blocks(bench):
 
 def test_24_a_rank_never_starts(bench):
     """One rank sleeps before it comes to MPI; the others wait for it in MPI's own start."""
-    (bench.folder / "sleeper.py").write_text("import time\nopen('fired-sleeper', 'w').close()\ntime.sleep(600)\n")
+    (bench.folder / "sleeper.py").write_text(
+        "import time\nopen('fired-sleeper', 'w').close()\ntime.sleep(600)\n"
+    )
     launch = [*MPIRUN, "-np", "1", TRAIN[0], "sleeper.py", ":", "-np", "1"]
     ended = bench.run(1, "timeouts.start_seconds=8", launch=launch)
     assert ended.fired
@@ -217,13 +239,21 @@ def test_44_not_finite_on_one_rank_stops_all(bench, kind):
 
 @short
 def test_44_such_a_step_is_left_out_on_every_rank(bench):
-    ended = bench.run(2, "on_nonfinite={policy: skip, limit: 2}", "precision=fp64", FAULT="nan@1:25 inf@0:31")
+    ended = bench.run(
+        2, "on_nonfinite={policy: skip, limit: 2}", "precision=fp64", FAULT="nan@1:25 inf@0:31"
+    )
     assert len(ended.fired) == 2
     assert ended.code == 0, ended.text
     found = bench.checkpoint()
     assert found["state"]["skipped"] == 2
     assert all(value.isfinite().all() for value in found["model"].values())
-    alone = bench.run(None, "on_nonfinite={policy: skip, limit: 2}", "precision=fp64", "run_dir=runs/alone", FAULT="")
+    alone = bench.run(
+        None,
+        "on_nonfinite={policy: skip, limit: 2}",
+        "precision=fp64",
+        "run_dir=runs/alone",
+        FAULT="",
+    )
     assert alone.code == 0
     assert distance(found, bench.checkpoint("runs/alone")) > 1e-6  # the two steps are missing
 
@@ -248,7 +278,11 @@ def test_a_step_left_out_where_its_loss_is_logged_does_not_end_the_run(bench):
     ended = bench.run(2, "on_nonfinite={policy: skip}", "log.every_steps=1", FAULT="nan@1:25")
     assert ended.fired
     assert ended.code == 0, ended.text
-    logged = {line["step"]: line["loss"] for line in read_lines(bench.run_folder() / "metrics.jsonl") if "loss" in line}
+    logged = {
+        line["step"]: line["loss"]
+        for line in read_lines(bench.run_folder() / "metrics.jsonl")
+        if "loss" in line
+    }
     assert [step for step, loss in logged.items() if loss == "nan"] == [24]
 
 

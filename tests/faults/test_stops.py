@@ -79,7 +79,9 @@ def test_61_sigterm_to_mpirun_leaves_a_checkpoint_that_goes_on(bench, whole):
     bench.until(bench.has_checkpoint)
     process.send_signal(signal.SIGTERM)
     ended = bench.end(process)
-    assert ended.code in (1, 75), ended.text  # Open MPI's own code: it kills the ranks a second later
+    assert ended.code in (1, 75), (
+        ended.text
+    )  # Open MPI's own code: it kills the ranks a second later
     assert bench.run(2).code == 0
     assert same(bench.checkpoint(), whole)
 
@@ -145,7 +147,9 @@ def test_64_a_lost_rank_is_started_again_until_the_end(bench, whole):
 
 
 def test_64_a_hanging_rank_too(bench, whole):
-    process = begin_launch(bench, ["-np", "2", "job.yaml", "timeouts.step_seconds=6"], FAULT="stop@1:25")
+    process = begin_launch(
+        bench, ["-np", "2", "job.yaml", "timeouts.step_seconds=6"], FAULT="stop@1:25"
+    )
     ended = bench.end(process, timeout=200)
     assert ended.fired
     assert ended.code == 0, ended.text
@@ -180,7 +184,9 @@ def test_31_a_signal_to_the_launcher_stops_in_order(bench, number):
 
 def test_31_the_grace_time_ends(bench):
     process = begin_launch(
-        bench, ["-np", "2", "--grace-seconds", "1", "job.yaml", "epochs=100", "timeouts.step_seconds=100"], FAULT="sleep@1:25"
+        bench,
+        ["-np", "2", "--grace-seconds", "1", "job.yaml", "epochs=100", "timeouts.step_seconds=100"],
+        FAULT="sleep@1:25",
     )
     bench.until(lambda: list(bench.folder.glob("fired-sleep*")))
     process.send_signal(signal.SIGTERM)
@@ -193,14 +199,19 @@ def test_hosts_that_shrink_from_3_to_2_slots(bench):
     hosts = bench.folder / "hosts"
     hosts.write_text("localhost slots=3\n")
     arguments = ["job.yaml", "precision=fp64"]
-    process = begin_launch(bench, ["-np", "4", "--hosts-file", "hosts", *arguments], FAULT="kill@2:12")
+    process = begin_launch(
+        bench, ["-np", "4", "--hosts-file", "hosts", *arguments], FAULT="kill@2:12"
+    )
     bench.until(lambda: list(bench.folder.glob("fired-kill*")))
     hosts.write_text("localhost:2\n")
     ended = bench.end(process, timeout=200)
     assert ended.code == 0, ended.text
     assert "launch: 3 workers on localhost:3" in ended.text
     assert "launch: 2 workers on localhost:2" in ended.text
-    starts = [json.loads(line)["world_size"] for line in (bench.run_folder() / "starts.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line)["world_size"]
+        for line in (bench.run_folder() / "starts.jsonl").read_text().splitlines()
+    ]
     assert starts == [3, 2]
     assert bench.run(2, "precision=fp64", "run_dir=runs/whole", FAULT="").code == 0
     assert distance(bench.checkpoint(), bench.checkpoint("runs/whole")) < 1e-12

@@ -31,7 +31,14 @@ def folder(tmp_path):
 @pytest.fixture
 def start(folder):
     def run(command, timeout=120, **environ):
-        done = subprocess.run(command, cwd=folder, env=environment(**environ), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment(**environ),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run

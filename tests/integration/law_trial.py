@@ -76,14 +76,20 @@ def run(place, name, workers, *arguments, stops=False):
     command, folder = [*launch, *TRAIN, *arguments, f"run_dir={place / name}"], place / name
     begin = time.monotonic()
     with (place / "log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(PYTHONPATH=str(place)), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(PYTHONPATH=str(place)), stdout=log, stderr=log
+        )
         while stops and process.poll() is None:
-            if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 500:
+            if (folder / "metrics.jsonl").exists() and (
+                folder / "metrics.jsonl"
+            ).stat().st_size > 500:
                 (folder / "STOP").touch()
                 break
             time.sleep(0.02)
         code = process.wait(timeout=600)
-    assert code == (75 if stops else 0), f"{command}: exit code {code}\n{(place / 'log').read_text()}"
+    assert code == (75 if stops else 0), (
+        f"{command}: exit code {code}\n{(place / 'log').read_text()}"
+    )
     return torch.load(folder / "checkpoints/last.pt", weights_only=True), time.monotonic() - begin
 
 
@@ -91,7 +97,11 @@ def tensors_of(checkpoint):
     """All tensors of a checkpoint by name."""
     found = dict(checkpoint["model"])
     for name, state in checkpoint["optimizer"].items():
-        found |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        found |= {
+            f"{name}.{key}": value
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
     return found
 
 
@@ -125,7 +135,10 @@ def main():
         nonlocal held
         held &= holds is not False
         verdict = {True: "holds", False: "BROKEN", None: ""}[holds]
-        print(f"{law:12} {job:24} {workers} {'worker ' if workers == 1 else 'workers'}: {text} {verdict}", flush=True)
+        print(
+            f"{law:12} {job:24} {workers} {'worker ' if workers == 1 else 'workers'}: {text} {verdict}",
+            flush=True,
+        )
 
     with tempfile.TemporaryDirectory(prefix="law-trial-") as folder:
         place = Path(folder)
@@ -137,27 +150,46 @@ def main():
                 given = trial.command(f"precision={precision}", *length)
                 judged = precision == "fp64" or length
                 for workers in (1, 2, 3, 4):
-                    found, took = run(place, f"{name}-{precision}-{len(length)}-{workers}", workers, *given)
+                    found, took = run(
+                        place, f"{name}-{precision}-{len(length)}-{workers}", workers, *given
+                    )
                     whole[workers] = found  # of the last, which is the whole run in float32
                     if workers == 1:
                         alone = found
                         continue
                     away, where = distance(found, alone)
                     text = f"{precision}, {found['position']['step']} steps: {away:.1e} ({where}), {took:.0f} s"
-                    report("1 world", name, workers, text, away < BOUNDS[precision] if judged else None)
-            nudged, _ = run(place, f"{name}-nudged", 1, *trial.command("precision=fp32", model="nudged:model"))
+                    report(
+                        "1 world", name, workers, text, away < BOUNDS[precision] if judged else None
+                    )
+            nudged, _ = run(
+                place, f"{name}-nudged", 1, *trial.command("precision=fp32", model="nudged:model")
+            )
             away, where = distance(nudged, alone)
-            report("1 control", name, 1, f"fp32, one bit of one first weight changed: {away:.1e} ({where})")
+            report(
+                "1 control",
+                name,
+                1,
+                f"fp32, one bit of one first weight changed: {away:.1e} ({where})",
+            )
             for workers in (1, 2, 3, 4):
                 end, given = whole[workers]["position"]["step"], trial.command("precision=fp32")
                 first, _ = run(place, f"{name}-resume-{workers}", workers, *given, stops=True)
                 again, _ = run(place, f"{name}-resume-{workers}", workers, *given)
                 at = first["position"]["step"]
                 same = digest(again) == digest(whole[workers])
-                report("2 resume", name, workers, f"stopped behind step {at} of {end}, then", same and 0 < at < end)
+                report(
+                    "2 resume",
+                    name,
+                    workers,
+                    f"stopped behind step {at} of {end}, then",
+                    same and 0 < at < end,
+                )
             digests = {}
             for workers in (1, 2, 4):
-                found, took = run(place, f"{name}-exact-{workers}", workers, *trial.command("reduction=exact"))
+                found, took = run(
+                    place, f"{name}-exact-{workers}", workers, *trial.command("reduction=exact")
+                )
                 digests[workers] = digest(found)
                 text = f"SHA-256 {digests[workers][:16]}…, {took:.0f} s"
                 report("3 exact", name, workers, text, digests[workers] == digests[1])

@@ -81,8 +81,12 @@ def test_a_job_file_that_only_one_host_lacks(start, folder):
 
 
 def test_a_worker_with_another_job_is_refused(start, folder):
-    (folder / "other.yaml").write_text((folder / "jobs/digits.yaml").read_text().replace("max: 512", "max: 256"))
-    ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "2", *TRAIN, "other.yaml"])
+    (folder / "other.yaml").write_text(
+        (folder / "jobs/digits.yaml").read_text().replace("max: 512", "max: 256")
+    )
+    ended = start(
+        [*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "2", *TRAIN, "other.yaml"]
+    )
     assert ended.code == 71
     assert len(ended.errors) == 1
     assert "batch.growth.max is 512 on rank 0 and 256 on rank 1" in ended.err
@@ -99,7 +103,9 @@ def test_a_folder_of_something_else_is_not_touched(train, folder):
 
 
 def test_a_run_that_diverges_says_so_on_all_ranks(train):
-    ended = train(2, "jobs/digits.yaml", "model={name: mlp}", "optimizer={name: sgd}", "lr.base=1e30")
+    ended = train(
+        2, "jobs/digits.yaml", "model={name: mlp}", "optimizer={name: sgd}", "lr.base=1e30"
+    )
     assert ended.code == 73
     assert len(ended.errors) == 1
     assert "lower lr.base" in ended.err
@@ -123,10 +129,16 @@ def data():  # a set whose targets are all left out of the mean, as those of pad
         ("{policy: stop}", "log.every_steps=10", ["the loss is nan at step 9 "]),
         ("{policy: stop}", "log.every_steps=1000", ["the loss is nan at step 44 "]),  # the last one
         ("{policy: skip}", "log.every_steps=10", ["the loss is nan at step 9 "]),
-        ("{policy: rollback, limit: 2}", "log.every_steps=10", ["back to step 0", "the run was rolled back 2 times already"]),
+        (
+            "{policy: rollback, limit: 2}",
+            "log.every_steps=10",
+            ["back to step 0", "the run was rolled back 2 times already"],
+        ),
     ],
 )
-def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(train, folder, workers, policy, steps, words):
+def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
+    train, folder, workers, policy, steps, words
+):
     (folder / "ignored_parts.py").write_text(IGNORED_PARTS)
     job = ["jobs/digits.yaml", "data.name=ignored_parts:data", "model={name: mlp}", "epochs=1"]
     ended = train(workers, *job, f"on_nonfinite={policy}", steps)
@@ -145,12 +157,21 @@ def test_a_launch_without_a_part_is_never_many_solo_runs(train, folder, package)
     assert len(ended.errors) == 1
     assert "install-horovod.sh" in ended.err
     assert not (folder / "runs").exists()
-    assert train(None, "jobs/digits.yaml", "epochs=1", PYTHONPATH=str(folder)).code == 0  # alone, neither is needed
+    assert (
+        train(None, "jobs/digits.yaml", "epochs=1", PYTHONPATH=str(folder)).code == 0
+    )  # alone, neither is needed
 
 
 def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
     """What `horovodrun --gloo` and a launcher of another MPI look like: two processes that each see a world of one."""
-    ended = train(None, "jobs/digits.yaml", HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2")
+    ended = train(
+        None,
+        "jobs/digits.yaml",
+        HOROVOD_RANK="0",
+        HOROVOD_SIZE="2",
+        HOROVOD_LOCAL_RANK="0",
+        HOROVOD_LOCAL_SIZE="2",
+    )
     assert ended.code == 3
     assert "started 2 workers, but MPI sees 1" in ended.err
 
@@ -165,7 +186,9 @@ def test_elastic_horovod_is_refused(train, folder):
 def test_hosts_with_other_versions_are_refused(start, folder):
     """Rank 1 finds another numpy's metadata first, as on a host with another installation."""
     (folder / "site/numpy-0.9.dist-info").mkdir(parents=True)
-    (folder / "site/numpy-0.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.9\n")
+    (folder / "site/numpy-0.9.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: numpy\nVersion: 0.9\n"
+    )
     other = ["env", f"PYTHONPATH={folder / 'site'}", *TRAIN, "jobs/digits.yaml"]
     ended = start([*MPIRUN, "-np", "1", *TRAIN, "jobs/digits.yaml", ":", "-np", "1", *other])
     assert ended.code == 71
@@ -228,12 +251,19 @@ class Everywhere(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("workers", [None, 3])
-def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(train, folder, workers):
+def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(
+    train, folder, workers
+):
     (folder / "everywhere.py").write_text(EVERYWHERE)
-    ended = train(workers, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere', args: {features: 7}}")
+    ended = train(
+        workers, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere', args: {features: 7}}"
+    )
     assert ended.code == 2
     assert len(ended.errors) == 1
-    assert "the first micro-batch does not go through model and loss: RuntimeError: mat1 and mat2" in ended.errors[0]
+    assert (
+        "the first micro-batch does not go through model and loss: RuntimeError: mat1 and mat2"
+        in ended.errors[0]
+    )
     assert "everywhere.py, line 11, in forward" in ended.errors[0]
     assert ended.err.count("Traceback") == 1
     assert not (folder / "runs").exists()
@@ -241,7 +271,11 @@ def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(tra
 
 def test_a_mistake_on_every_rank_is_told_once(train, folder):
     (folder / "everywhere.py").write_text(EVERYWHERE)
-    ended = train(3, "jobs/digits.yaml", "model={name: 'everywhere:Everywhere', args: {breaks_when_trained: true}}")
+    ended = train(
+        3,
+        "jobs/digits.yaml",
+        "model={name: 'everywhere:Everywhere', args: {breaks_when_trained: true}}",
+    )
     assert ended.code == 70
     assert len(ended.errors) == 1
     assert "internal error on rank 1 of 3" in ended.err  # rank 0 has no micro-batch in these steps
@@ -308,6 +342,8 @@ def test_loader_processes_end_with_a_run_that_fails(train, folder, workers):
     pids = {int(line) for line in (folder / "pids").read_text().split()}
     assert pids
     deadline = time.monotonic() + 10
-    while (left := {pid for pid in pids if os.path.exists(f"/proc/{pid}")}) and time.monotonic() < deadline:
+    while (
+        left := {pid for pid in pids if os.path.exists(f"/proc/{pid}")}
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left

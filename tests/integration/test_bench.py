@@ -18,7 +18,9 @@ def test_lars(start, folder):
     assert ended.code == 0, ended.err
     found = figures(folder)
     assert set(found["sides"]) == {"LARS", "fused SGD", "loop", "foreach", "copy"}
-    assert all(0 < side["lowest"] <= side["median"] <= side["highest"] for side in found["sides"].values())
+    assert all(
+        0 < side["lowest"] <= side["median"] <= side["highest"] for side in found["sides"].values()
+    )
     assert found["sides"]["LARS"]["ratio"] == 1
     assert all(name in ended.out for name in found["sides"])
 
@@ -27,7 +29,9 @@ def test_lars(start, folder):
 def test_step(start, folder, workers):
     launch = [] if workers is None else [*MPIRUN, "-np", str(workers)]
     job = ["jobs/digits.yaml", "batch.base=64", "epochs=1", "lr.warmup.epochs=0.1"]
-    ended = start([*launch, *BENCH, "step", *job, "--rounds", "1", "--steps", "3", "--json", "found.json"])
+    ended = start(
+        [*launch, *BENCH, "step", *job, "--rounds", "1", "--steps", "3", "--json", "found.json"]
+    )
     assert ended.code == 0, ended.err
     found = figures(folder)
     assert set(found["sides"]) == {"engine", "control", "bare loop", "one worker alone"}
@@ -38,21 +42,46 @@ def test_step(start, folder, workers):
 
 
 def test_step_without_a_job_is_resnet20(start, folder):
-    ended = start([*BENCH, "step", "batch.micro=4", "--only", "engine", "--rounds", "1", "--steps", "2", "--json", "found.json"])
+    ended = start(
+        [
+            *BENCH,
+            "step",
+            "batch.micro=4",
+            "--only",
+            "engine",
+            "--rounds",
+            "1",
+            "--steps",
+            "2",
+            "--json",
+            "found.json",
+        ]
+    )
     assert ended.code == 0, ended.err
     assert list(figures(folder)["sides"]) == ["engine"]
     assert "resnet20" in ended.out
 
 
 def test_allreduce_and_what_a_plan_makes_of_it(start, train, folder):
-    ended = start([*MPIRUN, "-np", "2", *BENCH, "allreduce", "--rounds", "1", "--json", "found.json"])
+    ended = start(
+        [*MPIRUN, "-np", "2", *BENCH, "allreduce", "--rounds", "1", "--json", "found.json"]
+    )
     assert ended.code == 0, ended.err
     found = figures(folder)
     assert found["workers"] == 2
     assert found["latency_seconds"] >= 0 <= found["seconds_per_byte"]
     assert found["latency_seconds"] + found["seconds_per_byte"] > 0
     assert train(2, "jobs/digits.yaml", "epochs=1").code == 0
-    plan = [sys.executable, "-m", "hvdlarge.plan", "jobs/digits.yaml", "--world-size", "8", "--allreduce", "found.json"]
+    plan = [
+        sys.executable,
+        "-m",
+        "hvdlarge.plan",
+        "jobs/digits.yaml",
+        "--world-size",
+        "8",
+        "--allreduce",
+        "found.json",
+    ]
     planned = start([*plan, "--measured", "runs/digits", "--json"])
     assert planned.code == 0, planned.err
     paper = json.loads(planned.out)
@@ -78,7 +107,9 @@ def test_data(start, folder):
         "name: slow\nepochs: 3\ndata: {name: 'slow:data', num_workers: 1}\nmodel: {name: mlp}\n"
         "batch: {base: 8, micro: 4, growth: {policy: adabatch, every_epochs: 1}}\nlr: {base: 0.1}\n"
     )
-    ended = start([*MPIRUN, "-np", "2", *BENCH, "data", "slow.yaml", "--steps", "50", "--json", "found.json"])
+    ended = start(
+        [*MPIRUN, "-np", "2", *BENCH, "data", "slow.yaml", "--steps", "50", "--json", "found.json"]
+    )
     assert ended.code == 0, ended.err
     found = figures(folder)
     assert set(found["samples_per_second"]) == {"0", "1", "2"}

@@ -42,7 +42,9 @@ def doctor(tmp_path):
         )
         report = json.loads(done.stdout[done.stdout.index("{") :])
         found = {finding["name"]: finding for finding in report["findings"]}
-        assert done.returncode == (3 if any(finding["level"] == "error" for finding in found.values()) else 0), done.stderr
+        assert done.returncode == (
+            3 if any(finding["level"] == "error" for finding in found.values()) else 0
+        ), done.stderr
         return found
 
     return run_checks
@@ -56,7 +58,14 @@ def test_nothing_stands_in_the_way_here(doctor):
 
 
 def test_in_words(tmp_path):
-    done = subprocess.run(DOCTOR, cwd=tmp_path, env=environment(HOROVOD_ELASTIC="1"), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        DOCTOR,
+        cwd=tmp_path,
+        env=environment(HOROVOD_ELASTIC="1"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 3
     assert "ERROR    HOROVOD_ELASTIC: elastic Horovod is not supported" in done.stdout
     assert "mend it: python -m hvdlarge.launch -np N job.yaml" in done.stdout
@@ -68,7 +77,9 @@ def test_under_a_launcher_one_worker_reports_on_that_launch(doctor):
     assert found["3 workers by Open MPI"]["text"] == "Horovod and MPI both see 3"
 
 
-@pytest.mark.parametrize("before", [[], [*MPIRUN, "-np", "2"]], ids=["alone", "launcher without Horovod"])
+@pytest.mark.parametrize(
+    "before", [[], [*MPIRUN, "-np", "2"]], ids=["alone", "launcher without Horovod"]
+)
 def test_1_horovod_is_missing(doctor, before):
     found = doctor(before, HIDE="horovod")
     assert found["Horovod"]["level"] == "error"
@@ -91,7 +102,10 @@ def test_3_torch_is_missing(doctor):
 
 def test_everything_is_missing(doctor):
     found = doctor(HIDE="torch horovod mpi4py numpy", PATH=str(Path(sys.executable).parent))
-    assert {name for name, finding in found.items() if finding["level"] == "error"} == {"torch", "mpi4py"}
+    assert {name for name, finding in found.items() if finding["level"] == "error"} == {
+        "torch",
+        "mpi4py",
+    }
 
 
 @pytest.fixture
@@ -122,11 +136,15 @@ def test_5_horovod_was_installed_without_its_torch_part(doctor, own_horovod):
 def test_6_horovods_library_misses_a_symbol_of_torch(doctor, own_horovod):
     """As after a change of torch: one name that Horovod wants of torch is given another spelling."""
     (library,) = (own_horovod / "torch").glob("mpi_lib*.so")
-    wanted = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()
+    wanted = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout.split()
     name = next(word for word in wanted if word.startswith("_ZN2at")).encode()
     content = library.read_bytes()
     at = content.index(b"\0" + name + b"\0") + 1
-    library.write_bytes(content[:at] + name.replace(b"_ZN2at", b"_ZN2aX") + content[at + len(name) :])
+    library.write_bytes(
+        content[:at] + name.replace(b"_ZN2at", b"_ZN2aX") + content[at + len(name) :]
+    )
     found = doctor(PYTHONPATH=str(own_horovod.parent))
     assert "was built against another torch" in found["Horovod"]["text"]
     assert found["Horovod"]["cure"] == BUILD
@@ -143,7 +161,9 @@ def test_8_mpirun_is_that_of_another_mpi(doctor, tmp_path):
     other.parent.mkdir()
     other.write_text("#!/bin/sh\necho 'HYDRA build details:'; echo '    Version:      4.2.0'\n")
     other.chmod(0o755)
-    found = doctor(PATH=f"{other.parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    found = doctor(
+        PATH=f"{other.parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     assert "uses Open MPI" in found["mpi4py"]["text"]
     assert "mpirun is that of MPICH 4.2.0" in found["mpi4py"]["text"]
     assert found["mpi4py"]["cure"].startswith(BUILD)
@@ -159,8 +179,14 @@ def test_9_two_workers_share_one_core(doctor):
 
 def test_10_a_launch_that_mpi_does_not_know_of(doctor):
     """As under `horovodrun --gloo`: each worker would be alone."""
-    found = doctor(HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2")
-    (world,) = (finding for name, finding in found.items() if name.startswith("2 workers by horovodrun --gloo"))
+    found = doctor(
+        HOROVOD_RANK="0", HOROVOD_SIZE="2", HOROVOD_LOCAL_RANK="0", HOROVOD_LOCAL_SIZE="2"
+    )
+    (world,) = (
+        finding
+        for name, finding in found.items()
+        if name.startswith("2 workers by horovodrun --gloo")
+    )
     assert world["level"] == "error"
     assert "MPI sees 1" in world["text"]
 
@@ -171,7 +197,9 @@ def test_11_root_is_not_allowed_to_launch(doctor, monkeypatch):
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         monkeypatch.delenv(name, raising=False)
     found = doctor()
-    assert found["root"]["cure"] == "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    assert (
+        found["root"]["cure"] == "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    )
     assert found["a trial of 2 workers"]["level"] == "ok"  # the trial allows it to itself
 
 

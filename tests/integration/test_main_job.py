@@ -26,7 +26,12 @@ def test_two_workers_by_horovodrun(train, folder):
     assert summary["accuracy"] >= 0.98
     assert (summary["steps"], summary["world_size"], summary["growths"]) == (524, 2, 4)
     decisions = read_lines(folder / "runs/digits/decisions.jsonl")
-    assert [line["global_batch"] for line in decisions if "grew_from" in line] == [64, 128, 256, 512]
+    assert [line["global_batch"] for line in decisions if "grew_from" in line] == [
+        64,
+        128,
+        256,
+        512,
+    ]
     assert "32 = 16 × 1 × 2" in ended.out
     assert ended.out.count("the global batch grows") == 4
     assert ended.out.count("done: accuracy") == 1
@@ -37,14 +42,41 @@ def test_a_run_is_its_plan_step_by_step(train, start, folder, job):
     """Every shipped job, on two workers: the decisions on paper are those of the run, byte for byte."""
     ended = train(2, f"jobs/{job}")
     assert ended.code == 0, ended.err
-    planned = start([sys.executable, "-m", "hvdlarge.plan", f"jobs/{job}", "--world-size", "2", "--decisions", "paper.jsonl"])
+    planned = start(
+        [
+            sys.executable,
+            "-m",
+            "hvdlarge.plan",
+            f"jobs/{job}",
+            "--world-size",
+            "2",
+            "--decisions",
+            "paper.jsonl",
+        ]
+    )
     assert planned.code == 0, planned.err
     run = folder / "runs" / Path(job).stem
     assert (folder / "paper.jsonl").read_text() == (run / "decisions.jsonl").read_text()
     summary = json.loads((run / "summary.json").read_text())
-    again = start([sys.executable, "-m", "hvdlarge.plan", f"jobs/{job}", "--world-size", "2", "--json", "--measured", str(run)])
+    again = start(
+        [
+            sys.executable,
+            "-m",
+            "hvdlarge.plan",
+            f"jobs/{job}",
+            "--world-size",
+            "2",
+            "--json",
+            "--measured",
+            str(run),
+        ]
+    )
     paper = json.loads(again.out)
-    assert (paper["steps"], paper["samples"], paper["growths"]) == (summary["steps"], summary["samples_seen"], summary["growths"])
+    assert (paper["steps"], paper["samples"], paper["growths"]) == (
+        summary["steps"],
+        summary["samples_seen"],
+        summary["growths"],
+    )
     assert paper["peak_memory_bytes"] == summary["peak_memory_bytes"] > 50e6
     assert f"schedule {paper['fingerprint']}" in ended.out
     assert summary["accuracy"] >= 0.97
@@ -54,7 +86,9 @@ def test_a_dry_run_prints_the_job_and_starts_nothing(train, folder):
     for workers in (None, 3):
         ended = train(workers, "jobs/digits.yaml", "--dry-run", "seed=7")
         assert ended.code == 0, ended.err
-        assert parse_job(ended.out, "printed") == read_job(str(folder / "jobs/digits.yaml"), ["seed=7"])
+        assert parse_job(ended.out, "printed") == read_job(
+            str(folder / "jobs/digits.yaml"), ["seed=7"]
+        )
     assert not (folder / "runs").exists()
     ended = train(3, "jobs/digits.yaml", "--dry-run", "reduction=exact")
     assert (ended.code, len(ended.errors)) == (2, 1)
@@ -62,9 +96,23 @@ def test_a_dry_run_prints_the_job_and_starts_nothing(train, folder):
 
 def test_train_and_plan_refuse_in_the_same_words(train, start, folder):
     ran = train(3, "jobs/digits.yaml", "reduction=exact")
-    planned = start([sys.executable, "-m", "hvdlarge.plan", "jobs/digits.yaml", "reduction=exact", "--world-size", "3"])
+    planned = start(
+        [
+            sys.executable,
+            "-m",
+            "hvdlarge.plan",
+            "jobs/digits.yaml",
+            "reduction=exact",
+            "--world-size",
+            "3",
+        ]
+    )
     assert ran.code == planned.code == 2
-    assert ran.errors == planned.errors == ["hvdlarge: error: reduction: exact needs 1, 2, 4, 8, … workers, not 3"]
+    assert (
+        ran.errors
+        == planned.errors
+        == ["hvdlarge: error: reduction: exact needs 1, 2, 4, 8, … workers, not 3"]
+    )
     assert not (folder / "runs").exists()
 
 
@@ -84,13 +132,18 @@ def test_float64_weights_are_those_of_the_job_and_not_of_the_workers(train, fold
         for name, value in weights(folder, f"w{workers}").items():
             if value.is_floating_point():
                 assert (value - alone[name]).norm() <= 1e-10 * alone[name].norm(), name
-    results = [json.loads((folder / f"runs/w{workers}/summary.json").read_text()) for workers in (None, 2, 3)]
+    results = [
+        json.loads((folder / f"runs/w{workers}/summary.json").read_text())
+        for workers in (None, 2, 3)
+    ]
     assert len({result["accuracy"] for result in results}) == 1
     assert results[0]["accuracy"] >= 0.98
 
 
 def test_sixteen_workers_on_few_cores(train, folder):
-    ended = train(16, "jobs/digits.yaml", "epochs=3", "batch.initial=256", "lr.warmup.epochs=0.1", timeout=240)
+    ended = train(
+        16, "jobs/digits.yaml", "epochs=3", "batch.initial=256", "lr.warmup.epochs=0.1", timeout=240
+    )
     assert ended.code == 0, ended.err
     assert json.loads((folder / "runs/digits/summary.json").read_text())["world_size"] == 16
     assert "256 = 16 × 1 × 16" in ended.out
@@ -109,12 +162,16 @@ def test_the_run_folder_says_what_ran(train, folder):
     metrics = read_lines(run / "metrics.jsonl")
     for line in metrics:
         assert {"step", "epoch", "samples_seen"} <= line.keys()
-    assert {"global_batch", "lr", "loss", "trust_ratio_min", "allreduce_seconds"} <= metrics[0].keys()
+    assert {"global_batch", "lr", "loss", "trust_ratio_min", "allreduce_seconds"} <= metrics[
+        0
+    ].keys()
     assert 0 < metrics[0]["trust_ratio_min"] <= metrics[0]["trust_ratio_max"]
     assert [line["accuracy"] for line in metrics if "accuracy" in line]
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_summary_gets_the_summary_at_the_next_start(train, folder):
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_gets_the_summary_at_the_next_start(
+    train, folder
+):
     """A pipe that nobody reads stands where the summary is written aside: the run waits there for its end."""
     arguments = ["jobs/digits.yaml", "epochs=1", "log.every_steps=1"]
     assert train(None, *arguments, "run_dir=whole").code == 0
@@ -122,7 +179,12 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_gets_the_summa
     (folder / "run").mkdir()
     pipe = folder / "run/.summary.json.part"
     os.mkfifo(pipe)
-    process = subprocess.Popen([*TRAIN, *arguments, "run_dir=run"], cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*TRAIN, *arguments, "run_dir=run"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
     listing, last = folder / "run/checkpoints/SHA256SUMS", f"step_{whole['steps']:09d}.pt"
     deadline = time.monotonic() + 60
     while not (listing.exists() and last in listing.read_text()):
@@ -134,7 +196,10 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_gets_the_summa
     pipe.unlink()
     ended = train(2, *arguments, "run_dir=run")
     assert ended.code == 0, ended.err
-    assert "already finished: run holds this run, complete, and its summary.json, which was missing, is written" in ended.out
+    assert (
+        "already finished: run holds this run, complete, and its summary.json, which was missing, is written"
+        in ended.out
+    )
     summary = json.loads((folder / "run/summary.json").read_text())
     measured = {"train_seconds", "samples_per_second", "peak_memory_bytes"}
     assert {key: value for key, value in summary.items() if key not in measured} == {

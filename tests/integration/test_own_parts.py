@@ -9,7 +9,11 @@ from launching import ROOT
 
 def example_of_the_readme():
     text = (ROOT / "README.md").read_text()
-    blocks = dict(re.findall(r"`(my_\w+\.(?:py|yaml))`:\n+```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL))
+    blocks = dict(
+        re.findall(
+            r"`(my_\w+\.(?:py|yaml))`:\n+```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL
+        )
+    )
     assert set(blocks) == {"my_parts.py", "my_job.yaml"}
     return blocks
 
@@ -32,7 +36,9 @@ def test_the_readmes_own_model_and_data_set_run_alike_on_any_world(train, folder
         assert summary["growths"] >= 1
     for other in weights[1:]:
         for name, value in other.items():
-            assert (value - weights[0][name]).norm() <= 1e-10 * weights[0][name].norm().clamp_min(1e-3), name
+            assert (value - weights[0][name]).norm() <= 1e-10 * weights[0][name].norm().clamp_min(
+                1e-3
+            ), name
 
 
 SECRET_PARTS = """
@@ -44,9 +50,16 @@ def data(token):
 """
 
 
-def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_a_changed_one_is_noticed(train, folder):
+def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_a_changed_one_is_noticed(
+    train, folder
+):
     (folder / "secret_parts.py").write_text(SECRET_PARTS)
-    arguments = ["jobs/digits.yaml", "data={name: 'secret_parts:data', args: {token: '${TOKEN}'}}", "epochs=1", "run_dir=run"]
+    arguments = [
+        "jobs/digits.yaml",
+        "data={name: 'secret_parts:data', args: {token: '${TOKEN}'}}",
+        "epochs=1",
+        "run_dir=run",
+    ]
     ended = train(2, *arguments, TOKEN="s3cret-of-ada")
     assert ended.code == 0, ended.err
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]

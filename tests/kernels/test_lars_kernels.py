@@ -33,10 +33,14 @@ def on_gpu(monkeypatch):
 def pair(dtype, **options):
     """The same tensors under LARS on the way of a GPU and, on a CPU in float64, on the other way."""
     random = np.random.default_rng(5)
-    values = [random.normal(size=shape) * 10.0 ** random.integers(-2, 2) for shape in SHAPES] + [np.zeros(5)]
+    values = [random.normal(size=shape) * 10.0 ** random.integers(-2, 2) for shape in SHAPES] + [
+        np.zeros(5)
+    ]
     sides = []
     for device, kind in ((DEVICE, dtype), (torch.device("cpu"), torch.float64)):
-        weights = [torch.nn.Parameter(torch.from_numpy(value.copy()).to(device, kind)) for value in values]
+        weights = [
+            torch.nn.Parameter(torch.from_numpy(value.copy()).to(device, kind)) for value in values
+        ]
         # A channels-last weight, whose gradient comes in another order of memory.
         weights[3] = torch.nn.Parameter(weights[3].detach().to(memory_format=torch.channels_last))
         groups = [
@@ -44,12 +48,16 @@ def pair(dtype, **options):
             {"params": weights[6:8], "adapt": False, "weight_decay": 0.0},
             {"params": weights[8:], "lr": 0.3},
         ]
-        sides.append((weights, LARS(groups, **{"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01, **options})))
+        sides.append(
+            (weights, LARS(groups, **{"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01, **options}))
+        )
     return random, sides
 
 
 def step(random, sides, number, monkeypatch):
-    gradients = [random.normal(size=weight.shape) * 10.0 ** random.integers(-4, 2) for weight in sides[0][0]]
+    gradients = [
+        random.normal(size=weight.shape) * 10.0 ** random.integers(-4, 2) for weight in sides[0][0]
+    ]
     gradients[(3 * number) % len(gradients)][...] = 0.0
     for (weights, optimizer), on_gpu in zip(sides, (True, False), strict=True):
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -84,8 +92,15 @@ def test_six_steps_are_those_of_the_other_way(on_gpu, monkeypatch, form, dtype, 
         step(random, sides, number, monkeypatch)
         for one, other in zip(sides[0][0], sides[1][0], strict=True):
             largest = other.abs().max().item() if other.numel() else 1.0
-            assert (one.detach().cpu().double() - other.detach()).abs().max().item() <= close * largest if other.numel() else True
-            ratios = [optimizer.trust_ratio_of(weight) for (_, optimizer), weight in zip(sides, (one, other), strict=True)]
+            assert (
+                (one.detach().cpu().double() - other.detach()).abs().max().item() <= close * largest
+                if other.numel()
+                else True
+            )
+            ratios = [
+                optimizer.trust_ratio_of(weight)
+                for (_, optimizer), weight in zip(sides, (one, other), strict=True)
+            ]
             assert (ratios[0] is None) == (ratios[1] is None)
             if ratios[0] is not None:
                 assert ratios[0] == pytest.approx(ratios[1], rel=10 * close)
@@ -117,7 +132,9 @@ def test_vectors_of_ratios_are_those_of_single_tensors():
         }
         weights, grads = random.choice([0.0, 1e-3, 2.0], 8), random.choice([1e-4, 0.3, 50.0], 8)
         found = lars_gpu.trust_ratios(torch.from_numpy(weights), torch.from_numpy(grads), group)
-        assert found.tolist() == pytest.approx([trust_ratio(w, g, group) for w, g in zip(weights, grads, strict=True)], rel=1e-12)
+        assert found.tolist() == pytest.approx(
+            [trust_ratio(w, g, group) for w, g in zip(weights, grads, strict=True)], rel=1e-12
+        )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, which interprets
@@ -128,9 +145,13 @@ def test_clipping_and_what_is_not_finite(on_gpu):
         weight.grad = torch.ones_like(weight)
     total = sum(weight.numel() for weight in weights) ** 0.5
     clipped = optimizer.measure().clipped(2.0)
-    assert sum(weight.grad.square().sum().item() for weight in weights) ** 0.5 == pytest.approx(2.0, rel=1e-12)
+    assert sum(weight.grad.square().sum().item() for weight in weights) ** 0.5 == pytest.approx(
+        2.0, rel=1e-12
+    )
     assert clipped.values[1].norm().item() == pytest.approx(2.0, rel=1e-12)
-    assert optimizer.measure().clipped(3 * total).values[1].norm().item() == pytest.approx(2.0, rel=1e-12)
+    assert optimizer.measure().clipped(3 * total).values[1].norm().item() == pytest.approx(
+        2.0, rel=1e-12
+    )
     weights[2].grad[0, 0] = float("nan")
     weights[8].grad[17] = float("inf")
     assert optimizer.measure().not_finite(names) == ["w2", "w8"]
@@ -173,7 +194,13 @@ for kernel, signature, fixed in (
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=250)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == ["squares", "squares", "roots", "update", "update"]

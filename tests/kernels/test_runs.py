@@ -90,7 +90,10 @@ def test_the_weights_are_those_of_the_other_way(start):
         assert code == 0, text
         assert "kernels True" not in text
     assert weights(start, "rank_1").keys() == weights(start, "everybody").keys()
-    assert all(torch.equal(value, weights(start, "everybody")[name]) for name, value in weights(start, "rank_1").items())
+    assert all(
+        torch.equal(value, weights(start, "everybody")[name])
+        for name, value in weights(start, "rank_1").items()
+    )
     assert 0 < distance(weights(start, "nobody"), weights(start, "everybody")) < 1e-12
     ratios = [
         [
@@ -118,7 +121,11 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step(start):
 def test_a_rollback_ends_with_the_weights_of_the_other_way(start):
     for refusing in ("nobody", "everybody"):
         code, text = start(
-            refusing, "precision=fp64", "on_nonfinite={policy: rollback, lr_factor: 0.25}", "epochs=1", fault="nan@1:25"
+            refusing,
+            "precision=fp64",
+            "on_nonfinite={policy: rollback, lr_factor: 0.25}",
+            "epochs=1",
+            fault="nan@1:25",
         )
         assert code == 0, text
         assert "back to step 20" in text

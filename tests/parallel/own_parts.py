@@ -18,7 +18,9 @@ FEATURES, CLASSES = 6, 3
 
 def tensors(samples=53, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, FEATURES, generator=generator), torch.randint(CLASSES, (samples,), generator=generator)
+    return torch.randn(samples, FEATURES, generator=generator), torch.randint(
+        CLASSES, (samples,), generator=generator
+    )
 
 
 def plain(samples=53):
@@ -273,7 +275,10 @@ class ModeSwitch(Normed):
 
 class NumpyNoise(Net):
     def between(self, hidden):
-        return hidden + torch.from_numpy(np.random.normal(size=hidden.shape)).to(hidden) * random.random()
+        return (
+            hidden
+            + torch.from_numpy(np.random.normal(size=hidden.shape)).to(hidden) * random.random()
+        )
 
 
 class DrawsAlways(Net):
@@ -505,4 +510,6 @@ class Mixed(nn.Module):
 
     def forward(self, outputs, targets):
         share = np.random.beta(0.4, 0.4)
-        return nn.functional.cross_entropy(outputs, targets) * share + outputs.square().mean() * (1 - share)
+        return nn.functional.cross_entropy(outputs, targets) * share + outputs.square().mean() * (
+            1 - share
+        )

@@ -94,8 +94,12 @@ def distance(ours, theirs):
 SOUND = {
     "a subset with a transform": ["data={name: 'own_parts:subset'}"],
     "a wrapper that delegates": ["data={name: 'own_parts:subset', args: {kind: Delegating}}"],
-    "tensors with an augmentation of their own": ["data={name: 'own_parts:tensor_set', args: {kind: AugmentedTensors}}"],
-    "tensors whose batches draw": ["data={name: 'own_parts:tensor_set', args: {kind: NoisyTensors}}"],
+    "tensors with an augmentation of their own": [
+        "data={name: 'own_parts:tensor_set', args: {kind: AugmentedTensors}}"
+    ],
+    "tensors whose batches draw": [
+        "data={name: 'own_parts:tensor_set', args: {kind: NoisyTensors}}"
+    ],
     "an augmentation that draws from three generators": ["data={name: 'own_parts:augmented'}"],
     "a model that came in evaluation mode": ["model.name=own_parts:in_evaluation_mode"],
     "a frozen batch norm": ["model.name=own_parts:Frozen"],
@@ -104,7 +108,12 @@ SOUND = {
     "a batch norm that is never used": ["model.name=own_parts:Never"],
     "a batch norm that is recomputed": ["model.name=own_parts:Recomputed"],
     "a batch norm with a forward of its own": ["model.name=own_parts:OwnForward"],
-    "layers that are skipped": ["model.name=own_parts:Skipping", "gradients.missing=zero", "batch.micro=2", "epochs=2"],
+    "layers that are skipped": [
+        "model.name=own_parts:Skipping",
+        "gradients.missing=zero",
+        "batch.micro=2",
+        "epochs=2",
+    ],
     "a model that draws from numpy and random": ["model.name=own_parts:NumpyNoise"],
     "a model that draws in evaluations": ["model.name=own_parts:DrawsAlways"],
     "complex, 0-dimensional and integer parts": ["model.name=own_parts:Spectral"],
@@ -120,7 +129,9 @@ SOUND = {
 
 
 @pytest.mark.parametrize("changes", SOUND.values(), ids=SOUND.keys())
-def test_any_number_of_workers_and_interruptions_give_the_same_run(control, tensors, folder, changes):
+def test_any_number_of_workers_and_interruptions_give_the_same_run(
+    control, tensors, folder, changes
+):
     job = job_of(changes)
     expected = alone(job, control, folder)
     found = train(job, control, tensors, folder / "whole")
@@ -148,33 +159,52 @@ def test_exact_mode_is_bit_identical(control, tensors, folder, name):
     if control.size & (control.size - 1):
         pytest.skip("exact mode needs 1, 2, 4, 8, … workers")
     job = job_of([*SOUND[name], "reduction=exact", "precision=fp32"])
-    assert distance(train(job, control, tensors, folder / "many"), alone(job, control, folder)) == 0.0
+    assert (
+        distance(train(job, control, tensors, folder / "many"), alone(job, control, folder)) == 0.0
+    )
 
 
 def test_exact_mode_takes_deterministic_algorithms_only(control, tensors, folder):
     if control.size & (control.size - 1):
         pytest.skip("exact mode needs 1, 2, 4, 8, … workers")
-    train(job_of(["model.name=own_parts:OnlyDeterministic", "reduction=exact"]), control, tensors, folder / "run")
+    train(
+        job_of(["model.name=own_parts:OnlyDeterministic", "reduction=exact"]),
+        control,
+        tensors,
+        folder / "run",
+    )
 
 
 def test_the_mode_in_which_a_model_comes_does_not_matter(control, tensors, folder):
-    came_training = train(job_of(["model.name=own_parts:Normed"]), control, tensors, folder / "training")
-    came_in_eval = train(job_of(["model.name=own_parts:in_evaluation_mode"]), control, tensors, folder / "evaluation")
+    came_training = train(
+        job_of(["model.name=own_parts:Normed"]), control, tensors, folder / "training"
+    )
+    came_in_eval = train(
+        job_of(["model.name=own_parts:in_evaluation_mode"]), control, tensors, folder / "evaluation"
+    )
     assert distance(came_in_eval, came_training) == 0.0
     assert came_training["model"]["norm.running_mean"].abs().max() > 0.01
 
 
 def test_frozen_statistics_stay_what_they_were(control, tensors, folder):
-    model = train(job_of(["model.name=own_parts:Frozen"]), control, tensors, folder / "frozen")["model"]
+    model = train(job_of(["model.name=own_parts:Frozen"]), control, tensors, folder / "frozen")[
+        "model"
+    ]
     assert model["norm.running_mean"].tolist() == [pytest.approx(0.3)] * 5
     assert model["norm.num_batches_tracked"] == 0
 
 
 def test_types_stay_as_they_were_built(control, tensors, folder):
-    for precision, kinds in {"fp32": (torch.complex64, torch.float32), "fp64": (torch.complex128, torch.float64)}.items():
-        model = train(job_of(["model.name=own_parts:Spectral", f"precision={precision}"]), control, tensors, folder / precision)[
-            "model"
-        ]
+    for precision, kinds in {
+        "fp32": (torch.complex64, torch.float32),
+        "fp64": (torch.complex128, torch.float64),
+    }.items():
+        model = train(
+            job_of(["model.name=own_parts:Spectral", f"precision={precision}"]),
+            control,
+            tensors,
+            folder / precision,
+        )["model"]
         assert (model["rotation"].dtype, model["filter"].dtype) == (kinds[0], kinds[0])
         assert model["first.weight"].dtype == kinds[1]
         assert (model["table"].dtype, model["order"].dtype) == (torch.float64, torch.int64)
@@ -214,9 +244,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.items())
-def test_a_job_without_one_result_is_refused_before_its_first_step(control, tensors, folder, changes, message):
-    job = job_of(changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split())
-    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloChannel(), SoloCollectives())}.items():
+def test_a_job_without_one_result_is_refused_before_its_first_step(
+    control, tensors, folder, changes, message
+):
+    job = job_of(
+        changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split()
+    )
+    for where, wires in {
+        "many": (control, tensors),
+        f"alone-{control.rank}": (SoloChannel(), SoloCollectives()),
+    }.items():
         with pytest.raises(RunExit, match=f"(?s){message}") as raised:
             train(job, *wires, folder / where)
         assert raised.value.code == JobError.code
@@ -225,10 +262,19 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(control, tens
 
 
 @pytest.mark.parametrize("every", [1, 1000])
-def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(control, tensors, folder, every):
-    for where, wires in {"many": (control, tensors), f"alone-{control.rank}": (SoloChannel(), SoloCollectives())}.items():
+def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(
+    control, tensors, folder, every
+):
+    for where, wires in {
+        "many": (control, tensors),
+        f"alone-{control.rank}": (SoloChannel(), SoloCollectives()),
+    }.items():
         with pytest.raises(RunExit, match="'scale'|disagree about the digest|scale is"):
-            train(job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]), *wires, folder / where)
+            train(
+                job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]),
+                *wires,
+                folder / where,
+            )
         control.barrier()
 
 
@@ -236,11 +282,15 @@ def test_a_gradient_that_is_there_on_some_ranks_only_is_named(control, tensors, 
     job = job_of(["model.name=own_parts:Skipping", "batch.micro=2"])
     if control.size == 1:
         pytest.skip("one rank agrees with itself")
-    with pytest.raises(RanksDisagreeError, match="the parameter '(norm|chance|data).* gradients.missing: zero"):
+    with pytest.raises(
+        RanksDisagreeError, match="the parameter '(norm|chance|data).* gradients.missing: zero"
+    ):
         train(job, control, tensors, folder / "run")
 
 
-def test_every_rank_reads_the_same_samples_or_the_difference_is_told(control, tensors, folder, monkeypatch):
+def test_every_rank_reads_the_same_samples_or_the_difference_is_told(
+    control, tensors, folder, monkeypatch
+):
     if control.size == 1:
         pytest.skip("one rank agrees with itself")
     import own_parts
@@ -251,7 +301,10 @@ def test_every_rank_reads_the_same_samples_or_the_difference_is_told(control, te
         return own_parts.InMemory(inputs[order], targets[order]), None
 
     monkeypatch.setattr(own_parts, "plain", listed_in_another_order)
-    with pytest.raises(RanksDisagreeError, match=r"do not have the same training samples .* listed in the same order"):
+    with pytest.raises(
+        RanksDisagreeError,
+        match=r"do not have the same training samples .* listed in the same order",
+    ):
         train(job_of([]), control, tensors, folder / "run")
 
 

@@ -53,11 +53,15 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
     arithmetic = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    model, loss, optimizer, _ = build.build_learning(
+        job.model, job.loss, job.optimizer, arithmetic, job.seed
+    )
     found = Components(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
     learner = join(job, found, control, tensors)
     learner.statistics.to_partial()
-    not_watching = Watchdog(control.rank, {"start": 100, "step": 100})  # never started, so that it leaves nothing armed behind
+    not_watching = Watchdog(
+        control.rank, {"start": 100, "step": 100}
+    )  # never started, so that it leaves nothing armed behind
     worker = RankContext(None, {}, control, tensors, not_watching, StopRequest())
     state = TrainState()
     controller = Controller(plan) if control.rank == 0 else None
@@ -107,7 +111,10 @@ def test_the_world_law(control, tensors, changes):
     for name, value in weights.items():
         if name.endswith("num_batches_tracked"):
             assert value == alone[name]
-    assert len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values())))) == 1
+    assert (
+        len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values()))))
+        == 1
+    )
 
 
 class Smooth(torch.nn.Module):
@@ -116,7 +123,11 @@ class Smooth(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.body = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.AvgPool2d(2)
+            torch.nn.Conv2d(1, 6, 3),
+            torch.nn.BatchNorm2d(6),
+            torch.nn.Tanh(),
+            torch.nn.Dropout(0.3),
+            torch.nn.AvgPool2d(2),
         )
         self.head = torch.nn.Linear(54, 10)
 
@@ -125,7 +136,9 @@ class Smooth(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "changes", [["model={name: 'test_run:Smooth'}"], ["model={name: row_lstm}", "lr.base=2"], ["epochs=2"]], ids=str
+    "changes",
+    [["model={name: 'test_run:Smooth'}"], ["model={name: row_lstm}", "lr.base=2"], ["epochs=2"]],
+    ids=str,
 )
 def test_the_world_law_in_float32(control, tensors, changes):
     """Where a ReLU or a maximum of the convnet changes sides, float32's rounding becomes a jump: it is judged over fewer steps."""
@@ -146,14 +159,19 @@ def test_loader_processes_change_nothing(control, tensors, num_workers):
 
 def test_a_worker_follows_rank_0_whatever_it_believes(control):
     """The workers' own schedules are wrong on purpose; nobody asks them."""
-    job = parse_job(JOB, "law", [] if control.rank == 0 else ["lr.base=77", "batch.base=7", "batch.micro=2"])
+    job = parse_job(
+        JOB, "law", [] if control.rank == 0 else ["lr.base=77", "batch.base=7", "batch.micro=2"]
+    )
     plan = job.plan(203, control.size)
     heard = []
     feed = DecisionFeed(control, Controller(plan) if control.rank == 0 else None, 3, heard.append)
     followed = list(iter(feed.next, None))
     truth = list(iter(Controller(parse_job(JOB, "law").plan(203, control.size)).decide, None))
     assert followed == heard == truth
-    assert all(dataclasses.astuple(ours) == dataclasses.astuple(theirs) for ours, theirs in zip(followed, truth, strict=True))
+    assert all(
+        dataclasses.astuple(ours) == dataclasses.astuple(theirs)
+        for ours, theirs in zip(followed, truth, strict=True)
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -161,7 +179,10 @@ def test_16_bits_are_computed_the_same_on_any_number_of_workers(control, tensors
     """Exact mode takes the order of sums out, so nothing else may differ: loss scales, steps left out, forward passes."""
     given = [f"precision={precision}", "model={name: mlp, args: {dropout: 0.2}}", "epochs=3"]
     expected = pytest.approx(
-        run(parse_job(JOB, "law", [*given, "precision=fp32"]), SoloChannel(), SoloCollectives())[1]["test_loss"], rel=1e-2
+        run(parse_job(JOB, "law", [*given, "precision=fp32"]), SoloChannel(), SoloCollectives())[1][
+            "test_loss"
+        ],
+        rel=1e-2,
     )
     if control.size & (control.size - 1) == 0:
         job = parse_job(JOB, "law", ["reduction=exact", *given])
@@ -170,21 +191,33 @@ def test_16_bits_are_computed_the_same_on_any_number_of_workers(control, tensors
         assert all(torch.equal(value, alone[name]) for name, value in weights.items())
         assert results["test_loss"] == expected
     weights, results = run(parse_job(JOB, "law", given), control, tensors)
-    assert len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values())))) == 1
+    assert (
+        len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values()))))
+        == 1
+    )
     assert results["test_loss"] == expected
 
 
 def test_compressed_gradients_lose_digits_and_nothing_else(control, tensors):
     few = ["precision=fp32", "epochs=0.5", "lr.warmup.epochs=0.2", "model={name: mlp}"]
-    weights, _ = run(parse_job(JOB, "law", ["gradients={compression: fp16}", *few]), control, tensors)
+    weights, _ = run(
+        parse_job(JOB, "law", ["gradients={compression: fp16}", *few]), control, tensors
+    )
     plain, _ = run(parse_job(JOB, "law", few), control, tensors)
     away = distance(weights, plain)
     assert away < 1e-2
     assert (away > 0) == (control.size > 1)  # one worker sends nothing
-    assert len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values())))) == 1
+    assert (
+        len(set(control.allgather(b"".join(value.numpy().tobytes() for value in weights.values()))))
+        == 1
+    )
 
 
-@pytest.mark.parametrize("changes", [[], ["model={name: row_lstm}", "lr.base=2"], ["batch.micro=3", "precision=fp32"]], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [[], ["model={name: row_lstm}", "lr.base=2"], ["batch.micro=3", "precision=fp32"]],
+    ids=str,
+)
 def test_exact_mode_is_bit_identical_to_one_worker(control, tensors, changes):
     """Weights, and running statistics too."""
     job = parse_job(JOB, "law", ["reduction=exact", *changes])

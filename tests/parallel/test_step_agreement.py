@@ -12,7 +12,9 @@ from hvdlarge.schedule.decision import Decision
 DECISION = Decision(20, 5120, 3.5, 1, 256, 256, 16, 0.1, False)
 
 
-def exchange(control, tensors, decision=DECISION, gradients=("a", "b"), job=5, digest=None, **wishes):
+def exchange(
+    control, tensors, decision=DECISION, gradients=("a", "b"), job=5, digest=None, **wishes
+):
     agreement = ConsistencyCheck(control, job, lambda: wishes)
     uneven = wishes.pop("uneven", False)
     agreement.start(decision, None if gradients is None else list(gradients), digest, uneven)
@@ -23,7 +25,9 @@ def test_ranks_that_agree_hear_what_any_of_them_asks_for(control, tensors):
     last = control.rank == control.size - 1
     assert exchange(control, tensors) == StepFlags(False, False, False, False)
     assert exchange(control, tensors, stop=last) == StepFlags(True, False, False, False)
-    assert exchange(control, tensors, save=control.rank == 0, failed=last) == StepFlags(False, True, True, False)
+    assert exchange(control, tensors, save=control.rank == 0, failed=last) == StepFlags(
+        False, True, True, False
+    )
     assert exchange(control, tensors, uneven=last) == StepFlags(False, False, False, True)
 
 
@@ -53,4 +57,6 @@ def test_a_rank_that_differs_is_found_in_the_same_step(control, tensors, name, c
     with pytest.raises(RanksDisagreeError, match=f"disagree about the {name}") as raised:
         exchange(control, tensors, **(changes if other else usual))
     assert f"on rank {control.size - 1}" in str(raised.value)
-    assert exchange(control, tensors) == StepFlags(False, False, False, False)  # the wire is still usable
+    assert exchange(control, tensors) == StepFlags(
+        False, False, False, False
+    )  # the wire is still usable

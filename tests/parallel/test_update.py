@@ -41,14 +41,18 @@ def test_the_ratio_is_that_of_the_mean_gradient(control, tensors):
     assert update.optimizer.trust_ratio_of(model.weight) == pytest.approx(ratio, rel=1e-12)
     local = 0.001 * 5 / (1 + 0.0005 * 5)
     assert abs(ratio - local) > 0.1 * ratio  # the mistake would be seen
-    expected = np.array([3.0, 4.0]) - 2.0 * ratio * (np.array([0.5, 0.5]) + 0.0005 * np.array([3.0, 4.0]))
+    expected = np.array([3.0, 4.0]) - 2.0 * ratio * (
+        np.array([0.5, 0.5]) + 0.0005 * np.array([3.0, 4.0])
+    )
     assert model.weight.detach().numpy() == pytest.approx(expected, rel=1e-12)
     assert len(set(control.allgather(model.weight.detach().numpy().tobytes()))) == 1
 
 
 def net():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
 
 
 @pytest.mark.parametrize("deal", ["even", "rank 0 idle", "only rank 0", "uneven"])
@@ -56,13 +60,17 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
     rank, size = control.rank, control.size
     model, alone = net(), net()
     update = wrapped(model, tensors)
-    solo = SoloOptimizer(LARS(parameter_groups(alone, weight_decay=0.0005), momentum=0.9, trust_coefficient=0.001))
+    solo = SoloOptimizer(
+        LARS(parameter_groups(alone, weight_decay=0.0005), momentum=0.9, trust_coefficient=0.001)
+    )
     random = np.random.default_rng(3)
     for step, micro_batches in enumerate([2, 3, 6, 6, 12, 1]):
         data = torch.from_numpy(random.normal(size=(micro_batches, 4, 6)))
         owners = {
             "even": [number * size // micro_batches for number in range(micro_batches)],
-            "rank 0 idle": [min(size - 1, 1 + number % max(1, size - 1)) for number in range(micro_batches)],
+            "rank 0 idle": [
+                min(size - 1, 1 + number % max(1, size - 1)) for number in range(micro_batches)
+            ],
             "only rank 0": [0] * micro_batches,
             "uneven": [min(number, size - 1) for number in range(micro_batches)],
         }[deal]
@@ -76,7 +84,10 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
             updating.step()
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13), name
-    moved = max((ours - start).abs().max().item() for ours, start in zip(model.parameters(), net().parameters(), strict=True))
+    moved = max(
+        (ours - start).abs().max().item()
+        for ours, start in zip(model.parameters(), net().parameters(), strict=True)
+    )
     assert moved > 1e-3
 
 
@@ -106,7 +117,11 @@ def test_options_survive_the_wrapping(tensors):
     model = net()
     update = wrapped(model, tensors, momentum=0.7, trust_coefficient=0.02)
     adapted, others = update.optimizer.param_groups
-    assert (adapted["momentum"], adapted["trust_coefficient"], adapted["weight_decay"]) == (0.7, 0.02, 0.0005)
+    assert (adapted["momentum"], adapted["trust_coefficient"], adapted["weight_decay"]) == (
+        0.7,
+        0.02,
+        0.0005,
+    )
     assert (others["adapt"], others["weight_decay"], others["lr_factor"]) == (False, 0.0, 1.0)
     assert adapted["names"] == ["0.weight", "2.weight"]
 

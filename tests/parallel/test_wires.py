@@ -25,7 +25,15 @@ def test_sums_and_broadcasts_of_every_type(control, tensors):
     for dtype in (torch.float32, torch.float64, torch.int64):
         found = tensors.sum(torch.full((3, 2), rank + 1, dtype=dtype), f"test.{dtype}")
         assert torch.equal(found, torch.full((3, 2), total, dtype=dtype))
-    for dtype in (torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.float16, torch.uint8):
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.bool,
+        torch.bfloat16,
+        torch.float16,
+        torch.uint8,
+    ):
         whole = torch.tensor([[1, 0], [1, 1]]).to(dtype)
         mine = whole.clone() if rank == 0 else torch.zeros_like(whole)
         tensors.broadcast_([("matrix", mine)])
@@ -60,15 +68,24 @@ def test_a_difference_between_ranks_is_named_on_all(control):
     if control.size == 1:
         pytest.skip("one rank agrees with itself")
     check_equal_across_ranks(control, {"a": 1, "b": {"c": [1, 2]}}, "job")
-    with pytest.raises(RanksDisagreeError, match=f"same job: batch.max is 512 on rank 0 and 256 on rank {control.size - 1}"):
+    with pytest.raises(
+        RanksDisagreeError,
+        match=f"same job: batch.max is 512 on rank 0 and 256 on rank {control.size - 1}",
+    ):
         check_equal_across_ranks(
-            control, {"name": "x", "batch": {"max": 256 if control.rank == control.size - 1 else 512}}, "job"
+            control,
+            {"name": "x", "batch": {"max": 256 if control.rank == control.size - 1 else 512}},
+            "job",
         )
 
 
 def test_the_largest_of_each_number_whatever_happens_to_the_memory_meanwhile(control):
     for number in range(500):
-        wait = control.start_max([float(control.rank), -float(control.rank), float(number), *[1.0] * 18])
-        litter = [array.array("d", [9e9] * 21) for _ in range(5)]  # takes any freed memory of the message's size
+        wait = control.start_max(
+            [float(control.rank), -float(control.rank), float(number), *[1.0] * 18]
+        )
+        litter = [
+            array.array("d", [9e9] * 21) for _ in range(5)
+        ]  # takes any freed memory of the message's size
         assert wait() == [control.size - 1.0, 0.0, float(number), *[1.0] * 18]
         assert all(piece[0] == 9e9 for piece in litter)

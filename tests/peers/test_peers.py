@@ -34,7 +34,10 @@ def start():
 @pytest.fixture
 def gradients():
     generator = torch.Generator().manual_seed(8)
-    return [[torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in RATES]
+    return [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+        for _ in RATES
+    ]
 
 
 def by_torch(start, gradients, build, rates=RATES):
@@ -50,12 +53,19 @@ def by_torch(start, gradients, build, rates=RATES):
         optimizer.step()
         found.append([weight.detach().clone() for weight in weights])
     assert all(torch.isfinite(tensor).all() for tensor in found[-1])
-    assert all((tensor - first).norm() > 1e-3 * first.norm() for tensor, first in zip(found[-1], start, strict=True))
+    assert all(
+        (tensor - first).norm() > 1e-3 * first.norm()
+        for tensor, first in zip(found[-1], start, strict=True)
+    )
     return found
 
 
 def ours(start, gradients, preset, **options):
-    chosen = PRESETS[preset] | {"trust_coefficient": TRUST, "momentum": MOMENTUM, "weight_decay": DECAY} | options
+    chosen = (
+        PRESETS[preset]
+        | {"trust_coefficient": TRUST, "momentum": MOMENTUM, "weight_decay": DECAY}
+        | options
+    )
     return by_torch(start, gradients, lambda weights: LARS(weights, **chosen))
 
 
@@ -82,7 +92,9 @@ def by_optax(start, gradients, build, rates=RATES):
     found = []
     for lr, step in zip(rates, gradients, strict=True):
         state.hyperparams["learning_rate"] = jax.numpy.asarray(lr, dtype=jax.numpy.float64)
-        updates, state = optimizer.update([jax.numpy.asarray(gradient.numpy()) for gradient in step], state, weights)
+        updates, state = optimizer.update(
+            [jax.numpy.asarray(gradient.numpy()) for gradient in step], state, weights
+        )
         weights = optax.apply_updates(weights, updates)
         found.append([torch.from_numpy(np.array(weight)) for weight in weights])
     assert found[-1][0].dtype == torch.float64
@@ -94,7 +106,13 @@ def test_optax_lars_is_the_preset_optax(start, gradients, nesterov):
     optax = pytest.importorskip("optax")
 
     def build(learning_rate):
-        return optax.lars(learning_rate, weight_decay=DECAY, trust_coefficient=TRUST, momentum=MOMENTUM, nesterov=nesterov)
+        return optax.lars(
+            learning_rate,
+            weight_decay=DECAY,
+            trust_coefficient=TRUST,
+            momentum=MOMENTUM,
+            nesterov=nesterov,
+        )
 
     theirs = by_optax(start, gradients, build)
     assert away(ours(start, gradients, "optax", nesterov=nesterov), theirs) < 1e-12
@@ -105,8 +123,12 @@ def test_optax_lars_is_the_preset_optax(start, gradients, nesterov):
 def test_optax_lamb_is_ours(start, gradients):
     optax = pytest.importorskip("optax")
     rates = [lr / 100 for lr in RATES]
-    theirs = by_optax(start, gradients, lambda learning_rate: optax.lamb(learning_rate, weight_decay=DECAY), rates)
-    mine = by_torch(start, gradients, lambda weights: LAMB(weights, weight_decay=DECAY, eps=1e-6), rates)
+    theirs = by_optax(
+        start, gradients, lambda learning_rate: optax.lamb(learning_rate, weight_decay=DECAY), rates
+    )
+    mine = by_torch(
+        start, gradients, lambda weights: LAMB(weights, weight_decay=DECAY, eps=1e-6), rates
+    )
     assert away(mine, theirs) < 1e-12
 
 
@@ -133,14 +155,18 @@ def test_paddle_lars_is_the_preset_paper(start, gradients):
         theirs = []
         for lr, step in zip(RATES, gradients, strict=True):
             optimizer.set_lr(lr)
-            loss = sum((w * paddle.to_tensor(g.numpy())).sum() for w, g in zip(weights, step, strict=True))
+            loss = sum(
+                (w * paddle.to_tensor(g.numpy())).sum() for w, g in zip(weights, step, strict=True)
+            )
             loss.backward()
             optimizer.minimize(loss)
             optimizer.clear_gradients()
             theirs.append([torch.from_numpy(weight.numpy().copy()) for weight in weights])
         mine = ours(start, gradients, preset, eps=epsilon, momentum=float(np.float32(MOMENTUM)))
         assert away(mine, theirs) < 1e-7  # Paddle keeps the rate in 32 bits
-        assert away(ours(start, gradients, "torch", eps=epsilon), theirs) > 1e-3  # the rate outside is another algorithm
+        assert (
+            away(ours(start, gradients, "torch", eps=epsilon), theirs) > 1e-3
+        )  # the rate outside is another algorithm
 
 
 # --- pytorch_optimizer
@@ -152,7 +178,13 @@ def test_pytorch_optimizer_lars_is_the_preset_torch_without_its_epsilon(start, g
     theirs = by_torch(
         start,
         gradients,
-        lambda weights: peer.LARS(weights, weight_decay=DECAY, momentum=MOMENTUM, trust_coefficient=TRUST, nesterov=nesterov),
+        lambda weights: peer.LARS(
+            weights,
+            weight_decay=DECAY,
+            momentum=MOMENTUM,
+            trust_coefficient=TRUST,
+            nesterov=nesterov,
+        ),
     )
     assert away(ours(start, gradients, "torch", eps=0.0, nesterov=nesterov), theirs) < 1e-12
     assert away(ours(start, gradients, "paper", nesterov=nesterov), theirs) > 1e-3
@@ -167,7 +199,10 @@ def test_pytorch_optimizer_lamb_departs_from_its_paper(start, gradients):
     theirs = by_torch(start, gradients, lambda weights: peer.Lamb(weights, **options), rates)
     mine = by_torch(start, gradients, lambda weights: LAMB(weights, weight_decay=DECAY), rates)
     assert start[0].norm() > 10 > start[3].norm()
-    short, long = ((mine[0][place] - start[place]).norm() / (theirs[0][place] - start[place]).norm() for place in (3, 0))
+    short, long = (
+        (mine[0][place] - start[place]).norm() / (theirs[0][place] - start[place]).norm()
+        for place in (3, 0)
+    )
     assert short.item() == pytest.approx(0.1, rel=1e-3)
     assert long.item() == pytest.approx(0.1 * start[0].norm().item() / 10, rel=1e-3)
 
@@ -192,7 +227,9 @@ def test_timm_lars_is_the_preset_torch(start, gradients, nesterov):
     theirs = by_torch(
         start,
         gradients,
-        lambda weights: peer(weights, momentum=MOMENTUM, weight_decay=DECAY, trust_coeff=TRUST, nesterov=nesterov),
+        lambda weights: peer(
+            weights, momentum=MOMENTUM, weight_decay=DECAY, trust_coeff=TRUST, nesterov=nesterov
+        ),
     )
     assert away(ours(start, gradients, "torch", nesterov=nesterov), theirs) < 1e-12
 
@@ -202,7 +239,9 @@ def test_timm_larc_is_the_preset_larc(start, gradients):
     theirs = by_torch(
         start,
         gradients,
-        lambda weights: peer(weights, momentum=MOMENTUM, weight_decay=DECAY, trust_coeff=0.02, trust_clip=True),
+        lambda weights: peer(
+            weights, momentum=MOMENTUM, weight_decay=DECAY, trust_coeff=0.02, trust_clip=True
+        ),
     )
     assert away(ours(start, gradients, "larc", trust_coefficient=0.02), theirs) < 1e-12
     unclipped = ours(start, gradients, "larc", trust_coefficient=0.02, clip=False)
@@ -214,7 +253,11 @@ def test_timm_adapts_nothing_that_is_not_decayed(start, gradients):
     peer = timm_lars()
     options = {"momentum": MOMENTUM, "weight_decay": 0.0, "trust_coeff": TRUST}
     plain = by_torch(start, gradients, lambda weights: peer(weights, **options))
-    adapted = by_torch(start, gradients, lambda weights: peer(weights, always_adapt=True, **options))
-    sgd = by_torch(start, gradients, lambda weights: torch.optim.SGD(weights, lr=1.0, momentum=MOMENTUM))
+    adapted = by_torch(
+        start, gradients, lambda weights: peer(weights, always_adapt=True, **options)
+    )
+    sgd = by_torch(
+        start, gradients, lambda weights: torch.optim.SGD(weights, lr=1.0, momentum=MOMENTUM)
+    )
     assert away(plain, sgd) < 1e-12
     assert away(ours(start, gradients, "torch", weight_decay=0.0), adapted) < 1e-12

@@ -53,7 +53,10 @@ def room_of(module):
 
 
 def test_horovod_and_mpi4py_are_known_to_one_file_each():
-    for package, home in (("horovod", "comm/horovod_backend.py"), ("mpi4py", "comm/mpi_backend.py")):
+    for package, home in (
+        ("horovod", "comm/horovod_backend.py"),
+        ("mpi4py", "comm/mpi_backend.py"),
+    ):
         users = {
             file.relative_to(PACKAGE).as_posix()
             for file in FILES
@@ -70,13 +73,22 @@ def test_imports_run_one_way(file):
     for module in imports(file) & MODULES - {"hvdlarge"}:
         if room_of(module) == room_of(importer):
             continue
-        assert room_of(module) not in DOORS, f"{importer}: nothing imports a door, not even {module}"
+        assert room_of(module) not in DOORS, (
+            f"{importer}: nothing imports a door, not even {module}"
+        )
         if room_of(importer) not in DOORS:
-            assert ORDER.index(room_of(module)) < ORDER.index(room_of(importer)), f"{importer} must not import {module}"
+            assert ORDER.index(room_of(module)) < ORDER.index(room_of(importer)), (
+                f"{importer} must not import {module}"
+            )
 
 
 def test_there_is_no_circle():
-    graph = {name_of(file): {module for module in imports(file) if module in MODULES and module != "hvdlarge"} for file in FILES}
+    graph = {
+        name_of(file): {
+            module for module in imports(file) if module in MODULES and module != "hvdlarge"
+        }
+        for file in FILES
+    }
     done, path = set(), []
 
     def visit(module):
@@ -101,14 +113,21 @@ def test_pure_rooms_import_the_standard_library_numpy_and_each_other(file):
     for module in imports(file):
         top = module.split(".")[0]
         inside = module.replace(".", "/").removeprefix("hvdlarge/")
-        pure = any(inside == p.removesuffix(".py") or inside.startswith(p + "/") for p in PURE) or module == "hvdlarge.data"
-        assert top in sys.stdlib_module_names or top == "numpy" or (top == "hvdlarge" and pure), f"{where} imports {module}"
+        pure = (
+            any(inside == p.removesuffix(".py") or inside.startswith(p + "/") for p in PURE)
+            or module == "hvdlarge.data"
+        )
+        assert top in sys.stdlib_module_names or top == "numpy" or (top == "hvdlarge" and pure), (
+            f"{where} imports {module}"
+        )
 
 
 @pytest.mark.parametrize("door", ["plan", "doctor.__main__"])
 def test_doors_that_work_without_torch_horovod_or_mpi(door):
     blocked = f"import sys\nfor name in ('torch', 'horovod', 'mpi4py'): sys.modules[name] = None\nimport hvdlarge.{door}\n"
-    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=PACKAGE.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -120,7 +139,9 @@ def test_every_file_opens_with_what_it_is_for():
     for file in FILES:
         text = file.read_text(encoding="utf-8")
         if text.strip():
-            assert ast.get_docstring(ast.parse(text)), f"{name_of(file)} does not say what it is for"
+            assert ast.get_docstring(ast.parse(text)), (
+                f"{name_of(file)} does not say what it is for"
+            )
 
 
 def test_names_are_not_attics():
@@ -128,7 +149,9 @@ def test_names_are_not_attics():
         assert file.stem not in {"utils", "util", "helpers", "common", "misc"}
         if file.name == "__init__.py":
             body = ast.parse(file.read_text(encoding="utf-8")).body
-            assert all(isinstance(node, (ast.Expr, ast.Assign)) for node in body), f"{name_of(file)} does work"
+            assert all(isinstance(node, (ast.Expr, ast.Assign)) for node in body), (
+                f"{name_of(file)} does work"
+            )
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 assert not node.name.endswith(("Manager", "Engine", "Handler"))

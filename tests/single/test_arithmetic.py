@@ -8,20 +8,37 @@ import torch
 from hvdlarge.exits import DivergedError, JobError
 from hvdlarge.optim.norms import HostNorms
 from hvdlarge.optim.precision import LossScaler, Precision, precisions_of, scale_for_compression
-from hvdlarge.resilience.nonfinite import DeferredCheck, LossScalingPolicy, RollBack, RollbackPolicy, StopPolicy
+from hvdlarge.resilience.nonfinite import (
+    DeferredCheck,
+    LossScalingPolicy,
+    RollBack,
+    RollbackPolicy,
+    StopPolicy,
+)
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.train_state import TrainState
 
 CPU = torch.device("cpu")
 DECISION = Decision(
-    step=3, samples_seen=96, epoch=0.5, stage=0, stage_batch=32, global_batch=32, micro_batch=8, lr=0.1, is_last=False
+    step=3,
+    samples_seen=96,
+    epoch=0.5,
+    stage=0,
+    stage_batch=32,
+    global_batch=32,
+    micro_batch=8,
+    lr=0.1,
+    is_last=False,
 )
 
 
 @pytest.mark.parametrize(
-    ("precision", "computed"), [("fp32", "float32"), ("fp64", "float64"), ("bf16", "bfloat16"), ("fp16", "float16")]
+    ("precision", "computed"),
+    [("fp32", "float32"), ("fp64", "float64"), ("bf16", "bfloat16"), ("fp16", "float16")],
 )
-def test_products_are_computed_in_the_precision_and_weights_kept_in_32_bits_at_least(precision, computed):
+def test_products_are_computed_in_the_precision_and_weights_kept_in_32_bits_at_least(
+    precision, computed
+):
     arithmetic = Precision(precision, CPU)
     layer = torch.nn.Linear(4, 3).to(arithmetic.weights)
     with arithmetic.autocast():
@@ -29,12 +46,18 @@ def test_products_are_computed_in_the_precision_and_weights_kept_in_32_bits_at_l
         loss = torch.nn.functional.cross_entropy(outputs, torch.tensor([0, 1]))
     assert outputs.dtype == getattr(torch, computed)
     loss.backward()
-    assert layer.weight.dtype == layer.weight.grad.dtype == (torch.float64 if precision == "fp64" else torch.float32)
+    assert (
+        layer.weight.dtype
+        == layer.weight.grad.dtype
+        == (torch.float64 if precision == "fp64" else torch.float32)
+    )
     assert loss.dtype == layer.weight.dtype
 
 
 def test_a_precision_that_the_device_lacks_is_refused_with_those_it_has():
-    with pytest.raises(JobError, match="precision: tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64"):
+    with pytest.raises(
+        JobError, match="precision: tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64"
+    ):
         Precision("tf32", CPU)
     assert "tf32" not in precisions_of(CPU)
 
@@ -100,7 +123,11 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale():
 
 
 def test_two_thousand_clean_steps_double_the_scale_up_to_its_limit():
-    scale, state, learner = LossScaler(), TrainState(loss_scale=2.0**23, steps_at_loss_scale=1990), Replica()
+    scale, state, learner = (
+        LossScaler(),
+        TrainState(loss_scale=2.0**23, steps_at_loss_scale=1990),
+        Replica(),
+    )
     policy = LossScalingPolicy(StopPolicy(), scale, state)
     follow(policy, learner, [[]] * 9)
     assert scale.moving == 2**23
@@ -118,7 +145,10 @@ def test_without_any_scaling_left_the_jobs_own_policy_judges():
         follow(policy, learner, [["w"]])
 
 
-@pytest.mark.parametrize(("then", "error"), [(StopPolicy(), DivergedError), (RollbackPolicy(limit=1, lr_factor=0.5), RollBack)])
+@pytest.mark.parametrize(
+    ("then", "error"),
+    [(StopPolicy(), DivergedError), (RollbackPolicy(limit=1, lr_factor=0.5), RollBack)],
+)
 def test_a_step_judged_late_is_named_in_the_step_behind_it_or_where_it_is_settled(then, error):
     for at_the_next_step in (False, True):
         learner, policy = Replica(), DeferredCheck(then)

@@ -30,12 +30,19 @@ def folder(tmp_path):
 def test_what_is_saved_is_read_back_and_the_oldest_go(folder):
     for step in range(10, 60, 10):
         save(folder, step, best=step == 20)
-    assert [path.name for path in folder.newest_first()] == [f"step_0000000{step}.pt" for step in (50, 40, 30)]
+    assert [path.name for path in folder.newest_first()] == [
+        f"step_0000000{step}.pt" for step in (50, 40, 30)
+    ]
     path, found, problems = folder.newest_good()
     assert (path.name, found["position"], problems) == ("step_000000050.pt", {"step": 50}, [])
     for name, step in (("last.pt", 50), ("best.pt", 20)):  # best.pt outlives the checkpoint it was
         assert read_checkpoint(folder.folder / name, None)["position"]["step"] == step
-    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder.folder, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=folder.folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": OK") == 3
     assert not list(folder.folder.glob(".*"))
@@ -49,7 +56,9 @@ def test_a_checkpoint_that_is_renamed_but_not_listed_yet_counts(folder):
     save(folder, 1)
     save(folder, 2)
     listing = folder.folder / "SHA256SUMS"
-    listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "step_000000001" in line))
+    listing.write_text(
+        "".join(line for line in listing.read_text().splitlines(True) if "step_000000001" in line)
+    )
     assert folder.newest_good()[0].name == "step_000000002.pt"
 
 
@@ -87,10 +96,15 @@ class TooLarge:
 def test_a_write_that_runs_out_of_memory_is_told_and_leaves_nothing_behind(folder):
     save(folder, 1)
     with pytest.raises(
-        CheckpointWriteError, match="step_000000002.pt could not be written \\(MemoryError\\).*last good one is untouched"
+        CheckpointWriteError,
+        match="step_000000002.pt could not be written \\(MemoryError\\).*last good one is untouched",
     ):
         folder.save({**content(2), "large": TooLarge()}, 2, best=False, wait=True)
-    assert sorted(path.name for path in folder.folder.iterdir()) == ["SHA256SUMS", "last.pt", "step_000000001.pt"]
+    assert sorted(path.name for path in folder.folder.iterdir()) == [
+        "SHA256SUMS",
+        "last.pt",
+        "step_000000001.pt",
+    ]
     assert folder.newest_good()[1]["position"]["step"] == 1
 
 
@@ -116,7 +130,11 @@ def test_a_checkpoint_that_was_never_listed_is_removed_in_its_turn(folder):
     for step in (1, 2, 3):
         save(folder, step)
     listing = folder.folder / "SHA256SUMS"
-    listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "step_000000002" not in line))
+    listing.write_text(
+        "".join(
+            line for line in listing.read_text().splitlines(True) if "step_000000002" not in line
+        )
+    )
     for step in (4, 5):
         save(folder, step)
     assert [path.stem[-1] for path in folder.newest_first()] == ["5", "4", "3"]
@@ -193,10 +211,14 @@ SITUATIONS = {  # steps that are there, those of them that are damaged, the step
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_writer_killed_before_any_one_of_its_file_operations_leaves_a_whole_one(tmp_path, situation):
+def test_a_writer_killed_before_any_one_of_its_file_operations_leaves_a_whole_one(
+    tmp_path, situation
+):
     """By SIGKILL, at each operation in turn; what is found is what was there before, or what was written."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_OPERATION, str(tmp_path), *SITUATIONS[situation]], capture_output=True, text=True
+        [sys.executable, "-c", KILLED_AT_EVERY_OPERATION, str(tmp_path), *SITUATIONS[situation]],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed at") >= 10
@@ -220,11 +242,15 @@ def test_a_writer_killed_at_random_moments_always_leaves_a_whole_one(tmp_path):
     chance, folder, last = random.Random(3), CheckpointFolder(tmp_path / "checkpoints", keep=2), 0
     for _ in range(6):
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder.folder), str(last)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(folder.folder), str(last)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         process.stdout.readline()
         for _ in range(3):
-            os.kill(process.pid, signal.SIGSTOP)  # several looks at one writer: stopped, it is as good as dead
+            os.kill(
+                process.pid, signal.SIGSTOP
+            )  # several looks at one writer: stopped, it is as good as dead
             path, found, _ = folder.newest_good()
             step = found["position"]["step"]
             assert torch.equal(found["model"]["weight"], torch.full((300_000,), float(step)))

@@ -11,7 +11,13 @@ from hvdlarge.config.job_file import read_job
 from hvdlarge.config.planning import stages_of
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.reporting.describe import growth_line, stage_table
-from hvdlarge.schedule.decay import CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
+from hvdlarge.schedule.decay import (
+    CosineDecay,
+    ExponentialDecay,
+    MultistepDecay,
+    OneCycle,
+    PolynomialDecay,
+)
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import AdaBatchGrowth, NoGrowth
 from hvdlarge.schedule.lr import LRSchedule
@@ -41,20 +47,36 @@ PLANS = {
     "grows past the data set": make_plan(),
     "no growth": make_plan(growth=NoGrowth(), epochs=3),
     "one step": make_plan(initial=5000, epochs=1),
-    "jump": make_plan(rate=LRSchedule(1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2))),
+    "jump": make_plan(
+        rate=LRSchedule(
+            1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2)
+        )
+    ),
     "at marks": make_plan(growth=AdaBatchGrowth(factor=4, at_epochs=(0.01, 0.02, 3))),
-    "growth too small for the rounding at first": make_plan(initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)),
-    "growth beyond what a record holds": make_plan(growth=AdaBatchGrowth(factor=3, every_epochs=0.2), epochs=200, micro=None),
-    "growth too small for the rounding at most marks": make_plan(growth=AdaBatchGrowth(factor=1.0001, every_epochs=0.001)),
+    "growth too small for the rounding at first": make_plan(
+        initial=4, growth=AdaBatchGrowth(factor=1.1, every_epochs=0.5)
+    ),
+    "growth beyond what a record holds": make_plan(
+        growth=AdaBatchGrowth(factor=3, every_epochs=0.2), epochs=200, micro=None
+    ),
+    "growth too small for the rounding at most marks": make_plan(
+        growth=AdaBatchGrowth(factor=1.0001, every_epochs=0.001)
+    ),
     "no warmup": make_plan(rate=LRSchedule(1, "linear", NoWarmup())),
     "one cycle": make_plan(rate=LRSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
     "cosine": make_plan(rate=LRSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
-    "exponential": make_plan(rate=LRSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))),
+    "exponential": make_plan(
+        rate=LRSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))
+    ),
     "decay inside the warmup": make_plan(
-        rate=LRSchedule(1, "linear", LinearWarmup(epochs=5), MultistepDecay(gamma=0.3, every_epochs=1.3)), growth=NoGrowth()
+        rate=LRSchedule(
+            1, "linear", LinearWarmup(epochs=5), MultistepDecay(gamma=0.3, every_epochs=1.3)
+        ),
+        growth=NoGrowth(),
     ),
     "a peak that moves": make_plan(
-        rate=LRSchedule(1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)), growth=NoGrowth()
+        rate=LRSchedule(1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)),
+        growth=NoGrowth(),
     ),
     "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
     "digits_lstm.yaml": read_job("jobs/digits_lstm.yaml").plan(1437, 2),
@@ -105,7 +127,9 @@ def test_batch_and_rate_change_in_the_same_step_under_adabatch():
 
 
 def test_a_million_steps_are_outlined_without_taking_them():
-    plan = make_plan(size=10**9, epochs=90, initial=1024, growth=AdaBatchGrowth(every_epochs=20, max=16384))
+    plan = make_plan(
+        size=10**9, epochs=90, initial=1024, growth=AdaBatchGrowth(every_epochs=20, max=16384)
+    )
     assert sum(stage.steps for stage in stages_of(plan)) > 10**7
 
 
@@ -135,20 +159,31 @@ def test_a_controller_goes_on_from_any_position_as_if_it_had_never_stopped(plan)
             given = [controller.decide() for _ in range(min(len(whole), stop + 1 + ahead))]
             position = controller.position_after(given[stop])
             assert position.samples_seen == whole[stop].samples_seen + whole[stop].global_batch
-            again = Controller(plan, RunProgress.from_plain(json.loads(json.dumps(position.to_plain()))))
+            again = Controller(
+                plan, RunProgress.from_plain(json.loads(json.dumps(position.to_plain())))
+            )
             assert list(iter(again.decide, None)) == whole[stop + 1 :]
             assert again.final_position() == controller_at_end(plan)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 0.9), (1, 0.23), (2, 1)])
 @pytest.mark.parametrize("left", [1, 2, 7])
-def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of_the_new_length(before, after, left):
+def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of_the_new_length(
+    before, after, left
+):
     """Resumed `left` steps before the end that comes first, with more decisions in hand than steps are left."""
-    plans = [make_plan(size=1437, epochs=epochs, initial=32, growth=NoGrowth(), rate=LRSchedule(1)) for epochs in (before, after)]
+    plans = [
+        make_plan(size=1437, epochs=epochs, initial=32, growth=NoGrowth(), rate=LRSchedule(1))
+        for epochs in (before, after)
+    ]
     short, whole = min(map(all_of, plans), key=len), all_of(plans[1])
     controller = Controller(plans[0])
-    position = controller.position_after([controller.decide() for _ in all_of(plans[0])][len(short) - 1 - left])
-    again = Controller(plans[1], RunProgress.from_plain(json.loads(json.dumps(position.to_plain()))))
+    position = controller.position_after(
+        [controller.decide() for _ in all_of(plans[0])][len(short) - 1 - left]
+    )
+    again = Controller(
+        plans[1], RunProgress.from_plain(json.loads(json.dumps(position.to_plain())))
+    )
     feed = DecisionFeed(SoloChannel(), again, ahead=3, announce=lambda decision: None)
     assert list(iter(feed.next, None)) == whole[len(short) - left :]
     assert again.final_position() == controller_at_end(plans[1])
@@ -178,12 +213,18 @@ def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
     controller = Controller(plan)
     position = controller.position_after([controller.decide() for _ in range(7)][4])
     lower = Controller(plan, dataclasses.replace(position, lr_factor=0.25))
-    assert [decision.lr for decision in iter(lower.decide, None)] == [decision.lr * 0.25 for decision in whole[5:]]
+    assert [decision.lr for decision in iter(lower.decide, None)] == [
+        decision.lr * 0.25 for decision in whole[5:]
+    ]
     shared = make_plan(micro=None, world_size=3)
     controller = Controller(shared)
     given = [controller.decide() for _ in range(4)]
-    other = Controller(dataclasses.replace(shared, world_size=2), controller.position_after(given[0]))
-    assert [other.decide().micro_batch for _ in range(3)] == [-(-d.global_batch // 2) for d in all_of(shared)[1:4]]
+    other = Controller(
+        dataclasses.replace(shared, world_size=2), controller.position_after(given[0])
+    )
+    assert [other.decide().micro_batch for _ in range(3)] == [
+        -(-d.global_batch // 2) for d in all_of(shared)[1:4]
+    ]
 
 
 def test_only_rank_0_has_a_controller():
@@ -205,7 +246,9 @@ def test_the_lines_for_the_user_say_the_arithmetic():
 @pytest.mark.parametrize("workers", [1, 3, 8])
 @pytest.mark.parametrize("largest", [1, 7, 64, None])
 def test_a_step_that_is_shared_evenly_has_no_larger_micro_batch_than_fits(workers, largest):
-    plan = dataclasses.replace(make_plan(micro=None, world_size=workers), largest_micro_batch=largest)
+    plan = dataclasses.replace(
+        make_plan(micro=None, world_size=workers), largest_micro_batch=largest
+    )
     assert plan.fingerprint() == make_plan(micro=None).fingerprint()
     for decision in all_of(plan):
         layout = plan.layout(decision)

@@ -5,7 +5,9 @@ from hvdlarge.optim.lars import LARS
 from hvdlarge.resilience.digest import combined, named_state, tensor_digests
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+)
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_any_flipped_bit_changes_the_digest(dtype, size):
     tensor = (torch.arange(size) % 2).to(dtype)

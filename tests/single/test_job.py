@@ -53,7 +53,10 @@ def test_the_resolved_job_is_the_same_job():
 
 
 def test_any_change_changes_the_fingerprint():
-    seen = {parse_job(GOOD, "job.yaml", [change]).fingerprint() for change in ("seed=1", "lr.base=0.2", "epochs=3.5", "seed=0")}
+    seen = {
+        parse_job(GOOD, "job.yaml", [change]).fingerprint()
+        for change in ("seed=1", "lr.base=0.2", "epochs=3.5", "seed=0")
+    }
     assert len(seen) == 4
 
 
@@ -63,8 +66,17 @@ def test_the_shipped_jobs_are_read(path):
 
 
 def test_overrides_on_the_command_line():
-    job = parse_job(GOOD, "job.yaml", ["lr.base=2", "batch.growth={policy: none}", "run_dir=elsewhere", "data.num_workers=3"])
-    assert (job.lr.base, job.batch.growth.policy, str(job.run_folder), job.data.num_workers) == (2.0, "none", "elsewhere", 3)
+    job = parse_job(
+        GOOD,
+        "job.yaml",
+        ["lr.base=2", "batch.growth={policy: none}", "run_dir=elsewhere", "data.num_workers=3"],
+    )
+    assert (job.lr.base, job.batch.growth.policy, str(job.run_folder), job.data.num_workers) == (
+        2.0,
+        "none",
+        "elsewhere",
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,12 +85,31 @@ def test_overrides_on_the_command_line():
         (
             "micro",
             "mirco",
-            ["job.yaml:7: unknown key 'batch.mirco'; did you mean 'micro'?", "the key 'batch.micro' is missing"],
+            [
+                "job.yaml:7: unknown key 'batch.mirco'; did you mean 'micro'?",
+                "the key 'batch.micro' is missing",
+            ],
         ),
-        ("factor", "facotr", ["job.yaml:8: unknown key 'batch.growth.facotr'; did you mean 'factor'?"]),
-        ("adabatch", "adabach", ["job.yaml:8: batch.growth.policy is 'adabach'; did you mean 'adabatch'?"]),
-        ("policy: legw, ", "", ["job.yaml:11: the key 'lr.warmup.policy' is missing; it is one of legw, linear, none"]),
-        ("max: 512", "max: 8", ["job.yaml:5: batch: growth.max is 8, below the first global batch of 32"]),
+        (
+            "factor",
+            "facotr",
+            ["job.yaml:8: unknown key 'batch.growth.facotr'; did you mean 'factor'?"],
+        ),
+        (
+            "adabatch",
+            "adabach",
+            ["job.yaml:8: batch.growth.policy is 'adabach'; did you mean 'adabatch'?"],
+        ),
+        (
+            "policy: legw, ",
+            "",
+            ["job.yaml:11: the key 'lr.warmup.policy' is missing; it is one of legw, linear, none"],
+        ),
+        (
+            "max: 512",
+            "max: 8",
+            ["job.yaml:5: batch: growth.max is 8, below the first global batch of 32"],
+        ),
         ("1e-1", "-1", ["job.yaml:10: lr.base is -1: input should be greater than 0"]),
         ("1e-1", ".nan", ["lr.base is nan"]),
         ("1e-1", ".inf", ["lr.base is"]),
@@ -88,8 +119,16 @@ def test_overrides_on_the_command_line():
         ("base: 32", "base: '32'", ['job.yaml:6: batch.base is "32"']),
         ("base: 32", "base: 1.5", ["batch.base is 1.5"]),
         ("base: 32", "base: 0", ["batch.base is 0"]),
-        ("micro: 16", "micro: 5000000000000000000", ["batch.micro is 5000000000000000000: input should be less than or equal"]),
-        ("every_epochs: 6", "every_epochs: 6, at_epochs: [1]", ["batch.growth: give either every_epochs or at_epochs"]),
+        (
+            "micro: 16",
+            "micro: 5000000000000000000",
+            ["batch.micro is 5000000000000000000: input should be less than or equal"],
+        ),
+        (
+            "every_epochs: 6",
+            "every_epochs: 6, at_epochs: [1]",
+            ["batch.growth: give either every_epochs or at_epochs"],
+        ),
         ("every_epochs: 6", "at_epochs: [2, 1]", ["rising positive epochs"]),
         ("factor: 2", "factor: 1", ["factor must be a number above 1, got 1"]),
         ("name: trial", "name: ../trial", ["job.yaml:1: name is"]),
@@ -105,7 +144,10 @@ def test_mistakes_are_named_with_their_line(old, new, messages):
 
 
 def test_all_mistakes_are_told_at_once():
-    text = GOOD.replace("micro", "mirco").replace("1e-1", "-1").replace("epochs: 3", "epochs: x") + "momentun: 0.9\n"
+    text = (
+        GOOD.replace("micro", "mirco").replace("1e-1", "-1").replace("epochs: 3", "epochs: x")
+        + "momentun: 0.9\n"
+    )
     with pytest.raises(JobError, match="5 problems") as raised:
         parse_job(text, "job.yaml")
     assert str(raised.value).count("\n") == 5
@@ -158,7 +200,15 @@ def test_impossible_combinations_are_refused(changes, message):
 
 def test_all_impossible_combinations_are_told_at_once():
     with pytest.raises(JobError, match="3 problems"):
-        parse_job(GOOD, "job.yaml", ["batch.micro=64", "lr.warmup.epochs=4", "lr.decay={policy: multistep, milestones: [5]}"])
+        parse_job(
+            GOOD,
+            "job.yaml",
+            [
+                "batch.micro=64",
+                "lr.warmup.epochs=4",
+                "lr.decay={policy: multistep, milestones: [5]}",
+            ],
+        )
 
 
 @pytest.mark.parametrize(
@@ -190,9 +240,19 @@ def extended(folder, **files):
 
 
 def test_a_file_changes_some_keys_of_another(tmp_path):
-    read = extended(tmp_path, base=GOOD, job="extends: base.yaml\nname: other\nbatch: {base: 64}\nlr: {base: 0.2}\n")
+    read = extended(
+        tmp_path,
+        base=GOOD,
+        job="extends: base.yaml\nname: other\nbatch: {base: 64}\nlr: {base: 0.2}\n",
+    )
     job = read("seed=5")
-    assert (job.name, job.batch.base, job.batch.micro, job.lr.base, job.lr.warmup.epochs) == ("other", 64, 16, 0.2, 0.2)
+    assert (job.name, job.batch.base, job.batch.micro, job.lr.base, job.lr.warmup.epochs) == (
+        "other",
+        64,
+        16,
+        0.2,
+        0.2,
+    )
     assert (job.batch.growth.max, job.seed) == (512, 5)
 
 
@@ -202,14 +262,22 @@ def test_a_section_of_another_kind_replaces_the_whole(tmp_path):
         base=GOOD + "optimizer: {name: lars, trust_coefficient: 0.01}\n",
         job="extends: base.yaml\nbatch: {growth: {policy: none}}\nmodel: {name: mlp}\noptimizer: {name: sgd}\n",
     )
-    assert (read().batch.growth.policy, read().model.name, read().optimizer.name) == ("none", "mlp", "sgd")
+    assert (read().batch.growth.policy, read().model.name, read().optimizer.name) == (
+        "none",
+        "mlp",
+        "sgd",
+    )
 
 
 def test_a_kind_that_was_left_to_its_default_counts(tmp_path):
     base = GOOD + "optimizer: {trust_coefficient: 0.01}\nloss: {label_smoothing: 0.1}\n"
-    read = extended(tmp_path, base=base, job="extends: base.yaml\noptimizer: {name: sgd}\nloss: {name: mse}\n")
+    read = extended(
+        tmp_path, base=base, job="extends: base.yaml\noptimizer: {name: sgd}\nloss: {name: mse}\n"
+    )
     assert (read().optimizer.name, read().loss.label_smoothing) == ("sgd", None)
-    read = extended(tmp_path, base=base, job="extends: base.yaml\noptimizer: {name: lars, momentum: 0.8}\n")
+    read = extended(
+        tmp_path, base=base, job="extends: base.yaml\noptimizer: {name: lars, momentum: 0.8}\n"
+    )
     assert (read().optimizer.trust_coefficient, read().optimizer.momentum) == (0.01, 0.8)
 
 
@@ -221,7 +289,11 @@ def test_chains_of_files_and_folders(tmp_path):
 
 
 def test_a_problem_is_told_with_the_file_that_it_stands_in(tmp_path):
-    read = extended(tmp_path, base=GOOD.replace("epochs: 3", "epochs: 0"), job="extends: base.yaml\nlr: {bas: 3}\n")
+    read = extended(
+        tmp_path,
+        base=GOOD.replace("epochs: 3", "epochs: 0"),
+        job="extends: base.yaml\nlr: {bas: 3}\n",
+    )
     with pytest.raises(JobError) as raised:
         read()
     assert f"{tmp_path}/base.yaml:2: epochs is 0" in str(raised.value)
@@ -273,7 +345,13 @@ def test_the_schema_takes_jobs_and_refuses_mistakes():
     check.validate(good | {"epochs": "${EPOCHS:-3}", "deterministic": "${D}"})
     check.validate({"extends": "base.yaml", "seed": 3})
     check.validate(good | {"optimizer": {"momentum": 0.5}})
-    for wrong in ({"epochs": "3"}, {"epochz": 3}, {"lr": 0.1}, {"batch": {"base": 0, "micro": 1}}, {"optimizer": {"name": "x"}}):
+    for wrong in (
+        {"epochs": "3"},
+        {"epochz": 3},
+        {"lr": 0.1},
+        {"batch": {"base": 0, "micro": 1}},
+        {"optimizer": {"name": "x"}},
+    ):
         assert list(check.iter_errors(good | wrong)), wrong
     assert list(check.iter_errors({"seed": 3}))
 
@@ -292,8 +370,13 @@ def test_texts_that_the_environment_gives_to_args_are_known_to_the_run_alone(mon
     for name, value in (("TOKEN", "s3cret"), ("JOB", "17"), ("EPOCHS", "3")):
         monkeypatch.setenv(name, value)
     (tmp_path / "base.yaml").write_text(SECRETS)
-    (tmp_path / "job.yaml").write_text("extends: base.yaml\nloss: {args: {proxy: 'http://${TOKEN}@far'}}\n")
-    job = read_job(str(tmp_path / "job.yaml"), ["model.args.key=x${TOKEN:-y}", "data.args.more={deep: ['${TOKEN}']}"])
+    (tmp_path / "job.yaml").write_text(
+        "extends: base.yaml\nloss: {args: {proxy: 'http://${TOKEN}@far'}}\n"
+    )
+    job = read_job(
+        str(tmp_path / "job.yaml"),
+        ["model.args.key=x${TOKEN:-y}", "data.args.more={deep: ['${TOKEN}']}"],
+    )
     assert (job.name, job.epochs, job.loss.args, job.model.args) == (
         "run-17", 3, {"proxy": "http://s3cret@far"}, {"key": "xs3cret"},
     )  # fmt: skip
@@ -309,29 +392,43 @@ def test_texts_that_the_environment_gives_to_args_are_known_to_the_run_alone(mon
     assert again.resume_signature() == job.resume_signature()
     monkeypatch.setenv("TOKEN", "other")
     assert parse_job(job.to_yaml(), "resolved").resume_signature() != job.resume_signature()
-    assert read_job(str(tmp_path / "job.yaml"), ["data.args={token: none}", "loss.args={}"]).to_yaml().count("${") == 0
+    assert (
+        read_job(str(tmp_path / "job.yaml"), ["data.args={token: none}", "loss.args={}"])
+        .to_yaml()
+        .count("${")
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "mse", "torch.nn:L1Loss"])
 @pytest.mark.parametrize(
-    "argument", ["reduction: sum", "reduction: none", "reduction: ~", "size_average: false", "reduce: false"]
+    "argument",
+    ["reduction: sum", "reduction: none", "reduction: ~", "size_average: false", "reduce: false"],
 )
 def test_a_loss_of_torch_that_is_no_mean_is_refused(name, argument):
     loss = f"loss={{name: '{name}', args: {{{argument}}}}}"
     with pytest.raises(
-        JobError, match=f"loss.args.{argument.split(':')[0]}: .* makes the loss no mean over its micro-batch"
+        JobError,
+        match=f"loss.args.{argument.split(':')[0]}: .* makes the loss no mean over its micro-batch",
     ) as raised:
         parse_job(GOOD, "job.yaml", [loss])
     assert raised.value.code == 2
 
 
 @pytest.mark.parametrize(
-    "loss", ["{args: {reduction: mean}}", "{args: {reduce: true}}", "{name: 'mine:loss', args: {reduction: sum}}"]
+    "loss",
+    [
+        "{args: {reduction: mean}}",
+        "{args: {reduce: true}}",
+        "{name: 'mine:loss', args: {reduction: sum}}",
+    ],
 )
 def test_a_loss_that_is_a_mean_or_ones_own_is_taken(loss):
     assert parse_job(GOOD, "job.yaml", [f"loss={loss}"]).loss.args
 
 
 def test_exact_mode_asks_for_a_micro_batch_that_no_number_of_workers_changes():
-    with pytest.raises(JobError, match="batch.micro: reduction: exact adds up micro-batches that are the same"):
+    with pytest.raises(
+        JobError, match="batch.micro: reduction: exact adds up micro-batches that are the same"
+    ):
         parse_job(GOOD, "job", ["reduction=exact", "batch.micro=auto"])

@@ -65,7 +65,13 @@ def section_of(values, path):
 def misspelt(chance, key):
     at = chance.randrange(len(key))
     return chance.choice(
-        [key[:at] + key[at + 1 :] + "x", key[:at] + "q" + key[at:], key.upper(), key + "s", key.replace("e", "a") + "_"]
+        [
+            key[:at] + key[at + 1 :] + "x",
+            key[:at] + "q" + key[at:],
+            key.upper(),
+            key + "s",
+            key.replace("e", "a") + "_",
+        ]
     )
 
 
@@ -81,7 +87,9 @@ def structured():
             elif kind == "misspell":
                 section[misspelt(chance, key)] = section.pop(key)
             elif kind == "move":  # to another section
-                values[chance.choice([name for name in ("batch", "lr", "data") if name != path[0]])][key + "_"] = section.pop(key)
+                values[
+                    chance.choice([name for name in ("batch", "lr", "data") if name != path[0]])
+                ][key + "_"] = section.pop(key)
             else:
                 other = chance.choice([other for other in whole if other != path[0]])
                 section[key] = whole[other]
@@ -103,7 +111,21 @@ def damaged():
             content[at] ^= 1 << chance.randrange(8)
         elif kind == "insert":
             content[at:at] = chance.choice(
-                [b"\x00", b"\t", b":", b"{", b"]", b"'", b"\xff", b"&a ", b"!x ", b"- ", b"\n", b"%", b"${"]
+                [
+                    b"\x00",
+                    b"\t",
+                    b":",
+                    b"{",
+                    b"]",
+                    b"'",
+                    b"\xff",
+                    b"&a ",
+                    b"!x ",
+                    b"- ",
+                    b"\n",
+                    b"%",
+                    b"${",
+                ]
             )
         elif kind == "delete":
             del content[at : at + chance.randrange(1, 9)]
@@ -133,7 +155,9 @@ def test_the_whole_job_is_a_job():
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize(("path", "text"), [case[1:] for case in STRUCTURED], ids=[case[0] for case in STRUCTURED])
+@pytest.mark.parametrize(
+    ("path", "text"), [case[1:] for case in STRUCTURED], ids=[case[0] for case in STRUCTURED]
+)
 def test_a_changed_key_or_value(path, text):
     refused = read_and_plan(text)
     if refused is not None:

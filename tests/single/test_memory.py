@@ -19,7 +19,11 @@ def samples(size):
 def net():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(7200, 10)
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.Dropout(0.5),
+        torch.nn.Flatten(),
+        torch.nn.Linear(7200, 10),
     )
 
 
@@ -27,7 +31,9 @@ def test_what_is_found_is_the_largest_to_within_a_sixteenth():
     for limit in (0, 1, 2, 3, 7, 100, 4097):
         for most in (1, 2, 5, 64, 5000):
             tried = []
-            found = largest_that_fits(lambda size, limit=limit, tried=tried: tried.append(size) or size <= limit, most)
+            found = largest_that_fits(
+                lambda size, limit=limit, tried=tried: tried.append(size) or size <= limit, most
+            )
             assert min(limit, most) * 15 / 16 - 1 <= found <= min(limit, most)
             assert found > 0 or limit == 0
             assert max(tried) <= most
@@ -58,7 +64,12 @@ print(largest_micro_batch(model, cross_entropy, CPU, samples, 10**6))
 
 def test_memory_that_really_ends_is_found_out():
     path = [f"import sys; sys.path[:0] = {[*sys.path, str(__file__).rpartition('/')[0]]}"]
-    done = subprocess.run([sys.executable, "-c", "\n".join([*path, LIMITED])], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*path, LIMITED])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     # A sample takes 12 kB of input and some 8 × 30 × 30 × 4 bytes at each of five places, forwards and backwards.
     assert 200 < int(done.stdout) < 10_000, done.stdout

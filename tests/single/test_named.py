@@ -29,10 +29,16 @@ def own_module(tmp_path, monkeypatch):
 
 def test_built_in_and_own_objects(own_module):
     assert isinstance(
-        named.build("loss.name", "cross_entropy", {"label_smoothing": 0.1}, named.LOSSES), torch.nn.CrossEntropyLoss
+        named.build("loss.name", "cross_entropy", {"label_smoothing": 0.1}, named.LOSSES),
+        torch.nn.CrossEntropyLoss,
     )
-    assert named.build("data.name", "own_parts:numbers", {"count": 2, "start": 5}, named.DATA) == [5, 6]
-    assert type(named.build("data.name", "own_parts:Outer.Inner", {}, named.DATA)).__name__ == "Inner"
+    assert named.build("data.name", "own_parts:numbers", {"count": 2, "start": 5}, named.DATA) == [
+        5,
+        6,
+    ]
+    assert (
+        type(named.build("data.name", "own_parts:Outer.Inner", {}, named.DATA)).__name__ == "Inner"
+    )
 
 
 @pytest.mark.parametrize(

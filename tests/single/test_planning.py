@@ -33,7 +33,11 @@ SHIPPED = sorted(path.name for path in (ROOT / "jobs").glob("*.yaml"))
 
 def test_the_built_in_data_sets_have_the_sizes_that_a_plan_counts_with():
     assert built_in_samples("digits", {}) == len(digits()[0])
-    assert built_in_samples("synthetic_images", {"samples": 700}) == len(synthetic_images(700)[0]) == 700
+    assert (
+        built_in_samples("synthetic_images", {"samples": 700})
+        == len(synthetic_images(700)[0])
+        == 700
+    )
     assert built_in_samples("digits", {"samples": 3}) is built_in_samples("mine:data", {}) is None
 
 
@@ -45,9 +49,14 @@ def test_the_paper_holds_the_sums_of_the_controllers_decisions(name, world_size)
     paper, decisions = estimate(job, plan, None), list(iter(Controller(plan).decide, None))
     assert paper["steps"] == len(decisions)
     assert paper["samples"] == sum(decision.global_batch for decision in decisions)
-    for row, (_, group) in zip(paper["stages"], itertools.groupby(decisions, lambda decision: decision.stage), strict=True):
+    for row, (_, group) in zip(
+        paper["stages"], itertools.groupby(decisions, lambda decision: decision.stage), strict=True
+    ):
         steps = list(group)
-        assert (row["steps"], row["samples"]) == (len(steps), sum(decision.global_batch for decision in steps))
+        assert (row["steps"], row["samples"]) == (
+            len(steps),
+            sum(decision.global_batch for decision in steps),
+        )
         assert (row["lr_first"], row["lr_last"]) == (steps[0].lr, steps[-1].lr)
 
 
@@ -58,10 +67,14 @@ def test_checkpoints_are_counted_as_the_run_writes_them(cadence):
     plan = plan_run(job, 1437, 2)
     written = dict.fromkeys(range(len(stages_of(plan))), 0)
     for decision in iter(Controller(plan).decide, None):
-        epochs = [plan.clock.epoch(decision.samples_seen + more) for more in (0, decision.global_batch)]
+        epochs = [
+            plan.clock.epoch(decision.samples_seen + more) for more in (0, decision.global_batch)
+        ]
         every = job.checkpoint.epochs
         due = decision.is_last or (
-            every and milestones_reached(epochs[1], every, None) > milestones_reached(epochs[0], every, None)
+            every
+            and milestones_reached(epochs[1], every, None)
+            > milestones_reached(epochs[0], every, None)
         )
         steps = job.checkpoint.every_steps
         written[decision.stage] += bool(due or (steps and (decision.step + 1) % steps == 0))
@@ -70,7 +83,10 @@ def test_checkpoints_are_counted_as_the_run_writes_them(cadence):
 
 def test_the_curve_goes_through_the_controllers_decisions():
     plan = plan_run(read_job(str(ROOT / "jobs/digits.yaml")), 1437, 2)
-    decided = {decision.epoch: (decision.global_batch, decision.lr) for decision in iter(Controller(plan).decide, None)}
+    decided = {
+        decision.epoch: (decision.global_batch, decision.lr)
+        for decision in iter(Controller(plan).decide, None)
+    }
     points = curve_of(plan)
     assert len(points) > 300
     assert points == sorted(points)
@@ -88,8 +104,16 @@ def test_the_fingerprint_is_the_schedules_and_not_the_clusters():
 
 
 def test_imagenet_comes_out_as_legw_says():
-    paper = estimate(parse_job(IMAGENET, "imagenet"), plan_run(parse_job(IMAGENET, "imagenet"), 1281167, 64), None)
-    assert (paper["steps"], paper["steps_at_the_base_batch"], paper["warmup_epochs"]) == (3519, 112603, 10.0)
+    paper = estimate(
+        parse_job(IMAGENET, "imagenet"),
+        plan_run(parse_job(IMAGENET, "imagenet"), 1281167, 64),
+        None,
+    )
+    assert (paper["steps"], paper["steps_at_the_base_batch"], paper["warmup_epochs"]) == (
+        3519,
+        112603,
+        10.0,
+    )
     assert paper["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
     assert paper["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"
 
@@ -103,7 +127,9 @@ def test_the_door_needs_no_torch_horovod_or_mpi(world_size, tmp_path):
         "from hvdlarge.plan import main\n"
         f"sys.exit(main(['imagenet.yaml', '--world-size', '{world_size}', '--json']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     paper = json.loads(done.stdout)
     assert (paper["world_size"], paper["steps"]) == (world_size, 3519)
@@ -128,12 +154,20 @@ def test_the_door_needs_no_torch_horovod_or_mpi(world_size, tmp_path):
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, message, capsys):
-    assert main([str(ROOT / "jobs/digits.yaml") if word == "JOB" else word for word in arguments]) == 2
+    assert (
+        main([str(ROOT / "jobs/digits.yaml") if word == "JOB" else word for word in arguments]) == 2
+    )
     assert message in capsys.readouterr().err
 
 
 def test_a_plan_in_words_and_side_by_side(capsys):
-    arguments = [str(ROOT / "jobs/digits.yaml"), "--world-size", "2", "--compare", str(ROOT / "jobs/digits_lstm.yaml")]
+    arguments = [
+        str(ROOT / "jobs/digits.yaml"),
+        "--world-size",
+        "2",
+        "--compare",
+        str(ROOT / "jobs/digits_lstm.yaml"),
+    ]
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "512 = 16 × 16 × 2" in said
@@ -145,13 +179,21 @@ def test_a_plan_in_words_and_side_by_side(capsys):
     ("changes", "is_said"),
     [
         (["loss.args={ignore_index: -1}"], True),
-        (["loss={name: 'torch.nn:NLLLoss', args: {ignore_index: 0}}", "batch.growth={policy: none}"], True),
+        (
+            [
+                "loss={name: 'torch.nn:NLLLoss', args: {ignore_index: 0}}",
+                "batch.growth={policy: none}",
+            ],
+            True,
+        ),
         (["loss={name: 'mine:loss', args: {ignore_index: 0}}"], False),
         (["loss.args={ignore_index: -1}", "batch.growth={policy: none}", "batch.micro=32"], False),
         ([], False),
     ],
 )
-def test_that_ignored_targets_count_by_micro_batch_is_said_where_a_step_has_several(changes, is_said, capsys):
+def test_that_ignored_targets_count_by_micro_batch_is_said_where_a_step_has_several(
+    changes, is_said, capsys
+):
     assert main([str(ROOT / "jobs/digits.yaml"), *changes]) == 0
     assert ("note     loss.args.ignore_index: " in capsys.readouterr().out) == is_said
 
@@ -180,19 +222,31 @@ def test_figures_of_a_measured_run_give_time_memory_and_disk(tmp_path, capsys):
     assert "300 MiB a worker, as measured with micro-batches of 16" in said
     assert "4.0 MiB for 3 checkpoints and the best" in said
     job = read_job(str(ROOT / "jobs/digits.yaml"))
-    seconds = sum(-(-decision.global_batch // 64) * 16 / 2000 for decision in iter(Controller(job.plan(1437, 4)).decide, None))
-    assert main([str(ROOT / "jobs/digits.yaml"), "--world-size", "4", "--measured", str(run), "--json"]) == 0
+    seconds = sum(
+        -(-decision.global_batch // 64) * 16 / 2000
+        for decision in iter(Controller(job.plan(1437, 4)).decide, None)
+    )
+    assert (
+        main(
+            [str(ROOT / "jobs/digits.yaml"), "--world-size", "4", "--measured", str(run), "--json"]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(seconds, rel=0.01)
     assert main([str(ROOT / "jobs/digits.yaml"), "batch.micro=8", "--measured", str(run)]) == 0
     assert "not measured with this micro-batch" in capsys.readouterr().out
 
 
-def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(tmp_path, capsys, monkeypatch):
+def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("TOKEN", "of the machine that ran it")
     job = parse_job(IMAGENET, "imagenet", ["model.args={since: 2020-13-45, token: '${TOKEN}'}"])
     monkeypatch.delenv("TOKEN")
     (tmp_path / "job.resolved.yaml").write_text(job.to_yaml())
-    (tmp_path / "summary.json").write_text(json.dumps({"samples_per_second": 4000.0, "world_size": 2}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"samples_per_second": 4000.0, "world_size": 2})
+    )
     code = main([str(ROOT / "jobs/digits.yaml"), "batch.micro=16", "--measured", str(tmp_path)])
     assert code == 0, capsys.readouterr().err
 
@@ -202,6 +256,8 @@ def test_what_cannot_run_is_refused():
     with pytest.raises(JobError, match="has no sample in it"):
         plan_run(job, 1281167, 1)
     with pytest.raises(JobError, match="the rate is inf in stage 0"):
-        plan_run(parse_job(IMAGENET, "imagenet", ["lr.base=1e308", "lr.scaling=linear"]), 1281167, 1)
+        plan_run(
+            parse_job(IMAGENET, "imagenet", ["lr.base=1e308", "lr.scaling=linear"]), 1281167, 1
+        )
     with pytest.raises(JobError, match="not 3"):
         plan_run(read_job(str(ROOT / "jobs/digits.yaml"), ["reduction=exact"]), 1437, 3)

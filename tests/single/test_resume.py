@@ -24,15 +24,26 @@ def begin(folder, job):
     given = folder.parent / "given.yaml"
     given.write_text(JOB)
     folder.mkdir(exist_ok=True)
-    write_documents(folder, given, job.to_yaml(), {"world_size": 1, "versions": {}}, resume.RunProgress(), [])
+    write_documents(
+        folder, given, job.to_yaml(), {"world_size": 1, "versions": {}}, resume.RunProgress(), []
+    )
 
 
 def find(folder, job):
-    facts = {"job": job.resume_signature(), "data": {"training samples": 1437}, "versions": {}, "world_size": 1}
-    return resume.find(folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True)
+    facts = {
+        "job": job.resume_signature(),
+        "data": {"training samples": 1437},
+        "versions": {},
+        "world_size": 1,
+    }
+    return resume.find(
+        folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True
+    )
 
 
-def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_the_same_job(tmp_path):
+def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_the_same_job(
+    tmp_path,
+):
     begin(tmp_path / "run", parse_job(JOB, "job", [WORDS]))
     assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])).content is None
     with pytest.raises(CheckpointError, match='model.args.mode is "on" there and "off" here'):
@@ -46,12 +57,22 @@ def test_a_job_that_cannot_be_read_when_a_run_left_no_checkpoint_is_refused(tmp_
         find(tmp_path / "run", parse_job(JOB, "job"))
 
 
-def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_not(tmp_path, monkeypatch):
+def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_not(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("TOKEN", "s3cret")
     begin(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"]))
-    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])).content is None
-    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])).content is None
-    with pytest.raises(CheckpointError, match='model.args.token is "sha256:.*" there and "other" here') as raised:
+    assert (
+        find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])).content
+        is None
+    )
+    assert (
+        find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])).content
+        is None
+    )
+    with pytest.raises(
+        CheckpointError, match='model.args.token is "sha256:.*" there and "other" here'
+    ) as raised:
         find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: other}"]))
     assert "s3cret" not in str(raised.value)
     monkeypatch.delenv("TOKEN")

@@ -52,21 +52,45 @@ def learner_of(monkeypatch, *changes):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     job = parse_job(JOB, "job", changes)
     arithmetic = Precision("fp32", torch.device("cpu"))
-    model, loss, optimizer, *_ = build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed)
+    model, loss, optimizer, *_ = build.build_learning(
+        job.model, job.loss, job.optimizer, arithmetic, job.seed
+    )
     return build.build_replica(
-        model, loss, optimizer, arithmetic, job.gradients, None, False, SoloChannel(), SoloCollectives(), 0, exact=False
+        model,
+        loss,
+        optimizer,
+        arithmetic,
+        job.gradients,
+        None,
+        False,
+        SoloChannel(),
+        SoloCollectives(),
+        0,
+        exact=False,
     )
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
+@pytest.mark.parametrize(
+    "optimizer", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"]
+)
 def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatch, optimizer):
     """The device "meta" stands for a GPU."""
     learner = learner_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
     learner.model(torch.ones(4, 3)).sum().backward()
     learner.update.optimizer.step()
     state = optimizer_state(learner)
-    entries = resume._small({"position": {}, "state": {}, "optimizer": state, "statistics": {"world_size": 1, "parts": []}})
-    there = {torch.nn.Parameter(weight.detach().to("meta")): name for weight, name in learner.names.items()}
+    entries = resume._small(
+        {
+            "position": {},
+            "state": {},
+            "optimizer": state,
+            "statistics": {"world_size": 1, "parts": []},
+        }
+    )
+    there = {
+        torch.nn.Parameter(weight.detach().to("meta")): name
+        for weight, name in learner.names.items()
+    }
     learner = replace(learner, names=there)
     resume._share_optimizer(entries["optimizer"], None, learner, SoloCollectives())
     restored = learner.update.optimizer.state
@@ -86,7 +110,14 @@ def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
         "loss": {"temperature": torch.tensor(3.0), "_extra_state": {"calls": 5}},
     }
     resume.load_modules(modules, content, tmp_path)
-    assert (loss.temperature.item(), loss.history, model.logit_scale.item()) == (3.0, {"calls": 5}, 2.0)
-    with pytest.raises(CheckpointError, match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing"):
+    assert (loss.temperature.item(), loss.history, model.logit_scale.item()) == (
+        3.0,
+        {"calls": 5},
+        2.0,
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing",
+    ):
         resume.load_modules(modules, {**content, "loss": {"_extra_state": {}}}, tmp_path)
     assert loss.temperature.item() == 3.0

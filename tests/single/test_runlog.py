@@ -7,7 +7,13 @@ from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
 from hvdlarge.exits import JobError
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.telemetry.run_folder import FolderLock, holds_run, make_folder, set_aside, write_documents
+from hvdlarge.telemetry.run_folder import (
+    FolderLock,
+    holds_run,
+    make_folder,
+    set_aside,
+    write_documents,
+)
 from hvdlarge.telemetry.run_log import RunLog
 from hvdlarge.train_state import TrainState
 
@@ -23,7 +29,9 @@ def begin(folder, plan, offsets=None, position=None):
     make_folder(folder)
     lock = FolderLock(folder)
     position = position or RunProgress()
-    write_documents(folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, position, [])
+    write_documents(
+        folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, position, []
+    )
     return RunLog(folder, plan, lock, offsets or {}, position, TrainState())
 
 
@@ -46,7 +54,12 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
     assert [line["grew_from"] for line in lines if "grew_from" in line] == [32, 64, 128, 256]
     assert lines[0]["lr"] == decisions[0].lr
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["accuracy"], summary["steps"], summary["growths"], summary["samples_seen"]) == (0.99, 524, 4, 43110)
+    assert (summary["accuracy"], summary["steps"], summary["growths"], summary["samples_seen"]) == (
+        0.99,
+        524,
+        4,
+        43110,
+    )
     assert "accuracy 0.9900" in capsys.readouterr().out
 
 
@@ -75,7 +88,9 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
         log.metrics({"step": decision.step})
     log.close()
     for name in ("decisions", "metrics"):
-        lines = [json.loads(line) for line in (tmp_path / f"run/{name}.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (tmp_path / f"run/{name}.jsonl").read_text().splitlines()
+        ]
         assert [line["step"] for line in lines] == list(range(400))
     assert len((tmp_path / "run/starts.jsonl").read_text().splitlines()) == 2
 
@@ -94,7 +109,11 @@ def test_an_earlier_run_is_set_aside_and_never_overwritten(tmp_path, plan):
             assert set_aside(tmp_path / "run") == tmp_path / f"run.{number}"
         begin(tmp_path / "run", plan).close()
         (tmp_path / "run" / "mark").write_text(str(number))
-    assert [(tmp_path / name / "mark").read_text() for name in ("run.1", "run.2", "run")] == ["0", "1", "2"]
+    assert [(tmp_path / name / "mark").read_text() for name in ("run.1", "run.2", "run")] == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes_on(tmp_path, plan):
@@ -113,7 +132,11 @@ def test_what_is_not_finite_is_still_json(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
     log.metrics({"step": 0, "loss": float("nan"), "lr": float("inf")})
     log.close()
-    assert json.loads((tmp_path / "run/metrics.jsonl").read_text()) == {"step": 0, "loss": "nan", "lr": "inf"}
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text()) == {
+        "step": 0,
+        "loss": "nan",
+        "lr": "inf",
+    }
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -15,7 +15,9 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
-    saver = CheckpointSaver(SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict)
+    saver = CheckpointSaver(
+        SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict
+    )
     return [step for step, found in evaluations if saver.is_best(state, DECISIONS[step - 1], found)]
 
 
@@ -29,7 +31,10 @@ def test_the_best_so_far_when_a_resume_goes_by_another_result_is_begun_anew():
     assert best_of(state, "accuracy", found) == [45]
     state = resumed(state)
     later = [(135, {"accuracy": 0.5, "test_loss": 1.2}), (180, {"accuracy": 0.6, "test_loss": 1.3})]
-    assert best_of(state, "test_loss", [*later, (225, {"accuracy": 0.7, "test_loss": 0.7})]) == [135, 225]
+    assert best_of(state, "test_loss", [*later, (225, {"accuracy": 0.7, "test_loss": 0.7})]) == [
+        135,
+        225,
+    ]
     state = resumed(state)
     assert best_of(state, None, [(270, {"accuracy": 0.1, "test_loss": 9})]) == [270]
     assert state.best == {"by": "accuracy", "value": 0.1, "step": 270}
@@ -39,5 +44,7 @@ def test_the_best_so_far_when_a_resume_goes_by_the_same_result_stays():
     state = TrainState()
     assert best_of(state, None, [(45, {"accuracy": 0.26, "test_loss": 2.15})]) == [45]
     assert best_of(resumed(state), "accuracy", [(90, {"accuracy": 0.2, "test_loss": 1.0})]) == []
-    old = TrainState(best={"value": 0.26, "step": 45.0})  # of a checkpoint that does not say by which result
+    old = TrainState(
+        best={"value": 0.26, "step": 45.0}
+    )  # of a checkpoint that does not say by which result
     assert best_of(old, "accuracy", [(90, {"accuracy": 0.2, "test_loss": 1.0})]) == []

@@ -11,7 +11,10 @@ from hvdlarge.resilience.preemption import StopRequest
 
 @pytest.fixture
 def handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    kept = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+    }
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -53,5 +56,7 @@ def test_a_second_ctrl_c_leaves_at_once():
         "stop = StopRequest(); stop.install_handlers()\nos.kill(os.getpid(), signal.SIGINT); print(stop.requested(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+    )
     assert (done.returncode, done.stdout) == (130, "True\n")

@@ -26,8 +26,15 @@ print("ended well")
 
 @pytest.mark.parametrize("how", ["hangs", "ends"])
 def test_a_rank_that_hangs_is_ended_and_one_that_goes_on_is_not(tmp_path, how):
-    (tmp_path / "rank_7.json").write_text('{"rank": 7, "step": 1, "phase": "fetch", "time": 0, "host": "far"}')
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how, str(tmp_path)], capture_output=True, text=True, timeout=30)
+    (tmp_path / "rank_7.json").write_text(
+        '{"rank": 7, "step": 1, "phase": "fetch", "time": 0, "host": "far"}'
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     if how == "ends":
         assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
         return
@@ -59,7 +66,9 @@ print("ended well")
 @pytest.mark.parametrize("how", ["never started", "stopped"])
 def test_a_watchdog_that_is_not_watching_leaves_nothing_armed_behind(how):
     """Such a one follows the turns of a benchmark, and the runs of tests in one process."""
-    done = subprocess.run([sys.executable, "-c", NOT_WATCHING, how], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_WATCHING, how], capture_output=True, text=True, timeout=30
+    )
     assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
 
 
@@ -79,7 +88,9 @@ ctypes.PyDLL(None).sleep(20)  # a call into C that keeps the interpreter lock
 
 @pytest.mark.parametrize("how", ["armed", "disarmed"])
 def test_the_last_line_needs_no_interpreter_lock(how):
-    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, how], capture_output=True, text=True, timeout=15)
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS_THE_LOCK, how], capture_output=True, text=True, timeout=15
+    )
     if how == "disarmed":
         assert (done.returncode, done.stderr) == (1, "left by itself\n")
         return

@@ -4,9 +4,7 @@ from hvdlarge.config.yaml_source import SourceError, read, write
 
 
 def test_numbers_and_words_follow_yaml_1_2():
-    text = (
-        "a: 1e-3\nb: on\nc: 10\nd: 2020-01-01\ne: true\nf: ~\ng:\nh: .5\ni: -1.e3\nk: 0x10\nl: 1_000\nm: 1:30\nn: no\no: 0o17\n"
-    )
+    text = "a: 1e-3\nb: on\nc: 10\nd: 2020-01-01\ne: true\nf: ~\ng:\nh: .5\ni: -1.e3\nk: 0x10\nl: 1_000\nm: 1:30\nn: no\no: 0o17\n"
     assert read(text).values == {
         "a": 0.001, "b": "on", "c": 10, "d": "2020-01-01", "e": True, "f": None, "g": None, "h": 0.5, "i": -1000.0, "k": 16,
         "l": "1_000", "m": "1:30", "n": "no", "o": 15,
@@ -25,7 +23,11 @@ def test_lines_are_remembered():
     [
         ("a: 1\nb: 2\na: 3", "'a' stands twice, on lines 1 and 3", 3),
         ("a: &x [1]\nb: *x", "alias *x", 2),
-        ("a: !!python/object/apply:os.system ['touch hacked']", "the tag !!python/object/apply:os.system is not allowed", 1),
+        (
+            "a: !!python/object/apply:os.system ['touch hacked']",
+            "the tag !!python/object/apply:os.system is not allowed",
+            1,
+        ),
         ("a: !!float abc", "tag !!float", 1),
         ("a: 1\nb: !!timestamp x", "tag !!timestamp", 2),
         ("a: !own {x: 1}", "tag !own", 1),
@@ -55,7 +57,9 @@ def test_what_is_no_plain_document_is_refused(text, message, line):
 
 
 def test_a_bomb_of_aliases_ends_before_it_grows():
-    bomb = "a: &a [1,1]\n" + "\n".join(f"{new}: &{new} [*{old},*{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=False))
+    bomb = "a: &a [1,1]\n" + "\n".join(
+        f"{new}: &{new} [*{old},*{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=False)
+    )
     with pytest.raises(SourceError, match="alias"):
         read(bomb)
 
@@ -78,6 +82,29 @@ def test_variables_of_the_environment(text, value):
 
 
 def test_what_is_written_is_read_back():
-    words = ["1e3", "010", "on", "null", "", "a: b", "${HOME}", "$${X}", "~", "0x10", "true", "- x", "é", "1_000", "1:30", "x\ny"]
-    values = {"words": words, "numbers": [1, -0.5, 1e-300, 1e300], "none": None, "yes": True, "deep": {"empty": {}, "1": []}}
+    words = [
+        "1e3",
+        "010",
+        "on",
+        "null",
+        "",
+        "a: b",
+        "${HOME}",
+        "$${X}",
+        "~",
+        "0x10",
+        "true",
+        "- x",
+        "é",
+        "1_000",
+        "1:30",
+        "x\ny",
+    ]
+    values = {
+        "words": words,
+        "numbers": [1, -0.5, 1e-300, 1e300],
+        "none": None,
+        "yes": True,
+        "deep": {"empty": {}, "1": []},
+    }
     assert read(write(values), {"HOME": "elsewhere"}).values == values

@@ -13,10 +13,16 @@ GONE = "Horovod has been shut down. This was caused by an exception on one of th
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("ncclCommInitRank failed: invalid usage (run with NCCL_DEBUG=WARN for details)", CollectiveError),
+        (
+            "ncclCommInitRank failed: invalid usage (run with NCCL_DEBUG=WARN for details)",
+            CollectiveError,
+        ),
         ("CUDA error: an illegal memory access was encountered", CollectiveError),
         (GONE, RankLostError),
-        ("Mismatched allreduce tensor shapes: One or more ranks sent tensors of another shape", CollectiveMismatchError),
+        (
+            "Mismatched allreduce tensor shapes: One or more ranks sent tensors of another shape",
+            CollectiveMismatchError,
+        ),
     ],
 )
 def test_an_error_keeps_its_text_and_gets_its_kind(text, kind):

@@ -32,7 +32,10 @@ def test_cores_are_those_of_the_binding_shared_with_the_workers_of_the_same_bind
 
 
 def test_settings_never_replace_the_users():
-    assert starting_settings({}, 2, 2) == {"HOROVOD_FUSION_THRESHOLD": "0", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    assert starting_settings({}, 2, 2) == {
+        "HOROVOD_FUSION_THRESHOLD": "0",
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+    }
     assert starting_settings({}, 4, 64) == {"HOROVOD_FUSION_THRESHOLD": "0"}
     assert starting_settings({"HOROVOD_FUSION_THRESHOLD": "1"}, 4, 64) == {}
 
@@ -41,4 +44,6 @@ def test_a_stall_shutdown_before_the_stall_check_is_mended():
     given = {"HOROVOD_FUSION_THRESHOLD": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "30"}
     assert starting_settings(given, 1, 64) == {"HOROVOD_STALL_CHECK_TIME_SECONDS": "30"}
     assert starting_settings(given | {"HOROVOD_STALL_CHECK_TIME_SECONDS": "20"}, 1, 64) == {}
-    assert starting_settings(given | {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "0"}, 1, 64) == {}  # never
+    assert (
+        starting_settings(given | {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "0"}, 1, 64) == {}
+    )  # never

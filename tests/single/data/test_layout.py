@@ -4,7 +4,16 @@ import pytest
 
 from hvdlarge.schedule.batch import BatchLayout
 
-CASES = [(32, 16, 2), (100, 16, 3), (1, 1, 1), (5, 64, 4), (8192, 64, 64), (203, 8, 7), (10, 3, 16), (17, 5, 2)]
+CASES = [
+    (32, 16, 2),
+    (100, 16, 3),
+    (1, 1, 1),
+    (5, 64, 4),
+    (8192, 64, 64),
+    (203, 8, 7),
+    (10, 3, 16),
+    (17, 5, 2),
+]
 
 
 @pytest.mark.parametrize(("global_batch", "micro_batch", "world_size"), CASES)

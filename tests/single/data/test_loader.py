@@ -29,7 +29,9 @@ class Numbers(Dataset):
         return 100
 
     def __getitem__(self, index):
-        return torch.tensor(index), torch.tensor([torch.rand(()).item(), random.random(), np.random.random()])
+        return torch.tensor(index), torch.tensor(
+            [torch.rand(()).item(), random.random(), np.random.random()]
+        )
 
 
 class ManyNumbers(Numbers):
@@ -73,7 +75,9 @@ class Delegating(Dataset):
 
 class DrawnTensors(InMemory):
     def batch(self, indices):
-        return torch.tensor([torch.rand(()).item(), random.random(), np.random.random()]), super().batch(indices)[1]
+        return torch.tensor(
+            [torch.rand(()).item(), random.random(), np.random.random()]
+        ), super().batch(indices)[1]
 
 
 TENSORS = InMemory(torch.arange(20), torch.zeros(20, dtype=torch.int64))
@@ -88,7 +92,13 @@ TENSORS = InMemory(torch.arange(20), torch.zeros(20, dtype=torch.int64))
         (Subset(Shifted(TENSORS, range(4, 12)), range(2, 8)), 1006),
         (Subset(Subset(TENSORS, range(4, 12)), range(2, 8)), 6),
     ],
-    ids=["subclass of Subset", "subclass of InMemory", "delegating wrapper", "subset of a subclass", "subset of a subset"],
+    ids=[
+        "subclass of Subset",
+        "subclass of InMemory",
+        "delegating wrapper",
+        "subset of a subclass",
+        "subset of a subset",
+    ],
 )
 def test_a_sample_is_read_as_the_users_class_reads_it(dataset, first):
     loaded = MicroBatchDataset(dataset, seed=0, shuffled=False)[MicroBatch(0, 0, 4)]
@@ -96,7 +106,9 @@ def test_a_sample_is_read_as_the_users_class_reads_it(dataset, first):
 
 
 def test_what_a_batch_draws_belongs_to_the_micro_batch():
-    fetch = MicroBatchDataset(DrawnTensors(torch.arange(20), torch.arange(20)), seed=5, shuffled=True)
+    fetch = MicroBatchDataset(
+        DrawnTensors(torch.arange(20), torch.arange(20)), seed=5, shuffled=True
+    )
     drawn = [fetch[MicroBatch(0, start, start + 4)].inputs for start in (0, 4, 0)]
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.any(drawn[0] == drawn[1])
@@ -125,7 +137,9 @@ def run(loader, steps, ahead):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_worker_loader_follows_growing_steps_and_idle_ones(num_workers, ahead):
     steps = steps_of([16, 16, 8, 8, 64, 3, 200, 31])
-    loader = WorkerLoader(MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
+    loader = WorkerLoader(
+        MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers, prefetch_factor=2
+    )
     assert run(loader, steps, ahead) == steps
     loader.close()
 
@@ -134,7 +148,9 @@ def test_both_loaders_give_the_stream():
     steps = steps_of([16, 40, 120])
     inputs = torch.arange(100)
     direct = TensorLoader(MicroBatchDataset(InMemory(inputs, inputs), seed=3, shuffled=True))
-    worker = WorkerLoader(MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
+    worker = WorkerLoader(
+        MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2
+    )
     for loader in (direct, worker):
         for number, step in enumerate(steps):
             loader.enqueue(step, number == 2)
@@ -148,7 +164,9 @@ def test_both_loaders_give_the_stream():
 def test_what_is_drawn_for_a_sample_belongs_to_it_and_not_to_the_process(dataset):
     drawn = []
     for num_workers in (0, 1, 2):
-        loader = WorkerLoader(MicroBatchDataset(dataset(), seed=3, shuffled=True), num_workers, prefetch_factor=2)
+        loader = WorkerLoader(
+            MicroBatchDataset(dataset(), seed=3, shuffled=True), num_workers, prefetch_factor=2
+        )
         step = BatchLayout(48, 8, 1).of_rank(0, 0)
         loader.enqueue(step, True)
         drawn.append(torch.cat([loaded.targets for loaded in loader.fetch(6)]))
@@ -191,7 +209,9 @@ def test_digits_are_real_and_split_once_and_for_all():
 def test_the_digits_are_those_of_scikit_learn_also_where_its_file_lies_elsewhere(monkeypatch):
     read = _pixels_and_labels()
     monkeypatch.setattr(Path, "exists", lambda path: False)
-    for ours, theirs, own in zip(read, _pixels_and_labels(), load_digits(return_X_y=True), strict=True):
+    for ours, theirs, own in zip(
+        read, _pixels_and_labels(), load_digits(return_X_y=True), strict=True
+    ):
         assert np.array_equal(ours, theirs)
         assert np.array_equal(ours, own)
 
@@ -220,7 +240,11 @@ def processes():
 
 def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
     before, threads = processes(), threading.active_count()
-    loader = WorkerLoader(MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=2, prefetch_factor=2)
+    loader = WorkerLoader(
+        MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True),
+        num_workers=2,
+        prefetch_factor=2,
+    )
     loader.enqueue(BatchLayout(800, 8, 1).of_rank(0, 0), is_last=False)
     assert len(list(loader.fetch(3))) == 3
     assert len(processes() - before) == 2
@@ -231,7 +255,11 @@ def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
 
 
 def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
-    loader = WorkerLoader(MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True), num_workers=1, prefetch_factor=2)
+    loader = WorkerLoader(
+        MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True),
+        num_workers=1,
+        prefetch_factor=2,
+    )
     loader.enqueue(BatchLayout(400, 4, 1).of_rank(0, 0), is_last=False)
     list(loader.fetch(1))
     time.sleep(1.0)  # enough for 25 micro-batches
@@ -251,7 +279,13 @@ def test_a_sample_that_takes_very_long_does_not_hold_up_the_end():
         "loader.close()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")
 
 
@@ -274,7 +308,9 @@ class Broken(Numbers):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_of_the_set_comes_out_where_its_micro_batch_is_asked_for(num_workers):
-    loader = WorkerLoader(MicroBatchDataset(Broken(), seed=0, shuffled=False), num_workers, prefetch_factor=2)
+    loader = WorkerLoader(
+        MicroBatchDataset(Broken(), seed=0, shuffled=False), num_workers, prefetch_factor=2
+    )
     loader.enqueue(BatchLayout(40, 8, 1).of_rank(0, 0), is_last=True)
     fetched = loader.fetch(5)
     assert [next(fetched).micro_batch.number for _ in range(2)] == [0, 1]
@@ -290,5 +326,7 @@ def test_a_program_that_closes_nothing_ends_nevertheless():
         "loader.enqueue(BatchLayout(80, 8, 1).of_rank(0, 0), False)\n"
         "print(next(loader.fetch(1)).micro_batch.size)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")

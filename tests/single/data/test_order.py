@@ -12,7 +12,9 @@ from hvdlarge.data import seeds
 from hvdlarge.data.order import permute, samples
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 100, 1000, 1437, 4096, 4097])
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 100, 1000, 1437, 4096, 4097]
+)
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_every_epoch_is_a_permutation(size, seed):
     for epoch in (0, 1, 17):
@@ -35,7 +37,9 @@ def test_a_window_across_epochs_is_the_stream():
 
 def test_cuts_do_not_matter():
     whole = samples(1, 1437, 0, 10_000)
-    cut = np.concatenate([samples(1, 1437, start, min(10_000, start + 333)) for start in range(0, 10_000, 333)])
+    cut = np.concatenate(
+        [samples(1, 1437, start, min(10_000, start + 333)) for start in range(0, 10_000, 333)]
+    )
     assert np.array_equal(whole, cut)
 
 
@@ -45,7 +49,9 @@ def test_small_sets_are_shuffled_into_every_order_alike(size):
     epochs, offsets = np.repeat(np.arange(trials), size), np.tile(np.arange(size), trials)
     orders = Counter(map(tuple, permute(1, epochs, offsets, size).reshape(trials, size).tolist()))
     expected = trials / math.factorial(size)
-    chi_square = sum((orders[order] - expected) ** 2 / expected for order in itertools.permutations(range(size)))
+    chi_square = sum(
+        (orders[order] - expected) ** 2 / expected for order in itertools.permutations(range(size))
+    )
     freedom = math.factorial(size) - 1
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
@@ -62,7 +68,9 @@ def test_each_sample_comes_to_each_tenth_of_an_epoch_alike(size):
 
 
 def test_seeds_and_epochs_are_unrelated():
-    orders = [permute(seed, epoch, np.arange(1000), 1000) for seed in range(4) for epoch in range(4)]
+    orders = [
+        permute(seed, epoch, np.arange(1000), 1000) for seed in range(4) for epoch in range(4)
+    ]
     for ours, theirs in itertools.combinations(orders, 2):
         assert (ours == theirs).sum() < 12  # 1 on average
         assert abs(np.corrcoef(ours, theirs)[0, 1]) < 0.15

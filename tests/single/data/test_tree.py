@@ -28,7 +28,9 @@ def value(values, num_micro_batches, depth, index):
 @pytest.mark.parametrize("num_micro_batches", [*range(1, 40), 64, 100, 333])
 def test_every_power_of_two_adds_up_bit_for_bit_alike(num_micro_batches):
     chance = random.Random(num_micro_batches)
-    values = [chance.uniform(-1, 1) * 10.0 ** chance.randint(-8, 8) for _ in range(num_micro_batches)]
+    values = [
+        chance.uniform(-1, 1) * 10.0 ** chance.randint(-8, 8) for _ in range(num_micro_batches)
+    ]
     sums = set()
     for depth in range(7):
         nodes = [value(values, num_micro_batches, depth, index) for index in range(1 << depth)]

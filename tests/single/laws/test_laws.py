@@ -28,13 +28,20 @@ def test_jobs_drawn_at_random_hold_the_laws(tmp_path):
     assert tally.jobs == 120
     assert tally.kinds["held"] >= 70
     assert all(
-        tally.laws[law] >= least for law, least in {"0 reference": 70, "1 world": 40, "2 resume": 20, "3 exact": 8}.items()
+        tally.laws[law] >= least
+        for law, least in {"0 reference": 70, "1 world": 40, "2 resume": 20, "3 exact": 8}.items()
     )
     assert tally.kinds["refused"] >= 5
     assert tally.kinds["chaotic"] <= 12
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(cases())
 def test_every_case_is_plain_json(case):
     assert json.loads(json.dumps(case)) == case
@@ -50,7 +57,11 @@ def never():
 def test_a_violation_is_made_smaller_and_written_down(tmp_path):
     def judged(case):
         bad = case["workers"] > 1 and len(case["job"]["model"]["args"]["blocks"]) > 1
-        return Verdict("violation", [], f"law 1 world: differs by {case['seed']}") if bad else Verdict("held", ["0 reference"])
+        return (
+            Verdict("violation", [], f"law 1 world: differs by {case['seed']}")
+            if bad
+            else Verdict("held", ["0 reference"])
+        )
 
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=20, until=never())
     tally.draw(40, seed=1, judged=judged)
@@ -66,7 +77,9 @@ def test_a_violation_is_made_smaller_and_written_down(tmp_path):
 
 def test_kinds_of_violations_are_told_apart(tmp_path):
     def judged(case):
-        return Verdict("violation", [], f"law {case['workers'] % 2} world: a.{case['seed']} differs")
+        return Verdict(
+            "violation", [], f"law {case['workers'] % 2} world: a.{case['seed']} differs"
+        )
 
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=0, until=never())
     tally.draw(30, seed=1, judged=judged)
@@ -87,7 +100,9 @@ def test_tallies_of_processes_are_put_together(tmp_path):
             5,
             seed=number,
             judged=lambda case, number=number: (
-                Verdict("violation", [], f"of process {'ab'[number]}") if number else Verdict("held", ["0"])
+                Verdict("violation", [], f"of process {'ab'[number]}")
+                if number
+                else Verdict("held", ["0"])
             ),
         )
         tallies.append(tally)

@@ -14,7 +14,10 @@ SMALL = {
     "epochs": 2,
     "precision": "fp64",
     "reduction": "fast",
-    "data": {"name": "trials.blocks:data", "args": {"kind": "listed", "samples": 11, "test_samples": 5, "source": "all"}},
+    "data": {
+        "name": "trials.blocks:data",
+        "args": {"kind": "listed", "samples": 11, "test_samples": 5, "source": "all"},
+    },
     "model": {
         "name": "trials.blocks:model",
         "args": {"blocks": [{"kind": "linear"}, {"kind": "batch_norm"}, {"kind": "dropout"}]},
@@ -26,7 +29,12 @@ SMALL = {
     "checkpoint": {"every_steps": 2},
     "gradients": {},
 }
-CASE = {"job": SMALL, "workers": 3, "seed": 1, "interruptions": [{"how": "kill", "at": 0.6, "by_rank": 0, "workers": 3}]}
+CASE = {
+    "job": SMALL,
+    "workers": 3,
+    "seed": 1,
+    "interruptions": [{"how": "kill", "at": 0.6, "by_rank": 0, "workers": 3}],
+}
 
 
 def options(optimizer):
@@ -45,21 +53,31 @@ def moved(optimizer, grads, lr=0.5, apart=()):
 
 def test_lars_by_hand():
     # ‖w‖ = 5, ‖g‖ = 1, η = 0.001: λ = 0.005 without decay.
-    assert moved({"name": "lars"}, [[0.6, 0.8]], lr=2.0) == pytest.approx([3 - 2 * 0.005 * 0.6, 4 - 2 * 0.005 * 0.8], rel=1e-14)
+    assert moved({"name": "lars"}, [[0.6, 0.8]], lr=2.0) == pytest.approx(
+        [3 - 2 * 0.005 * 0.6, 4 - 2 * 0.005 * 0.8], rel=1e-14
+    )
     ratio = 0.001 * 5 / (1 + 0.1 * 5)
     expected = [3 - 2 * ratio * (0.6 + 0.3), 4 - 2 * ratio * (0.8 + 0.4)]
-    assert moved({"name": "lars", "weight_decay": 0.1}, [[0.6, 0.8]], lr=2.0) == pytest.approx(expected, rel=1e-14)
-    joint = [3 - 2 * 0.001 * 5 / 1.5 * 0.9, 4 - 2 * 0.001 * 5 / 1.5 * 1.2]
-    assert moved({"name": "lars", "preset": "optax", "weight_decay": 0.1}, [[0.6, 0.8]], lr=2.0) == pytest.approx(
-        joint, rel=1e-14
+    assert moved({"name": "lars", "weight_decay": 0.1}, [[0.6, 0.8]], lr=2.0) == pytest.approx(
+        expected, rel=1e-14
     )
-    assert moved({"name": "lars"}, [[0.6, 0.8]], lr=2.0, apart=["w"]) == pytest.approx([3 - 1.2, 4 - 1.6], rel=1e-14)
+    joint = [3 - 2 * 0.001 * 5 / 1.5 * 0.9, 4 - 2 * 0.001 * 5 / 1.5 * 1.2]
+    assert moved(
+        {"name": "lars", "preset": "optax", "weight_decay": 0.1}, [[0.6, 0.8]], lr=2.0
+    ) == pytest.approx(joint, rel=1e-14)
+    assert moved({"name": "lars"}, [[0.6, 0.8]], lr=2.0, apart=["w"]) == pytest.approx(
+        [3 - 1.2, 4 - 1.6], rel=1e-14
+    )
 
 
 def test_momentum_goes_on():
     plain = moved({"name": "lars"}, [[0.6, 0.8], [0.6, 0.8]], lr=2.0, apart=["w"])
-    assert plain == pytest.approx([3 - 1.2 - (1.2 * 0.9 + 1.2), 4 - 1.6 - (1.6 * 0.9 + 1.6)], rel=1e-14)
-    assert moved({"name": "sgd", "momentum": 0.9}, [[0.6, 0.8], [0.6, 0.8]], lr=2.0) == pytest.approx(plain, rel=1e-14)
+    assert plain == pytest.approx(
+        [3 - 1.2 - (1.2 * 0.9 + 1.2), 4 - 1.6 - (1.6 * 0.9 + 1.6)], rel=1e-14
+    )
+    assert moved(
+        {"name": "sgd", "momentum": 0.9}, [[0.6, 0.8], [0.6, 0.8]], lr=2.0
+    ) == pytest.approx(plain, rel=1e-14)
 
 
 def test_lamb_by_hand():
@@ -76,8 +94,14 @@ def test_torchs_own_classes_move_the_other_way_of_the_gradient(name):
 
 def test_clipping_and_gradients_that_are_zero():
     grads = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0]), "c": torch.zeros(2)}
-    assert {name: grad.tolist() for name, grad in reference.clipped(grads, 2.5).items()} == {"a": [1.5], "b": [2.0]}
-    assert {name: grad.tolist() for name, grad in reference.clipped(grads, None).items()} == {"a": [3.0], "b": [4.0]}
+    assert {name: grad.tolist() for name, grad in reference.clipped(grads, 2.5).items()} == {
+        "a": [1.5],
+        "b": [2.0],
+    }
+    assert {name: grad.tolist() for name, grad in reference.clipped(grads, None).items()} == {
+        "a": [3.0],
+        "b": [4.0],
+    }
 
 
 KEYS = [11, 12, 13]
@@ -104,9 +128,13 @@ def test_the_way_to_many_samples_is_taken_where_the_sets_own_class_has_it():
     shift = 0.2 * blocks.drawn("numpy", torch.zeros(1))
     assert torch.equal(many, base.inputs[[4, 0]] + shift)
     own, _ = reference.fetch(blocks.OwnItem(base), [4, 0], KEYS[:2])
-    assert torch.allclose(own, 0.7 * base.inputs[[4, 0]] + 0.3)  # not by InMemory.batch, which would pass it over
+    assert torch.allclose(
+        own, 0.7 * base.inputs[[4, 0]] + 0.3
+    )  # not by InMemory.batch, which would pass it over
     wrapped, _ = reference.fetch(blocks.Delegating(blocks.ListedMany(base)), [4, 0], KEYS[:2])
-    assert torch.allclose(wrapped, 0.7 * base.inputs[[4, 0]] + 0.3)  # not by the inner set's way to many
+    assert torch.allclose(
+        wrapped, 0.7 * base.inputs[[4, 0]] + 0.3
+    )  # not by the inner set's way to many
 
 
 def test_a_subset_is_looked_through_and_a_class_below_it_is_not():
@@ -129,8 +157,15 @@ def test_types():
 
 
 def test_a_step_that_is_not_finite_is_left_out_or_ends_the_loop():
-    poisoned = SMALL | {"data": {"name": "trials.blocks:data", "args": {"kind": "in_memory", "samples": 11, "poisoned": 3}}}
-    learnt = reference.train(parse_job(json.dumps(poisoned | {"on_nonfinite": {"policy": "skip"}}), "job.yaml"))
+    poisoned = SMALL | {
+        "data": {
+            "name": "trials.blocks:data",
+            "args": {"kind": "in_memory", "samples": 11, "poisoned": 3},
+        }
+    }
+    learnt = reference.train(
+        parse_job(json.dumps(poisoned | {"on_nonfinite": {"policy": "skip"}}), "job.yaml")
+    )
     assert all(torch.isfinite(value).all() for value in learnt.model.values())
     with pytest.raises(FloatingPointError):
         reference.train(parse_job(json.dumps(poisoned), "job.yaml"))
@@ -155,23 +190,37 @@ def test_a_sound_job_holds_all_laws(judged):
     verdict = judged()
     assert (verdict.kind, verdict.laws) == ("held", ["0 reference", "1 world", "2 resume"])
     verdict = judged(job=SMALL | {"reduction": "exact"}, workers=2)
-    assert (verdict.kind, verdict.laws) == ("held", ["0 reference", "1 world", "3 exact", "2 resume"])
+    assert (verdict.kind, verdict.laws) == (
+        "held",
+        ["0 reference", "1 world", "3 exact", "2 resume"],
+    )
 
 
 def test_draws_that_nobody_seeds_are_seen(judged, monkeypatch):
     monkeypatch.setattr("hvdlarge.step.seed_all", torch.manual_seed)
-    noisy = SMALL | {"model": {"name": "trials.blocks:model", "args": {"blocks": [{"kind": "noise", "source": "numpy"}]}}}
+    noisy = SMALL | {
+        "model": {
+            "name": "trials.blocks:model",
+            "args": {"blocks": [{"kind": "noise", "source": "numpy"}]},
+        }
+    }
     assert "law 0" in judged(job=noisy).reason
 
 
 def test_a_transform_that_is_passed_over_is_seen(judged, monkeypatch):
-    monkeypatch.setattr("hvdlarge.data.loader.reads_batches", lambda dataset: isinstance(dataset, InMemory))
-    own = SMALL | {"data": {"name": "trials.blocks:data", "args": {"kind": "own_item", "samples": 11}}}
+    monkeypatch.setattr(
+        "hvdlarge.data.loader.reads_batches", lambda dataset: isinstance(dataset, InMemory)
+    )
+    own = SMALL | {
+        "data": {"name": "trials.blocks:data", "args": {"kind": "own_item", "samples": 11}}
+    }
     assert "law 0" in judged(job=own).reason
 
 
 def test_running_statistics_of_one_rank_are_seen(judged, monkeypatch):
-    monkeypatch.setattr("hvdlarge.reduction.batch_norm.RunningStatistics.begin_step", lambda self, *given: None)
+    monkeypatch.setattr(
+        "hvdlarge.reduction.batch_norm.RunningStatistics.begin_step", lambda self, *given: None
+    )
     assert "running" in judged().reason
 
 
@@ -179,7 +228,9 @@ def test_gradients_that_are_weighed_by_worker_are_seen(judged, monkeypatch):
     from trials.thread_world import ThreadOptimizer
 
     plain = ThreadOptimizer._of
-    monkeypatch.setattr(ThreadOptimizer, "_of", lambda self, weight: plain(self, weight) * (1 + 1e-6))
+    monkeypatch.setattr(
+        ThreadOptimizer, "_of", lambda self, weight: plain(self, weight) * (1 + 1e-6)
+    )
     assert "law 1" in judged(interruptions=[]).reason
 
 
@@ -193,7 +244,11 @@ def test_a_rank_that_calls_less_is_seen(judged, monkeypatch):
     from hvdlarge import loop
 
     plain = loop.compare_states
-    monkeypatch.setattr(loop, "compare_states", lambda control, learner: control.rank == 1 or plain(control, learner))
+    monkeypatch.setattr(
+        loop,
+        "compare_states",
+        lambda control, learner: control.rank == 1 or plain(control, learner),
+    )
     verdict = judged()  # its next message meets another of the same kind: the ranks fall apart, or one cannot read what it hears
     assert verdict.kind == "violation"
     assert "fall apart" in verdict.reason or "exit code 70" in verdict.reason
@@ -202,8 +257,16 @@ def test_a_rank_that_calls_less_is_seen(judged, monkeypatch):
 def test_a_sum_in_another_order_is_seen_in_exact_mode(judged, monkeypatch):
     from hvdlarge.reduction import tree
 
-    monkeypatch.setattr(tree, "combine", lambda values, add: sum(value for value in reversed(values) if value is not None))
-    verdict = judged(job=SMALL | {"reduction": "exact", "batch": {"base": 7, "micro": 1}}, workers=4, interruptions=[])
+    monkeypatch.setattr(
+        tree,
+        "combine",
+        lambda values, add: sum(value for value in reversed(values) if value is not None),
+    )
+    verdict = judged(
+        job=SMALL | {"reduction": "exact", "batch": {"base": 7, "micro": 1}},
+        workers=4,
+        interruptions=[],
+    )
     assert "law 3" in verdict.reason
 
 
@@ -262,4 +325,7 @@ def test_settings_of_the_process_are_as_before(tmp_path):
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     outcome = engine.train(SMALL | {"deterministic": True}, tmp_path / "run", 2)
     assert outcome.code == 0
-    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (threads, deterministic)
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (
+        threads,
+        deterministic,
+    )

@@ -19,9 +19,14 @@ def test_collective_calls_give_what_the_wires_promise(size, seed):
         assert control.broadcast(b"abc" if control.rank == 0 else None, 3) == b"abc"
         assert control.allgather(bytes([control.rank])) == [bytes([rank]) for rank in range(size)]
         wait = control.start_max([control.rank, -control.rank])
-        assert tensors.sum(torch.tensor([1.0, control.rank]), "a").tolist() == [size, sum(range(size))]
+        assert tensors.sum(torch.tensor([1.0, control.rank]), "a").tolist() == [
+            size,
+            sum(range(size)),
+        ]
         assert wait() == [size - 1, 0]
-        assert tensors.gather(torch.tensor([control.rank]), "b").tolist() == [[rank] for rank in range(size)]
+        assert tensors.gather(torch.tensor([control.rank]), "b").tolist() == [
+            [rank] for rank in range(size)
+        ]
         held = torch.full((2,), float(control.rank + 5))
         tensors.broadcast_([("c", held)])
         assert held.tolist() == [5, 5]
@@ -29,7 +34,12 @@ def test_collective_calls_give_what_the_wires_promise(size, seed):
         return control.rank
 
     ends = World(size, seed).run(action)
-    assert (ends.results, ends.error, ends.broken, ends.killed) == (list(range(size)), None, None, False)
+    assert (ends.results, ends.error, ends.broken, ends.killed) == (
+        list(range(size)),
+        None,
+        None,
+        False,
+    )
     assert ends.calls == 7 * size - size + size  # each of the seven on each rank
 
 
@@ -77,7 +87,11 @@ def test_every_rank_has_random_generators_of_its_own():
     before = random.getstate()
     first, second, third = World(3, seed=1).run(action).results
     assert random.getstate() == before
-    assert [value for value, _, _ in first] == [value for value, _, _ in second] == [value for value, _, _ in third]
+    assert (
+        [value for value, _, _ in first]
+        == [value for value, _, _ in second]
+        == [value for value, _, _ in third]
+    )
     for place in (1, 2):
         assert len({row[place] for rows in (first, second, third) for row in rows}) == 12
     assert World(3, seed=2).run(action).results[0][0][1:] != first[0][1:]
@@ -128,10 +142,16 @@ def test_a_world_can_be_killed_at_each_of_its_calls():
         return "whole"
 
     for size in (1, 2, 3):
-        calls = run_world(size, action if size > 1 else lambda c, t: [c.allgather(b"") for _ in range(3)]).calls
+        calls = run_world(
+            size, action if size > 1 else lambda c, t: [c.allgather(b"") for _ in range(3)]
+        ).calls
         assert calls == 3 * size
         for at in range(calls):
-            ends = run_world(size, action if size > 1 else lambda c, t: [c.allgather(b"") for _ in range(3)], kill_at=at)
+            ends = run_world(
+                size,
+                action if size > 1 else lambda c, t: [c.allgather(b"") for _ in range(3)],
+                kill_at=at,
+            )
             assert (ends.killed, ends.results, ends.calls) == (True, [None] * size, at)
 
 
@@ -157,7 +177,9 @@ def updated(size, backward, passes=1, **options):
 
     def action(control, tensors):
         named = two_weights()
-        update = tensors.distributed_optimizer(SGD([{"params": [weight for _, weight in named]}], lr=1.0), named, **options)
+        update = tensors.distributed_optimizer(
+            SGD([{"params": [weight for _, weight in named]}], lr=1.0), named, **options
+        )
         update.zero_grad(range(passes), passes * size)
         for number in range(passes):
             backward(control.rank, number, update, *(weight for _, weight in named))
@@ -171,7 +193,9 @@ def updated(size, backward, passes=1, **options):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("options", [{}, {"groups": 1}, {"groups": 9}, {"compressed": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": 1}, {"groups": 9}, {"compressed": True}], ids=str
+)
 def test_gradients_are_summed_and_missing_ones_are_zeros(size, options):
     def backward(rank, number, update, b, a):
         update.backward((b * (rank + 1)).sum() + ((a * 2).sum() if rank == 0 else 0))
@@ -183,7 +207,9 @@ def test_gradients_are_summed_and_missing_ones_are_zeros(size, options):
 
 
 def test_a_parameter_that_no_rank_used_has_a_gradient_of_zeros_all_the_same():
-    grads, weights = updated(2, lambda rank, number, update, b, a: update.backward(b.sum())).results[1]
+    grads, weights = updated(
+        2, lambda rank, number, update, b, a: update.backward(b.sum())
+    ).results[1]
     assert grads["a"] == [0.0] * 3
     assert weights["a"] == [1.0] * 3
 
@@ -226,6 +252,8 @@ def test_an_optimizer_is_made_anew_from_its_groups():
         plain = SGD(groups, lr=1.0)
         plain.kept = "lost"
         update = tensors.distributed_optimizer(plain, named)
-        return [group["lr"] for group in update.optimizer.param_groups], hasattr(update.optimizer, "kept")
+        return [group["lr"] for group in update.optimizer.param_groups], hasattr(
+            update.optimizer, "kept"
+        )
 
     assert World(2).run(action).results == [([0.5, 2.0], False)] * 2

@@ -10,7 +10,9 @@ SIZES = [4 * 4**power for power in range(13)]
 
 
 @pytest.mark.parametrize("workers", [2, 3, 64])
-@pytest.mark.parametrize(("latency", "per_byte"), [(1e-5, 1e-9), (1e-3, 1e-10), (0.0, 3e-9), (2e-4, 0.0)])
+@pytest.mark.parametrize(
+    ("latency", "per_byte"), [(1e-5, 1e-9), (1e-3, 1e-10), (0.0, 3e-9), (2e-4, 0.0)]
+)
 def test_a_fit_finds_the_figures_behind_the_times(workers, latency, per_byte):
     truth = AllreduceCost(latency, per_byte)
     sizes = [size for size in SIZES if truth.seconds(size, workers) > 0]
@@ -25,7 +27,9 @@ def test_a_fit_of_noisy_times_is_near_and_never_below_zero():
     found = fit(SIZES, times, 4)
     assert found.latency_seconds == pytest.approx(1e-4, rel=0.3)
     assert found.seconds_per_byte == pytest.approx(5e-10, rel=0.3)
-    falling = fit([4, 400_000_000], [1e-3, 1e-5], 2)  # large messages faster than small ones: no bandwidth explains that
+    falling = fit(
+        [4, 400_000_000], [1e-3, 1e-5], 2
+    )  # large messages faster than small ones: no bandwidth explains that
     assert falling.seconds_per_byte == 0
     assert falling.latency_seconds > 0
 
@@ -35,7 +39,9 @@ def test_the_rings_formula():
     assert cost.seconds(10**9, 1) == 0
     assert cost.seconds(10**9, 2) == pytest.approx(2e-6 + 1.0)
     assert cost.seconds(10**9, 4) == pytest.approx(6e-6 + 1.5)
-    assert cost.seconds(10**9, 4096) == pytest.approx(2.0, rel=0.01)  # a ring's bandwidth does not depend on its length
+    assert cost.seconds(10**9, 4096) == pytest.approx(
+        2.0, rel=0.01
+    )  # a ring's bandwidth does not depend on its length
 
 
 @pytest.mark.parametrize(("sizes", "workers"), [([4, 8], 1), ([4, 4], 2), ([], 2)])

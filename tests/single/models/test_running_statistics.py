@@ -13,7 +13,9 @@ from hvdlarge.schedule.batch import BatchLayout
 
 
 def no_messages(tensor, name):
-    raise AssertionError("a step in which each layer is used once for each micro-batch costs no message")
+    raise AssertionError(
+        "a step in which each layer is used once for each micro-batch costs no message"
+    )
 
 
 def run(model, rank, world_size, steps):
@@ -34,7 +36,9 @@ def run(model, rank, world_size, steps):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
 def test_any_number_of_ranks_gives_what_one_gives(world_size):
     torch.manual_seed(0)
-    start = torch.nn.Sequential(torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3, momentum=0.3)).double()
+    start = torch.nn.Sequential(
+        torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3, momentum=0.3)
+    ).double()
     start[0].running_mean.uniform_()
     start[0].num_batches_tracked.fill_(7)
     steps = [(torch.randn(20, 5, dtype=torch.float64) * number, 4) for number in range(1, 4)]
@@ -86,7 +90,9 @@ class Uneven(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.twice, self.sometimes, self.never = (torch.nn.BatchNorm1d(3, momentum=momentum) for momentum in (0.1, 0.3, 0.2))
+        self.twice, self.sometimes, self.never = (
+            torch.nn.BatchNorm1d(3, momentum=momentum) for momentum in (0.1, 0.3, 0.2)
+        )
 
     def forward(self, inputs):
         outputs = self.twice(self.twice(inputs) * 2 + 1)
@@ -99,7 +105,9 @@ def test_layers_used_twice_or_sometimes_give_what_one_worker_gives(kind, world_s
     torch.manual_seed(1)
     start = Uneven().double()
     start.sometimes.running_mean.uniform_()
-    steps = [torch.randn(5, 4, 3, dtype=torch.float64) for _ in range(3)]  # five micro-batches of four samples
+    steps = [
+        torch.randn(5, 4, 3, dtype=torch.float64) for _ in range(3)
+    ]  # five micro-batches of four samples
     alone = copy.deepcopy(start)
     for data in steps:
         for piece in data:
@@ -110,7 +118,9 @@ def test_layers_used_twice_or_sometimes_give_what_one_worker_gives(kind, world_s
 
     def rank_of(rank):
         model = models[rank]
-        statistics = kind({"": model}, rank, world_size, lambda tensor, name: world.gather(rank, tensor))
+        statistics = kind(
+            {"": model}, rank, world_size, lambda tensor, name: world.gather(rank, tensor)
+        )
         statistics.to_partial()
         for data in steps:
             layout = BatchLayout(20, 4, world_size)
@@ -125,14 +135,18 @@ def test_layers_used_twice_or_sometimes_give_what_one_worker_gives(kind, world_s
     world.run(rank_of)
     assert int(alone.sometimes.num_batches_tracked) not in (0, 15)
     for model in models:
-        for (name, ours), theirs in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
+        for (name, ours), theirs in zip(
+            model.state_dict().items(), alone.state_dict().values(), strict=True
+        ):
             assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14), name
             assert kind is RunningStatistics or torch.equal(ours, models[0].state_dict()[name])
 
 
 def test_a_layer_that_changes_its_mode_in_a_forward_pass_is_refused():
     layer = torch.nn.BatchNorm1d(2)
-    statistics = RunningStatistics({"": torch.nn.Sequential(layer)}, 0, 1, lambda tensor, name: tensor.unsqueeze(0))
+    statistics = RunningStatistics(
+        {"": torch.nn.Sequential(layer)}, 0, 1, lambda tensor, name: tensor.unsqueeze(0)
+    )
     statistics.to_partial()
     statistics.begin_step()
     layer.eval()
@@ -179,4 +193,7 @@ def test_a_cumulative_average_is_refused_and_layers_without_statistics_pass():
         tracking_layers({"": torch.nn.Sequential(first, second)})
     with pytest.raises(ValueError, match="instance normalisation"):
         tracking_layers({"": torch.nn.InstanceNorm1d(2, track_running_stats=True)})
-    assert tracking_layers({"": torch.nn.BatchNorm1d(2, track_running_stats=False, momentum=None)}) == []
+    assert (
+        tracking_layers({"": torch.nn.BatchNorm1d(2, track_running_stats=False, momentum=None)})
+        == []
+    )

@@ -9,7 +9,10 @@ from hvdlarge.optim.clipping import clip
 @pytest.mark.parametrize("limit", [0.01, 1.0, 7.5, 1e6, None])
 def test_clipping_is_torchs(limit):
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((3, 4), (5,), (2, 2, 2))]
+    ours = [
+        torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        for shape in ((3, 4), (5,), (2, 2, 2))
+    ]
     theirs = [torch.nn.Parameter(torch.zeros_like(weight)) for weight in ours]
     for one, other in zip(ours, theirs, strict=True):
         one.grad = torch.randn_like(one)

@@ -17,7 +17,9 @@ from hvdlarge.optim.presets import PRESETS
 
 FORMS = [
     dict(zip(("lr_in_momentum", "joint_norm", "clip", "nesterov", "eps"), values, strict=True))
-    for values in itertools.product((True, False), (True, False), (True, False), (True, False), (0.0, 1e-3))
+    for values in itertools.product(
+        (True, False), (True, False), (True, False), (True, False), (0.0, 1e-3)
+    )
 ]
 
 
@@ -33,7 +35,11 @@ def lars(w, v, g, lr, m, decay, trust, adapt, form):
     if not adapt or size == 0:
         ratio = 1.0
     else:
-        below = np.linalg.norm(g + decay * w) if form["joint_norm"] else np.linalg.norm(g) + decay * size
+        below = (
+            np.linalg.norm(g + decay * w)
+            if form["joint_norm"]
+            else np.linalg.norm(g) + decay * size
+        )
         ratio = trust * size / (below + form["eps"])
         if form["clip"]:
             ratio = min(ratio / lr, 1.0) if lr > 0 else 1.0
@@ -62,13 +68,18 @@ def trajectory(optimizer, parameters, oracle, steps=25):
             expected = oracle(number, gradients[number], lr)
             assert np.isfinite(expected).all()
             scale = np.abs(expected).max() + 1e-300
-            assert np.abs(parameter.detach().numpy() - expected).max() <= 1e-12 * max(scale, 1.0), (step, number)
+            assert np.abs(parameter.detach().numpy() - expected).max() <= 1e-12 * max(scale, 1.0), (
+                step,
+                number,
+            )
 
 
 def tensors():
     random = np.random.default_rng(3)
     shapes = [(1,), (3, 5), (4, 3, 3, 3), (64, 64)]
-    return [random.normal(size=shape) * 10.0 ** random.integers(-2, 2) for shape in shapes] + [np.zeros((5,))]
+    return [random.normal(size=shape) * 10.0 ** random.integers(-2, 2) for shape in shapes] + [
+        np.zeros((5,))
+    ]
 
 
 def groups_of(parameters, adapt, decay):
@@ -82,7 +93,9 @@ def test_every_form_of_lars(form, adapt, decay):
     weights = tensors()
     velocities = [np.zeros_like(w) for w in weights]
     parameters = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in weights]
-    optimizer = LARS(groups_of(parameters, adapt, decay), momentum=0.9, trust_coefficient=0.01, **form)
+    optimizer = LARS(
+        groups_of(parameters, adapt, decay), momentum=0.9, trust_coefficient=0.01, **form
+    )
 
     def oracle(number, gradient, lr):
         weights[number], velocities[number] = lars(
@@ -107,12 +120,19 @@ def test_lamb():
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         state[number] = [m, v, t]
         r = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps) + decay * w
-        ratio = np.linalg.norm(w) / np.linalg.norm(r) if np.linalg.norm(w) > 0 and np.linalg.norm(r) > 0 else 1.0
+        ratio = (
+            np.linalg.norm(w) / np.linalg.norm(r)
+            if np.linalg.norm(w) > 0 and np.linalg.norm(r) > 0
+            else 1.0
+        )
         weights[number] = w - lr * ratio * r
         return weights[number]
 
     trajectory(optimizer, parameters, oracle)
-    assert {type(value) for found in optimizer.state.values() for value in found.values()} == {int, torch.Tensor}
+    assert {type(value) for found in optimizer.state.values() for value in found.values()} == {
+        int,
+        torch.Tensor,
+    }
 
 
 def test_lamb_moves_by_the_rate_times_the_weights_norm():
@@ -158,7 +178,9 @@ def test_torchs_own_are_torchs_own(case):
         lr = [0.01, 0.2, 0.003][step % 3]
         set_lr(ours, lr)
         theirs.param_groups[0]["lr"] = lr
-        for number, (one, other) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+        for number, (one, other) in enumerate(
+            zip(model.parameters(), twin.parameters(), strict=True)
+        ):
             gradient = torch.randn_like(one)
             one.grad, other.grad = gradient.clone(), gradient.clone()
             if (step + number) % 5 == 1:
@@ -179,7 +201,9 @@ def test_presets_give_the_defaults_and_options_go_before_them(preset):
     job = parse_job(JOB + f"optimizer: {{name: lars, preset: {preset}}}\n", "job.yaml")
     assert {name: getattr(job.optimizer, name) for name in PRESETS[preset]} == PRESETS[preset]
     assert parse_job(job.to_yaml(), "resolved") == job
-    other = parse_job(JOB + f"optimizer: {{name: lars, preset: {preset}, eps: 0.5, momentum: 0.8}}\n", "job.yaml")
+    other = parse_job(
+        JOB + f"optimizer: {{name: lars, preset: {preset}, eps: 0.5, momentum: 0.8}}\n", "job.yaml"
+    )
     assert (other.optimizer.eps, other.optimizer.joint_norm) == (0.5, PRESETS[preset]["joint_norm"])
     assert "preset" not in job.optimizer.arguments
 
@@ -218,7 +242,9 @@ def test_the_fast_update_is_the_reference(lr_in_momentum, dtype, ratio):
     fast = [torch.randn(33, 77, dtype=dtype) for _ in range(3)]
     slow = [tensor.clone() for tensor in fast]
     for lr in (0.1, 3.2, 25.0, 0.0):
-        move = MomentumStep(lr, ratio, momentum=0.9, weight_decay=0.01, lr_in_momentum=lr_in_momentum)
+        move = MomentumStep(
+            lr, ratio, momentum=0.9, weight_decay=0.01, lr_in_momentum=lr_in_momentum
+        )
         momentum_update(*([tensor] for tensor in fast), move)
         reference_update(*slow, move)
     for ours, theirs in zip(fast, slow, strict=True):
@@ -229,5 +255,10 @@ def test_the_fast_update_is_the_reference(lr_in_momentum, dtype, ratio):
 def test_tensors_of_another_layout_take_the_reference():
     weight = torch.randn(6, 5).T
     grad, velocity, ours = torch.randn(5, 6), torch.zeros(5, 6), weight.clone()
-    momentum_update([weight], [grad], [velocity], MomentumStep(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0))
+    momentum_update(
+        [weight],
+        [grad],
+        [velocity],
+        MomentumStep(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0),
+    )
     assert torch.allclose(weight, ours - 0.05 * grad)

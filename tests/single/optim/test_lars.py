@@ -31,7 +31,9 @@ def test_thirty_steps_of_random_tensors_with_jumping_rates(momentum, decay, adap
     weights.append(np.zeros((5,)))  # a tensor of zeros must be able to move
     velocities = [np.zeros_like(w) for w in weights]
     parameters = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in weights]
-    optimizer = LARS(parameters, momentum=momentum, weight_decay=decay, trust_coefficient=0.01, adapt=adapt)
+    optimizer = LARS(
+        parameters, momentum=momentum, weight_decay=decay, trust_coefficient=0.01, adapt=adapt
+    )
     for step in range(30):
         lr = [0.1, 3.2, 25.0, 0.0][step % 4]
         optimizer.param_groups[0]["lr"] = lr
@@ -53,7 +55,11 @@ def test_thirty_steps_of_random_tensors_with_jumping_rates(momentum, decay, adap
 def step_of(w, g, lr, **options):
     parameter = torch.nn.Parameter(torch.tensor(w, dtype=torch.float64))
     parameter.grad = torch.tensor(g, dtype=torch.float64)
-    optimizer = LARS([parameter], lr=lr, **{"momentum": 0.9, "weight_decay": 0.0005, "trust_coefficient": 0.001, **options})
+    optimizer = LARS(
+        [parameter],
+        lr=lr,
+        **{"momentum": 0.9, "weight_decay": 0.0005, "trust_coefficient": 0.001, **options},
+    )
     optimizer.step()
     return parameter, optimizer
 
@@ -61,7 +67,9 @@ def step_of(w, g, lr, **options):
 def test_the_vector_of_the_facts():
     parameter, optimizer = step_of((3.0, 4.0), (0.6, 0.8), 2.0)
     assert optimizer.trust_ratio_of(parameter) == pytest.approx(0.004987531172069826, rel=1e-12)
-    assert optimizer.state[parameter]["momentum_buffer"].tolist() == pytest.approx([0.006, 0.008], rel=1e-12)
+    assert optimizer.state[parameter]["momentum_buffer"].tolist() == pytest.approx(
+        [0.006, 0.008], rel=1e-12
+    )
     assert parameter.tolist() == pytest.approx([2.994, 3.992], rel=1e-12)
 
 
@@ -141,7 +149,14 @@ def test_norms_do_not_depend_on_threads():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr", -1), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-4), ("trust_coefficient", 0)]
+    ("name", "value"),
+    [
+        ("lr", -1),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1e-4),
+        ("trust_coefficient", 0),
+    ],
 )
 def test_hyper_parameters_out_of_range_are_refused_in_any_group(name, value):
     one, two = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
@@ -184,7 +199,9 @@ def test_biases_and_normalisation_are_told_by_kind():
 
 
 def test_patterns_the_papers_reading_and_an_own_rate():
-    adapted, others = parameter_groups(Net(), 0.1, exclude=("scale", "lstm.*"), excluded_lr_factor=0.5)
+    adapted, others = parameter_groups(
+        Net(), 0.1, exclude=("scale", "lstm.*"), excluded_lr_factor=0.5
+    )
     assert {"scale", "lstm.weight_ih_l0"} <= set(others["names"])
     (everything,) = parameter_groups(Net(), 0.1, exclude_bias_and_norm=False)
     assert "norm.bias" in everything["names"]

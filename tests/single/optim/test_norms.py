@@ -7,14 +7,30 @@ import torch
 
 from hvdlarge.optim.norms import norm, norms
 
-SHAPES = [(), (1,), (3, 5), (4095,), (4096,), (64, 64), (4097,), (3, 4096), (7, 5001), (2, 3, 33, 1000)]
+SHAPES = [
+    (),
+    (1,),
+    (3, 5),
+    (4095,),
+    (4096,),
+    (64, 64),
+    (4097,),
+    (3, 4096),
+    (7, 5001),
+    (2, 3, 33, 1000),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_norms_are_those_of_float64(dtype):
     torch.manual_seed(0)
-    tensors = [torch.randn(shape, dtype=dtype) * 10.0**power for shape in SHAPES for power in (-12, 0, 12)]
-    truth = [math.sqrt(math.fsum(value * value for value in tensor.double().reshape(-1).tolist())) for tensor in tensors]
+    tensors = [
+        torch.randn(shape, dtype=dtype) * 10.0**power for shape in SHAPES for power in (-12, 0, 12)
+    ]
+    truth = [
+        math.sqrt(math.fsum(value * value for value in tensor.double().reshape(-1).tolist()))
+        for tensor in tensors
+    ]
     bound = 2e-7 if dtype == torch.float32 else 1e-14
     assert norms(tensors) == pytest.approx(truth, rel=bound)
     assert [norm(tensor).item() for tensor in tensors] == pytest.approx(truth, rel=bound)
@@ -49,7 +65,9 @@ def test_what_is_not_finite_stays_so(size):
             tensor[place] = value
             expected = math.nan if math.isnan(value) else math.inf
             found = [norm(tensor).item(), norms([tensor, torch.ones(3)])[0]]
-            assert all(math.isnan(one) if math.isnan(expected) else one == expected for one in found)
+            assert all(
+                math.isnan(one) if math.isnan(expected) else one == expected for one in found
+            )
 
 
 def test_a_layout_that_is_not_contiguous_changes_nothing():

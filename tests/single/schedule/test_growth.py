@@ -13,7 +13,13 @@ from hvdlarge.schedule.progress import Clock
 
 def test_the_paper_doubles_128_to_2048():
     growth = AdaBatchGrowth(factor=2, at_epochs=(20, 40, 60, 80))
-    assert [growth.global_batch(128, epoch) for epoch in (0, 20, 40, 60, 80)] == [128, 256, 512, 1024, 2048]
+    assert [growth.global_batch(128, epoch) for epoch in (0, 20, 40, 60, 80)] == [
+        128,
+        256,
+        512,
+        1024,
+        2048,
+    ]
 
 
 def test_imagenet_with_factor_8():
@@ -56,7 +62,12 @@ def test_growth_without_limit_does_not_overflow():
 @pytest.mark.parametrize("max_batch", [None, 2**70])
 def test_growth_without_limit_ends_at_what_the_record_of_a_decision_holds(max_batch):
     growth = AdaBatchGrowth(factor=3, every_epochs=0.2, max=max_batch)
-    assert [growth.global_batch(32, epoch) for epoch in (7, 8, 30, 1e6)] == [32 * 3**35, 2**62, 2**62, 2**62]
+    assert [growth.global_batch(32, epoch) for epoch in (7, 8, 30, 1e6)] == [
+        32 * 3**35,
+        2**62,
+        2**62,
+        2**62,
+    ]
 
 
 @pytest.mark.timeout(20)
@@ -67,7 +78,10 @@ def test_an_outline_of_a_growth_that_has_reached_its_end_is_finished():
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize(("factor", "every_epochs"), [(1 + 1e-7, 1e-5), (1 + 1e-12, 1e-10), (math.nextafter(1, 2), 1e-14)])
+@pytest.mark.parametrize(
+    ("factor", "every_epochs"),
+    [(1 + 1e-7, 1e-5), (1 + 1e-12, 1e-10), (math.nextafter(1, 2), 1e-14)],
+)
 def test_marks_that_round_to_no_change_cost_no_time(factor, every_epochs):
     """Millions of them lie between two batches."""
     growth, clock = AdaBatchGrowth(factor=factor, every_epochs=every_epochs), Clock(200, 40)

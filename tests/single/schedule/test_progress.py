@@ -1,6 +1,12 @@
 import pytest
 
-from hvdlarge.schedule.progress import Clock, check_milestones, milestones_reached, next_mark, reached
+from hvdlarge.schedule.progress import (
+    Clock,
+    check_milestones,
+    milestones_reached,
+    next_mark,
+    reached,
+)
 
 
 def test_a_run_is_rounded_to_whole_samples():
@@ -9,7 +15,9 @@ def test_a_run_is_rounded_to_whole_samples():
     assert Clock(10**12, 90).total_samples == 90 * 10**12
 
 
-@pytest.mark.parametrize(("size", "epochs"), [(0, 1), (10, 0.01), (10, float("nan")), (10, float("inf")), (10, -1)])
+@pytest.mark.parametrize(
+    ("size", "epochs"), [(0, 1), (10, 0.01), (10, float("nan")), (10, float("inf")), (10, -1)]
+)
 def test_a_run_without_a_sample_is_refused(size, epochs):
     with pytest.raises(ValueError):
         Clock(size, epochs)

@@ -5,11 +5,25 @@ import math
 
 import pytest
 
-from hvdlarge.schedule.decay import ConstantDecay, CosineDecay, ExponentialDecay, MultistepDecay, OneCycle, PolynomialDecay
+from hvdlarge.schedule.decay import (
+    ConstantDecay,
+    CosineDecay,
+    ExponentialDecay,
+    MultistepDecay,
+    OneCycle,
+    PolynomialDecay,
+)
 from hvdlarge.schedule.growth import AdaBatchGrowth
 from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.scaling import scale
-from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup, StageStart, full_rate_epoch, multiplier
+from hvdlarge.schedule.warmup import (
+    LegwWarmup,
+    LinearWarmup,
+    NoWarmup,
+    StageStart,
+    full_rate_epoch,
+    multiplier,
+)
 
 EXACT = 1e-12
 
@@ -22,7 +36,9 @@ def stages(*pairs):
 
 
 @pytest.mark.parametrize(("fixed", "factor", "adaptive"), [(0.375, 2, 0.75), (0.25, 2, 0.5), (0.1, 2, 0.2), (0.1, 4, 0.4), (0.1, 8, 0.8)])  # fmt: skip
-def test_a_growth_with_linear_scaling_turns_the_fixed_decay_into_the_papers(fixed, factor, adaptive):
+def test_a_growth_with_linear_scaling_turns_the_fixed_decay_into_the_papers(
+    fixed, factor, adaptive
+):
     rate = LRSchedule(1.0, "linear", NoWarmup(), MultistepDecay(gamma=fixed, every_epochs=20))
     before = rate.lr(stages((0, 1)), 19.9, 19.95, 100)
     after = rate.lr(stages((0, 1), (20, factor)), 20.0, 20.05, 100)
@@ -41,9 +57,12 @@ def test_the_rates_and_rates_per_sample_of_both_arms():
         per_sample.append(adaptive[-1] / batch)
         assert adaptive[-1] / batch == pytest.approx(fixed[-1] / 128, rel=EXACT)
     assert adaptive == pytest.approx([0.01, 0.0075, 0.005625, 0.00421875, 0.0031640625], rel=EXACT)
-    assert fixed == pytest.approx([0.01, 0.00375, 0.00140625, 0.00052734375, 0.00019775390625], rel=EXACT)
+    assert fixed == pytest.approx(
+        [0.01, 0.00375, 0.00140625, 0.00052734375, 0.00019775390625], rel=EXACT
+    )
     assert per_sample == pytest.approx(
-        [7.8125e-5, 2.9296875e-5, 1.0986328125e-5, 4.119873046875e-6, 1.544952392578125e-6], rel=EXACT
+        [7.8125e-5, 2.9296875e-5, 1.0986328125e-5, 4.119873046875e-6, 1.544952392578125e-6],
+        rel=EXACT,
     )
 
 
@@ -70,13 +89,17 @@ def test_the_legw_table(batch, peak, warmup):
     rate = LRSchedule(2**2.5, "sqrt", policy)
     assert policy.length(factor) == pytest.approx(warmup, rel=EXACT)
     assert rate.lr(stages((0, factor)), 89, 89, 90) == pytest.approx(peak, rel=EXACT)
-    assert policy.length(factor) * 1_281_167 / batch == pytest.approx(390.98, abs=0.005)  # iterations never change
+    assert policy.length(factor) * 1_281_167 / batch == pytest.approx(
+        390.98, abs=0.005
+    )  # iterations never change
 
 
 def test_multiplying_the_iterations_by_k_would_be_another_rule():
     policy, steps_per_epoch = LegwWarmup(epochs=0.3125), 1_281_167 / 1024
     base_iterations = policy.length(1) * steps_per_epoch
-    wrong = base_iterations * 32 / (steps_per_epoch / 32)  # k times as many iterations: k² times as many epochs
+    wrong = (
+        base_iterations * 32 / (steps_per_epoch / 32)
+    )  # k times as many iterations: k² times as many epochs
     assert policy.length(32) == pytest.approx(10)
     assert wrong == pytest.approx(320)
 
@@ -92,7 +115,9 @@ def test_polynomial_decay_can_be_measured_from_the_start():
     decay = PolynomialDecay(power=2, after_warmup=False)
     assert decay.factor(50, 10, 100) == 0.25
     assert PolynomialDecay(power=2, end_factor=0.1).factor(100, 10, 100) == pytest.approx(0.1)
-    assert PolynomialDecay(power=1).factor(5, 200, 100) == 1.0  # a warmup longer than the run never decays
+    assert (
+        PolynomialDecay(power=1).factor(5, 200, 100) == 1.0
+    )  # a warmup longer than the run never decays
 
 
 # --- Laws
@@ -124,17 +149,25 @@ def test_the_multiplier_never_falls_and_comes_to_the_scale_of_the_batch(policy, 
         assert value >= last - 1e-12
         last = value
     full = full_rate_epoch(policy, run)
-    assert multiplier(policy, scaling, run, full) == pytest.approx(scale(scaling, run[-1].batch_factor), rel=EXACT)
+    assert multiplier(policy, scaling, run, full) == pytest.approx(
+        scale(scaling, run[-1].batch_factor), rel=EXACT
+    )
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if getattr(p, "epochs", 0) > 0 and p.on_growth == "ramp"], ids=repr)
+@pytest.mark.parametrize(
+    "policy",
+    [p for p in POLICIES if getattr(p, "epochs", 0) > 0 and p.on_growth == "ramp"],
+    ids=repr,
+)
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_a_ramp_has_no_jump_anywhere(policy, run):
     steepest = max(scale("linear", stage.batch_factor) for stage in run) / 0.01
     for epoch in (number / 1024 for number in range(1, 1024 * 12)):
         begun = [stage for stage in run if stage.epoch <= epoch]
         earlier = [stage for stage in run if stage.epoch <= epoch - 1 / 1024]
-        step = multiplier(policy, "linear", begun, epoch) - multiplier(policy, "linear", earlier, epoch - 1 / 1024)
+        step = multiplier(policy, "linear", begun, epoch) - multiplier(
+            policy, "linear", earlier, epoch - 1 / 1024
+        )
         assert step <= steepest / 1024
 
 
@@ -177,7 +210,9 @@ def test_a_warmup_is_linear_and_continuous_at_its_end():
     one = stages((0, 4))
     end = 2.0
     assert rate.lr(one, end / 2, end / 2, 10) == pytest.approx(1.0)
-    assert rate.lr(one, end - 1e-9, end - 1e-9, 10) == pytest.approx(rate.lr(one, end + 1e-9, end + 1e-9, 10), rel=1e-8)
+    assert rate.lr(one, end - 1e-9, end - 1e-9, 10) == pytest.approx(
+        rate.lr(one, end + 1e-9, end + 1e-9, 10), rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("base", [0, -1, math.nan, math.inf])
@@ -216,7 +251,9 @@ def test_a_decay_never_rises_and_stays_between_0_and_1(decay):
 
 
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
-@pytest.mark.parametrize("warmup", [LinearWarmup(epochs=2), LegwWarmup(epochs=0.5)], ids=["linear", "legw"])
+@pytest.mark.parametrize(
+    "warmup", [LinearWarmup(epochs=2), LegwWarmup(epochs=0.5)], ids=["linear", "legw"]
+)
 def test_the_rate_is_continuous_where_the_warmup_ends(decay, warmup):
     rate, begun = LRSchedule(1.0, "sqrt", warmup, decay), stages((0, 4))
     before, after = (rate.lr(begun, at, at, 30.0) for at in (2.0 - 1e-9, 2.0 + 1e-9))
@@ -227,7 +264,9 @@ def test_the_decays_against_independent_forms():
     """exp and log in place of powers, a sine in place of the cosine."""
     for epoch in (2.0, 3.7, 11.1, 29.9, 30.0):
         exponential = math.exp(math.log(0.9) * (epoch - 2) / 1.5)
-        assert DECAYS["exponential"].factor(epoch, 2.0, 30.0) == pytest.approx(exponential, rel=EXACT)
+        assert DECAYS["exponential"].factor(epoch, 2.0, 30.0) == pytest.approx(
+            exponential, rel=EXACT
+        )
         cosine = 0.02 + 0.98 * math.sin(math.pi / 2 * (1 - (epoch - 2) / 28)) ** 2
         assert DECAYS["cosine"].factor(epoch, 2.0, 30.0) == pytest.approx(cosine, rel=EXACT)
 
@@ -242,7 +281,9 @@ def test_one_cycle_rises_falls_and_fades():
     assert all(after >= before for before, after in itertools.pairwise(factors[: peak + 1]))
     assert all(after <= before for before, after in itertools.pairwise(factors[peak:]))
     assert max(abs(after - before) for before, after in itertools.pairwise(factors)) < 0.005
-    assert OneCycle(peak=0.5, start_factor=0.1, end_factor=0.1).factor(10.0, 0.0, 10.0) == pytest.approx(0.1)
+    assert OneCycle(peak=0.5, start_factor=0.1, end_factor=0.1).factor(
+        10.0, 0.0, 10.0
+    ) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
