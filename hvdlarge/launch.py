@@ -23,7 +23,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from hvdlarge import exits
-from hvdlarge.config.job_file import read_job
+from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
 # A rank hung or was lost: it, or its host, is worth another try. 134, 137, 139: abort, kill and
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise exits.JobError("-np must be at least 1")
         if options.hosts_file and options.hosts_command:
             raise exits.JobError("give either --hosts-file or --hosts-command")
-        folder = read_job(options.job, options.overrides).run_folder
+        folder = read_job(job_path(options.job), options.overrides).run_folder
         hosts = _hosts_of(options.hosts_file, options.hosts_command)
         command = [sys.executable, "-m", "hvdlarge.train", options.job, *options.overrides]
         launcher = Launcher(

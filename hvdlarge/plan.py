@@ -17,7 +17,7 @@ from hvdlarge import exits
 from hvdlarge.comm.cost_model import AllreduceCost
 from hvdlarge.config import yaml_source
 from hvdlarge.config.job import Job
-from hvdlarge.config.job_file import read_job
+from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.config.json_schema import job_schema
 from hvdlarge.config.planning import Measured, curve_of, estimate, plan_run, training_samples
 from hvdlarge.controller import Controller
@@ -96,7 +96,7 @@ def _plan(options: argparse.Namespace) -> int:
             "--measured"
         )
     allreduce = None if options.allreduce is None else read_allreduce(Path(options.allreduce))
-    jobs = [read_job(options.job, options.overrides)]
+    jobs = [read_job(job_path(options.job), options.overrides)]
     if options.compare is not None:
         jobs.append(read_job(options.compare))
     plans = [_plan_of(job, options) for job in jobs]

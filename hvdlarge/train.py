@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hvdlarge import __version__, exits
 from hvdlarge.comm.connect import open_control, open_tensors
@@ -30,8 +31,9 @@ from hvdlarge.comm.interfaces import (
 )
 from hvdlarge.comm.launcher import Launch, detect
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
+from hvdlarge.config.explain import explain
 from hvdlarge.config.job import Horovod, Timeouts
-from hvdlarge.config.job_file import read_job
+from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.config.planning import UnknownSamples, plan_run, training_samples
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
@@ -132,7 +134,7 @@ def _let_lower_ranks_speak(rank: int) -> None:
     """Where many ranks fail alike, one message is enough: the lowest rank's. Its abort ends this
     one while it waits here.
     """
-    # Mpirun's way to end a rank, about a second after another one's abort
+    # mpirun's way to end a rank, about a second after another one's abort
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(min(5.0, 1.25 * rank))
 
@@ -165,7 +167,7 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
         "written, 75 stopped on request: run it again, 76 a rank was lost, 77 a checkpoint is "
         "damaged or of another job.",
     )
-    parser.add_argument("job", help="the job file")
+    parser.add_argument("job", help="the job file, or the name of a shipped job such as digits")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -178,16 +180,41 @@ def _parse(arguments: Sequence[str] | None, speaks: bool) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the job with every default, and start nothing"
     )
+    parser.add_argument(
+        "--explain",
+        action=_Explain,
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print what a key of the job means, e.g. lr.warmup, or all top-level keys, and exit",
+    )
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
-    if speaks:
-        return parser.parse_intermixed_args(arguments)
-    # One copy of a usage message is enough; the other ranks leave with the same code.
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        return parser.parse_intermixed_args(arguments)
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            # One copy of a usage message is enough; the other ranks leave with the same code.
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        options = parser.parse_intermixed_args(arguments)
+    options.job = job_path(options.job)
+    return options
+
+
+class _Explain(argparse.Action):
+    """Prints what a key of the job file means, and exits as `--help` does."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            print(explain(values))
+        except exits.JobError as error:
+            parser.error(str(error))
+        parser.exit()
 
 
 def _wrong_world(error: WorldMismatchError, launch: Launch | None) -> int:

@@ -40,40 +40,58 @@ Arguments = dict[str, Any]
 
 
 class Section(BaseModel):
-    """A part of a job file: strict, and frozen once it is read."""
+    """A section of a job file: strict, and frozen once it is read.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    The docstring below each field is its manual: the JSON Schema, `--explain` and the job-file page
+    of the documentation all show it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
-    """Which data, and how they reach the workers."""
+    """The data, and how they reach the workers."""
 
-    name: str  # a built-in, or package.module:attribute
-    args: Arguments = {}  # for the attribute, which returns (training set, test set or None)
-    # Of the training set: what `plan` counts with; the run holds it against the data
+    name: str
+    """A built-in data set, or `package.module:attribute` of your own."""
+    args: Arguments = {}
+    """Keyword arguments of the attribute, which returns (training set, test set or None)."""
     samples: Count | None = None
-    num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes on each worker
-    prefetch_factor: Count = 2  # micro-batches ahead for each loader process
-    # Decisions ahead; default: what the loader processes can have in hand
+    """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Data-loader processes per worker; 0 loads in the training process."""
+    prefetch_factor: Count = 2
+    """Micro-batches that each data-loader process prepares in advance."""
     prefetch_steps: Count | None = None
+    """Steps that are decided, and whose data are requested, in advance; default: as many as keep
+    the data-loader processes busy.
+    """
 
 
 class Model(Section):
-    """Which model."""
+    """Which model is trained, and how it is executed."""
 
-    name: str  # a built-in, or package.module:attribute
+    name: str
+    """A built-in model, or `package.module:attribute` of your own."""
     args: Arguments = {}
-    # Images in memory with their channels last, which is faster on most GPUs
+    """Keyword arguments of the model."""
     channels_last: bool = False
-    compile: bool = False  # by torch.compile
+    """Store images in channels-last memory format, which is faster on most GPUs."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
 
 
 class Loss(Section):
-    """Which loss; it must be a mean over the samples of a micro-batch."""
+    """The loss; it must be a mean over the samples of a micro-batch."""
 
-    name: str = "cross_entropy"  # a built-in, or package.module:attribute
+    name: str = "cross_entropy"
+    """A built-in loss, or `package.module:attribute` of your own."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Label smoothing of the cross entropy."""
     args: Arguments = {}
+    """Further keyword arguments of the loss."""
 
     @property
     def is_torchs(self) -> bool:
@@ -92,10 +110,16 @@ class Loss(Section):
 class Batch(Section):
     """The batch and how it grows."""
 
-    base: Samples  # the batch for which lr.base was tuned
-    initial: Samples | None = None  # default: base
-    micro: Samples | Literal["auto"]  # samples in one forward/backward pass on one worker
+    base: Samples
+    """Global batch, in samples, for which `lr.base` was tuned."""
+    initial: Samples | None = None
+    """Global batch of the first step, in samples; default: `base`."""
+    micro: Samples | Literal["auto"]
+    """Samples in one forward and backward pass on one worker. `auto` divides each step evenly
+    among the workers, in as few passes as fit in memory.
+    """
     growth: Annotated[NoGrowth | AdaBatchGrowth, Field(discriminator="policy")] = NoGrowth()
+    """How the global batch grows during training."""
 
     @property
     def first(self) -> int:
@@ -115,11 +139,14 @@ class Batch(Section):
 class LearningRate(Section):
     """The learning rate and its schedule."""
 
-    base: Positive  # tuned for batch.base
+    base: Positive
+    """Learning rate tuned for a global batch of `batch.base`."""
     scaling: Scaling = "none"
+    """How the rate follows k = global batch / `batch.base`: not at all, linearly, or as √k."""
     warmup: Annotated[NoWarmup | LinearWarmup | LegwWarmup, Field(discriminator="policy")] = (
         NoWarmup()
     )
+    """How the rate rises at the start of training, and at a growth of the batch."""
     decay: Annotated[
         ConstantDecay
         | MultistepDecay
@@ -129,6 +156,7 @@ class LearningRate(Section):
         | OneCycle,
         Field(discriminator="policy"),
     ] = ConstantDecay()
+    """How the rate falls afterwards."""
 
     def schedule(self) -> LRSchedule:
         """The pure schedule of these settings."""
@@ -139,10 +167,15 @@ class Optimizer(Section):
     """What every optimizer has: which parameters are adapted and decayed."""
 
     weight_decay: NotNegative = 0.0
-    # Neither adapted nor decayed; false: the LARS paper's reading
+    """Weight decay of the parameters that are not excluded."""
     exclude_bias_and_norm: bool = True
-    exclude: tuple[str, ...] = ()  # further name patterns that are neither adapted nor decayed
-    excluded_lr_factor: NotNegative = 1.0  # their own rate, as a factor
+    """Exclude biases and normalisation parameters from weight decay and trust ratios; false is the
+    LARS paper's reading.
+    """
+    exclude: tuple[str, ...] = ()
+    """Name patterns (with * and ?) of further parameters to exclude."""
+    excluded_lr_factor: NotNegative = 1.0
+    """Multiplies the learning rate of excluded parameters."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -159,14 +192,23 @@ class Lars(Optimizer):
     """
 
     name: Literal["lars"] = "lars"
+    """LARS (You, Gitman, Ginsburg 2017)."""
     preset: Literal["paper", "mlperf", "torch", "larc", "optax"] = "paper"
+    """Published form whose options are the defaults of the keys below."""
     momentum: Part = 0.9
+    """Momentum m."""
     trust_coefficient: Positive = 0.001
+    """Trust coefficient η of the local learning rate η·‖w‖ / (‖g‖ + β‖w‖)."""
     lr_in_momentum: bool = True
+    """Whether the rate multiplies the gradient inside the momentum buffer, as in the paper."""
     joint_norm: bool = False
+    """Use ‖g + βw‖ instead of ‖g‖ + β‖w‖ in the trust ratio."""
     clip: bool = False
+    """Limit the trust ratio times the rate to the rate (LARC's clipping mode)."""
     nesterov: bool = False
+    """Nesterov momentum."""
     eps: NotNegative = 0.0
+    """Added to the denominator of the trust ratio."""
 
     @model_validator(mode="after")
     def _fits(self) -> Lars:
@@ -182,8 +224,11 @@ class Sgd(Optimizer):
     """torch's SGD with momentum."""
 
     name: Literal["sgd"] = "sgd"
+    """torch.optim.SGD."""
     momentum: Part = 0.9
+    """Momentum."""
     nesterov: bool = False
+    """Nesterov momentum."""
 
     @model_validator(mode="after")
     def _fits(self) -> Sgd:
@@ -194,43 +239,56 @@ class Lamb(Optimizer):
     """LAMB: Adam's direction with a trust ratio."""
 
     name: Literal["lamb"] = "lamb"
+    """LAMB (You et al. 2020)."""
     betas: tuple[Part, Part] = (0.9, 0.999)
+    """Decay rates of the averages of the gradient and of its square."""
     eps: Positive = 1e-6
+    """Added to the root of the second average."""
 
 
 class Moments(Optimizer):
     """What torch's Adam and AdamW have."""
 
     betas: tuple[Part, Part] = (0.9, 0.999)
+    """Decay rates of the averages of the gradient and of its square."""
     eps: Positive = 1e-8
+    """Added to the root of the second average."""
 
 
 class Adam(Moments):
     """torch's Adam, the decay added to the gradient."""
 
     name: Literal["adam"] = "adam"
+    """torch.optim.Adam."""
 
 
 class AdamW(Moments):
     """torch's AdamW, the decay apart from the gradient."""
 
     name: Literal["adamw"] = "adamw"
+    """torch.optim.AdamW."""
 
 
 class Adagrad(Optimizer):
     """torch's Adagrad."""
 
     name: Literal["adagrad"] = "adagrad"
+    """torch.optim.Adagrad."""
     eps: Positive = 1e-10
+    """Added to the root of the sum of squares."""
 
 
 class RmsProp(Optimizer):
     """torch's RMSprop."""
 
     name: Literal["rmsprop"] = "rmsprop"
+    """torch.optim.RMSprop."""
     alpha: Part = 0.99
+    """Decay rate of the average of squares."""
     momentum: Part = 0.0
+    """Momentum."""
     eps: Positive = 1e-8
+    """Added to the root of the average of squares."""
 
 
 def _checked_nesterov(optimizer: Any) -> Any:
@@ -243,18 +301,24 @@ class Evaluate(Section):
     """When the test set is evaluated; the end of a run always is."""
 
     every_epochs: Positive = 1.0
-    micro_batch: Count = 256  # samples in one forward pass on one worker
+    """Epochs between evaluations."""
+    micro_batch: Count = 256
+    """Samples in one forward pass on one worker."""
 
 
 class Checkpoint(Section):
-    """When the state of a run is written down; stops and the end of a run always write it."""
+    """When checkpoints are written; a stop and the end of a run always write one."""
 
-    every_epochs: Positive | None = None  # default: 1, unless one of the other two is given
+    every_epochs: Positive | None = None
+    """Epochs between checkpoints; default: 1, unless one of the next two is given."""
     every_steps: Count | None = None
+    """Steps between checkpoints."""
     every_minutes: Positive | None = None
-    keep: Count = 3  # of the newest
-    # Which result best.pt goes by; default: accuracy where there is one
+    """Minutes between checkpoints."""
+    keep: Count = 3
+    """How many of the newest checkpoints are kept."""
     best: Literal["accuracy", "test_loss"] | None = None
+    """Which result decides on `best.pt`; default: the accuracy, if there is one."""
 
     @property
     def epochs(self) -> float | None:
@@ -267,11 +331,14 @@ class Checkpoint(Section):
 class Gradients(Section):
     """What is done to gradients on their way to the update."""
 
-    # The largest L2 norm of all mean gradients together; larger ones are scaled down to it
     clip_norm: Positive | None = None
-    compression: Literal["none", "fp16"] = "none"  # how they travel between workers
-    # A tensor that has a gradient on some workers only, as where layers are skipped
+    """Scale the mean gradients down to this L2 norm of all of them together if it is exceeded."""
+    compression: Literal["none", "fp16"] = "none"
+    """Type in which gradients travel between workers; fp16 halves the traffic."""
     missing: Literal["error", "zero"] = "error"
+    """What happens when a parameter has a gradient on some workers only, as with layers that are
+    skipped: an error that names it, or a gradient of zero where it is missing.
+    """
 
 
 class Horovod(Section):
@@ -279,26 +346,34 @@ class Horovod(Section):
     first.
     """
 
-    # HOROVOD_FUSION_THRESHOLD: buffers in which gradients are sent together
     fusion_mib: NotNegative = 0.0
-    # HOROVOD_CYCLE_TIME: how often Horovod looks for work; default: its own
+    """Size of Horovod's fusion buffers in MiB (`HOROVOD_FUSION_THRESHOLD`). 0 turns fusion off,
+    which keeps the order of summation the same from run to run.
+    """
     cycle_ms: Positive | None = None
-    groups: Count | None = None  # so many groups of gradients, each sent as one
-    # OMPI_MCA_mpi_yield_when_idle; default: where a worker has less than two cores
+    """Milliseconds between Horovod's cycles (`HOROVOD_CYCLE_TIME`); default: Horovod's own."""
+    groups: Count | None = None
+    """Number of groups in which gradients are sent; default: each tensor on its own."""
     yield_when_idle: bool | None = None
+    """Whether waiting ranks give up their core (`OMPI_MCA_mpi_yield_when_idle`); default: where a
+    worker has fewer than two cores.
+    """
 
 
 class StopWhenNotFinite(Section):
     """A gradient that is not finite ends the run."""
 
     policy: Literal["stop"] = "stop"
+    """End the run with exit code 73."""
 
 
 class SkipWhenNotFinite(Section):
     """A step whose gradients are not finite is left out on every rank."""
 
     policy: Literal["skip"] = "skip"
-    limit: Count = 10  # such steps in a run
+    """Skip the step on every rank."""
+    limit: Count = 10
+    """Steps that may be skipped before the run ends with exit code 73."""
 
 
 class RollbackWhenNotFinite(Section):
@@ -310,21 +385,30 @@ class RollbackWhenNotFinite(Section):
     """
 
     policy: Literal["rollback"] = "rollback"
-    limit: Count = 3  # rollbacks in a run
-    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5  # what multiplies the rate after each
+    """Go back to the last scheduled checkpoint and continue with a lower learning rate."""
+    limit: Count = 3
+    """Rollbacks before the run ends with exit code 73."""
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Multiplies the learning rate at each rollback."""
 
 
 class Timeouts(Section):
-    """How long one phase may last before the run is taken to hang."""
+    """How long one phase may take before the run is considered hung, in seconds."""
 
     start_seconds: Positive = 300.0
+    """Starting up: launching, comparing the workers, building the model."""
     step_seconds: Positive = 300.0
-    data_seconds: Positive = 3600.0  # for building the data sets
-    # For finding, verifying and loading a checkpoint, and sharing it
+    """One training step."""
+    data_seconds: Positive = 3600.0
+    """Building the data sets."""
     checkpoint_seconds: Positive = 3600.0
+    """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
+    """Waiting for one micro-batch of data."""
     evaluate_seconds: Positive = 3600.0
+    """One evaluation."""
     save_seconds: Positive = 3600.0
+    """Saving a checkpoint."""
 
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
@@ -334,44 +418,64 @@ class Timeouts(Section):
 
 
 class Log(Section):
-    """What is written down how often."""
+    """What is logged, and how often."""
 
     every_steps: Count = 10
+    """Steps between two lines of metrics.jsonl."""
 
 
 class Job(Section):
     """A whole job file."""
 
-    # Its run folder is runs/<name>
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    run_dir: str | None = None  # another place for the run folder
+    """Name of the job; its run folder is runs/<name>."""
+    run_dir: str | None = None
+    """Another place for the run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial weights, the order of the data, augmentation and dropout."""
     epochs: Positive
+    """Length of the run in epochs; may be fractional."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
-    # Exact: bit-identical weights on 1, 2, 4, … workers
+    """Arithmetic of the forward and backward pass; bf16 and fp16 keep fp32 weights (autocast)."""
     reduction: Literal["fast", "exact"] = "fast"
-    deterministic: bool = False  # bit-identical from run to run on the same number of workers
+    """How gradients are summed; `exact` gives bit-identical weights on 1, 2, 4, 8, … workers."""
+    deterministic: bool = False
+    """Bit-identical weights from run to run on the same number of workers."""
     data: Data
+    """The training and test data."""
     model: Model
+    """The model."""
     loss: Loss = Loss()
+    """The loss."""
     batch: Batch
+    """The global batch, its growth, and how it is cut into micro-batches."""
     lr: LearningRate
+    """The learning rate: scaling, warmup and decay."""
     gradients: Gradients = Gradients()
+    """Clipping, compression and missing gradients."""
     optimizer: Annotated[
         Lars | Lamb | Sgd | Adam | AdamW | Adagrad | RmsProp, Field(discriminator="name")
     ] = Lars()
+    """The optimizer; default: LARS as in its paper."""
     evaluate: Evaluate = Evaluate()
+    """When the test set is evaluated."""
     log: Log = Log()
+    """How often metrics are logged."""
     checkpoint: Checkpoint = Checkpoint()
+    """When checkpoints are written, and how many are kept."""
     on_nonfinite: Annotated[
         StopWhenNotFinite | SkipWhenNotFinite | RollbackWhenNotFinite, Field(discriminator="policy")
     ] = StopWhenNotFinite()
-    # A digest of weights, buffers and optimizer state is compared across the ranks
+    """What happens when gradients are not finite."""
     compare_every_steps: Count = 100
-    stop_after_minutes: Positive | None = None  # a time limit: stop with a checkpoint, exit code 75
+    """Steps between two comparisons of all weights and optimizer state across the ranks."""
+    stop_after_minutes: Positive | None = None
+    """Time limit in minutes: stop with a checkpoint and exit code 75."""
     timeouts: Timeouts = Timeouts()
+    """How long each phase may take before the run is considered hung."""
     horovod: Horovod = Horovod()
-    # See keeping_variables
+    """Settings of Horovod and MPI."""
+
     _variables: dict[yaml_source.Path, str] = PrivateAttr(default_factory=dict)
 
     def keeping_variables(self, written: Mapping[yaml_source.Path, str]) -> Job:

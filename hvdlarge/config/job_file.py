@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,25 @@ def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
     return _accepted(_read_file(path, ()), overrides)
 
 
+def job_path(name: str) -> str:
+    """The path of a job file: `name` itself, or the shipped job of that name, such as `digits`."""
+    if not _is_bare(name) or Path(name).exists():
+        return name
+    return str(shipped_jobs().get(name, name))
+
+
+def shipped_jobs() -> dict[str, Path]:
+    """The jobs that come with the package, by name: those of the checkout, or as installed."""
+    checkout = Path(__file__).parents[2] / "jobs"
+    installed = Path(sysconfig.get_path("data")) / "share" / "hvdlarge" / "jobs"
+    folder = checkout if (checkout / "job.schema.json").is_file() else installed
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _is_bare(name: str) -> bool:
+    return Path(name).name == name and not Path(name).suffix
+
+
 def parse_job(text: bytes | str, path: str, overrides: Sequence[str] = ()) -> Job:
     """The job in a YAML text; `path` is for messages and for what it extends. Raises JobError as
     `read_job` does.
@@ -83,7 +103,10 @@ def _read_file(path: str, extended_by: tuple[Place, ...]) -> Written:
             # Whatever is longer is no job file and need not be read to its end
             text = file.read(yaml_source.MAX_BYTES + 1)
     except FileNotFoundError:
-        raise JobError(f"{where}{path}: no such {what} (looked in {Path.cwd()})") from None
+        hint = ""
+        if not extended_by and _is_bare(path):
+            hint = f"; shipped jobs are {', '.join(shipped_jobs())}"
+        raise JobError(f"{where}{path}: no such {what} (looked in {Path.cwd()}){hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise JobError(
             f"{where}{path}: the {what} cannot be read: {getattr(error, 'strerror', error)}"

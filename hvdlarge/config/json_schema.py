@@ -28,8 +28,10 @@ def job_schema() -> dict[str, Any]:
         "description": "another job file, of which this one changes some keys",
     }
     if "Lars" in schema["$defs"]:
+        optimizer = schema["properties"]["optimizer"]
         schema["properties"]["optimizer"] = {
-            "anyOf": [schema["properties"]["optimizer"], {"$ref": "#/$defs/Lars"}]
+            "anyOf": [optimizer, {"$ref": "#/$defs/Lars"}],
+            "description": optimizer.pop("description"),
         }
     # A file that extends another one has the rest of its keys there.
     required = schema.pop("required")

@@ -31,7 +31,10 @@ from hvdlarge.schedule.progress import check_milestones, milestones_reached
 class ConstantDecay:
     """No decay."""
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["constant"] = "constant"
+    """No decay."""
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
         """1, always."""
@@ -42,20 +45,21 @@ class ConstantDecay:
 class MultistepDecay:
     """The rate is multiplied by `gamma` at each mark.
 
-    Args:
-        gamma: in (0, 1].
-        every_epochs: a mark every so many epochs; or
-        milestones: a mark at each of these epochs.
-
     >>> decay = MultistepDecay(gamma=0.1, milestones=(30, 60))
     >>> [round(decay.factor(epoch, 0, 90), 12) for epoch in (29, 30, 60)]
     [1.0, 0.1, 0.01]
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["multistep"] = "multistep"
+    """Multiply the rate by `gamma` at each milestone."""
     gamma: float = 0.1
+    """Factor at each milestone, in (0, 1]."""
     every_epochs: float | None = None
+    """A milestone every so many epochs; or"""
     milestones: tuple[float, ...] | None = None
+    """a milestone at each of these epochs."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
@@ -73,21 +77,21 @@ class MultistepDecay:
 class PolynomialDecay:
     """Polynomial decay to `end_factor` at the end of the run.
 
-    Args:
-        power: of the polynomial; 2 in the LARS paper.
-        end_factor: the decay at the end of the run, in [0, 1].
-        after_warmup: measured from the end of the first warmup (True) or from the start of the run
-            (False).
-
     >>> decay = PolynomialDecay(power=2)
     >>> [round(10 * decay.factor(epoch, 0, 100), 9) for epoch in (0, 25, 50, 75, 99)]
     [10.0, 5.625, 2.5, 0.625, 0.001]
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["polynomial"] = "polynomial"
+    """Polynomial decay over the run."""
     power: float = 2.0
+    """Power of the polynomial; 2 in the LARS paper."""
     end_factor: float = 0.0
+    """Decay at the end of the run, in [0, 1]."""
     after_warmup: bool = True
+    """Measure from the end of the first warmup; false: from the start of the run."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.power) and self.power > 0):
@@ -106,19 +110,19 @@ class PolynomialDecay:
 class CosineDecay:
     """Half a cosine wave from 1 to `end_factor` at the end of the run.
 
-    Args:
-        end_factor: the decay at the end of the run, in [0, 1].
-        after_warmup: measured from the end of the first warmup (True) or from the start of the run
-            (False).
-
     >>> decay = CosineDecay()
     >>> [round(decay.factor(epoch, 10, 110), 9) for epoch in (10, 35, 60, 110)]
     [1.0, 0.853553391, 0.5, 0.0]
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["cosine"] = "cosine"
+    """Half a cosine wave over the run."""
     end_factor: float = 0.0
+    """Decay at the end of the run, in [0, 1]."""
     after_warmup: bool = True
+    """Measure from the end of the first warmup; false: from the start of the run."""
 
     def __post_init__(self) -> None:
         _check_factor("end_factor", self.end_factor)
@@ -135,21 +139,21 @@ class CosineDecay:
 class ExponentialDecay:
     """The rate is multiplied by `gamma` over each stretch of `every_epochs`, smoothly.
 
-    Args:
-        gamma: in (0, 1].
-        every_epochs: the stretch, in epochs.
-        after_warmup: measured from the end of the first warmup (True) or from the start of the run
-            (False).
-
     >>> decay = ExponentialDecay(gamma=0.5, every_epochs=2)
     >>> [decay.factor(epoch, 1, 90) for epoch in (0, 1, 3, 5)]
     [1.0, 1.0, 0.5, 0.25]
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["exponential"] = "exponential"
+    """Multiply the rate by `gamma` per `every_epochs`, smoothly."""
     gamma: float = 0.95
+    """Factor, in (0, 1]."""
     every_epochs: float = 1.0
+    """Epochs over which the rate falls by `gamma`."""
     after_warmup: bool = True
+    """Measure from the end of the first warmup; false: from the start of the run."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
@@ -169,20 +173,21 @@ class ExponentialDecay:
 class OneCycle:
     """One rise and fall of the rate, then its annihilation: super-convergence's schedule.
 
-    Args:
-        peak: where the rate is highest, as a part of the run, in (0, 0.5].
-        start_factor: the rate at the start and at twice the peak, in (0, 1].
-        end_factor: the rate at the end of the run, in [0, start_factor].
-
     >>> cycle = OneCycle(peak=0.4, start_factor=0.1, end_factor=0.001)
     >>> [round(cycle.factor(epoch, 0, 100), 9) for epoch in (0, 20, 40, 60, 80, 90, 100)]
     [0.1, 0.55, 1.0, 0.55, 0.1, 0.0505, 0.001]
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["one_cycle"] = "one_cycle"
+    """One cycle: up, down again, and a long tail (super-convergence)."""
     peak: float = 0.45
+    """Where the rate peaks, as a fraction of the run, in (0, 0.5]."""
     start_factor: float = 0.1
+    """Rate at the start and at twice the peak, relative to the peak, in (0, 1]."""
     end_factor: float = 0.001
+    """Rate at the end of the run, relative to the peak, in [0, start_factor]."""
 
     def __post_init__(self) -> None:
         if not 0 < self.peak <= 0.5:

@@ -25,7 +25,10 @@ LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of
 class NoGrowth:
     """One batch for the whole run."""
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["none"] = "none"
+    """A constant global batch."""
 
     def global_batch(self, initial: int, epoch: float) -> int:
         """Samples per update at `epoch`: `initial`, always."""
@@ -36,12 +39,6 @@ class NoGrowth:
 class AdaBatchGrowth:
     """AdaBatch: the batch is multiplied by `factor` at each mark, up to `max`.
 
-    Args:
-        factor: what a growth multiplies the batch by, > 1.
-        every_epochs: a growth every so many epochs; or
-        at_epochs: a growth at each of these epochs.
-        max: the largest batch, in samples; None for no limit.
-
     Raises:
         ValueError: for values that cannot be followed.
 
@@ -50,11 +47,18 @@ class AdaBatchGrowth:
     [128, 128, 256, 512, 1024, 2048, 2048]
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["adabatch"] = "adabatch"
+    """AdaBatch (Devarakonda et al. 2017): multiply the batch at milestones."""
     factor: float = 2.0
+    """What each growth multiplies the batch by, above 1."""
     every_epochs: float | None = None
+    """A growth every so many epochs; or"""
     at_epochs: tuple[float, ...] | None = None
+    """a growth at each of these epochs."""
     max: int | None = None
+    """Largest global batch, in samples; default: no limit."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 1):

@@ -45,7 +45,10 @@ def _check_epochs(epochs: float) -> None:
 class NoWarmup:
     """The full rate from the first step on."""
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["none"] = "none"
+    """The full rate from the first step on."""
     on_growth: ClassVar[OnGrowth] = "jump"  # there is nothing to ramp over
 
     def length(self, batch_factor: float) -> float:
@@ -59,16 +62,16 @@ class NoWarmup:
 
 @dataclass(frozen=True)
 class LinearWarmup:
-    """A linear warmup over a fixed number of epochs, whatever the batch.
+    """A linear warmup over a fixed number of epochs, whatever the batch."""
 
-    Args:
-        epochs: its length w, in epochs.
-        on_growth: what the rate does at a growth (see the file's formula).
-    """
+    __pydantic_config__ = {"use_attribute_docstrings": True}
 
     policy: Literal["linear"] = "linear"
+    """A linear warmup of fixed length (Goyal et al. 2017)."""
     epochs: float = 5.0
+    """Length, in epochs."""
     on_growth: OnGrowth = "jump"
+    """At a growth of the batch: `ramp` up to the new rate, or `jump` to it."""
 
     def __post_init__(self) -> None:
         _check_epochs(self.epochs)
@@ -88,17 +91,18 @@ class LinearWarmup:
 class LegwWarmup:
     """LEGW, the linear-epoch gradual warmup: the length in epochs grows with the batch.
 
-    Args:
-        epochs: warmup of the tuned baseline, w0 (`base_warmup_epochs`), in epochs.
-        on_growth: what the rate does at a growth (see the file's formula).
-
     >>> LegwWarmup(epochs=10 / 2**5).length(32768 / 1024)
     10.0
     """
 
+    __pydantic_config__ = {"use_attribute_docstrings": True}
+
     policy: Literal["legw"] = "legw"
+    """LEGW (You et al. 2019): the length in epochs grows with the batch."""
     epochs: float = 0.0
+    """Warmup of the tuned baseline (`base_warmup_epochs`), in epochs."""
     on_growth: OnGrowth = "ramp"
+    """At a growth of the batch: `ramp` up to the new rate, or `jump` to it."""
 
     def __post_init__(self) -> None:
         _check_epochs(self.epochs)

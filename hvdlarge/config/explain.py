@@ -1,0 +1,151 @@
+"""Explains the keys of the job file, in the words of the JSON Schema and the documentation."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from hvdlarge.config.json_schema import job_schema
+from hvdlarge.exits import JobError
+
+Schema = dict[str, Any]
+_WIDTH = 88
+
+
+def explain(key: str) -> str:
+    """What a key of the job file means: its type, default and description, and its own keys.
+
+    Args:
+        key: dotted, such as `lr.warmup`; empty for the whole job file.
+
+    Raises:
+        JobError: for a key that does not exist, naming the nearest one.
+
+    >>> print(explain("lr.base"))
+    lr.base: number > 0, required
+        Learning rate tuned for a global batch of `batch.base`.
+    """
+    schema = job_schema()
+    entries: list[tuple[Schema, str]] = [(schema, "")]  # each with the choice that it belongs to
+    required = False
+    walked: list[str] = []
+    for part in key.split(".") if key else []:
+        sections = [section for entry, _ in entries for section in _sections(entry, schema)]
+        known = list(dict.fromkeys(name for section in sections for name in section["properties"]))
+        if part not in known:
+            raise JobError(_unknown(".".join([*walked, part]), part, walked, known))
+        holders = [section for section in sections if part in section["properties"]]
+        entries = [(section["properties"][part], _choice(section)) for section in holders]
+        required = all(part in _required(section) for section in holders)
+        walked.append(part)
+    if not key:
+        return "\n\n".join(_keys(schema, schema, ""))
+    return "\n\n".join(_lines(key, entries, schema, required))
+
+
+def _lines(
+    key: str, entries: list[tuple[Schema, str]], schema: Schema, required: bool
+) -> Iterator[str]:
+    entry, _ = entries[0]
+    if not list(_sections(entry, schema)):
+        alike = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
+        for entry, choice in entries[:1] if alike else entries:
+            yield _described(key if alike else f"{key} ({choice})", entry, schema, required)
+        return
+    yield _described(key, entry, schema, required)
+    for section in _sections(entry, schema):
+        if choice := _choice(section):
+            tag = section["properties"][_tag(section)]
+            yield f"{key}: {{{_tag(section)}: {choice}, …}}\n    {tag['description']}"
+        yield from _keys(section, schema, f"{key}.")
+
+
+def _tag(section: Schema) -> str:
+    return "policy" if "policy" in section["properties"] else "name"
+
+
+def _choice(section: Schema) -> str:
+    """The policy or name that a section stands for; empty for one without alternatives."""
+    return str(section["properties"].get(_tag(section), {}).get("const", ""))
+
+
+def _keys(section: Schema, schema: Schema, prefix: str) -> Iterator[str]:
+    for name, entry in section["properties"].items():
+        if "const" not in entry:
+            yield _described(f"{prefix}{name}", entry, schema, name in _required(section))
+
+
+def _described(key: str, entry: Schema, schema: Schema, required: bool) -> str:
+    kind = _kind(entry, schema)
+    if required:
+        kind += ", required"
+    elif entry.get("default") is not None:
+        kind += f", default: {json.dumps(entry['default'])}"
+    text = textwrap.fill(
+        " ".join(entry.get("description", "").split()),
+        _WIDTH,
+        initial_indent="    ",
+        subsequent_indent="    ",
+    )
+    return f"{key}: {kind}\n{text}"
+
+
+def _required(section: Schema) -> list[str]:
+    return section.get("required", section.get("then", {}).get("required", []))
+
+
+def _choices(entry: Schema) -> list[Schema]:
+    return entry.get("anyOf") or entry.get("oneOf") or [entry]
+
+
+def _sections(entry: Schema, schema: Schema) -> Iterator[Schema]:
+    """Every section that an entry may be, each once."""
+    if "properties" in entry:
+        yield entry
+        return
+    seen: list[Schema] = []
+    for choice in _choices(entry):
+        if "$ref" in choice:
+            found = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
+        else:
+            found = [] if choice is entry else list(_sections(choice, schema))
+        for section in found:
+            if "properties" in section and section not in seen:
+                seen.append(section)
+                yield section
+
+
+def _kind(entry: Schema, schema: Schema) -> str:
+    if sections := list(_sections(entry, schema)):
+        names = [name for name in map(_choice, sections) if name]
+        return f"section ({', '.join(names)})" if names else "section"
+    if "enum" in entry:
+        return " | ".join(map(str, entry["enum"]))
+    if "const" in entry:
+        return str(entry["const"])
+    kinds = []
+    for choice in _choices(entry):
+        if choice.get("type") == "null" or ("pattern" in choice and choice is not entry):
+            continue  # no value, or a variable of the environment
+        kinds.append(_kind(choice, schema) if choice is not entry else _plain_kind(entry))
+    return " | ".join(dict.fromkeys(kinds))
+
+
+def _plain_kind(entry: Schema) -> str:
+    bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {entry[name]}" for name, sign in bounds.items() if name in entry]
+    kind = {"object": "mapping", "array": "list", "string": "text", "boolean": "true | false"}
+    named = str(entry.get("type", "value"))
+    return " ".join([kind.get(named, named), ", ".join(limits)]).strip()
+
+
+def _unknown(key: str, part: str, walked: list[str], known: list[str]) -> str:
+    if not known:
+        return f"--explain: {'.'.join(walked)} has no keys of its own"
+    close = difflib.get_close_matches(part, known, n=1)
+    if close:
+        return f"--explain: unknown key {key!r}; did you mean {'.'.join([*walked, close[0]])}?"
+    return f"--explain: unknown key {key!r}; the keys here are {', '.join(known)}"
