@@ -62,18 +62,18 @@ test-faults-short: $(stamp)
 
 test-faults: $(stamp)
 	$(bin)/python -m pytest tests/faults
-	$(bin)/python -m pytest tests/single/test_job.py tests/single/test_job_mutations.py tests/single/test_checkpoint.py tests/single/optim
-	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel/test_step_agreement.py
+	$(bin)/python -m pytest tests/single/config/test_job_file.py tests/single/config/test_job_mutations.py tests/single/checkpoint/test_folder.py tests/single/optim
+	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel/test_consistency.py
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration/test_bad_input.py tests/integration/test_main_job.py
 
 # 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 10 minutes.
 test-kill: $(stamp)
-	$(bin)/python tests/faults/kill_trial.py --runs 51
-	$(bin)/python tests/faults/kill_trial.py --runs 20 --change-workers --seed 1
+	$(bin)/python trials/kill_trial.py --runs 51
+	$(bin)/python trials/kill_trial.py --runs 20 --change-workers --seed 1
 
 # The three laws on whole jobs at 1, 2, 3 and 4 workers: about 11 minutes.
 test-laws: $(stamp)
-	$(bin)/python tests/integration/law_trial.py
+	$(bin)/python trials/law_trial.py
 
 # The laws on jobs drawn at random, ranks as threads; then a share of them over the real wires: about half an hour. A violation is
 # written to violations.jsonl; `python trials/laws.py --replay FILE` judges it again.
@@ -101,7 +101,7 @@ bench: $(stamp)
 	mpirun -np 2 $(bin)/python -m hvdlarge.bench step
 	mpirun -np 2 $(bin)/python -m hvdlarge.bench step jobs/digits.yaml batch.base=128 batch.micro=64 --steps 100
 	mpirun -np 2 $(bin)/python -m hvdlarge.bench allreduce
-	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python tests/bench/against_peers.py
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python benchmarks/against_peers.py
 
 lint: $(stamp)
 	$(bin)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import MPIRUN, TRAIN, environment
+from support.launching import MPIRUN, TRAIN, environment
 
 HERE = Path(__file__).parent
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import distance, same
-from launching import MPIRUN, TRAIN
+from support.comparing import distance, same
+from support.launching import MPIRUN, TRAIN
 
 HERE = Path(__file__).parent
 short = pytest.mark.short
@@ -428,7 +428,14 @@ def test_58_the_loss_scale_comes_back(bench):
 @short
 def test_49_the_kill_trial_in_short():
     done = subprocess.run(
-        [sys.executable, HERE / "kill_trial.py", "--runs", "3", "--seed", "5"],
+        [
+            sys.executable,
+            HERE.parents[1] / "trials" / "kill_trial.py",
+            "--runs",
+            "3",
+            "--seed",
+            "5",
+        ],
         capture_output=True,
         text=True,
         timeout=200,
@@ -439,7 +446,15 @@ def test_49_the_kill_trial_in_short():
 
 def test_49_the_kill_trial_with_other_workers_in_short():
     done = subprocess.run(
-        [sys.executable, HERE / "kill_trial.py", "--runs", "3", "--seed", "6", "--change-workers"],
+        [
+            sys.executable,
+            HERE.parents[1] / "trials" / "kill_trial.py",
+            "--runs",
+            "3",
+            "--seed",
+            "6",
+            "--change-workers",
+        ],
         capture_output=True,
         text=True,
         timeout=200,

@@ -6,8 +6,8 @@ import time
 from collections import Counter
 
 import pytest
-from comparing import distance, read_lines, same
-from launching import MPIRUN, TRAIN
+from support.comparing import distance, read_lines, same
+from support.launching import MPIRUN, TRAIN
 
 short = pytest.mark.short  # part of `make test`; the others run with `make test-faults`
 

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from comparing import distance, same
-from launching import MPIRUN
+from support.comparing import distance, same
+from support.launching import MPIRUN
 
 short = pytest.mark.short
 LAUNCH = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", " ".join(MPIRUN)]

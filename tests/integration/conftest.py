@@ -5,7 +5,7 @@ import subprocess
 from dataclasses import dataclass
 
 import pytest
-from launching import MPIRUN, ROOT, TRAIN, environment
+from support.launching import MPIRUN, ROOT, TRAIN, environment
 
 
 @dataclass

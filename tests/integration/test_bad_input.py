@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from launching import MPIRUN, TRAIN
+from support.launching import MPIRUN, TRAIN
 
 JOBS = {
     "missing": (None, "no such job file"),

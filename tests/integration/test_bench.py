@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from launching import MPIRUN
+from support.launching import MPIRUN
 
 BENCH = [sys.executable, "-m", "hvdlarge.bench"]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import MPIRUN, environment
+from support.launching import MPIRUN, environment
 
 DOCTOR = [sys.executable, "-m", "hvdlarge.doctor"]
 BUILD = "docker/install-horovod.sh python"

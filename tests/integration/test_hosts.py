@@ -4,7 +4,7 @@ import json
 import platform
 
 import pytest
-from launching import MPIRUN, TRAIN
+from support.launching import MPIRUN, TRAIN
 
 SLOW_SET = """
 import time

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import read_lines
-from launching import MPIRUN, ROOT, TRAIN, environment
+from support.comparing import read_lines
+from support.launching import MPIRUN, ROOT, TRAIN, environment
 
 from hvdlarge.config.job_file import parse_job, read_job
 

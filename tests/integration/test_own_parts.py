@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from launching import ROOT
+from support.launching import ROOT
 
 
 def example_of_the_readme():

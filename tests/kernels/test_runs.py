@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import MPIRUN, environment
+from support.launching import MPIRUN, environment
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():

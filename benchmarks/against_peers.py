@@ -1,8 +1,10 @@
-"""The engine's step against other ways to train ResNet-20 on two workers, each started by the same command, in turn.
+"""The engine's step against other ways to train ResNet-20 on two workers, each started by the same
+command, in turn.
 
-    python tests/bench/against_peers.py [--rounds 5] [--steps 15]
+    python benchmarks/against_peers.py [--rounds 5] [--steps 15]
 
-64 samples of 32×32 pixels on each worker. Prints the medians of all rounds, in milliseconds a step, and the ratios.
+64 samples of 32×32 pixels on each worker. Prints the medians of all rounds, in milliseconds a step,
+and the ratios.
 """
 
 import argparse
@@ -22,18 +24,20 @@ LAUNCHERS = {"mpirun": ["mpirun", "-np", "2"], "horovodrun": ["horovodrun", "-np
 
 
 def run(command):
+    """Run a command; returns what it prints."""
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def engine(launcher, steps):
+    """Seconds of the engine's step."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "step.json"
         asked = [
@@ -52,6 +56,7 @@ def engine(launcher, steps):
 
 
 def printed(launcher, script, steps, *more):
+    """The seconds that a script prints."""
     text = run([*launcher, PYTHON, str(HERE / script), "--steps", str(steps), *more])
     return float(
         re.search(r"seconds a step: ([0-9.e-]+)", text)[1]
@@ -59,12 +64,14 @@ def printed(launcher, script, steps, *more):
 
 
 def free_port():
+    """A port of this host that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def main():
+    """Measure every side in turn and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
@@ -92,11 +99,13 @@ def main():
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
         print(
-            f"{name}: {1e3 * median[name]:.1f} ms ({1e3 * min(values):.1f} to {1e3 * max(values):.1f})"
+            f"{name}: {1e3 * median[name]:.1f} ms ({1e3 * min(values):.1f} to "
+            f"{1e3 * max(values):.1f})"
         )
     for name in LAUNCHERS:
         print(
-            f"stock / engine under {name}: {median[f'stock Horovod loop, {name}'] / median[f'engine, {name}']:.2f}"
+            f"stock / engine under {name}: "
+            f"{median[f'stock Horovod loop, {name}'] / median[f'engine, {name}']:.2f}"
         )
     print(f"DDP / engine: {median['DDP (gloo), mpirun'] / median['engine, mpirun']:.2f}")
 

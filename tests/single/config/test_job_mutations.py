@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from launching import ROOT
+from support.launching import ROOT
 
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import estimate, plan_run

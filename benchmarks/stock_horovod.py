@@ -1,6 +1,7 @@
-"""A Horovod loop as it is written after Horovod's own documentation: no setting is made, nothing is tuned.
+"""A Horovod loop as it is written after Horovod's own documentation: no setting is made, nothing is
+tuned.
 
-mpirun -np 2 python tests/bench/stock_horovod.py --steps 20
+mpirun -np 2 python benchmarks/stock_horovod.py --steps 20
 """
 
 import argparse
@@ -15,6 +16,7 @@ WARM_UP = 15
 
 
 def main():
+    """Train for some steps and print the seconds of one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()

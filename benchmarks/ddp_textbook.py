@@ -1,6 +1,6 @@
 """DistributedDataParallel over gloo with LARS as a textbook writes it, on one thread per rank.
 
-mpirun -np 2 python tests/bench/ddp_textbook.py --steps 20 --port 29500
+mpirun -np 2 python benchmarks/ddp_textbook.py --steps 20 --port 29500
 """
 
 import argparse
@@ -17,6 +17,7 @@ WARM_UP = 15
 
 @torch.no_grad()
 def lars(model, velocities, lr=0.1, momentum=0.9, decay=1e-4, trust=0.001):
+    """LARS as a loop over tensors."""
     for weight, velocity in zip(model.parameters(), velocities, strict=True):
         direction = weight.grad
         if weight.ndim > 1:
@@ -27,6 +28,7 @@ def lars(model, velocities, lr=0.1, momentum=0.9, decay=1e-4, trust=0.001):
 
 
 def main():
+    """Train for some steps and print the seconds of one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--port", type=int, default=29500)

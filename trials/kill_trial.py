@@ -1,10 +1,13 @@
-"""Kills runs by SIGKILL of a random rank at a random moment, restarts each with the same command until it ends, and holds the
-final weights against those of an undisturbed run.
+"""Kills runs by SIGKILL of a random rank at a random moment, restarts each with the same command
+until it ends, and holds the final weights against those of an undisturbed run.
 
-    python tests/faults/kill_trial.py --runs 50                       the same number of workers: identical to the last bit
-    python tests/faults/kill_trial.py --runs 20 --change-workers      another number at each restart: equal to 1e-12 relative
+    python trials/kill_trial.py --runs 50                       the same number of workers:
+    identical to the last bit
+    python trials/kill_trial.py --runs 20 --change-workers      another number at each restart:
+    equal to 1e-12 relative
 
-Every third run is killed while rank 0 is writing a checkpoint. Prints a line for each run and a summary; exit code 0 if all agree.
+Every third run is killed while rank 0 is writing a checkpoint. Prints a line for each run and a
+summary; exit code 0 if all agree.
 """
 
 import argparse
@@ -19,11 +22,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from launching import MPIRUN, TRAIN
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.launching import MPIRUN, TRAIN
 
 JOB = """
 name: trial
@@ -39,7 +43,7 @@ evaluate: {every_epochs: 2}
 """
 
 
-def ranks_of(mpirun):
+def ranks_of(mpirun: int) -> list[int]:
     """Process ids of the ranks that an mpirun has started."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
@@ -57,14 +61,15 @@ def ranks_of(mpirun):
     return sorted(found)
 
 
-def start(folder, workers, log):
+def start(folder: Path, workers: int, log: Any) -> subprocess.Popen[bytes]:
+    """Start the job in a folder."""
     command = [*MPIRUN, "-np", str(workers), *TRAIN, "job.yaml", "run_dir=run"]
     return subprocess.Popen(
         command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
-def wait_for_a_write(folder, process, seconds):
+def wait_for_a_write(folder: Path, process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Return when rank 0 is writing a checkpoint, or after so many seconds."""
     deadline = time.monotonic() + seconds
     checkpoints = folder / "run" / "checkpoints"
@@ -74,11 +79,13 @@ def wait_for_a_write(folder, process, seconds):
     return False
 
 
-def weights_of(folder):
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's last checkpoint."""
     return torch.load(folder / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
 
 
-def distance(ours, theirs):
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of any tensor."""
     return max(
         (ours[name].double() - theirs[name].double()).norm().item()
         / max(1e-3, theirs[name].double().norm().item())
@@ -86,7 +93,8 @@ def distance(ours, theirs):
     )
 
 
-def undisturbed(folder, workers):
+def undisturbed(folder: Path, workers: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Weights and seconds of a run that nobody kills."""
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
     begin = time.monotonic()
@@ -98,8 +106,16 @@ def undisturbed(folder, workers):
     return weights, time.monotonic() - begin
 
 
-def kill_one(folder, process, longest, in_save, chance):
-    """SIGKILL to one rank at a random moment; returns (killed, in a write), (False, False) where the run had ended before."""
+def kill_one(
+    folder: Path,
+    process: subprocess.Popen[bytes],
+    longest: float,
+    in_save: bool,
+    chance: random.Random,
+) -> tuple[bool, bool]:
+    """SIGKILL to one rank at a random moment; returns (killed, in a write), (False, False) where
+    the run had ended before.
+    """
     moment = chance.uniform(0.3, 0.7) if in_save else chance.uniform(0.1, 0.95)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=moment * longest)
@@ -111,11 +127,18 @@ def kill_one(folder, process, longest, in_save, chance):
     return True, in_write
 
 
-def trial(folder, workers, next_workers, longest, in_save, chance):
+def trial(
+    folder: Path,
+    workers: int,
+    next_workers: Any,
+    longest: float,
+    in_save: bool,
+    chance: random.Random,
+) -> Any:
     """One run, killed once or more; returns (kills, kills in a write, starts, seconds).
 
-    A machine's speed wanders, so a run can end before its moment has come; it then shows nothing, and begins anew with the
-    moment drawn from the time that it took.
+    A machine's speed wanders, so a run can end before its moment has come; it then shows nothing,
+    and begins anew with the moment drawn from the time that it took.
     """
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
@@ -144,7 +167,8 @@ def trial(folder, workers, next_workers, longest, in_save, chance):
             workers = next_workers(workers)
 
 
-def main():
+def main() -> int:
+    """Kill and restart runs; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2)
@@ -188,7 +212,8 @@ def main():
             for name, value in zip(totals, (1, kills, in_write, starts, int(agree)), strict=True):
                 totals[name] += value
             print(
-                f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, {'agrees' if agree else 'DIFFERS'}",
+                f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, "
+                f"{'agrees' if agree else 'DIFFERS'}",
                 flush=True,
             )
             shutil.rmtree(place / f"run{number}")

@@ -4,7 +4,7 @@ import json
 
 import jsonschema
 import pytest
-from launching import ROOT
+from support.launching import ROOT
 
 from hvdlarge.config import yaml_source
 from hvdlarge.config.job_file import parse_job, read_job

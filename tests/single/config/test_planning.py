@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT
+from support.launching import ROOT
 
 from hvdlarge.config.job_file import parse_job, read_job
 from hvdlarge.config.planning import checkpoints_of, curve_of, estimate, plan_run, stages_of

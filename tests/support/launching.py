@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # More ranks than cores are meant here; root needs to be allowed, as containers have no other user; nothing leaves the machine.
 MPIRUN = [
     "mpirun",

@@ -53,7 +53,7 @@ def test_the_search_leaves_no_trace():
 
 LIMITED = """
 import resource, torch
-from test_memory import *
+from test_out_of_memory import *
 model = net()
 largest_micro_batch(model, cross_entropy, CPU, samples, 2)  # threads and caches are there before the limit is set
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -1,16 +1,17 @@
 """Laws 1 to 3 on whole jobs: the final weights at 1, 2, 3 and 4 workers held against each other.
 
-    python tests/integration/law_trial.py                 three jobs: about twenty minutes on two cores
-    python tests/integration/law_trial.py --jobs lstm     one of them
+    python trials/law_trial.py                 three jobs: about twenty minutes on two cores
+    python trials/law_trial.py --jobs lstm     one of them
 
-Law 1, the world law: every tensor of the final weights and buffers within 1e-12 relative (float64) or 1e-5 (float32) of the run on
-one worker. Law 2, the resume law: a run that was stopped in its middle and started again ends with the same
-bits, momentum included, as one that was not. Law 3, exact mode: the same SHA-256 of all of it at 1, 2 and 4 workers. Prints a line
-for each run; exit code 0 if all hold.
+Law 1, the world law: every tensor of the final weights and buffers within 1e-12 relative (float64)
+or 1e-5 (float32) of the run on one worker. Law 2, the resume law: a run that was stopped in its
+middle and started again ends with the same bits, momentum included, as one that was not. Law 3,
+exact mode: the same SHA-256 of all of it at 1, 2 and 4 workers. Prints a line for each run; exit
+code 0 if all hold.
 
-In float32 a long run on real data magnifies its own rounding: where an input of a ReLU changes its sign, a gradient jumps. So
-float32 is judged over the first steps, and for the whole run a control is shown beside it: one worker against one worker whose
-first weight was moved by its last bit.
+In float32 a long run on real data magnifies its own rounding: where an input of a ReLU changes its
+sign, a gradient jumps. So float32 is judged over the first steps, and for the whole run a control
+is shown beside it: one worker against one worker whose first weight was moved by its last bit.
 """
 
 import argparse
@@ -21,12 +22,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from launching import MPIRUN, ROOT, TRAIN, environment
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.launching import MPIRUN, ROOT, TRAIN, environment
 
 
 class Trial(NamedTuple):
@@ -38,7 +39,7 @@ class Trial(NamedTuple):
     arguments: dict
     short: str  # its first 45 steps, in which float32 is judged
 
-    def command(self, *more, model="{name}"):
+    def command(self, *more: str, model: str = "{name}") -> list[str]:
         """The job with a model: the built-in one, or one that builds it and changes it."""
         given = self.arguments if model == "{name}" else {"name": self.model, **self.arguments}
         section = json.dumps({"name": model.format(name=self.model), "args": given})
@@ -70,8 +71,12 @@ def model(name, **arguments):
 """
 
 
-def run(place, name, workers, *arguments, stops=False):
-    """Train a job, or stop it as soon as it has some steps behind it; returns its last checkpoint and the seconds."""
+def run(
+    place: Path, name: str, workers: int, *arguments: str, stops: bool = False
+) -> tuple[Any, float]:
+    """Train a job, or stop it as soon as it has some steps behind it; returns its last checkpoint
+    and the seconds.
+    """
     launch = [] if workers == 1 else [*MPIRUN, "-np", str(workers)]
     command, folder = [*launch, *TRAIN, *arguments, f"run_dir={place / name}"], place / name
     begin = time.monotonic()
@@ -93,7 +98,7 @@ def run(place, name, workers, *arguments, stops=False):
     return torch.load(folder / "checkpoints/last.pt", weights_only=True), time.monotonic() - begin
 
 
-def tensors_of(checkpoint):
+def tensors_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by name."""
     found = dict(checkpoint["model"])
     for name, state in checkpoint["optimizer"].items():
@@ -105,7 +110,7 @@ def tensors_of(checkpoint):
     return found
 
 
-def distance(ours, theirs):
+def distance(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, str]:
     """The largest relative distance of any weight or buffer, and its name."""
     ours, theirs = ours["model"], theirs["model"]
     assert ours.keys() == theirs.keys()
@@ -114,29 +119,32 @@ def distance(ours, theirs):
         assert torch.isfinite(value).all()
         size = value.double().norm().item()
         away[name] = (ours[name].double() - value.double()).norm().item() / (size or 1.0)
-    worst = max(away, key=away.get)
+    worst = max(away, key=lambda name: away[name])
     return away[worst], worst
 
 
-def digest(checkpoint):
+def digest(checkpoint: dict[str, Any]) -> str:
+    """SHA-256 over all tensors."""
     whole = hashlib.sha256()
     for name, value in sorted(tensors_of(checkpoint).items()):
         whole.update(name.encode() + value.contiguous().numpy().tobytes())
     return whole.hexdigest()
 
 
-def main():
+def main() -> int:
+    """Try the laws; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS))
     options = parser.parse_args()
     held = True
 
-    def report(law, job, workers, text, holds=None):
+    def report(law: str, job: str, workers: int, text: str, holds: bool | None = None) -> None:
         nonlocal held
         held &= holds is not False
         verdict = {True: "holds", False: "BROKEN", None: ""}[holds]
         print(
-            f"{law:12} {job:24} {workers} {'worker ' if workers == 1 else 'workers'}: {text} {verdict}",
+            f"{law:12} {job:24} {workers} {'worker ' if workers == 1 else 'workers'}: {text} "
+            f"{verdict}",
             flush=True,
         )
 
@@ -158,7 +166,10 @@ def main():
                         alone = found
                         continue
                     away, where = distance(found, alone)
-                    text = f"{precision}, {found['position']['step']} steps: {away:.1e} ({where}), {took:.0f} s"
+                    text = (
+                        f"{precision}, {found['position']['step']} steps: {away:.1e} ({where}), "
+                        f"{took:.0f} s"
+                    )
                     report(
                         "1 world", name, workers, text, away < BOUNDS[precision] if judged else None
                     )
