@@ -183,9 +183,9 @@ def record(
             "samples_seen": samples_seen,
         }
         step = {"global_batch": decision.global_batch, "lr": decision.lr, "loss": loss}
-        parts.log.metrics(
-            progress | step | trust_ratios(parts.learner.update.optimizer) | timed.read()
-        )
+        # Those of a step that was left out would be an earlier step's.
+        ratios = trust_ratios(parts.learner.update.optimizer) if outcome.applied else {}
+        parts.log.metrics(progress | step | ratios | timed.read())
         parts.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
     if outcome.applied and not math.isfinite(loss):

@@ -35,9 +35,9 @@ def error_of(text: str) -> RankLostError | CollectiveMismatchError | CollectiveE
     """The error that stands for a failure that Horovod described by `text`.
 
     >>> type(error_of("Mismatched allreduce tensor shapes: ...")).__name__
-    'RanksMismatch'
+    'CollectiveMismatchError'
     >>> type(error_of("ncclCommInitRank failed: invalid usage")).__name__
-    'CollectiveFailed'
+    'CollectiveError'
     """
     if "ismatched" in text:
         return CollectiveMismatchError(text)

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvdlarge.schedule.progress import check_milestones, milestones_reached
+from hvdlarge.schedule.section import SECTION
 
 
 @dataclass(frozen=True)
 class ConstantDecay:
     """No decay."""
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["constant"] = "constant"
     """No decay."""
@@ -50,7 +51,7 @@ class MultistepDecay:
     [1.0, 0.1, 0.01]
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["multistep"] = "multistep"
     """Multiply the rate by `gamma` at each milestone."""
@@ -82,7 +83,7 @@ class PolynomialDecay:
     [10.0, 5.625, 2.5, 0.625, 0.001]
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["polynomial"] = "polynomial"
     """Polynomial decay over the run."""
@@ -115,7 +116,7 @@ class CosineDecay:
     [1.0, 0.853553391, 0.5, 0.0]
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["cosine"] = "cosine"
     """Half a cosine wave over the run."""
@@ -144,7 +145,7 @@ class ExponentialDecay:
     [1.0, 1.0, 0.5, 0.25]
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["exponential"] = "exponential"
     """Multiply the rate by `gamma` per `every_epochs`, smoothly."""
@@ -178,7 +179,7 @@ class OneCycle:
     [0.1, 0.55, 1.0, 0.55, 0.1, 0.0505, 0.001]
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["one_cycle"] = "one_cycle"
     """One cycle: up, down again, and a long tail (super-convergence)."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvdlarge.schedule.progress import check_milestones, milestones_reached
+from hvdlarge.schedule.section import SECTION
 
 LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of a decision holds
 
@@ -25,7 +26,7 @@ LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of
 class NoGrowth:
     """One batch for the whole run."""
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["none"] = "none"
     """A constant global batch."""
@@ -47,7 +48,7 @@ class AdaBatchGrowth:
     [128, 128, 256, 512, 1024, 2048, 2048]
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["adabatch"] = "adabatch"
     """AdaBatch (Devarakonda et al. 2017): multiply the batch at milestones."""

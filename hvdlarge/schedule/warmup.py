@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from hvdlarge.schedule.scaling import Scaling, scale
+from hvdlarge.schedule.section import SECTION
 
 OnGrowth = Literal["jump", "ramp"]
 
@@ -45,7 +46,7 @@ def _check_epochs(epochs: float) -> None:
 class NoWarmup:
     """The full rate from the first step on."""
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["none"] = "none"
     """The full rate from the first step on."""
@@ -64,7 +65,7 @@ class NoWarmup:
 class LinearWarmup:
     """A linear warmup over a fixed number of epochs, whatever the batch."""
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["linear"] = "linear"
     """A linear warmup of fixed length (Goyal et al. 2017)."""
@@ -95,7 +96,7 @@ class LegwWarmup:
     10.0
     """
 
-    __pydantic_config__ = {"use_attribute_docstrings": True}
+    __pydantic_config__ = SECTION
 
     policy: Literal["legw"] = "legw"
     """LEGW (You et al. 2019): the length in epochs grows with the batch."""
