@@ -4,7 +4,7 @@
 # make test-fuzz    the laws on 5,000 jobs drawn at random, and some hundreds of them over MPI and Horovod
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make test-kernels  what moves the weights on a GPU, also without one (installs Triton into .triton)
-# make lint    style, types
+# make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers test-kernels bench lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers test-kernels bench docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -34,7 +34,7 @@ $(stamp): setup.cfg setup.py docker/install-system.sh docker/install-horovod.sh
 	docker/install-system.sh $(PYTHON)
 	[ -x $(bin)/python ] || $(PYTHON) -m venv $(VENV)
 	$(pip) install --quiet '$(TORCH)' 'setuptools>=77' wheel
-	$(pip) install --quiet --no-build-isolation -e '.[test,lint]'
+	$(pip) install --quiet --no-build-isolation -e '.[test,lint,docs]'
 	docker/install-horovod.sh $(bin)/python
 	touch $@
 
@@ -103,10 +103,14 @@ bench: $(stamp)
 	mpirun -np 2 $(bin)/python -m hvdlarge.bench allreduce
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python benchmarks/against_peers.py
 
-lint: $(stamp)
+lint: $(stamp) docs
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+
+# The site, in build/site; a dead link or an undocumented name of the API fails.
+docs: $(stamp)
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

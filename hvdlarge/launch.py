@@ -1,4 +1,4 @@
-"""Door: python -m hvdlarge.launch -np N job.yaml [key.sub=value ...]
+"""Trains a job on many workers, with restarts: `python -m hvdlarge.launch -np N job.yaml`.
 
 Starts mpirun as its child in a process group of its own, turns SIGTERM and SIGINT into an orderly
 stop with a checkpoint, and starts the job again from its last checkpoint after a rank was lost, as

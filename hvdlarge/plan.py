@@ -1,6 +1,6 @@
-"""Door: python -m hvdlarge.plan job.yaml [key.sub=value ...] [--world-size 64]
+"""Shows a run before it is started: `python -m hvdlarge.plan job.yaml --world-size 64`.
 
-The run on paper: its batches, steps and rates, without torch, Horovod, MPI or a single sample. What
+Its batches, steps and rates, without torch, Horovod, MPI or a single sample. What
 cannot run is refused here in the words of `hvdlarge.train`.
 """
 

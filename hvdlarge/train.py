@@ -1,4 +1,4 @@
-"""Door: python -m hvdlarge.train job.yaml [key.sub=value ...]
+"""Trains a job: `python -m hvdlarge.train job.yaml [key.sub=value ...]`.
 
 Runs the job, alone or as one worker of a launch, and leaves with an exit code of `exits.py`. This
 file opens and closes what the run needs around it and answers for how it ends; `run.py` puts the

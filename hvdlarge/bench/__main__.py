@@ -1,7 +1,6 @@
-"""Door: python -m hvdlarge.bench lars | step | allreduce | data
+"""Measures what the engine costs here: `python -m hvdlarge.bench lars | step | allreduce | data`.
 
-Measures on the user's own machine what the engine costs, against the limit and against the
-alternatives, side by side in one run.
+Each measurement runs the engine, the limit and the alternatives in turn, within one run.
 """
 
 from __future__ import annotations

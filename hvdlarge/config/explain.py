@@ -46,6 +46,48 @@ def explain(key: str) -> str:
     return "\n\n".join(_lines(key, entries, schema, required))
 
 
+def reference() -> str:
+    """Every key of the job file as Markdown, one table for each section and each choice of it."""
+    schema = job_schema()
+    plain = {
+        key: entry
+        for key, entry in schema["properties"].items()
+        if not list(_sections(entry, schema))
+    }
+    tables = [_table("Top level", "", {**schema, "properties": plain}, schema)]
+    for key, entry in schema["properties"].items():
+        tables += _tables(key, entry, schema)
+    return "\n\n".join(tables)
+
+
+def _tables(key: str, entry: Schema, schema: Schema) -> Iterator[str]:
+    sections = list(_sections(entry, schema))
+    if len(sections) > 1:
+        yield f"### `{key}`\n\n{entry.get('description', '')}"
+    for section in sections:
+        choice = _choice(section)
+        title = f"`{key}: {{{_tag(section)}: {choice}}}`" if choice else f"`{key}`"
+        about = section["properties"][_tag(section)] if choice else entry
+        yield _table(title, about.get("description", ""), section, schema)
+        for name, inner in section["properties"].items():
+            yield from _tables(f"{key}.{name}", inner, schema)
+
+
+def _table(title: str, about: str, section: Schema, schema: Schema) -> str:
+    rows = []
+    for name, entry in section["properties"].items():
+        if "const" not in entry:
+            kind = _kind(entry, schema).replace("|", "\\|")
+            default = "" if entry.get("default") is None else f"`{json.dumps(entry['default'])}`"
+            default = "*required*" if name in _required(section) else default
+            meaning = " ".join(entry.get("description", "").split()).replace("|", "\\|")
+            rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+    head = "| key | value | default | meaning |\n|---|---|---|---|\n"
+    return "\n\n".join(
+        part for part in (f"### {title}", about, head + "\n".join(rows) if rows else "") if part
+    )
+
+
 def _lines(
     key: str, entries: list[tuple[Schema, str]], schema: Schema, required: bool
 ) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Door: python -m hvdlarge.doctor [--json]     also: mpirun -np N python -m hvdlarge.doctor
+"""Checks this machine: `python -m hvdlarge.doctor`, or `mpirun -np N python -m hvdlarge.doctor`.
 
 Says what this machine has and lacks for a run: ok, warning or error, each with the one command that
 mends it. Works with anything missing. Under a launcher it looks at that very launch, and one worker

@@ -1,4 +1,4 @@
-"""Ranks that die, hang, disagree or compute what is not finite. The numbers are those of the list of cases in the README."""
+"""Ranks that die, hang, disagree or compute what is not finite. The numbers are those of the list of cases in docs/fault-tests.md."""
 
 import os
 import signal

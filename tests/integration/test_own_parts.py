@@ -1,4 +1,4 @@
-"""A user's own model, loss and data set, through torch's DataLoader, as the README shows them."""
+"""A user's own model, loss and data set, through torch's DataLoader, as the documentation shows them."""
 
 import json
 import re
@@ -7,8 +7,8 @@ import torch
 from support.launching import ROOT
 
 
-def example_of_the_readme():
-    text = (ROOT / "README.md").read_text()
+def example_of_the_documentation():
+    text = (ROOT / "docs" / "own-model-and-data.md").read_text()
     blocks = dict(
         re.findall(
             r"`(my_\w+\.(?:py|yaml))`:\n+```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL
@@ -18,8 +18,8 @@ def example_of_the_readme():
     return blocks
 
 
-def test_the_readmes_own_model_and_data_set_run_alike_on_any_world(train, folder):
-    for name, text in example_of_the_readme().items():
+def test_documented_model_and_data_give_the_same_result_on_any_world(train, folder):
+    for name, text in example_of_the_documentation().items():
         (folder / name).write_text(text)
     weights = []
     for workers, extra in (
