@@ -96,6 +96,16 @@ class CheckpointError(RunExit):
     code = BAD_CHECKPOINT
 
 
+def run_exit(code: int, message: str) -> RunExit:
+    """The end of a run with an exit code, of the class that stands for it.
+
+    >>> run_exit(STOPPED, "as asked")
+    Stopped('as asked')
+    """
+    kinds = {kind.code: kind for kind in RunExit.__subclasses__()}
+    return kinds.get(code, RunExit)(message)
+
+
 class OutOfMemory(Exception):
     """Memory ran out on one rank, which ends the run for all; the message says what to change. No
     RunExit: it is raised alone.

@@ -165,6 +165,27 @@ def _train(
             control,
             lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules),
         )
+    try:
+        _train_from(start, job, job_file, worker, found, loader, checkpoints, facts, hosts, cores)
+    finally:
+        if start is not None:
+            start.lock.release()
+
+
+def _train_from(
+    start: resume.RunStart | None,
+    job: Job,
+    job_file: Path,
+    worker: RankContext,
+    found: Components,
+    loader: Loader,
+    checkpoints: CheckpointFolder,
+    facts: Mapping[str, Any],
+    hosts: Sequence[Mapping[str, Any]],
+    cores: int,
+) -> None:
+    """Train from where the run stands to its end; `start` is rank 0's."""
+    control, folder = worker.control, job.run_folder
     learner = join(job, found, control, worker.tensors)
     with worker.watchdog.during("checkpoint"):
         position, state = resume.share(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hvdlarge.comm.interfaces import ControlChannel
-from hvdlarge.exits import RanksDisagreeError, RunExit
+from hvdlarge.exits import RanksDisagreeError, RunExit, run_exit
 
 Result = TypeVar("Result")
 
@@ -51,9 +51,9 @@ def raise_on_all_ranks(
             ranks = [str(rank) for rank, other in enumerate(heard) if other == text]
             code, _, message = text.partition(" ")
             everywhere = len(ranks) == len(heard) or not name_ranks
-            end = RunExit(message if everywhere else f"on rank {', '.join(ranks)}: {message}")
-            end.code = int(code)
-            raise end
+            raise run_exit(
+                int(code), message if everywhere else f"on rank {', '.join(ranks)}: {message}"
+            )
     return result  # type: ignore[return-value]
 
 

@@ -1,0 +1,73 @@
+"""The public way to train a job from Python: `hvdlarge.run_job`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvdlarge.comm.launcher import detect
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
+from hvdlarge.config import yaml_source
+from hvdlarge.config.job import Job
+from hvdlarge.config.job_file import job_path, parse_job, read_job
+from hvdlarge.exits import InvalidEnvironmentError
+from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.watchdog import Watchdog
+from hvdlarge.run import RankContext, run
+
+
+def run_job(
+    job: Mapping[str, Any] | str | os.PathLike[str], *overrides: str, fresh: bool = False
+) -> dict[str, Any]:
+    """Train a job in this process, on one worker, and return its summary.
+
+    A run that was interrupted is continued; one that has finished is left alone, and its summary is
+    returned. Torch's global settings (threads, TF32, deterministic algorithms) are set as the job
+    asks for them and stay so.
+
+    Args:
+        job: the keys of a job file, the path of one, or the name of a shipped job.
+        *overrides: `key.sub=value`, as on the command line.
+        fresh: set an earlier run of the folder aside and begin anew.
+
+    Returns:
+        The content of summary.json: `loss`, `steps`, `epochs`, `train_seconds` and so on; with a
+        test set `test_loss` and, for classes, `accuracy`.
+
+    Raises:
+        JobError: if the job is wrong.
+        InvalidEnvironmentError: if a launcher started this process: use `hvdlarge train` there.
+        RunExit: however else the run ends (see exits.py).
+
+    >>> run_job({"name": "oops"})
+    Traceback (most recent call last):
+    ...
+    hvdlarge.exits.JobError: job.yaml: 5 problems in the job file
+    ...
+    """
+    launch = detect(os.environ)
+    if launch is not None:
+        raise InvalidEnvironmentError(
+            f"run_job trains in one process, but {launch.launcher} started {launch.size}: use "
+            "`hvdlarge train` there"
+        )
+    if not isinstance(job, Mapping):
+        path = Path(job_path(os.fspath(job)))
+        return _run(read_job(str(path), overrides), path, fresh)
+    text = yaml_source.write(dict(job))
+    with tempfile.TemporaryDirectory(prefix="hvdlarge-") as folder:
+        path = Path(folder) / "job.yaml"
+        path.write_text(text, encoding="utf-8")
+        return _run(parse_job(text, "job.yaml", overrides), path, fresh)
+
+
+def _run(job: Job, path: Path, fresh: bool) -> dict[str, Any]:
+    # Not started: this process has its own ways to notice that it hangs
+    watchdog = Watchdog(0, job.timeouts.limits())
+    rank = RankContext(None, {}, SoloChannel(), SoloCollectives(), watchdog, StopRequest())
+    run(job, path, fresh, rank)
+    return json.loads((job.run_folder / "summary.json").read_text(encoding="utf-8"))

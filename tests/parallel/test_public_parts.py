@@ -1,0 +1,44 @@
+"""The parts that stand alone, in a user's own Horovod loop."""
+
+import copy
+
+import pytest
+import torch
+
+from hvdlarge import LAMB, LARS, parameter_groups
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
+
+
+def loss_of(model, rank, step):
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    inputs = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    return model(inputs).square().mean()
+
+
+@pytest.mark.parametrize("kind", [LARS, LAMB])
+def test_optimizer_inside_distributed_optimizer_follows_the_mean_gradient(control, tensors, kind):
+    import horovod.torch as hvd
+
+    model = net()
+    reference = copy.deepcopy(model)
+    optimizer = hvd.DistributedOptimizer(
+        kind(parameter_groups(model, weight_decay=0.01), lr=0.1),
+        named_parameters=model.named_parameters(),
+    )
+    alone = kind(parameter_groups(reference, weight_decay=0.01), lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, control.rank, step).backward()
+        optimizer.step()
+        alone.zero_grad()
+        ranks = range(control.size)
+        (sum(loss_of(reference, rank, step) for rank in ranks) / control.size).backward()
+        alone.step()
+    for weight, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)

@@ -1,0 +1,80 @@
+"""The public names, and a job that is trained in this process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import hvdlarge
+from hvdlarge.exits import CheckpointError, InvalidEnvironmentError, JobError
+
+JOB = {
+    "name": "api",
+    "epochs": 1,
+    "precision": "fp64",
+    "data": {"name": "digits"},
+    "model": {"name": "mlp"},
+    "batch": {"base": 128, "micro": 64},
+    "lr": {"base": 1.0},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_job_from_a_dict_gives_its_summary(folder):
+    summary = hvdlarge.run_job(JOB)
+    assert summary["steps"] == 12
+    assert summary["accuracy"] > 0.2
+    assert summary == json.loads((folder / "runs/api/summary.json").read_text())
+
+
+def test_a_finished_job_is_left_alone_and_a_fresh_one_is_trained_again(folder):
+    first = hvdlarge.run_job(JOB)
+    assert hvdlarge.run_job(JOB) == first
+    again = hvdlarge.run_job(JOB, fresh=True)
+    assert (folder / "runs/api.1").exists()
+    assert again["loss"] == first["loss"]
+
+
+def test_a_job_from_a_file_with_overrides(folder):
+    (folder / "my.yaml").write_text(json.dumps(JOB))
+    summary = hvdlarge.run_job(folder / "my.yaml", "epochs=0.5", "run_dir=elsewhere")
+    assert summary["epochs"] == pytest.approx(0.5, abs=1e-3)
+    assert (folder / "elsewhere/checkpoints/last.pt").exists()
+
+
+def test_a_wrong_job_is_an_exception_and_leaves_nothing(folder):
+    with pytest.raises(JobError, match="lr.bsae"):
+        hvdlarge.run_job(JOB | {"lr": {"bsae": 1.0}})
+    with pytest.raises(JobError, match="no such job file"):
+        hvdlarge.run_job("nothing.yaml")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_of_another_job_is_refused(folder):
+    hvdlarge.run_job(JOB)
+    with pytest.raises(CheckpointError, match="another job"):
+        hvdlarge.run_job(JOB | {"seed": 1})
+
+
+def test_under_a_launcher_it_points_to_the_command(folder, monkeypatch):
+    for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    with pytest.raises(InvalidEnvironmentError, match="hvdlarge train"):
+        hvdlarge.run_job(JOB)
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(hvdlarge, name) is not None for name in hvdlarge.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hvdlarge.nothing
+
+
+def test_the_package_is_imported_without_torch():
+    program = "import sys, hvdlarge; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
