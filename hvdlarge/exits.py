@@ -1,6 +1,6 @@
 """How a run ends: the exit codes, and the one way in which every rank leaves together.
 
-Source:   DESIGN of this project, section 8. Under MPI a rank that leaves alone makes the launcher's
+Source:   docs/design.md. Under MPI a rank that leaves alone makes the launcher's
           code a race, so there are two ways only: all ranks raise the same `RunExit`, or one rank
           aborts the whole run with a code.
 """

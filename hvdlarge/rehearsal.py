@@ -11,7 +11,7 @@ Formula:  pass A: forward and backward with everything as it is;  pass B: the sa
           evaluates, a forward pass in evaluation mode follows each of the two: they must agree and
           change nothing.
 Source:   the contract of reduction/batch_norm.py (the average is linear, nothing reads it while
-          training), and DESIGN of this project, section 5: a result belongs to the samples, the
+          training), and docs/design.md: a result belongs to the samples, the
           seeds and the saved state, and to nothing else.
 Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts
           are as before. On the model as it was built, before any other worker is joined; every rank

@@ -1,7 +1,6 @@
 """How long the LARS update of ResNet-50's tensors takes, beside what else could be done with them.
 
-Source:   the tensors of He et al. (2016); the floor of seven passes: DESIGN of this project,
-          section 7.
+Source:   the tensors of He et al. (2016); the floor of seven passes: docs/design.md.
 """
 
 from __future__ import annotations

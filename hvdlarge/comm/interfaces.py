@@ -1,6 +1,6 @@
 """What the rest of the engine may ask of the other workers, and the errors with which they answer.
 
-Two wires (DESIGN of this project, section 4): tensors go over Horovod, decisions over MPI. Both
+Two wires (docs/design.md): tensors go over Horovod, decisions over MPI. Both
 have a solo form, so the code behind the door never asks whether it runs alone. Only
 `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
 """

@@ -5,7 +5,7 @@ Formula:  mix(x) = the SplitMix64 finalizer;  key(seed, purpose, a, b, …) = mi
 Source:   Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014), with the
           constants of its reference implementation.
 Contract: pure. Augmentation is keyed by sample and dropout by micro-batch, never by rank: that is
-          why the number of workers does not change a run (DESIGN of this project, section 5).
+          why the number of workers does not change a run (docs/design.md).
 """
 
 from __future__ import annotations

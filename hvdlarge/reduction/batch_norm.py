@@ -6,7 +6,7 @@ Formula:  running ← (1 − m)·running + m·batch, once for each use of the la
           contribution A of its own block of micro-batches; with u uses of the layer in the
           step, of which a come after the block,  P ← (1 − m)^u · P + (1 − m)^a · A.  The sum over
           ranks is exactly what one worker would have.
-Source:   DESIGN of this project, section 5.
+Source:   docs/design.md.
 Contract: costs no message in a step in which each layer is used once for each micro-batch; where
           one is used more or less often (a layer used twice, recomputed, or skipped by chance) the
           ranks tell each other their counts. `all_reduce` (a sum over ranks) is called by every

@@ -3,7 +3,7 @@
 Formula:  a Max-allreduce of float64 numbers [v, −v] for what must be the same on every rank, and of
           plain flags for what one rank may ask of all. The largest v and the smallest differ
           exactly when two ranks differ.
-Source:   DESIGN of this project, section 4. Horovod itself never notices that a rank is one step
+Source:   docs/design.md. Horovod itself never notices that a rank is one step
           behind, has another rate, or sends zeros for a missing gradient; this travels beside the
           gradients and notices in the same step. It goes over MPI: as one more tensor of Horovod's
           it waited for a cycle.

@@ -2,7 +2,7 @@
 
 Formula:  one fixed record, little endian; float64 fields travel as their bits, so every rank has
           the very same rate.
-Source:   DESIGN of this project, section 4 (two wires).
+Source:   docs/design.md.
 Contract: pure; `from_bytes(decision.to_bytes()) == decision`, bit for bit.
 """
 

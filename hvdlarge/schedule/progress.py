@@ -2,7 +2,7 @@
 
 Formula:  epoch = samples_seen / dataset_size;  total_samples = epochs · dataset_size (rounded to
           whole samples)
-Source:   DESIGN of this project, sections 5 and 6. Counting steps instead would shift every
+Source:   docs/design.md. Counting steps instead would shift every
           schedule when the batch grows.
 Contract: pure. Every comparison of progress with a mark goes through `reached`, so that two
           policies with the same mark (AdaBatch's growth and its decay) act in the same step.
