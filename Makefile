@@ -23,7 +23,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers test-kernels bench docs lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers test-kernels bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -94,6 +94,10 @@ test-peers: $(stamp)
 test-kernels: $(stamp)
 	$(bin)/python -c 'import triton' 2>/dev/null || [ -d .triton ] || $(pip) install --quiet --target .triton --no-deps triton
 	PYTHONPATH="$(CURDIR)/.triton" $(bin)/python -m pytest tests/kernels
+
+# How much of the package the tests of one process reach; the other suites run it in processes of its own.
+coverage: $(stamp)
+	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge --ignore=hvdlarge/optim/lars_kernels.py --cov hvdlarge --cov-report term
 
 # Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 12 minutes.
 bench: $(stamp)
