@@ -96,7 +96,7 @@ def check_gpus(device: torch.device, control: ControlChannel, tensors: Collectiv
     this together.
 
     Raises:
-        InvalidEnvironmentError: on every rank alike, if workers share a GPU and their sums go over
+        InvalidEnvironmentError: on every rank, if workers share a GPU and their sums go over
             NCCL, which cannot serve that.
     """
     own = (
@@ -285,7 +285,7 @@ def largest_micro_batch(
     rank calls this together.
 
     Raises:
-        OutOfMemory: on every rank alike, if not even one sample fits somewhere.
+        OutOfMemory: on every rank, if not even one sample fits somewhere.
     """
     share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 

@@ -115,7 +115,7 @@ class DecisionFeed:
         record = None
         if self._controller is not None:
             decided = self._controller.decide()
-            # The last decision says so, and nothing is asked for behind it
+            # The last decision says so, and nothing is asked for after it
             assert decided is not None
             record = decided.to_bytes()
         decision = Decision.from_bytes(self._control.broadcast(record, DECISION_BYTES))

@@ -24,7 +24,7 @@ BAD_CHECKPOINT = 77
 
 
 class RunExit(Exception):
-    """The run ends here, on every rank alike; the message is for the user, in one piece."""
+    """The run ends here, on every rank; the message is for the user, in one piece."""
 
     code = INTERNAL_ERROR
 

@@ -215,7 +215,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def checkpointed_steps(folder: Path) -> int:
-    """Steps behind the newest checkpoint of a run folder, −1 without any."""
+    """Steps taken at the newest checkpoint of a run folder, −1 without any."""
     steps = [path.stem.removeprefix("step_") for path in (folder / "checkpoints").glob("step_*.pt")]
     return max((int(step) for step in steps if step.isdigit()), default=-1)
 

@@ -74,9 +74,9 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         state: results so far; changed in place, and the same on every rank.
 
     Raises:
-        Stopped: on every rank alike, when a stop was asked for; a checkpoint is on disk.
-        DivergedError, RanksDisagreeError, CheckpointWriteError, JobError: on every rank alike.
-        RollBack: on every rank alike, by the job's policy.
+        Stopped: on every rank, when a stop was asked for; a checkpoint is on disk.
+        DivergedError, RanksDisagreeError, CheckpointWriteError, JobError: on every rank.
+        RollBack: on every rank, by the job's policy.
     """
     timed = PhaseTimers()
     parts.learner.set_mode(training=True)
@@ -147,7 +147,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
                 for message in parts.control.allgather((parts.stop.reason or "").encode())
             } - {""}
             raise Stopped(
-                f"stopped behind step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
+                f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
                 f"{' and '.join(sorted(reasons))}; "
                 "the checkpoint is written: the same command goes on from here"
             )
@@ -164,7 +164,7 @@ def record(
     together.
 
     Raises:
-        DivergedError, RollBack: on every rank alike, where the step was applied though its loss is
+        DivergedError, RollBack: on every rank, where the step was applied though its loss is
             not finite.
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
@@ -241,7 +241,7 @@ def save(
     Args and errors are those of `CheckpointSaver.save`; further:
 
     Raises:
-        RanksDisagreeError, DivergedError: on every rank alike.
+        RanksDisagreeError, DivergedError: on every rank.
     """
     parts.policy.flush(parts.learner)
     if parts.unlike:
@@ -297,7 +297,7 @@ def compare_states(control: ControlChannel, learner: Replica) -> None:
     """Hold the states of all ranks against each other. Every rank calls this together.
 
     Raises:
-        RanksDisagreeError: on every rank alike, naming the first differing tensor.
+        RanksDisagreeError: on every rank, naming the first differing tensor.
     """
     mine = digests(learner)
     heard = control.allgather(combined(mine).to_bytes(8, "little"))

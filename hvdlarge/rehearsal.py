@@ -90,9 +90,9 @@ def rehearse(
         Whether the ranks round differently, as unlike CPUs or GPUs do; the same on every rank.
 
     Raises:
-        JobError: on every rank alike, for what Rehearsal refuses, for samples that cannot be read,
+        JobError: on every rank, for what Rehearsal refuses, for samples that cannot be read,
             and for samples that differ when they are read again.
-        RanksDisagreeError: on every rank alike, if the ranks read different samples.
+        RanksDisagreeError: on every rank, if the ranks read different samples.
     """
     sizes = _sizes(plan)
     loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))

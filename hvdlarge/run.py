@@ -93,7 +93,7 @@ def run(job: Job, job_file: Path, fresh: bool, worker: RankContext) -> None:
         worker: this rank.
 
     Raises:
-        RunExit: on every rank alike, for every end that has an exit code of its own.
+        RunExit: on every rank, for every end that has an exit code of its own.
     """
     control = worker.control
     hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
@@ -273,7 +273,7 @@ def build_components(
     together.
 
     Raises:
-        JobError, InvalidEnvironmentError, RanksDisagreeError: on every rank alike.
+        JobError, InvalidEnvironmentError, RanksDisagreeError: on every rank.
     """
     device = raise_on_all_ranks(control, lambda: build.choose_device(tensors))
     arithmetic = raise_on_all_ranks(control, lambda: Precision(job.precision, device))

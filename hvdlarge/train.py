@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _leave_together(
             _run(options, launch, control, settings, watchdog, stop), control, watchdog
         )
-    except exits.RunExit as end:  # raised by every rank alike
+    except exits.RunExit as end:  # raised by every rank
         if control.rank == 0:
             (print_status if end.code == exits.STOPPED else print_error)(str(end))
         return _leave_together(end.code, control, watchdog)
@@ -246,7 +246,7 @@ def _run(
             options.fresh,
             RankContext(launch, settings, control, tensors, watchdog, stop),
         )
-    # Raised by every rank alike; what one rank raises alone must not wait for the others here
+    # Raised by every rank; what one rank raises alone must not wait for the others here
     except exits.RunExit:
         tensors.close()
         raise

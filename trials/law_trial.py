@@ -193,7 +193,7 @@ def main() -> int:
                     "2 resume",
                     name,
                     workers,
-                    f"stopped behind step {at} of {end}, then",
+                    f"stopped after step {at} of {end}, then",
                     same and 0 < at < end,
                 )
             digests = {}

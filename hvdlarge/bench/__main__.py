@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tensors.close()
         except (WorldMismatchError, RankLostError):
             raise
-        except exits.RunExit:  # raised by every rank alike
+        except exits.RunExit:  # raised by every rank
             if tensors is not None:
                 tensors.close()
             control.close()

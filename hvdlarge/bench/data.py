@@ -22,7 +22,7 @@ class DataWait(NamedTuple):
     steps: int
     median: float
     longest: float  # of all but the first step, which waits for the loader processes to start
-    # Of those, in the first step of a stage or an epoch, and the one behind it
+    # Of those, in the first step of a stage or an epoch, and the one after it
     longest_at_border: float
     borders: int
 

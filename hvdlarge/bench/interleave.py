@@ -1,7 +1,7 @@
 """Timing by turns: what is compared runs alternately in one process, so that a machine's moods fall
 on all alike.
 
-Contract: pure. The order is turned round in every second round, so that none always runs behind the
+Contract: pure. The order is turned round in every second round, so that none always runs after the
           same one.
 """
 

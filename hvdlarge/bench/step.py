@@ -88,7 +88,7 @@ def measure_step(
         around them.
 
     Raises:
-        JobError: on every rank alike, for an unknown side.
+        JobError: on every rank, for an unknown side.
     """
     plan = _one_stage(found.plan, _WARM_UP + steps + 1)
     # Steps are timed, not what comes between them

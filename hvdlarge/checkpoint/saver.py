@@ -84,7 +84,7 @@ class CheckpointSaver:
         return self._folder is not None and self._folder.failed
 
     def is_scheduled(self, decision: Decision) -> bool:
-        """Whether the job's cadence asks for a checkpoint behind this step; a function of the
+        """Whether the job's cadence asks for a checkpoint after this step; a function of the
         decision alone.
         """
         if decision.is_last:

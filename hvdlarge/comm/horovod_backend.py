@@ -159,7 +159,7 @@ class HorovodOptimizer:
         micro-batches.
         """
         self.optimizer.zero_grad()
-        # Each worker counts its own passes: the allreduce of a tensor starts behind its last one. A
+        # Each worker counts its own passes: the allreduce of a tensor starts after its last one. A
         # worker without any takes part all the same, with zeros that `synchronize` submits for it.
         passes = max(1, len(mine))
         if passes != self.optimizer.backward_passes_per_step:

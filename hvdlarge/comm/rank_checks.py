@@ -22,7 +22,7 @@ def on_rank_0(control: ControlChannel, action: Callable[[], Result]) -> Result |
     together.
 
     Raises:
-        RunExit: on every rank alike, if `action` raised one.
+        RunExit: on every rank, if `action` raised one.
     """
     return raise_on_all_ranks(
         control, action if control.rank == 0 else lambda: None, name_ranks=False
@@ -36,7 +36,7 @@ def raise_on_all_ranks(
     together.
 
     Raises:
-        RunExit: on every rank alike, if `action` raised one on any: with the lowest such rank's
+        RunExit: on every rank, if `action` raised one on any: with the lowest such rank's
             code, the message naming the ranks unless it was all of them.
     """
     problem, result = None, None
@@ -66,7 +66,7 @@ def check_equal_across_ranks(control: ControlChannel, facts: Mapping[str, Any], 
         what: what they are about, for the message.
 
     Raises:
-        RanksDisagreeError: on every rank alike, naming the first differing fact, two ranks and both
+        RanksDisagreeError: on every rank, naming the first differing fact, two ranks and both
             values.
     """
     mine = json.dumps(facts, sort_keys=True).encode()

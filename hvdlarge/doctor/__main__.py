@@ -59,8 +59,8 @@ def in_words(findings: Sequence[Finding]) -> list[str]:
     lines = [f"hvdlarge {__version__} on {socket.gethostname()}"]
     for found in findings:
         lines.append(f"{_SIGNS[found.level]}  {found.name}: {found.text}")
-        if found.cure:
-            lines.append(f"         mend it: {found.cure}")
+        if found.fix:
+            lines.append(f"         fix: {found.fix}")
     errors, warnings = (
         sum(found.level == level for found in findings) for level in ("error", "warning")
     )

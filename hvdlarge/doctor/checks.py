@@ -74,7 +74,7 @@ class Finding(NamedTuple):
     name: str
     level: Level
     text: str
-    cure: str = ""  # the command that mends it; empty where nothing needs mending
+    fix: str = ""  # the command that mends it; empty where nothing needs mending
 
 
 def run_checks(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Finding]:
@@ -331,9 +331,9 @@ def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Itera
     one = "1 core" if len(cores) == 1 else f"{len(cores)} cores"
     if sharing > len(cores):
         enough = os.cpu_count() or 1
-        cure = "mpirun --bind-to none …" if enough >= len(here) else f"mpirun -np {enough} …"
+        fix = "mpirun --bind-to none …" if enough >= len(here) else f"mpirun -np {enough} …"
         yield Finding(
-            "cores", "warning", f"{sharing} workers share {one}: each waits for the other", cure
+            "cores", "warning", f"{sharing} workers share {one}: each waits for the other", fix
         )
         return
     yield Finding("cores", "ok", f"{one} for {sharing} {'worker' if sharing == 1 else 'workers'}")

@@ -16,7 +16,7 @@ class MLP(nn.Module):
         inputs: values of one sample.
         hidden: widths of the hidden layers.
         classes: outputs.
-        dropout: probability behind each hidden layer.
+        dropout: probability after each hidden layer.
     """
 
     def __init__(

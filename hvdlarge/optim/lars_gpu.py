@@ -148,7 +148,7 @@ class Table:
     """Tensors that are measured and moved together, and where they lie.
 
     Args:
-        weights: of one type on one device, group behind group; every one is dense in memory.
+        weights: of one type on one device, group after group; every one is dense in memory.
         ends: of each group in `weights`.
     """
 

@@ -33,7 +33,7 @@ class BufferGuard:
         """Compare the state with what it was. Every rank calls this together.
 
         Raises:
-            JobError: on every rank alike, naming a buffer or extra state that has changed.
+            JobError: on every rank, naming a buffer or extra state that has changed.
         """
         now = _digests(learner)
         changed = [name for name, digest in self._before.items() if now.get(name) != digest]

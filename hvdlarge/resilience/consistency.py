@@ -108,7 +108,7 @@ class ConsistencyCheck:
         """What the ranks agree on. Every rank calls this together.
 
         Raises:
-            RanksDisagreeError: on every rank alike, naming the field and every rank's value.
+            RanksDisagreeError: on every rank, naming the field and every rank's value.
         """
         assert self._waiting is not None
         heard = self._waiting()

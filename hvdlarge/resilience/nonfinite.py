@@ -31,13 +31,13 @@ class NonFinitePolicy(Protocol):
         """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
 
         Raises:
-            RunExit: on every rank alike, where the run does not go on from here.
+            RunExit: on every rank, where the run does not go on from here.
         """
         ...
 
     def check_loss(self, decision: Decision, loss: float) -> None:
-        """The mean loss of an applied step is not finite. Raises what `check` does, on every rank
-        alike.
+        """The mean loss of an applied step is not finite. Raises what `check` does, on every
+        rank.
         """
         ...
 
@@ -49,8 +49,8 @@ class NonFinitePolicy(Protocol):
 
 
 class RollBack(Exception):
-    """Go back to the last checkpoint and on from there with a lower rate; raised by every rank
-    alike.
+    """Go back to the last checkpoint and on from there with a lower rate; raised by every
+    rank.
     """
 
     def __init__(self, reason: str, lr_factor: float) -> None:
@@ -190,7 +190,7 @@ class LossScalingPolicy(_ChecksAtOnce):
 
 
 class DeferredCheck:
-    """For a GPU: judges a step in the step behind it, when the norms have long arrived, so that no
+    """For a GPU: judges a step in the step after it, when the norms have long arrived, so that no
     step waits for them.
 
     For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one

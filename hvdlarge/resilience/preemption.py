@@ -1,9 +1,9 @@
 """Requests to stop: signals, a file, a time limit. They only set a flag; the run stops between two
-steps, on all ranks alike.
+steps, on all ranks.
 
 SIGUSR1, SIGUSR2 and SIGTERM reach the ranks when a scheduler or a user signals `mpirun`, or a
 single rank. A flag that one rank has seen rides with the gradients of the coming step, so every
-rank stops behind the same step.
+rank stops after the same step.
 """
 
 from __future__ import annotations

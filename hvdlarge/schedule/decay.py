@@ -216,7 +216,7 @@ Decay = ConstantDecay | MultistepDecay | ExponentialDecay | PolynomialDecay | Co
 
 
 def _passed(epoch: float, begin: float, epochs: float) -> float:
-    """The part of the way from `begin` to the end of the run that lies behind `epoch`, in [0,
+    """The fraction of the way from `begin` to the end of the run covered at `epoch`, in [0,
     1].
     """
     if epoch <= begin or begin >= epochs:

@@ -72,7 +72,7 @@ def reached(epoch: float, mark: float) -> bool:
 def milestones_reached(
     epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None
 ) -> int:
-    """How many marks lie behind `epoch`: those at 1, 2, 3, … times `every_epochs`, or those listed
+    """How many milestones `epoch` has reached: at 1, 2, 3, … times `every_epochs`, or those listed
     in `at_epochs`.
 
     >>> [milestones_reached(epoch, 20, None) for epoch in (0, 19.999, 20, 45)]

@@ -30,7 +30,7 @@ class RunLog:
         folder: the run folder, made already.
         plan: what the run follows.
         lock: on the folder, held until the logs are closed.
-        offsets: where each log goes on, by its name; what stands behind is of steps that will be
+        offsets: where each log goes on, by its name; what stands after is of steps that will be
             taken again.
         position: where the run begins or goes on.
         before: what it had come to.
@@ -150,7 +150,7 @@ class RunLog:
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
     def go_back(self, offsets: Mapping[str, int], position: RunProgress) -> None:
-        """Cut off what was written behind a checkpoint that the run goes back to. Raises
+        """Cut off what was written after a checkpoint that the run goes back to. Raises
         CheckpointWriteError as `check` does.
         """
         self.check()
@@ -201,7 +201,7 @@ class RunLog:
 
 
 def _open_at(path: Path, offset: int) -> IO[str]:
-    """Open a log to go on at `offset` bytes; what stands behind it is cut off."""
+    """Open a log to go on at `offset` bytes; what stands after it is cut off."""
     file = path.open("a", encoding="utf-8")
     file.truncate(min(offset, os.fstat(file.fileno()).st_size))
     return file

@@ -156,7 +156,7 @@ def said(text):
     """The line that tells the user what happened."""
     words = (
         "hvdlarge: error:",
-        "stopped behind",
+        "stopped after",
         "back to step",
         "already finished",
         "passed over",

@@ -27,7 +27,7 @@ def test_60_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind)
     assert ended.fired
     assert ended.code == 75, ended.text
     assert not ended.errors
-    assert ended.text.count("stopped behind step 32") == 1
+    assert ended.text.count("stopped after step 32") == 1
     assert bench.checkpoint()["position"]["step"] == 33
     assert bench.run(2).code == 0
     assert same(bench.checkpoint(), whole)
@@ -179,7 +179,7 @@ def test_31_a_signal_to_the_launcher_stops_in_order(bench, number):
     process.send_signal(number)
     ended = bench.end(process)
     assert ended.code == 75, ended.text
-    assert "stopped behind step" in ended.text
+    assert "stopped after step" in ended.text
 
 
 def test_31_the_grace_time_ends(bench):
@@ -222,4 +222,4 @@ def test_the_launcher_is_killed_and_the_run_stops_in_order(bench):
     bench.until(bench.has_checkpoint)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    bench.until(lambda: "stopped behind step" in (bench.folder / "log0").read_text())
+    bench.until(lambda: "stopped after step" in (bench.folder / "log0").read_text())

@@ -1,4 +1,4 @@
-"""The doctor on this machine as it is, and on set-ups that are broken on purpose: each names its cure."""
+"""The doctor on this machine as it is, and on set-ups that are broken on purpose: each names its fix."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_in_words(tmp_path):
     )
     assert done.returncode == 3
     assert "ERROR    HOROVOD_ELASTIC: elastic Horovod is not supported" in done.stdout
-    assert "mend it: python -m hvdlarge.launch -np N job.yaml" in done.stdout
+    assert "fix: python -m hvdlarge.launch -np N job.yaml" in done.stdout
     assert "1 in the way of a run" in done.stdout
 
 
@@ -84,19 +84,19 @@ def test_1_horovod_is_missing(doctor, before):
     found = doctor(before, HIDE="horovod")
     assert found["Horovod"]["level"] == "error"
     assert "is not installed" in found["Horovod"]["text"]
-    assert found["Horovod"]["cure"] == BUILD
+    assert found["Horovod"]["fix"] == BUILD
 
 
 def test_2_mpi4py_is_missing(doctor):
     found = doctor(HIDE="mpi4py")
     assert "No module named 'mpi4py'" in found["mpi4py"]["text"]
-    assert found["mpi4py"]["cure"] == BUILD
+    assert found["mpi4py"]["fix"] == BUILD
 
 
 def test_3_torch_is_missing(doctor):
     found = doctor(HIDE="torch")
     assert "No module named 'torch'" in found["torch"]["text"]
-    assert found["torch"]["cure"] == "python -m pip install torch"
+    assert found["torch"]["fix"] == "python -m pip install torch"
     assert "Horovod" not in found
 
 
@@ -122,7 +122,7 @@ def test_4_horovod_was_built_with_another_torch(doctor, own_horovod):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"pytorch": "2.5.1"}))
     found = doctor(PYTHONPATH=str(own_horovod.parent))
     assert "was built with torch 2.5.1, here is 2." in found["Horovod"]["text"]
-    assert found["Horovod"]["cure"] == BUILD
+    assert found["Horovod"]["fix"] == BUILD
 
 
 def test_5_horovod_was_installed_without_its_torch_part(doctor, own_horovod):
@@ -130,7 +130,7 @@ def test_5_horovod_was_installed_without_its_torch_part(doctor, own_horovod):
         library.unlink()
     found = doctor(PYTHONPATH=str(own_horovod.parent))
     assert found["Horovod"]["text"] == "was installed without its torch part"
-    assert found["Horovod"]["cure"] == BUILD
+    assert found["Horovod"]["fix"] == BUILD
 
 
 def test_6_horovods_library_misses_a_symbol_of_torch(doctor, own_horovod):
@@ -147,13 +147,13 @@ def test_6_horovods_library_misses_a_symbol_of_torch(doctor, own_horovod):
     )
     found = doctor(PYTHONPATH=str(own_horovod.parent))
     assert "was built against another torch" in found["Horovod"]["text"]
-    assert found["Horovod"]["cure"] == BUILD
+    assert found["Horovod"]["fix"] == BUILD
 
 
 def test_7_mpirun_is_missing(doctor):
     found = doctor(PATH=str(Path(sys.executable).parent))
     assert "mpirun is not on PATH" in found["MPI launcher"]["text"]
-    assert found["MPI launcher"]["cure"].startswith("docker/install-system.sh python")
+    assert found["MPI launcher"]["fix"].startswith("docker/install-system.sh python")
 
 
 def test_8_mpirun_is_that_of_another_mpi(doctor, tmp_path):
@@ -166,7 +166,7 @@ def test_8_mpirun_is_that_of_another_mpi(doctor, tmp_path):
     )
     assert "uses Open MPI" in found["mpi4py"]["text"]
     assert "mpirun is that of MPICH 4.2.0" in found["mpi4py"]["text"]
-    assert found["mpi4py"]["cure"].startswith(BUILD)
+    assert found["mpi4py"]["fix"].startswith(BUILD)
 
 
 def test_9_two_workers_share_one_core(doctor):
@@ -174,7 +174,7 @@ def test_9_two_workers_share_one_core(doctor):
     found = doctor(["taskset", "-c", str(core), *MPIRUN, "-np", "2", "--bind-to", "none"])
     assert found["cores"]["level"] == "warning"
     assert found["cores"]["text"].startswith("2 workers share 1 core")
-    assert found["cores"]["cure"].startswith("mpirun")
+    assert found["cores"]["fix"].startswith("mpirun")
 
 
 def test_10_a_launch_that_mpi_does_not_know_of(doctor):
@@ -198,7 +198,7 @@ def test_11_root_is_not_allowed_to_launch(doctor, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     found = doctor()
     assert (
-        found["root"]["cure"] == "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+        found["root"]["fix"] == "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     )
     assert found["a trial of 2 workers"]["level"] == "ok"  # the trial allows it to itself
 
@@ -214,7 +214,7 @@ def test_12_shared_memory_is_small(doctor):
         pytest.skip("this user cannot make a mount namespace")
     found = doctor(namespace)
     assert found["/dev/shm"]["text"].startswith("64 MiB")
-    assert "--shm-size" in found["/dev/shm"]["cure"]
+    assert "--shm-size" in found["/dev/shm"]["fix"]
 
 
 def test_13_the_host_has_no_address(doctor):
@@ -223,4 +223,4 @@ def test_13_the_host_has_no_address(doctor):
         pytest.skip("this user cannot give itself another host name")
     found = doctor(namespace, HIDE="mpi4py")  # without a trial, which would wait for that address
     assert found["host name"]["level"] == "warning"
-    assert found["host name"]["cure"] == "echo 127.0.1.1 nowhere-to-be-found >> /etc/hosts"
+    assert found["host name"]["fix"] == "echo 127.0.1.1 nowhere-to-be-found >> /etc/hosts"
