@@ -341,7 +341,7 @@ def build_replica(
         groups: of gradients that travel together; None: each by itself.
         channels_last: whether images are laid out so.
         control: tells the rank.
-        tensors: the wire of the sum.
+        tensors: what sums.
         seed: of the run.
         exact: the sum of exact mode; the number of workers is a power of two then.
     """

@@ -2,7 +2,7 @@
 
 `Controller` is the state machine that turns a job's schedules into decisions; it lives on rank 0
 and needs neither torch nor MPI. `DecisionFeed` is what every rank holds: it receives decisions over
-the control wire, some steps ahead, so that workers can load data across a growth or an epoch's end
+the control channel, some steps ahead, so that workers can load data across a growth or an epoch's end
 without a bubble. No rank recomputes a decision.
 """
 
@@ -78,7 +78,7 @@ class DecisionFeed:
     """Decisions as they reach a worker, `ahead` steps before they are acted on.
 
     Args:
-        control: the wire.
+        control: the channel between the ranks.
         controller: on rank 0; None elsewhere.
         ahead: decisions in hand beyond the current one.
         announce: told of every decision as soon as it is known, in order (the loader starts

@@ -84,7 +84,7 @@ def rehearse(
         test_samples: reads the first micro-batch of the test set twice; None for a run that
             evaluates nothing.
         seed: of the run.
-        control: the wire.
+        control: the channel between the ranks.
 
     Returns:
         Whether the ranks round differently, as unlike CPUs or GPUs do; the same on every rank.

@@ -151,7 +151,7 @@ def _early(options: argparse.Namespace) -> tuple[Timeouts, Horovod]:
 
 
 def _leave_together(code: int, control: ControlChannel, watchdog: Watchdog) -> int:
-    """Close the control wire and return the code. Every rank calls this together."""
+    """Close the control channel and return the code. Every rank calls this together."""
     control.close()
     watchdog.stop()
     return code
@@ -231,7 +231,7 @@ def _run(
     watchdog: Watchdog,
     stop: StopRequest,
 ) -> int:
-    """Agree on the job, then train it between the opening and the closing of the tensor wire."""
+    """Agree on the job, then train it between the opening and the closing of the collectives."""
     job = raise_on_all_ranks(control, lambda: read_job(options.job, options.overrides))
     check_equal_across_ranks(control, job.resolved(), "job")
     check_equal_across_ranks(control, versions(), "versions")

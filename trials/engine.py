@@ -137,7 +137,7 @@ def train(
     Args:
         job: the job file's keys.
         folder: for the run.
-        workers: 1 for the engine's own wires of a single worker.
+        workers: 1 for the engine's own channels of a single worker.
         seed: of the world.
         interruption: of this start.
     """
@@ -191,7 +191,7 @@ def one_rank(
     """What the engine's door does on one rank: the exit code and the message of the end that all
     ranks share.
 
-    The wires are still open then.
+    The channels are still open then.
     """
     code, message = exits.FINISHED, ""
     try:

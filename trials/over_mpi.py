@@ -29,7 +29,7 @@ _LIMIT_SECONDS = 60.0  # of one run; a rank that waits longer waits for ever
 
 
 class RealWorld:
-    """Both wires of this rank, and what it has to do with them when rank 0 says so."""
+    """Both channels of this rank, and what it has to do with them when rank 0 says so."""
 
     def __init__(self) -> None:
         """Start MPI and Horovod. Every rank calls this together."""

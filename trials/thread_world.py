@@ -88,7 +88,7 @@ class World:
         self._ends = Ends([None] * size, None, None, False, 0)
 
     def run(self, action: Callable[[ThreadChannel, ThreadCollectives], Any]) -> Ends:
-        """Let every rank do `action` with its two wires, and wait until all have come to an end."""
+        """Let every rank do `action` with its two channels, and wait until all have come to an end."""
         threads = [
             threading.Thread(target=self._live, args=(rank, action), daemon=True)
             for rank in range(self.size)
@@ -206,7 +206,7 @@ class World:
 
 
 class ThreadChannel:
-    """The wire for decisions between threads; as `comm.world.ControlChannel`."""
+    """The channel for decisions between threads; as `comm.interfaces.ControlChannel`."""
 
     def __init__(self, world: World, rank: int) -> None:
         self._world = world
@@ -253,7 +253,7 @@ class ThreadChannel:
 
 
 class ThreadCollectives:
-    """The wire for tensors between threads; as `comm.world.Collectives`."""
+    """The collectives between threads; as `comm.interfaces.Collectives`."""
 
     carries_gpu_tensors = False
 
@@ -300,7 +300,7 @@ class ThreadCollectives:
         self.meet(("close",), None, lambda given: None)
 
     def meet(self, signature: Any, given: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        """One collective call of this wire; `combine` makes its result from what all ranks give, in
+        """One collective call of this channel; `combine` makes its result from what all ranks give, in
         their order.
         """
         return self._world.wait(
@@ -396,7 +396,7 @@ class ThreadOptimizer:
 
 
 class LoneChannel(SoloChannel):
-    """One worker's own wire, whose calls are counted, and which can be killed at one of them.
+    """One worker's own channel, whose calls are counted, and which can be killed at one of them.
 
     Args:
         kill_at: the call, counted from 0, at which the world ends; None for none.
@@ -407,17 +407,17 @@ class LoneChannel(SoloChannel):
         self._kill_at = kill_at
 
     def broadcast(self, record: bytes | None, length: int) -> bytes:
-        """As the solo wire's."""
+        """As the solo channel's."""
         self._count()
         return super().broadcast(record, length)
 
     def allgather(self, message: bytes) -> list[bytes]:
-        """As the solo wire's."""
+        """As the solo channel's."""
         self._count()
         return super().allgather(message)
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """As the solo wire's."""
+        """As the solo channel's."""
         self._count()
         return super().start_max(values)
 
@@ -428,7 +428,7 @@ class LoneChannel(SoloChannel):
 
 
 def alone(action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None = None) -> Ends:
-    """As `World.run`, for the engine's own wires of a single worker, in this thread."""
+    """As `World.run`, for the engine's own channels of a single worker, in this thread."""
     control = LoneChannel(kill_at)
     ends = Ends([None], None, None, False, 0)
     with kept_generators():
@@ -446,7 +446,7 @@ def alone(action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None 
 def run_world(
     size: int, action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None = None
 ) -> Ends:
-    """Let each of `size` ranks do `action` with its two wires: the solo ones of a single worker, or
+    """Let each of `size` ranks do `action` with its two channels: the solo ones of a single worker, or
     threads.
     """
     return alone(action, seed, kill_at) if size == 1 else World(size, seed, kill_at).run(action)

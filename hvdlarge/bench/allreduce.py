@@ -22,7 +22,7 @@ def measure_allreduce(
     """Seconds of a sum of float32 over all workers. Every rank calls this together.
 
     Args:
-        tensors: the wire.
+        tensors: what is measured.
         control: brings the ranks together before each measurement.
         device: where the tensors are.
         sizes: bytes, multiples of 4.

@@ -75,7 +75,7 @@ def measure_waits(
         plan: whose decisions are followed.
         training_set: the set.
         seed: of the run.
-        control: the wire of the decisions.
+        control: carries the decisions.
         sample_seconds: what a worker is taken to compute for one sample.
         steps: at most.
     """

@@ -271,8 +271,8 @@ def share(
         found: on rank 0; None elsewhere.
         learner: whose optimizer state and running statistics are set; these are scattered
             afterwards.
-        control: the wire for what is small.
-        tensors: the wire for what is large.
+        control: for what is small.
+        tensors: for what is large.
     """
     content = found.content if found is not None else None
     message = b"null" if content is None else json.dumps(_small(content)).encode()

@@ -30,8 +30,8 @@ class CheckpointSaver:
     every rank together.
 
     Args:
-        control: the wire on which parts of the running statistics are collected.
-        tensors: the wire on which they are summed.
+        control: the channel on which parts of the running statistics are collected.
+        tensors: the collectives with which they are summed.
         learner: what is saved.
         folder: on rank 0; None elsewhere.
         clock: of the run.

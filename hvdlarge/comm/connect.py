@@ -9,7 +9,7 @@ from hvdlarge.comm.launcher import Launch
 
 
 def open_control(launch: Launch | None) -> ControlChannel:
-    """Open the wire for decisions. Every rank calls this together; it needs no torch.
+    """Open the channel for decisions. Every rank calls this together; it needs no torch.
 
     Raises:
         WorldMismatchError: if a launcher started this process and MPI is missing or sees another
@@ -31,7 +31,7 @@ def open_control(launch: Launch | None) -> ControlChannel:
 
 
 def open_tensors(launch: Launch | None, control: ControlChannel) -> Collectives:
-    """Open the wire for tensors. Every rank calls this together, after `open_control`.
+    """Open the collectives. Every rank calls this together, after `open_control`.
 
     Raises:
         WorldMismatchError: if a launcher started this process and Horovod is missing or sees

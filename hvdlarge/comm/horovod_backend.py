@@ -1,4 +1,4 @@
-"""The tensor wire over Horovod: the only file that knows Horovod. Lines that exist because of it
+"""The collectives over Horovod: the only file that knows Horovod. Lines that exist because of it
 say so.
 """
 
@@ -51,12 +51,12 @@ class HorovodCollectives:
     """Sums and broadcasts over Horovod's MPI form."""
 
     def __init__(self, control: ControlChannel) -> None:
-        """Start Horovod on the MPI that the control wire has started. Every rank calls this
+        """Start Horovod on the MPI that the control channel has started. Every rank calls this
         together.
 
         Raises:
             WorldMismatchError: if Horovod was built without MPI or sees other ranks than the
-                control wire.
+                control channel.
         """
         if not hvd.mpi_built():
             raise WorldMismatchError(
@@ -116,7 +116,7 @@ class HorovodCollectives:
         return HorovodOptimizer(optimizer, named_parameters, compressed, groups)
 
     def close(self) -> None:
-        """Stop Horovod. Every rank calls this together, before the control wire is closed."""
+        """Stop Horovod. Every rank calls this together, before the control channel is closed."""
         hvd.shutdown()
 
 

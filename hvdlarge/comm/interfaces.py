@@ -1,6 +1,6 @@
 """What the rest of the engine may ask of the other workers, and the errors with which they answer.
 
-Two wires (docs/design.md): tensors go over Horovod, decisions over MPI. Both
+Two channels (docs/design.md): tensors go over Horovod, decisions over MPI. Both
 have a solo form, so the code behind the door never asks whether it runs alone. Only
 `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
 """
@@ -61,7 +61,7 @@ class ControlChannel(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave in order, after the tensor wire is closed; a rank that left without this would end
+        """Leave in order, after the collectives is closed; a rank that left without this would end
         the others' run badly.
         """
         ...
@@ -158,5 +158,5 @@ class Collectives(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop, before the control wire is closed."""
+        """Stop, before the control channel is closed."""
         ...

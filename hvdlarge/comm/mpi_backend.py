@@ -1,4 +1,4 @@
-"""The control wire over MPI: the only file that knows mpi4py.
+"""The control channel over MPI: the only file that knows mpi4py.
 
 An mpi4py broadcast of a fixed record costs 0.002 to 0.04 ms where a Horovod broadcast waits one
 cycle (1 to 2 ms).
@@ -23,7 +23,7 @@ import mpi4py
 from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.launcher import Launch
 
-# MPI starts when the wire is opened, after the environment has been settled
+# MPI starts when the channel is opened, after the environment has been settled
 mpi4py.rc.initialize = False
 # Nor may it ever start in a loader process whose data set's module imports mpi4py: such a process
 # is no rank.
@@ -110,7 +110,7 @@ class MpiChannel:
         _wait(self._comm.Ibarrier())
 
     def close(self) -> None:
-        """Leave MPI in order, after the tensor wire is closed. Every rank calls this together."""
+        """Leave MPI in order, after the collectives is closed. Every rank calls this together."""
         self.barrier()
         self._comm.Free()
         MPI.Finalize()

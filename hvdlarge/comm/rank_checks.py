@@ -1,6 +1,6 @@
 """How the ranks come to one mind before training: one verdict, one job, one set of versions.
 
-Every function here is collective over the control wire: every rank calls it together. What fails on
+Every function here is collective over the control channel: every rank calls it together. What fails on
 one rank is told to all, so that all leave with one message and one exit code instead of one leaving
 and the others waiting for it.
 """
@@ -61,7 +61,7 @@ def check_equal_across_ranks(control: ControlChannel, facts: Mapping[str, Any], 
     """Hold the same facts against each other on all ranks. Every rank calls this together.
 
     Args:
-        control: the wire.
+        control: the channel between the ranks.
         facts: JSON values under the names that the user knows, nested as deep as they come.
         what: what they are about, for the message.
 
@@ -102,7 +102,7 @@ def missing_gradient(
     rank calls this together.
 
     Args:
-        control: the wire.
+        control: the channel between the ranks.
         with_gradient: the parameters that got a gradient on this rank; None where the rank has no
             view.
     """

@@ -1,4 +1,4 @@
-"""Both wires for a single worker: no Horovod, no MPI, the same calls."""
+"""Both channels for a single worker: no Horovod, no MPI, the same calls."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ except BaseException as error:
 print("FOUND" + json.dumps(found, default=str))
 """
 
-# Opens both wires as a run does, and says what each side sees.
+# Opens both channels as a run does, and says what each side sees.
 _WORLD = """
 import json, os, socket
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings

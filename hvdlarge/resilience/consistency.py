@@ -52,7 +52,7 @@ class ConsistencyCheck:
     """The message of each step.
 
     Args:
-        control: the wire it goes over, and on which a disagreement is explained.
+        control: the channel it uses, and on which a disagreement is explained.
         job: a number that stands for the job.
         asks: this rank's wishes by the names of StepFlags's fields, asked for in each step.
     """
