@@ -2,8 +2,8 @@
 
 `Controller` is the state machine that turns a job's schedules into decisions; it lives on rank 0
 and needs neither torch nor MPI. `DecisionFeed` is what every rank holds: it receives decisions over
-the control channel, some steps ahead, so that workers can load data across a growth or an epoch's end
-without a bubble. No rank recomputes a decision.
+the control channel, some steps ahead, so that workers can load data across a growth or an epoch's
+end without a bubble. No rank recomputes a decision.
 """
 
 from __future__ import annotations

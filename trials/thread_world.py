@@ -88,7 +88,9 @@ class World:
         self._ends = Ends([None] * size, None, None, False, 0)
 
     def run(self, action: Callable[[ThreadChannel, ThreadCollectives], Any]) -> Ends:
-        """Let every rank do `action` with its two channels, and wait until all have come to an end."""
+        """Let every rank do `action` with its two channels, and wait until all have come to an
+        end.
+        """
         threads = [
             threading.Thread(target=self._live, args=(rank, action), daemon=True)
             for rank in range(self.size)
@@ -300,8 +302,8 @@ class ThreadCollectives:
         self.meet(("close",), None, lambda given: None)
 
     def meet(self, signature: Any, given: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        """One collective call of this channel; `combine` makes its result from what all ranks give, in
-        their order.
+        """One collective call of this channel; `combine` makes its result from what all ranks give,
+        in their order.
         """
         return self._world.wait(
             self.rank, self._world.begin(self.rank, "tensors", signature, given, combine)
@@ -446,8 +448,8 @@ def alone(action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None 
 def run_world(
     size: int, action: Callable[[Any, Any], Any], seed: int = 0, kill_at: int | None = None
 ) -> Ends:
-    """Let each of `size` ranks do `action` with its two channels: the solo ones of a single worker, or
-    threads.
+    """Let each of `size` ranks do `action` with its two channels: the solo ones of a single worker,
+    or threads.
     """
     return alone(action, seed, kill_at) if size == 1 else World(size, seed, kill_at).run(action)
 

@@ -1,8 +1,8 @@
 """How the ranks come to one mind before training: one verdict, one job, one set of versions.
 
-Every function here is collective over the control channel: every rank calls it together. What fails on
-one rank is told to all, so that all leave with one message and one exit code instead of one leaving
-and the others waiting for it.
+Every function here is collective over the control channel: every rank calls it together. What fails
+on one rank is told to all, so that all leave with one message and one exit code instead of one
+leaving and the others waiting for it.
 """
 
 from __future__ import annotations
