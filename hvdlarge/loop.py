@@ -19,7 +19,7 @@ from hvdlarge.exits import DivergedError, JobError, Stopped
 from hvdlarge.reduction.batch_norm import ModeChangedError
 from hvdlarge.replica import Replica
 from hvdlarge.resilience.buffer_guard import BufferGuard
-from hvdlarge.resilience.consistency import ConsistencyCheck
+from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
 from hvdlarge.resilience.digest import combined, named_state, tensor_digests
 from hvdlarge.resilience.nonfinite import NonFinitePolicy
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
@@ -89,31 +89,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         parts.watchdog.progress("step", decision.step)
         if parts.log is not None:
             parts.log.decision(decision)
-        layout = parts.plan.layout(decision)
-        fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
-        compare = decision.step % parts.cadence.compare_every_steps == 0
-        if compare and parts.unlike:
-            take_over(parts.learner, parts.tensors)
-        digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
-        where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
-        try:
-            with explain_out_of_memory(
-                where, oom_hint(decision.micro_batch, decision.global_batch)
-            ):
-                outcome = train_step(
-                    decision,
-                    layout,
-                    fetched,
-                    parts.learner,
-                    parts.agreement,
-                    digest,
-                    parts.policy,
-                    timed,
-                )
-        except ModeChangedError as error:
-            raise JobError(f"model.name: {error}") from None
-        if compare:
-            parts.resting.refuse_changes(parts.control, parts.learner)
+        outcome = take_step(parts, decision, timed)
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
             on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:
@@ -121,36 +97,72 @@ def train(parts: LoopComponents, state: TrainState) -> None:
 
         record(parts, state, decision, outcome, timed)
         best = evaluate(parts, state, decision, timed)
-        due = best or parts.saver.is_scheduled(decision)
-        if due:
-            state.scheduled_step = decision.step + 1
-        if due or outcome.verdict.save or outcome.verdict.stop:
-            with timed("save"), parts.watchdog.during("save"):
-                position = (
-                    parts.controller.position_after(decision)
-                    if parts.controller is not None
-                    else None
-                )
-                truncated = decision.global_batch < decision.stage_batch
-                save(
-                    parts,
-                    state,
-                    position,
-                    truncated,
-                    best,
-                    scheduled=due,
-                    wait=outcome.verdict.stop or decision.is_last,
-                )
+        save_if_due(parts, state, decision, outcome.verdict, best, timed)
         if outcome.verdict.stop and not decision.is_last:
-            reasons = {
-                message.decode()
-                for message in parts.control.allgather((parts.stop.reason or "").encode())
-            } - {""}
-            raise Stopped(
-                f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
-                f"{' and '.join(sorted(reasons))}; "
-                "the checkpoint is written: the same command goes on from here"
+            raise Stopped(_stopped(parts, decision))
+
+
+def take_step(parts: LoopComponents, decision: Decision, timed: PhaseTimers) -> StepOutcome:
+    """Take the decided step, and compare the ranks' states where that is due. Every rank calls this
+    together.
+
+    Raises:
+        JobError: on every rank, naming what the model changes in a forward pass.
+        RanksDisagreeError: on every rank.
+    """
+    layout = parts.plan.layout(decision)
+    fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
+    compare = decision.step % parts.cadence.compare_every_steps == 0
+    if compare and parts.unlike:
+        take_over(parts.learner, parts.tensors)
+    digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
+    where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
+    hint = oom_hint(decision.micro_batch, decision.global_batch)
+    learner, agreement, policy = parts.learner, parts.agreement, parts.policy
+    try:
+        with explain_out_of_memory(where, hint):
+            outcome = train_step(
+                decision, layout, fetched, learner, agreement, digest, policy, timed
             )
+    except ModeChangedError as error:
+        raise JobError(f"model.name: {error}") from None
+    if compare:
+        parts.resting.refuse_changes(parts.control, parts.learner)
+    return outcome
+
+
+def save_if_due(
+    parts: LoopComponents,
+    state: TrainState,
+    decision: Decision,
+    flags: StepFlags,
+    best: bool,
+    timed: PhaseTimers,
+) -> None:
+    """Write a checkpoint where the cadence, the clock or a stop asks for it, or for the best
+    evaluation so far. Every rank calls this together; errors are those of `save`.
+    """
+    scheduled = best or parts.saver.is_scheduled(decision)
+    if scheduled:
+        state.scheduled_step = decision.step + 1
+    if not (scheduled or flags.save or flags.stop):
+        return
+    controller = parts.controller
+    position = controller.position_after(decision) if controller is not None else None
+    truncated = decision.global_batch < decision.stage_batch
+    wait = flags.stop or decision.is_last
+    with timed("save"), parts.watchdog.during("save"):
+        save(parts, state, position, truncated, best, scheduled, wait)
+
+
+def _stopped(parts: LoopComponents, decision: Decision) -> str:
+    """What is said of an orderly stop. Every rank calls this together."""
+    heard = parts.control.allgather((parts.stop.reason or "").encode())
+    reasons = sorted({message.decode() for message in heard} - {""})
+    return (
+        f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
+        f"{' and '.join(reasons)}; the checkpoint is written: the same command goes on from here"
+    )
 
 
 def record(
