@@ -1,6 +1,6 @@
 # make demo    set up, then train the main job on two workers
 # make test    set up, then run every test
-# make test-faults  every fault of the list in the README; make test-kill: the long kill trial; make test-laws: whole jobs
+# make test-faults  every fault of the list in docs/fault-tests.md; make test-kill: the long kill trial; make test-laws: whole jobs
 # make test-fuzz    the laws on 5,000 jobs drawn at random, and some hundreds of them over MPI and Horovod
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make test-kernels  what moves the weights on a GPU, also without one (installs Triton into .triton)
@@ -56,7 +56,7 @@ test-parallel: $(stamp)
 test-integration: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration
 
-# What goes wrong on purpose: some of the cases in the default suite, all of them here (those behind tests/faults are in both).
+# What goes wrong on purpose: some of the cases in the default suite, all of them here (the suites after tests/faults are in both).
 test-faults-short: $(stamp)
 	$(bin)/python -m pytest tests/faults -m short
 

@@ -7,6 +7,7 @@ first sentence of every file. A test compares both with what stands there.
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from hvdlarge.config.explain import reference
@@ -53,7 +54,7 @@ def first_sentence(path: Path) -> str:
     """The first sentence of a file's docstring; empty where it has none."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return paragraph.split(". ")[0].rstrip(".:").replace("|", "\\|")
+    return re.split(r"(?<!et al)\. ", paragraph)[0].rstrip(".:").replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def run_job(
     """Train a job in this process, on one worker, and return its summary.
 
     A run that was interrupted is continued; one that has finished is left alone, and its summary is
-    returned. Torch's global settings (threads, TF32, deterministic algorithms) are set as the job
+    returned. torch's global settings (threads, TF32, deterministic algorithms) are set as the job
     asks for them and stay so.
 
     Args:

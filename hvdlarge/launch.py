@@ -180,7 +180,7 @@ class Launcher:
                     f"launch: {self._asked}: the run is asked to stop with a checkpoint (at most "
                     f"{self._grace_seconds:g} s)"
                 )
-                # Mpirun hands it to every rank, unlike SIGTERM, which kills them after 1 s
+                # mpirun hands it to every rank, unlike SIGTERM, which kills them after 1 s
                 process.send_signal(signal.SIGUSR1)
                 told = 1
             elif told == 1 and waited > self._grace_seconds:

@@ -122,7 +122,7 @@ def rehearse(
 
 def _rounding(outcome: Outcome, device: torch.device) -> bytes:
     """What two workers that round alike have in common."""
-    # The order of sums within a backward pass may differ there from time to time
+    # On a GPU the order of sums within a backward pass may differ from time to time.
     if device.type == "cuda":
         return torch.cuda.get_device_name(device).encode()
     return struct.pack("<dd", outcome.loss, outcome.gradient)
@@ -347,7 +347,7 @@ class Rehearsal:
             for name in written:
                 tensors[name].add_(1000 * (1 + tensors[name].abs()))
         moved = _State.of(self._modules, self._layers)
-        # Of a pass that reads such a tensor before it writes it
+        # A pass that reads such a tensor before it writes it may raise; not the question here.
         with contextlib.suppress(JobError):
             self._pass(inputs, targets)
         now = _State.of(self._modules, self._layers)

@@ -249,7 +249,7 @@ def _already_finished(
     gradient_bytes: int,
 ) -> None:
     """Leave a finished run alone, but for a summary that it did not come to write: it was killed
-    behind its last checkpoint.
+    after its last checkpoint.
     """
     made_up = ""
     if not (folder / "summary.json").exists():
@@ -523,7 +523,7 @@ def _settle_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     if deterministic:
-        # Torch asks for it, before CUDA starts
+        # torch asks for it, before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 

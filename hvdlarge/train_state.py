@@ -15,10 +15,8 @@ class TrainState:
     best: dict[str, Any] | None = None
     skipped: int = 0  # steps left out as not finite
     rolled_back: int = 0
-    scheduled_step: int | None = (
-        # Behind which the job's cadence asked for the last checkpoint: what a rollback goes back to
-        None
-    )
+    # After which the job's cadence asked for the last checkpoint: what a rollback goes back to
+    scheduled_step: int | None = None
     overflows: int = 0  # of those left out, the ones that only asked for a smaller loss scale
     loss_scale: float | None = None  # the moving part, for fp16
     steps_at_loss_scale: int = 0

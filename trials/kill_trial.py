@@ -1,10 +1,9 @@
 """Kills runs by SIGKILL of a random rank at a random moment, restarts each with the same command
 until it ends, and holds the final weights against those of an undisturbed run.
 
-    python trials/kill_trial.py --runs 50                       the same number of workers:
-    identical to the last bit
-    python trials/kill_trial.py --runs 20 --change-workers      another number at each restart:
-    equal to 1e-12 relative
+    python trials/kill_trial.py --runs 50                     identical to the last bit
+    python trials/kill_trial.py --runs 20 --change-workers    another number of workers at each
+                                                              restart: equal to 1e-12 relative
 
 Every third run is killed while rank 0 is writing a checkpoint. Prints a line for each run and a
 summary; exit code 0 if all agree.

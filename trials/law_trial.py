@@ -1,6 +1,6 @@
 """Laws 1 to 3 on whole jobs: the final weights at 1, 2, 3 and 4 workers held against each other.
 
-    python trials/law_trial.py                 three jobs: about twenty minutes on two cores
+    python trials/law_trial.py                 three jobs: about eleven minutes on two cores
     python trials/law_trial.py --jobs lstm     one of them
 
 Law 1, the world law: every tensor of the final weights and buffers within 1e-12 relative (float64)

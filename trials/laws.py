@@ -2,8 +2,7 @@
 Horovod.
 
     python trials/laws.py --jobs 5000 --processes 2        ranks are threads of one process
-    mpirun -np 3 python trials/laws.py --jobs 200          one long-lived world over the real
-    channels
+    mpirun -np 3 python trials/laws.py --jobs 200          one world over the real channels
     python trials/laws.py --replay trials/found/x.json     one case, or all of a folder
 
 Each job must be refused before its first step, in the same words on every number of workers, or

@@ -253,7 +253,7 @@ def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    # Torch answers damage with a dozen kinds of exception, KeyError among them
+    # torch answers damage with a dozen kinds of exception, KeyError among them
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else ""
         raise CheckpointError(

@@ -117,7 +117,7 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
     Args:
         checkpoints: of the run.
         modules: get its state.
-        step: behind which the job's cadence asked for the last one. Those that a stop or a clock
+        step: after which the job's cadence asked for the last one. Those that a stop or a clock
             asked for are passed over: an interruption must not decide where a run goes back to.
             None, or none there: the newest.
 

@@ -40,7 +40,7 @@ class CheckpointSaver:
         every_minutes: cadence of rank 0's clock, or None.
         best_by: accuracy or test_loss, or None for whichever there is.
         facts: what every checkpoint carries: the job, the data, versions.
-        log_offsets: where rank 0's logs end, so that a resumed run can cut off what came behind.
+        log_offsets: where rank 0's logs end, so that a resumed run can cut off what came after.
         goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept
             then.
     """

@@ -1,8 +1,8 @@
 """What an allreduce costs: two figures fitted to measurements, and what follows from them for other
 sizes and numbers of workers.
 
-Formula:  T(n, p) = 2(p − 1)·a + 2·(p − 1)/p · n·b      n bytes, p workers; a seconds of latency, b
-          seconds per byte
+Formula:  T(n, p) = 2(p − 1)·a + 2·(p − 1)/p · n·b
+          for n bytes and p workers; a seconds of latency, b seconds per byte
 Source:   ring allreduce; Patarasuk, Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
           workstations" (2009).
 Contract: pure. The fit weighs relative errors, since times range over decades. Horovod's own cycle

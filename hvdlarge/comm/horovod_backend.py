@@ -126,7 +126,7 @@ _CARRIED = frozenset(
 
 
 class HorovodOptimizer:
-    """`hvd.DistributedOptimizer` with its order of calls: begin, backward passes, reduce, apply.
+    """`hvd.DistributedOptimizer`, called as zero_grad, backward passes, synchronize, step.
 
     Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does
     op=Sum over the workers; the step scales each micro-batch's loss by its share of the global

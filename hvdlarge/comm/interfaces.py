@@ -1,7 +1,7 @@
 """What the rest of the engine may ask of the other workers, and the errors with which they answer.
 
 Two channels (docs/design.md): tensors go over Horovod, decisions over MPI. Both
-have a solo form, so the code behind the door never asks whether it runs alone. Only
+have a solo form, so the code behind them never asks whether it runs alone. Only
 `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
 """
 
@@ -61,7 +61,7 @@ class ControlChannel(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave in order, after the collectives is closed; a rank that left without this would end
+        """Leave in order, after the collectives are closed; a rank that left without this would end
         the others' run badly.
         """
         ...
@@ -110,7 +110,7 @@ class DistributedOptimizer(Protocol):
         ...
 
     def step(self) -> None:
-        """Move the weights with the reduced gradients. Called after `reduce`; needs no
+        """Move the weights with the reduced gradients. Called after `synchronize`; needs no
         other worker.
         """
         ...

@@ -110,7 +110,7 @@ class MpiChannel:
         _wait(self._comm.Ibarrier())
 
     def close(self) -> None:
-        """Leave MPI in order, after the collectives is closed. Every rank calls this together."""
+        """Leave MPI in order, after the collectives are closed. Every rank calls this together."""
         self.barrier()
         self._comm.Free()
         MPI.Finalize()

@@ -87,7 +87,7 @@ def _loss(job: Job) -> Iterator[Problem]:
         return
     given = job.loss.args
     sums = {"reduction": given.get("reduction", "mean") not in ("mean", "batchmean")}
-    # Torch's older names for it
+    # torch's older names for it
     sums |= {old: given.get(old) is False for old in ("size_average", "reduce")}
     for key in (key for key, says_so in sums.items() if says_so):
         why = "the engine weighs the mean over each micro-batch by its share of the global batch"

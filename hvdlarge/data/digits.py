@@ -21,8 +21,7 @@ def digits() -> tuple[InMemory, InMemory]:
     same.
 
     Source: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
-            Repository (1998), as carried
-    by scikit-learn.
+        Repository (1998), as carried by scikit-learn.
 
     Returns:
         Training and test set; inputs (n, 1, 8, 8) float32 in [0, 1], targets (n,) int64.

@@ -187,7 +187,7 @@ class WorkerLoader:
         self._loaded: Iterator[LoadedMicroBatch | None] | None = None
         self._thread: threading.Thread | None = None
         self._wanted = threading.Semaphore(0)  # announced and not yet taken over
-        # For what is taken over and not yet asked for
+        # Free places for what is taken over and not yet asked for
         self._room = threading.Semaphore(num_workers * prefetch_factor)
         self._ready: queue.SimpleQueue[LoadedMicroBatch | BaseException] = queue.SimpleQueue()
         self._has_processes = num_workers > 0
@@ -235,7 +235,7 @@ class WorkerLoader:
                 for process in self._processes:
                     process.kill()  # torch sees that within its patience, and tells the thread
                 self._thread.join()
-        # Torch ends its processes when nobody holds them, which the thread did
+        # torch ends its processes when nobody holds them, which the thread did
         self._loaded = self._loader = None
 
     def _begin(self) -> None:

@@ -4,8 +4,8 @@
 Formula:  sample s of a run (s = 0, 1, 2, …) is data-set index permute(seed, s // N, s % N) of a set
           of N samples; permute = a Feistel network of `_ROUNDS` rounds on the numbers of max(6,
           ⌈log2 N⌉) bits, walked until below N
-Source:   docs/design.md; Feistel with cycle walking: Black, Rogaway, "Ciphers
-          with Arbitrary Finite Domains" (2002), section 4.
+Source:   docs/design.md; Feistel with cycle walking: Black, Rogaway, "Ciphers with Arbitrary Finite
+          Domains" (2002), section 4.
 Contract: pure; for every seed, epoch and N a bijection on 0 … N − 1; time and memory grow with the
           indices asked for and not with N. Every epoch shows every sample once, whatever the
           batches, and the data position is one integer.

@@ -1,10 +1,11 @@
 """LAMB, layer-wise adaptive moments for batch training: Adam's direction with LARS's trust ratio.
 
-Formula:  m ← β₁·m + (1 − β₁)·g;    v ← β₂·v + (1 − β₂)·g²;    r = (m / (1 − β₁ᵗ)) / (√(v / (1 −
-          β₂ᵗ)) + ε) + β·w
-          w ← w − lr·(‖w‖ / ‖r‖)·r      ratio 1 where ‖w‖ = 0 or ‖r‖ = 0, and for a tensor that is
-          not adapted A tensor whose gradient is zero throughout is left alone in that step
-          (norms.py): weights, moments and its count t.
+Formula:  m ← β₁·m + (1 − β₁)·g;    v ← β₂·v + (1 − β₂)·g²
+          r = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε) + β·w
+          w ← w − lr·(‖w‖ / ‖r‖)·r
+          The ratio is 1 where ‖w‖ = 0 or ‖r‖ = 0, and for a tensor that is not adapted. A tensor
+          whose gradient is zero throughout is left alone in that step (norms.py): weights, moments
+          and its count t.
 Source:   You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large Batch
           Optimization for Deep Learning: Training BERT in 76 Minutes" (2020), Algorithm 2, with
           φ(z) = z and Adam's bias correction.

@@ -3,13 +3,14 @@
 Formula:  for every adapted tensor, with mean gradient g, weights w, weight decay β, trust
           coefficient η, momentum m:
               λ = η‖w‖ / (‖g‖ + β‖w‖ + ε);    u = λ·(g + β·w);    v ← m·v + lr·u;    w ← w − v
-          joint_norm:               λ = η‖w‖ / (‖g + β·w‖ + ε)
-          clip:                     λ ← min(λ / lr, 1)
+          joint_norm:             λ = η‖w‖ / (‖g + β·w‖ + ε)
+          clip:                   λ ← min(λ / lr, 1)
           lr_in_momentum: false:  v ← m·v + u;    w ← w − lr·v
-          nesterov:                 the weights move by what v would become in one more step with
-          the same u: w ← w − (m·v + lr·u) λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move;
-          a tensor that is not adapted has λ = 1 always. A tensor whose gradient is zero throughout
-          is left alone in that step (norms.py): weights, momentum and decay.
+          nesterov:               the weights move by what v would become in one more step with the
+                                  same u: w ← w − (m·v + lr·u)
+          λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move; a tensor that is not adapted has
+          λ = 1 always. A tensor whose gradient is zero throughout is left alone in that step
+          (norms.py): weights, momentum and decay.
 Source:   You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), Algorithm
           1. The fallback λ = 1 is that of the MLPerf and TensorFlow forms; the last rule is what
           torch's own optimizers do for a gradient of None. The other forms, and who has them, are

@@ -178,7 +178,7 @@ class Table:
         self._listed: list[int] = []
         self._aligned = False
         self._addresses = self._sizes
-        # Λ of the last step
+        # λ of the last step
         self.ratios = torch.ones(len(sizes), dtype=torch.float64, device=self._device)
 
     def is_of(self, weights: Sequence[torch.Tensor], ends: Sequence[int]) -> bool:

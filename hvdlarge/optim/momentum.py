@@ -1,9 +1,10 @@
 """The momentum update of one tensor with a trust ratio, in few passes over its memory.
 
-Formula:  u = λ·(g + β·w);   rate in the momentum:  v ← m·v + lr·u;  w ← w − v      (nesterov: w ← w
-          − (m·v + lr·u))
-                             rate outside:          v ← m·v + u;     w ← w − lr·v   (nesterov: w ← w
-                             − lr·(m·v + u))
+Formula:  u = λ·(g + β·w)
+          rate in the momentum:  v ← m·v + lr·u;    w ← w − v
+                                 nesterov:          w ← w − (m·v + lr·u)
+          rate outside:          v ← m·v + u;       w ← w − lr·v
+                                 nesterov:          w ← w − lr·(m·v + u)
 Source:   the forms of LARS; see lars.py.
 Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_update` does the same
           with torch's own fused SGD in one pass that reads g, w, v and writes w, v: lr = 1 and

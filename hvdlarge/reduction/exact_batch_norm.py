@@ -46,7 +46,7 @@ class ExactStatistics(RunningStatistics):
         self._parts = [buffer.clone() for buffer in self._buffers()]
         self._seen = [[] for _ in self._layers]
         for number, layer in enumerate(self._layers):
-            # Running ← 0·running + 1·batch: the batch's statistics as they are
+            # running ← 0·running + 1·batch: the batch's statistics as they are
             layer.module.momentum = 1.0
             self._hooks.append(layer.module.register_forward_hook(self._note(number)))
 

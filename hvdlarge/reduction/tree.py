@@ -3,9 +3,8 @@
 Formula:  node (j, i) of a step of M micro-batches holds those from ⌊i·M/2^j⌋ to ⌊(i+1)·M/2^j⌋ − 1,
           and its value is the value of (j+1, 2i) plus the value of (j+1, 2i+1); an empty node has
           none, and a node of one micro-batch is that one
-Source:   docs/design.md. With 2^k workers the block of worker r is node
-          (k, r): so each worker adds up its own node, and the tree above it is the same for 1, 2,
-          4, … workers.
+Source:   docs/design.md. With 2^k workers the block of worker r is node (k, r): so each worker adds
+          up its own node, and the tree above it is the same for 1, 2, 4, … workers.
 Contract: pure; the order of every addition depends on M alone.
 """
 

@@ -3,10 +3,10 @@
 Formula:  a Max-allreduce of float64 numbers [v, −v] for what must be the same on every rank, and of
           plain flags for what one rank may ask of all. The largest v and the smallest differ
           exactly when two ranks differ.
-Source:   docs/design.md. Horovod itself never notices that a rank is one step
-          behind, has another rate, or sends zeros for a missing gradient; this travels beside the
-          gradients and notices in the same step. It goes over MPI: as one more tensor of Horovod's
-          it waited for a cycle.
+Source:   docs/design.md. Horovod itself never notices that a rank is one step behind, has another
+          rate, or sends zeros for a missing gradient; this travels beside the gradients and notices
+          in the same step. It goes over MPI: as one more tensor of Horovod's it waited for a
+          cycle.
 Contract: sent before the gradients are waited for, read before the update is applied; what follows
           from it (apply, skip, save, stop) is a function of reduced values only, so every rank
           takes the same branch.

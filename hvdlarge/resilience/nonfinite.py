@@ -3,7 +3,7 @@ or the run goes back.
 
 The gradients are reduced before they are looked at, so every rank sees the same and takes the same
 branch. A loss may be not finite while the gradients are. It is summed only where it is logged,
-behind the update: such a step cannot be left out any more.
+after the update: such a step cannot be left out any more.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class DeferredCheck:
     step waits for them.
 
     For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one
-    behind it is never kept.
+    after it is never kept.
 
     Args:
         then: the policy, which never leaves out a step.

@@ -2,8 +2,8 @@
 steps, on all ranks.
 
 SIGUSR1, SIGUSR2 and SIGTERM reach the ranks when a scheduler or a user signals `mpirun`, or a
-single rank. A flag that one rank has seen rides with the gradients of the coming step, so every
-rank stops after the same step.
+single rank. A flag that one rank has seen travels with the consistency check of the coming step, so
+every rank stops after the same step.
 """
 
 from __future__ import annotations

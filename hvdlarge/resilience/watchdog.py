@@ -30,7 +30,7 @@ _SECOND_LINE_SECONDS, _SECOND_LINE_AT_THE_START_SECONDS = 30.0, 2.0
 
 
 class Watchdog:
-    """Watches the progress of one rank, between `start` and `stop`; before and behind them nothing
+    """Watches the progress of one rank, between `start` and `stop`; before and after them nothing
     is armed.
 
     Args:

@@ -1,9 +1,10 @@
 """How a step's samples are cut into micro-batches and dealt to the workers: the one place of the
 batch arithmetic.
 
-Formula:  global_batch = Σ over workers of (micro-batches of that worker × their sizes)     e.g.
-          8192 = 64 × 2 × 64 M = ⌈global_batch / micro_batch⌉ micro-batches; worker r of n takes
-          those from ⌊r·M/n⌋ to ⌊(r+1)·M/n⌋ − 1
+Formula:  global_batch = Σ over workers of (micro-batches of that worker × their sizes),
+          e.g. 8192 = 64 × 2 × 64;
+          M = ⌈global_batch / micro_batch⌉ micro-batches; worker r of n takes those from ⌊r·M/n⌋ to
+          ⌊(r+1)·M/n⌋ − 1
 Source:   docs/design.md.
 Contract: pure. Micro-batches belong to the step and not to the worker: their limits do not depend
           on the number of workers. Each worker's micro-batches are consecutive, and two workers

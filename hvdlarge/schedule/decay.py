@@ -1,14 +1,16 @@
 """Decay of the learning rate over a run.
 
-Formula:  constant: 1;   multistep: gamma^(marks reached);
+Formula:  constant:    1
+          multistep:   gamma^(milestones reached)
           with x = (epoch − W) / (T − W), W = end of the first warmup, T = the run's length
           (after_warmup: true, the reading of MLPerf and of the LEGW tables), or W = 0
           (after_warmup: false):
-          polynomial:  end + (1 − end)·(1 − x)^power;   cosine:  end + (1 − end)·(1 + cos πx) / 2
+          polynomial:  end + (1 − end)·(1 − x)^power
+          cosine:      end + (1 − end)·(1 + cos πx) / 2
           exponential: gamma^((epoch − W) / every_epochs)
           one_cycle:   with p = peak: linear from start to 1 over x in [0, p], back to start over
-          [p, 2p], then on to end
-                       over [2p, 1]; it holds its own warmup, so the job's must be none and W = 0
+                       x in [p, 2p], then on to end over x in [2p, 1]; it holds its own warmup, so
+                       the job's must be none and W = 0
 Source:   polynomial, power 2: You, Gitman, Ginsburg, LARS (2017), Algorithm 1; multistep: AdaBatch
           (2017), where a baseline decay of 0.375 and a batch doubling with linear scaling give the
           paper's factor 0.75; exponential: one of the schedules that LEGW (2019) was tried with;

@@ -1,9 +1,9 @@
 """The learning rate of one step, put together from scaling, warmup and decay.
 
 Formula:  lr = base_lr · multiplier(epoch at the step's end) · decay(epoch at the step's start)
-Source:   docs/design.md. Warmup is read at the end of a step, so the first step
-          moves and the first full-rate step is the one that completes the warmup; decay is read at
-          its start, so the first step is undecayed.
+Source:   docs/design.md. Warmup is read at the end of a step, so the first step moves and the first
+          full-rate step is the one that completes the warmup; decay is read at its start, so the
+          first step is undecayed.
 Contract: pure; `stages` holds the stages begun so far, including the one that the step belongs to.
 """
 

@@ -2,8 +2,7 @@
 
 Formula:  epoch = samples_seen / dataset_size;  total_samples = epochs · dataset_size (rounded to
           whole samples)
-Source:   docs/design.md. Counting steps instead would shift every
-          schedule when the batch grows.
+Source:   docs/design.md. Counting steps instead would shift every schedule when the batch grows.
 Contract: pure. Every comparison of progress with a mark goes through `reached`, so that two
           policies with the same mark (AdaBatch's growth and its decay) act in the same step.
 """

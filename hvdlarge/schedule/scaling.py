@@ -1,7 +1,7 @@
 """Scaling of the learning rate with the batch.
 
-Formula:  k = global_batch / base_batch;   none: scale(k) = 1;   linear: scale(k) = k;   sqrt:
-          scale(k) = √k
+Formula:  k = global_batch / base_batch
+          none: scale(k) = 1;    linear: scale(k) = k;    sqrt: scale(k) = √k
 Source:   linear: Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.1, and AdaBatch
           (2017), which multiplies the rate with the batch; sqrt: You et al., LEGW
           (UCB/EECS-2018-138; 2019): peak rate × √k.

@@ -2,12 +2,11 @@
 
 Formula:  W(k) = warmup length in epochs:  none: 0;  linear: w;  legw: w0·k
           before any growth:  multiplier(e) = scale(k) · min(1, e / W(k))
-          on_growth = jump:   multiplier(e) = scale(k(e)) · min(1, e / W(k_0)),  k_0 = batch factor
-          of the first stage
+          on_growth = jump:   multiplier(e) = scale(k(e)) · min(1, e / W(k_0)),
+                              k_0 = batch factor of the first stage
           on_growth = ramp:   at a growth from k to k' at epoch e the multiplier rises linearly from
-          its value at e to
-                              scale(k') over  legw: max(w0·k' − e, w0·(k' − k)),  linear: w,  none:
-                              0  epochs
+                              its value at e to scale(k') over so many epochs:
+                              legw: max(w0·k' − e, w0·(k' − k));  linear: w;  none: 0
 Source:   linear: Goyal et al. (2017), section 2.2; legw: You et al., LEGW (UCB/EECS-2018-138;
           2019): a batch k times larger warms up over k times as many epochs, hence over the same
           number of *iterations*. jump is AdaBatch's own reading (the rate changes with the batch,

@@ -177,7 +177,7 @@ def summary_of(
     Args:
         plan: what it followed.
         state: its results.
-        position: behind the last step.
+        position: after the last step.
         seconds: of training.
         peak_memory: of the worker that needed most, in bytes; None where that is not known any
             more.

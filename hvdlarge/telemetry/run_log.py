@@ -173,7 +173,7 @@ class RunLog:
 
         Args:
             state: its results.
-            position: behind the last step.
+            position: after the last step.
             peak_memory: of the worker that needed most, in bytes.
             gradient_bytes: that a worker sends in each step.
 
