@@ -143,10 +143,11 @@ def save_if_due(
     evaluation so far. Every rank calls this together; errors are those of `save`.
     """
     scheduled = best or parts.saver.is_scheduled(decision)
-    if scheduled:
-        state.scheduled_step = decision.step + 1
     if not (scheduled or flags.save or flags.stop):
         return
+    parts.policy.flush(parts.learner)  # it may go back, and then not to what is saved here
+    if scheduled:
+        state.scheduled_step = decision.step + 1
     controller = parts.controller
     position = controller.position_after(decision) if controller is not None else None
     truncated = decision.global_batch < decision.stage_batch

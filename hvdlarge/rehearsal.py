@@ -229,11 +229,8 @@ class Rehearsal:
             before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
-            written = [
-                name for name, version in self._versions().items() if versions.get(name) != version
-            ]
-            restore()
-            self._refuse_steps_of_its_own(written, before, inputs, targets)
+            now = self._versions()
+            written = [name for name, version in versions.items() if now.get(name) != version]
             restore()
             evaluated = self._evaluate(inputs, targets) if evaluates else None
             before.refuse_changes(self._modules, [])
@@ -246,6 +243,9 @@ class Rehearsal:
             restore()
             if evaluates and evaluated is not None:
                 self._refuse_other_evaluation(evaluated, self._evaluate(inputs, targets))
+            for sign in (1.0, -1.0) if written else ():
+                restore()
+                self._refuse_steps_of_its_own(written, sign, inputs, targets)
             return first
 
     def run_once(self, inputs: Any, targets: Any, what: str) -> None:
@@ -320,47 +320,56 @@ class Rehearsal:
 
     def _versions(self) -> dict[str, tuple[int, int]]:
         """For each saved tensor of floats but the running statistics, what changes whenever it is
-        written to.
+        written to (but through `.data`).
         """
         moving = {id(buffer) for layer in self._layers for buffer in layer.averages}
         return {
             name: (id(value), value._version)
             for name, value in saved_tensors(self._modules).items()
-            if value.is_floating_point() and id(value) not in moving
+            if (value.is_floating_point() or value.is_complex())
+            and id(value) not in moving
+            and not value.is_inference()  # nobody can write to it here
         }
 
     def _refuse_steps_of_its_own(
-        self, written: list[str], before: _State, inputs: Any, targets: Any
+        self, written: list[str], sign: float, inputs: Any, targets: Any
     ) -> None:
         """Refuse tensors that a pass moves on from where they are, though it did not move them from
         where they began.
 
-        Spectral normalisation that has converged, or an embedding all of whose rows are within its
-        max_norm: moved away, they do not stay there. A tensor that each pass computes anew does
-        come back to what it was.
+        Spectral normalisation that has converged, an embedding all of whose rows are within its
+        max_norm, or weights that are clamped in place: moved away, up or down, they do not stay
+        there. Whatever of a buffer each pass computes anew comes back to what it was.
+
+        Args:
+            written: names of the tensors that a pass writes to.
+            sign: 1 or −1, the direction in which they are moved.
+            inputs: of the micro-batch.
+            targets: likewise.
         """
-        if not written:
-            return
-        tensors = saved_tensors(self._modules)
-        kept = {name: tensors[name].detach().clone() for name in written}
+        held = saved_tensors(self._modules)
+        kept = {name: held[name].detach().clone() for name in written if name in held}
+        moved: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            for name in written:
-                tensors[name].add_(1000 * (1 + tensors[name].abs()))
-        moved = _State.of(self._modules, self._layers)
+            for name, value in kept.items():
+                with contextlib.suppress(RuntimeError):  # elements that share their memory
+                    held[name].add_(sign * 1000 * (1 + value.abs()))
+                    moved[name] = held[name].detach().clone()
         # A pass that reads such a tensor before it writes it may raise; not the question here.
         with contextlib.suppress(JobError):
             self._pass(inputs, targets)
-        now = _State.of(self._modules, self._layers)
-        with torch.no_grad():
-            for name, value in kept.items():
-                tensors[name].copy_(value)
-        stays = {
+        now = saved_tensors(self._modules)  # a pass may put another tensor in the place of one
+        depends = [
             name
-            for name in written
-            if now.digests[name] in (before.digests[name], moved.digests[name])
-        }
-        if depends := sorted(set(written) - stays):
-            raise JobError(_changed(depends[0]))
+            for name, value in moved.items()
+            if name in now and not _stays(now[name], value, kept[name])
+        ]
+        with torch.no_grad():
+            for name in moved.keys() & now.keys():
+                if now[name].shape == kept[name].shape:
+                    now[name].copy_(kept[name])
+        if depends:
+            raise JobError(_changed(min(depends)))
 
     def _same(self, one: Outcome, other: Outcome) -> bool:
         close = _CLOSE[self._arithmetic.precision]
@@ -471,6 +480,16 @@ class _State(NamedTuple):
                 "model.name: the forward pass changes the mode (training or evaluation) of "
                 f"{switched[0]!r}"
             )
+
+
+def _stays(now: torch.Tensor, moved: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether each element is as it was moved or, in a buffer, as it was before."""
+    if now.shape != moved.shape:
+        return False
+    stays = (now == moved) | (now.isnan() & moved.isnan())
+    if not isinstance(now, torch.nn.Parameter):
+        stays |= now == before
+    return bool(stays.all())
 
 
 def _changed(name: str) -> str:

@@ -486,6 +486,7 @@ def _go_back(
     together.
     """
     control, tensors, rolled_back = parts.control, parts.tensors, state.rolled_back + 1
+    cutting = state.largest_micro_batch, state.workers
     on_rank_0(control, parts.saver.finish)
     with parts.watchdog.during("checkpoint"):
         found = on_rank_0(
@@ -500,6 +501,7 @@ def _go_back(
     position, state = resume.share(found, parts.learner, control, tensors)
     position = replace(position, lr_factor=position.lr_factor * reason.lr_factor)
     state.rolled_back = rolled_back
+    state.largest_micro_batch, state.workers = cutting  # this part of the run goes on as it does
     log = parts.log
     on_rank_0(
         control,
@@ -510,6 +512,8 @@ def _go_back(
         ),
     )
     if log is not None:
+        for note in found.notes if found is not None else ():
+            print_status(f"note     {note}")
         print_status(
             f"{reason}; back to step {position.step}, the rate is multiplied by "
             f"{position.lr_factor:g} from there"

@@ -16,7 +16,7 @@ from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
-from hvdlarge.exits import CheckpointError, JobError
+from hvdlarge.exits import CheckpointError, CheckpointWriteError, JobError
 from hvdlarge.models.state import Modules
 from hvdlarge.replica import Replica
 from hvdlarge.schedule.plan import RunProgress
@@ -123,16 +123,26 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
 
     Raises:
         CheckpointError: if none is whole.
+        CheckpointWriteError: if those above cannot be removed.
     """
-    good = (
-        checkpoints.newest_good(step) if step is not None else None
-    ) or checkpoints.newest_good()
+    good, damaged = None, []
+    if step is not None:
+        try:
+            good = checkpoints.newest_good(step)
+        except CheckpointError as error:  # then from a newer one, rather than not at all
+            damaged = str(error).splitlines()
+    good = good or checkpoints.newest_good()
     if good is None:
         raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")
-    path, content, notes = good
+    path, content, problems = good
     load_modules(modules, content, path)
-    found = ResumePoint(path, content, notes)
-    checkpoints.remove_above(found.position.step)
+    found = ResumePoint(path, content, [*damaged, *problems])
+    try:
+        checkpoints.remove_above(found.position.step)
+    except OSError as error:
+        left = "the checkpoint to go back to is untouched"
+        what = f"the list of checkpoints in {checkpoints.folder}"
+        raise CheckpointWriteError.of(what, checkpoints.folder, error, left) from None
     return found
 
 

@@ -183,6 +183,12 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
     if job.batch.first > plan.clock.dataset_size:
         epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
         lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
+    scheduled = job.checkpoint.epochs or job.checkpoint.every_steps
+    if job.on_nonfinite.policy == "rollback" and not scheduled:
+        lines.append(
+            "note     on_nonfinite: rollback goes back to checkpoints at fixed steps or epochs: "
+            "with checkpoint.every_minutes alone to the start, or to the best evaluation"
+        )
     lines += _loss_notes(job, plan)
     last = stages_of(plan)[-1]
     if last.full_rate > epochs:

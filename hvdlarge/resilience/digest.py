@@ -1,7 +1,8 @@
 """A digest of what must be the same on every rank: weights, and the optimizer's state.
 
-Formula:  per tensor the sum, modulo 2^64, of its bytes read as 32-bit words; over all tensors the
-          CRC of those sums and names
+Formula:  per tensor, of its bytes read as 32-bit words in rows of 1024: the sums of the rows and of
+          the columns, each multiplied by an odd number of its own, added up modulo 2^64; over all
+          tensors the CRC of those numbers and names
 Contract: equal states have equal digests; a flipped bit anywhere changes it. One pass over the
           state, every `compare_every_steps` steps and before each checkpoint. Running statistics
           are left out while they are scattered.
@@ -54,7 +55,7 @@ def tensor_digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
         (tensor.device for tensor in state.values() if tensor.device.type != "cpu"),
         torch.device("cpu"),
     )
-    sums = [_words(tensor).sum(dtype=torch.int64).to(device) for tensor in state.values()]
+    sums = [_weighed(_words(tensor)).to(device) for tensor in state.values()]
     values = torch.stack(sums).tolist() if sums else []
     return {name: value % 2**64 for name, value in zip(state, values, strict=True)}
 
@@ -63,6 +64,27 @@ def combined(digests: Mapping[str, int]) -> int:
     """One number over all tensors, 0 … 2^64 − 1."""
     text = "\n".join(f"{name} {value}" for name, value in digests.items()).encode()
     return zlib.crc32(text) << 32 | zlib.crc32(text[::-1])
+
+
+_COLUMNS = 1024
+# Odd and even, so that every word is multiplied by an odd number in all: no changed bit is lost.
+_OF_ROWS, _OF_COLUMNS = 0x9E3779B97F4A7C15 - 2**64, 0x3C6EF372FE94F82A
+
+
+def _weighed(words: torch.Tensor) -> torch.Tensor:
+    """A number in which every word counts by its place: int64, shape ()."""
+    columns = max(1, min(words.numel(), _COLUMNS))
+    rows = words.numel() // columns
+    whole = words[: rows * columns].view(rows, columns)
+    rest = words[rows * columns :].to(torch.int64)
+    of_rows = torch.cat([whole.sum(dim=1, dtype=torch.int64), rest.sum().reshape(1)])
+    of_columns = whole.sum(dim=0, dtype=torch.int64)
+    of_columns[: len(rest)] += rest
+    return _by_place(of_rows) * _OF_ROWS + _by_place(of_columns) * _OF_COLUMNS
+
+
+def _by_place(sums: torch.Tensor) -> torch.Tensor:
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

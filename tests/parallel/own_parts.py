@@ -414,6 +414,66 @@ class Rewritten(Net):
         return hidden * self.window.clone()
 
 
+class ReadThenRewritten(Rewritten):
+    """Likewise, but read before it is computed."""
+
+    def between(self, hidden):
+        found = hidden * self.window.clone()
+        self.window.copy_(torch.linspace(0.5, 1, 5))
+        return found
+
+
+class PartlyRewritten(Rewritten):
+    """Only a part of it is computed anew."""
+
+    def between(self, hidden):
+        self.window[:2] = torch.linspace(0.5, 1, 5)[:2]
+        return hidden * self.window.clone()
+
+
+class Replaced(Rewritten):
+    """Another tensor is put in its place in each pass."""
+
+    def between(self, hidden):
+        self.window = self.window.clone()
+        return hidden * self.window
+
+
+class FirstSeen(Net):
+    """A buffer that the first forward pass registers."""
+
+    def between(self, hidden):
+        if not hasattr(self, "window"):
+            self.register_buffer("window", torch.full((5,), 0.5).to(hidden))
+        return hidden * self.window
+
+
+class Clamped(Net):
+    """Weights that are kept within bounds in place, in which they are at first."""
+
+    low, high = -50.0, None
+
+    def between(self, hidden):
+        with torch.no_grad():
+            self.first.weight.clamp_(self.low, self.high)
+        return hidden
+
+
+class ClampedFromAbove(Clamped):
+    low, high = None, 50.0
+
+
+class Rolling(Net):
+    """A pattern that goes round by one place in each pass."""
+
+    def build(self):
+        self.register_buffer("window", torch.linspace(0.5, 1, 5))
+
+    def between(self, hidden):
+        self.window.copy_(torch.roll(self.window, 1))
+        return hidden * self.window.clone()
+
+
 class Raising(Net):
     def between(self, hidden):
         raise ValueError("heads must divide the width")

@@ -19,6 +19,22 @@ def test_any_flipped_bit_changes_the_digest(dtype, size):
     assert tensor_digests({"x": tensor.clone()}) == before
 
 
+@pytest.mark.parametrize("size", [2, 7, 1024, 1025, 5000])
+def test_the_order_of_values_counts(size):
+    tensor = torch.arange(1.0, size + 1)
+    swapped = tensor.clone()
+    swapped[[0, size - 1]] = tensor[[size - 1, 0]]
+    digests = {
+        tuple(tensor_digests({"x": other}).values())
+        for other in (tensor, tensor.roll(1), tensor.flip(0), swapped)
+    }
+    assert len(digests) == (4 if size > 2 else 2)
+
+
+def test_a_tensor_without_elements_has_one():
+    assert tensor_digests({"x": torch.empty(0, 3)}) == {"x": 0}
+
+
 def test_names_and_state_belong_to_it():
     model = torch.nn.Linear(2, 2)
     optimizer = LARS(model.parameters())
