@@ -17,7 +17,8 @@ from hvdlarge.config.job_file import job_path, parse_job, read_job
 from hvdlarge.exits import InvalidEnvironmentError
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import RankContext, run
+from hvdlarge.run import run
+from hvdlarge.world import RankContext
 
 
 def run_job(

@@ -1,23 +1,27 @@
-"""From the sections of a job to the objects of a run. Each function takes the sections it reads,
-and does one thing.
+"""From the sections of a job to the objects of a run. Each is built on this rank alone, unless its
+function says that every rank calls it together.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 
+from hvdlarge.comm.devices import check_gpus, choose_device
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
-from hvdlarge.comm.rank_checks import raise_on_all_ranks
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config import job as sections
 from hvdlarge.config import registry as named
-from hvdlarge.config.planning import stages_of
+from hvdlarge.config.job import Job
+from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
+from hvdlarge.data.batches import to_device
 from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.data.loader import (
     LoadedMicroBatch,
@@ -29,7 +33,7 @@ from hvdlarge.data.loader import (
 )
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluate import Evaluation
-from hvdlarge.exits import InvalidEnvironmentError, JobError, OutOfMemory
+from hvdlarge.exits import JobError
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -44,11 +48,11 @@ from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
+from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
 from hvdlarge.replica import Replica
-from hvdlarge.resilience import out_of_memory as memory
 from hvdlarge.resilience.nonfinite import (
     DeferredCheck,
     LossScalingPolicy,
@@ -61,81 +65,55 @@ from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.train_state import TrainState
+from hvdlarge.world import RankContext
 
 
-def choose_device(tensors: Collectives) -> torch.device:
-    """The GPU of this worker's number on its host, or the CPU of a host without GPUs.
+@dataclass(frozen=True)
+class Components:
+    """What a job names, built on this rank alone; the same on every rank."""
 
-    Raises:
-        InvalidEnvironmentError: if Horovod cannot use the GPUs, or there are fewer of them than
-            workers on this host.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if not tensors.carries_gpu_tensors:
-        raise InvalidEnvironmentError(
-            f"this host has {gpus} GPUs, but its Horovod was built without CUDA: build it again "
-            "with CUDA_HOME set (and "
-            "HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-    # A launcher that gives each worker a GPU of its own shows it that one alone; whether it did,
-    # `check_gpus` finds out.
-    if 1 < gpus < tensors.local_size and tensors.needs_own_gpus:
-        raise InvalidEnvironmentError(
-            f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker "
-            "for each GPU"
-        )
-    device = torch.device("cuda", tensors.local_rank % gpus)
-    torch.cuda.set_device(device)
-    return device
+    precision: Precision
+    training_set: Any
+    test_set: Any  # or None
+    sizes: Mapping[str, int | None]  # of both, in samples
+    plan: Plan
+    model: torch.nn.Module
+    loss: Callable[[Any, Any], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    notes: Sequence[str] = ()  # what the user may not expect
+    rounds_differently: bool = False  # whether some ranks do
 
 
-def check_gpus(device: torch.device, control: ControlChannel, tensors: Collectives) -> list[str]:
-    """See whether each worker has a GPU of its own; what the user may not expect. Every rank calls
-    this together.
+def build_components(job: Job, context: RankContext) -> Components:
+    """Build what the job names, and compare it across ranks. Every rank calls this together.
 
     Raises:
-        InvalidEnvironmentError: on every rank, if workers share a GPU and their sums go over
-            NCCL, which cannot serve that.
+        JobError, InvalidEnvironmentError, RanksDisagreeError: on every rank.
+        OutOfMemory: on every rank, where not even one sample fits.
     """
-    own = (
-        str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
-        if device.type == "cuda"
-        else ""
+    control, tensors = context.control, context.tensors
+    device = raise_on_all_ranks(control, lambda: choose_device(tensors))
+    precision = raise_on_all_ranks(control, lambda: Precision(job.precision, device))
+    notes = check_gpus(device, control, tensors)
+    with context.watchdog.during("data"):
+        training_set, test_set = raise_on_all_ranks(control, lambda: load_data(job.data, job.seed))
+    sizes = {
+        "training samples": len(training_set),
+        "test samples": None if test_set is None else len(test_set),
+    }
+    check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
+    plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
+    model, loss, optimizer, model_notes = raise_on_all_ranks(
+        control, lambda: build_learning(job, precision)
     )
-    places = [
-        message.decode()
-        for message in control.allgather(f"{socket.gethostname()} {own}".encode() if own else b"")
-    ]
-    shared = shared_gpu(places)
-    if shared is None:
-        return []
-    ranks = f"ranks {shared[0]} and {shared[1]} have the same GPU ({places[shared[0]]})"
-    if tensors.needs_own_gpus:
-        raise InvalidEnvironmentError(
-            f"{ranks}, and NCCL needs one for each worker: start at most one worker for each GPU, "
-            "and let the launcher show each "
-            "worker its own one, or all of them to all (CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES)"
+    if job.batch.micro == "auto" and device.type == "cuda":
+        channels_last = job.model.channels_last
+        plan = with_largest_micro_batch(
+            plan, model, loss, precision, training_set, job.data, channels_last, control
         )
-    return [f"{ranks}; they take turns on it"]
-
-
-def shared_gpu(places: Sequence[str]) -> tuple[int, int] | None:
-    """The first two ranks with the same GPU; None if each has its own.
-
-    Args:
-        places: host and identity of each rank's GPU; empty for a rank without one.
-
-    >>> shared_gpu(["a GPU-1", "a GPU-2", "b GPU-1", "a GPU-2"])
-    (1, 3)
-    >>> shared_gpu(["", ""]) is None
-    True
-    """
-    for rank, place in enumerate(places):
-        if place and place in places[:rank]:
-            return places.index(place), rank
-    return None
+    return Components(
+        precision, training_set, test_set, sizes, plan, model, loss, optimizer, notes + model_notes
+    )
 
 
 def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
@@ -147,15 +125,15 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     """
     seed_all(seeds.key(seed, seeds.DATA))
     try:
-        found = named.build("data.name", data.name, data.args, named.DATA)
+        pair = named.build("data.name", data.name, data.args, named.DATA)
     except ModuleNotFoundError as error:
         raise JobError(f"data.name: {data.name}: {error}") from None
-    if not (isinstance(found, (tuple, list)) and len(found) == 2):
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise JobError(
             f"data.name: {data.name} must return a pair (training set, test set or None), not "
-            f"{_kind(found)}"
+            f"{_kind(pair)}"
         )
-    for what, dataset in zip(("training set", "test set"), found, strict=True):
+    for what, dataset in zip(("training set", "test set"), pair, strict=True):
         if dataset is None and what == "test set":
             continue
         if isinstance(dataset, IterableDataset):
@@ -171,32 +149,19 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
             )
         if len(dataset) == 0:
             raise JobError(f"data.name: the {what} of {data.name} is empty")
-    if data.samples is not None and len(found[0]) != data.samples:
+    if data.samples is not None and len(pair[0]) != data.samples:
         raise JobError(
             f"data.samples is {data.samples:,}, but the training set of {data.name} has "
-            f"{len(found[0]):,} samples"
+            f"{len(pair[0]):,} samples"
         )
-    return found[0], found[1]
-
-
-class Built(NamedTuple):
-    """What a job's model, loss and optimizer are, on one worker."""
-
-    model: torch.nn.Module
-    loss: Callable[[Any, Any], torch.Tensor]
-    optimizer: torch.optim.Optimizer
-    notes: list[str]  # what the user may not expect
+    return pair[0], pair[1]
 
 
 def build_learning(
-    model: sections.Model,
-    loss: sections.Loss,
-    optimizer: sections.Optimizer,
-    arithmetic: Precision,
-    seed: int,
-) -> Built:
+    job: Job, precision: Precision
+) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], torch.optim.Optimizer, list[str]]:
     """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on
-    the seed only.
+    the seed only. The last is what the user may not expect.
 
     Modes, types and names are settled here, before anything is derived from them.
 
@@ -204,26 +169,28 @@ def build_learning(
         JobError: for names that are not there, arguments that do not fit, or a model that cannot be
             trained.
     """
-    seed_all(seeds.key(seed, seeds.WEIGHTS))
-    net = named.build("model.name", model.name, model.args, named.MODELS)
-    if not isinstance(net, torch.nn.Module):
-        raise JobError(f"model.name: {model.name} must give a torch.nn.Module, not {_kind(net)}")
-    measure = named.build("loss.name", loss.name, loss.arguments, named.LOSSES)
+    seed_all(seeds.key(job.seed, seeds.WEIGHTS))
+    model = named.build("model.name", job.model.name, job.model.args, named.MODELS)
+    if not isinstance(model, torch.nn.Module):
+        raise JobError(
+            f"model.name: {job.model.name} must give a torch.nn.Module, not {_kind(model)}"
+        )
+    loss = named.build("loss.name", job.loss.name, job.loss.arguments, named.LOSSES)
     try:
-        modules = trained_modules(net, measure)
-        notes = [note for whole in modules.values() if (note := _train_mode(whole))]
+        modules = trained_modules(model, loss)
+        notes = [note for module in modules.values() if (note := _train_mode(module))]
         for module in modules.values():
-            arithmetic.convert(module)
+            precision.convert(module)
         _own_memory(modules)
         _check_parameters(modules)
-        tracking_layers(modules)  # says whether the engine can keep these modules' statistics
+        tracking_layers(modules)  # raises if the engine cannot keep these modules' statistics
         if extra := extra_states(modules):
             pack(extra)
-        if model.compile:
-            net.compile()
-        return Built(net, measure, build_optimizer(modules, **optimizer.arguments), notes)
+        if job.model.compile:
+            model.compile()
+        return model, loss, build_optimizer(modules, **job.optimizer.arguments), notes
     except ValueError as error:
-        raise JobError(f"model.name: {model.name}: {error}") from None
+        raise JobError(f"model.name: {job.model.name}: {error}") from None
 
 
 def _train_mode(module: torch.nn.Module) -> str | None:
@@ -271,96 +238,33 @@ def _check_parameters(modules: Modules) -> None:
             )
 
 
-def largest_micro_batch(
-    plan: Plan,
-    model: torch.nn.Module,
-    loss: Callable[[Any, Any], torch.Tensor],
-    arithmetic: Precision,
-    training_set: Any,
-    data: sections.Data,
-    channels_last: bool,
-    control: ControlChannel,
-) -> int:
-    """How many samples fit at once on every worker's GPU, tried out with the set's first one. Every
-    rank calls this together.
-
-    Raises:
-        OutOfMemory: on every rank, if not even one sample fits somewhere.
-    """
-    share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
-
-    def found() -> int:
-        # From a loader process where there are some: a set that opens its files late must not do so
-        # in this one.
-        processes = 0 if reads_batches(training_set) else min(1, data.num_workers)
-        fetch = MicroBatchDataset(training_set, 0, shuffled=False)
-        _, *first = next(
-            iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor))
-        )
-        first = [
-            _moved(batch, arithmetic.device, arithmetic.weights, channels_last) for batch in first
-        ]
-
-        def samples(size: int) -> tuple[Any, Any]:
-            return _repeated(first[0], size), _repeated(first[1], size)
-
-        return memory.largest_micro_batch(model, loss, arithmetic, samples, share)
-
-    mine = raise_on_all_ranks(control, found)
-    least = min(int(answer) for answer in control.allgather(b"%d" % mine))
-    if least == 0:
-        raise OutOfMemory(
-            "out of memory: not even one sample fits on every GPU; use fewer bits (precision: "
-            "bf16) or a smaller model"
-        )
-    return least
-
-
 def build_replica(
-    model: torch.nn.Module,
-    loss: Callable[[Any, Any], torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    arithmetic: Precision,
-    gradients: sections.Gradients,
-    groups: int | None,
-    channels_last: bool,
-    control: ControlChannel,
-    tensors: Collectives,
-    seed: int,
-    exact: bool,
+    job: Job, components: Components, control: ControlChannel, tensors: Collectives
 ) -> Replica:
     """Give every worker rank 0's weights and put the sum over workers before the update. Every rank
     calls this together.
 
     Args:
-        model: as built on this worker.
-        loss: a mean over samples.
-        optimizer: plain, without state.
-        arithmetic: of this worker.
-        gradients: how they travel, and what is done to them.
-        groups: of gradients that travel together; None: each by itself.
-        channels_last: whether images are laid out so.
+        job: in exact mode the number of workers is a power of two.
+        components: as built on this worker; the optimizer has no state yet.
         control: tells the rank.
         tensors: what sums.
-        seed: of the run.
-        exact: the sum of exact mode; the number of workers is a power of two then.
     """
+    model, loss, optimizer = components.model, components.loss, components.optimizer
     modules = trained_modules(model, loss)
     share_state(modules, control, tensors)
-    named = named_parameters(optimizer.param_groups)
+    named_weights = named_parameters(optimizer.param_groups)
+    compression = job.gradients.compression
     update: DistributedOptimizer
-    kind: type[RunningStatistics]
-    if exact:
-        update, kind = (
-            ExactOptimizer(optimizer, tensors.gather, control.rank, control.size),
-            ExactStatistics,
-        )
+    statistics: RunningStatistics
+    if job.reduction == "exact":
+        update = ExactOptimizer(optimizer, tensors.gather, control.rank, control.size)
+        statistics = ExactStatistics(modules, control.rank, control.size, tensors.gather)
     else:
         update = tensors.distributed_optimizer(
-            optimizer, named, gradients.compression == "fp16", groups
+            optimizer, named_weights, compression == "fp16", job.horovod.groups
         )
-        kind = RunningStatistics
-    statistics = kind(modules, control.rank, control.size, tensors.gather)
+        statistics = RunningStatistics(modules, control.rank, control.size, tensors.gather)
     _go_one_way(update.optimizer, control)
     return Replica(
         model=model,
@@ -368,14 +272,21 @@ def build_replica(
         modules=modules,
         update=update,
         statistics=statistics,
-        arithmetic=arithmetic,
-        scale=LossScaler(scale_for_compression(gradients.compression, control.size)),
-        clip_norm=gradients.clip_norm,
-        zero_if_missing=gradients.missing == "zero",
-        to_device=device_mover(arithmetic, channels_last),
-        names={weight: name for name, weight in named},
-        seed=seed,
+        arithmetic=components.precision,
+        scale=LossScaler(scale_for_compression(compression, control.size)),
+        clip_norm=job.gradients.clip_norm,
+        zero_if_missing=job.gradients.missing == "zero",
+        to_device=device_mover(components.precision, job.model.channels_last),
+        names={weight: name for name, weight in named_weights},
+        seed=job.seed,
         rank=control.rank,
+    )
+
+
+def device_mover(precision: Precision, channels_last: bool) -> Callable[[Any], Any]:
+    """What brings inputs or targets to the device, their floats in the type of the weights."""
+    return functools.partial(
+        to_device, device=precision.device, dtype=precision.weights, channels_last=channels_last
     )
 
 
@@ -471,11 +382,11 @@ def build_feed(
     """
     ahead = data.prefetch_steps or max(1, data.num_workers * data.prefetch_factor)
 
-    def announce(decision: Decision) -> None:
-        mine = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
-        loader.enqueue(mine, decision.is_last)
+    def enqueue(decision: Decision) -> None:
+        micro_batches = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
+        loader.enqueue(micro_batches, decision.is_last)
 
-    return DecisionFeed(control, controller, ahead, announce)
+    return DecisionFeed(control, controller, ahead, enqueue)
 
 
 def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFinitePolicy:
@@ -492,47 +403,6 @@ def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFin
     if isinstance(policy, SkipPolicy) or waits_for_norms(learner.update.optimizer):
         return policy
     return DeferredCheck(policy)
-
-
-def device_mover(arithmetic: Precision, channels_last: bool) -> Callable[[Any], Any]:
-    """What brings inputs or targets to the device, their floats in the type of the weights."""
-    return lambda batch: _moved(batch, arithmetic.device, arithmetic.weights, channels_last)
-
-
-def _moved(batch: Any, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:
-    """A batch on the device, its floats of the weights' type; tensors inside lists, tuples and
-    dicts too.
-    """
-    if isinstance(batch, torch.Tensor):
-        images = channels_last and batch.is_floating_point() and batch.ndim == 4
-        return batch.to(
-            device=device,
-            dtype=dtype if batch.is_floating_point() else batch.dtype,
-            non_blocking=True,  # from pinned memory; from any other it waits
-            memory_format=torch.channels_last if images else torch.preserve_format,
-        )
-    if isinstance(batch, dict):
-        return {key: _moved(value, device, dtype, channels_last) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [_moved(value, device, dtype, channels_last) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
-
-
-def _repeated(batch: Any, size: int) -> Any:
-    """A batch of one sample, `size` times; tensors inside lists, tuples and dicts too."""
-    if isinstance(batch, torch.Tensor):
-        images = batch.ndim == 4 and batch.is_contiguous(memory_format=torch.channels_last)
-        whole = batch.expand(size, *batch.shape[1:])
-        return whole.contiguous(
-            memory_format=torch.channels_last if images else torch.contiguous_format
-        )
-    if isinstance(batch, dict):
-        return {key: _repeated(value, size) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        repeated = [_repeated(value, size) for value in batch]
-        return type(batch)(*repeated) if hasattr(batch, "_fields") else type(batch)(repeated)
-    return batch
 
 
 def _kind(found: Any) -> str:

@@ -111,6 +111,15 @@ class DecisionFeed:
             return None
         return self._known.popleft()
 
+    def progress_after(self, followed: Decision) -> RunProgress | None:
+        """Where the run stands once `followed` has been acted on, on rank 0; None elsewhere."""
+        return None if self._controller is None else self._controller.position_after(followed)
+
+    def final_progress(self) -> RunProgress:
+        """Where the run stands when every decision has been acted on. Rank 0 alone."""
+        assert self._controller is not None  # rank 0 has it
+        return self._controller.final_position()
+
     def _receive(self) -> None:
         record = None
         if self._controller is not None:

@@ -11,8 +11,8 @@ import torch
 
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
-from hvdlarge.comm.rank_checks import check_equal_across_ranks, on_rank_0, raise_on_all_ranks
-from hvdlarge.controller import Controller, DecisionFeed
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
+from hvdlarge.controller import DecisionFeed
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.evaluate import Evaluation
 from hvdlarge.exits import DivergedError, JobError, Stopped
@@ -29,7 +29,7 @@ from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import milestones_reached
 from hvdlarge.step import StepOutcome, train_step
-from hvdlarge.telemetry.run_log import RunLog
+from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.telemetry.timers import PhaseTimers
 from hvdlarge.train_state import TrainState
 
@@ -50,7 +50,6 @@ class LoopComponents:
     control: ControlChannel
     tensors: Collectives
     plan: Plan
-    controller: Controller | None  # rank 0's; None elsewhere
     feed: DecisionFeed
     loader: Loader
     learner: Replica
@@ -61,9 +60,9 @@ class LoopComponents:
     stop: StopRequest
     watchdog: Watchdog
     cadence: Cadence
-    log: RunLog | None  # rank 0's; None elsewhere
-    unlike: bool = False  # whether the ranks round differently
-    resting: BufferGuard = field(default_factory=BufferGuard)
+    log: RunLog | SilentRunLog  # rank 0's; silent elsewhere
+    rounds_differently: bool = False  # whether some ranks do
+    buffer_guard: BufferGuard = field(default_factory=BufferGuard)
 
 
 def train(parts: LoopComponents, state: TrainState) -> None:
@@ -80,18 +79,17 @@ def train(parts: LoopComponents, state: TrainState) -> None:
     """
     timed = PhaseTimers()
     parts.learner.set_mode(training=True)
-    parts.resting.begin(parts.learner)
+    parts.buffer_guard.begin(parts.learner)
     while True:
         with timed("decide"):
             decision = parts.feed.next()
         if decision is None:
             return
         parts.watchdog.progress("step", decision.step)
-        if parts.log is not None:
-            parts.log.decision(decision)
+        parts.log.decision(decision)
         outcome = take_step(parts, decision, timed)
         if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
-            on_rank_0(parts.control, lambda: check_files(parts))
+            raise_on_all_ranks(parts.control, lambda: check_files(parts), name_ranks=False)
         if not outcome.applied:
             state.skipped += 1
 
@@ -113,9 +111,9 @@ def take_step(parts: LoopComponents, decision: Decision, timed: PhaseTimers) -> 
     layout = parts.plan.layout(decision)
     fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
     compare = decision.step % parts.cadence.compare_every_steps == 0
-    if compare and parts.unlike:
+    if compare and parts.rounds_differently:
         take_over(parts.learner, parts.tensors)
-    digest = combined(digests(parts.learner)) if compare and not parts.unlike else None
+    digest = combined(digests(parts.learner)) if compare and not parts.rounds_differently else None
     where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
     hint = oom_hint(decision.micro_batch, decision.global_batch)
     learner, agreement, policy = parts.learner, parts.agreement, parts.policy
@@ -127,7 +125,7 @@ def take_step(parts: LoopComponents, decision: Decision, timed: PhaseTimers) -> 
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
     if compare:
-        parts.resting.refuse_changes(parts.control, parts.learner)
+        parts.buffer_guard.refuse_changes(parts.control, parts.learner)
     return outcome
 
 
@@ -148,18 +146,17 @@ def save_if_due(
     parts.policy.flush(parts.learner)  # it may go back, and then not to what is saved here
     if scheduled:
         state.scheduled_step = decision.step + 1
-    controller = parts.controller
-    position = controller.position_after(decision) if controller is not None else None
+    progress = parts.feed.progress_after(decision)
     truncated = decision.global_batch < decision.stage_batch
     wait = flags.stop or decision.is_last
     with timed("save"), parts.watchdog.during("save"):
-        save(parts, state, position, truncated, best, scheduled, wait)
+        save(parts, state, progress, best, scheduled, wait, truncated)
 
 
 def _stopped(parts: LoopComponents, decision: Decision) -> str:
-    """What is said of an orderly stop. Every rank calls this together."""
-    heard = parts.control.allgather((parts.stop.reason or "").encode())
-    reasons = sorted({message.decode() for message in heard} - {""})
+    """The message of an orderly stop. Every rank calls this together."""
+    answers = parts.control.allgather((parts.stop.reason or "").encode())
+    reasons = sorted({answer.decode() for answer in answers} - {""})
     return (
         f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
         f"{' and '.join(reasons)}; the checkpoint is written: the same command goes on from here"
@@ -186,20 +183,21 @@ def record(
     parts.policy.flush(parts.learner)
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
-        heard = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
-        loss = sum(struct.unpack("<d", share)[0] for share in heard)
+        shares = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
+        loss = sum(struct.unpack("<d", share)[0] for share in shares)
     samples_seen = decision.samples_seen + decision.global_batch
-    if parts.log is not None:
-        progress = {
-            "step": decision.step,
-            "epoch": parts.plan.clock.epoch(samples_seen),
-            "samples_seen": samples_seen,
-        }
-        step = {"global_batch": decision.global_batch, "lr": decision.lr, "loss": loss}
-        # Those of a step that was left out would be an earlier step's.
-        ratios = trust_ratios(parts.learner.update.optimizer) if outcome.applied else {}
-        parts.log.metrics(progress | step | ratios | timed.read())
-        parts.log.progress(decision, samples_seen, loss)
+    # Those of a step that was left out would be an earlier step's.
+    ratios = trust_ratios(parts.learner.update.optimizer) if outcome.applied else {}
+    measured = {
+        "step": decision.step,
+        "epoch": parts.plan.clock.epoch(samples_seen),
+        "samples_seen": samples_seen,
+        "global_batch": decision.global_batch,
+        "lr": decision.lr,
+        "loss": loss,
+    }
+    parts.log.metrics(measured | ratios | timed.read())
+    parts.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
     if outcome.applied and not math.isfinite(loss):
         parts.policy.check_loss(decision, loss)
@@ -223,30 +221,28 @@ def evaluate(
     parts.policy.flush(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
         parts.learner.statistics.all_reduce(parts.tensors.sum)
-        found = parts.evaluation.run(parts.learner, parts.tensors)
+        results = parts.evaluation.run(parts.learner, parts.tensors)
         parts.learner.statistics.to_partial()
-    state.results.update(found)
-    if parts.log is not None:
-        parts.log.metrics(
-            {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found
-        )
-        parts.log.evaluated(found)
-    if not math.isfinite(found["test_loss"]):
-        loss = found["test_loss"]
+    state.results.update(results)
+    parts.log.metrics(
+        {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | results
+    )
+    parts.log.evaluated(results)
+    if not math.isfinite(loss := results["test_loss"]):
         raise DivergedError(
             f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer"
         )
-    return parts.saver.is_best(state, decision, found)
+    return parts.saver.is_best(state, decision, results)
 
 
 def save(
     parts: LoopComponents,
     state: TrainState,
-    position: RunProgress | None,
-    truncated: bool,
+    progress: RunProgress | None,
     best: bool,
     scheduled: bool,
     wait: bool,
+    truncated: bool = False,
 ) -> None:
     """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank
     calls this together.
@@ -257,11 +253,11 @@ def save(
         RanksDisagreeError, DivergedError: on every rank.
     """
     parts.policy.flush(parts.learner)
-    if parts.unlike:
+    if parts.rounds_differently:
         take_over(parts.learner, parts.tensors)
     else:
         compare_states(parts.control, parts.learner)
-    parts.resting.refuse_changes(parts.control, parts.learner)
+    parts.buffer_guard.refuse_changes(parts.control, parts.learner)
     not_finite = [
         name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()
     ]
@@ -270,22 +266,20 @@ def save(
             f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm "
             "up longer"
         )
-    if parts.log is not None:
-        state.train_seconds = parts.log.seconds
+    state.train_seconds = parts.log.seconds
     raise_on_all_ranks(
         parts.control,
-        lambda: parts.saver.save(position, truncated, state, best, scheduled, wait),
+        lambda: parts.saver.save(progress, state, best, scheduled, wait, truncated),
         name_ranks=False,
     )
 
 
 def check_files(parts: LoopComponents) -> None:
-    """Raise CheckpointWriteError if the last checkpoint or a log could not be written. Rank 0
+    """Raise CheckpointWriteError if the last checkpoint or a log could not be written, on rank 0
     alone.
     """
     parts.saver.finish()
-    if parts.log is not None:
-        parts.log.check()
+    parts.log.check()
 
 
 def shared_state(learner: Replica) -> dict[str, torch.Tensor]:
@@ -307,15 +301,14 @@ def take_over(learner: Replica, tensors: Collectives) -> None:
 
 
 def compare_states(control: ControlChannel, learner: Replica) -> None:
-    """Hold the states of all ranks against each other. Every rank calls this together.
+    """Compare the states of all ranks. Every rank calls this together.
 
     Raises:
         RanksDisagreeError: on every rank, naming the first differing tensor.
     """
-    mine = digests(learner)
-    heard = control.allgather(combined(mine).to_bytes(8, "little"))
-    if len(set(heard)) > 1:
-        check_equal_across_ranks(control, mine, "weights, buffers and optimizer state (by digest)")
+    local = digests(learner)
+    if len(set(control.allgather(combined(local).to_bytes(8, "little")))) > 1:
+        check_equal_across_ranks(control, local, "weights, buffers and optimizer state (by digest)")
 
 
 def timed_fetch(

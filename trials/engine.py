@@ -29,7 +29,7 @@ from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.yaml_source import write
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import RankContext
+from hvdlarge.world import RankContext
 from trials.folder import flaws, read_lines
 from trials.thread_world import Ends, run_world
 

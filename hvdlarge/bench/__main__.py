@@ -11,22 +11,20 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hvdlarge import exits
 from hvdlarge.bench.interleave import Timing
-from hvdlarge.comm.connect import open_control, open_tensors
-from hvdlarge.comm.environment import host, settle, versions
-from hvdlarge.comm.interfaces import Collectives, ControlChannel, RankLostError, WorldMismatchError
-from hvdlarge.comm.launcher import Launch, detect
-from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
-from hvdlarge.config.job import Horovod, Job
+from hvdlarge.comm.environment import host, versions
+from hvdlarge.comm.launcher import detect
+from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
+from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import parse_job, read_job
 from hvdlarge.reporting.describe import columns
-from hvdlarge.resilience.preemption import StopRequest
-from hvdlarge.telemetry.console import print_error, print_status
+from hvdlarge.telemetry.console import print_status
+from hvdlarge.world import RankContext, run_on_all_ranks
 
 # torch is imported inside the functions that need it: it takes a second, and a wrong command line
 # should be answered at once.
@@ -43,60 +41,22 @@ optimizer: {name: lars, weight_decay: 1e-4}
 _SIZES = [4 * 4**power for power in range(13)]  # 4 bytes to 64 MiB
 
 
-@dataclass(frozen=True)
-class World:
-    """What a measurement has at hand."""
-
-    launch: Launch | None
-    settings: Mapping[str, str]
-    control: ControlChannel
-    tensors: Collectives
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
-    speaks = launch is None or launch.rank == 0
-    with contextlib.nullcontext() if speaks else _silence():
+    with contextlib.nullcontext() if launch is None or launch.rank == 0 else _silence():
         options = _parser().parse_intermixed_args(arguments)
-    try:
-        job = (
-            None
-            if options.what in ("lars", "allreduce")
-            else _job(options, 1 if launch is None else launch.size)
-        )
-        horovod = Horovod() if job is None else job.horovod
-        settings = settle(launch, horovod)
-        control = open_control(launch)
-        tensors = None
-        try:
-            tensors = open_tensors(launch, control)
-            check_equal_across_ranks(control, vars(options), "command line")
-            found = _MEASURES[options.what](World(launch, settings, control, tensors), job, options)
-            tensors.close()
-        except (WorldMismatchError, RankLostError):
-            raise
-        except exits.RunExit:  # raised by every rank
-            if tensors is not None:
-                tensors.close()
-            control.close()
-            raise
-        except BaseException:  # this rank alone
-            sys.excepthook(*sys.exc_info())
-            control.abort(exits.INTERNAL_ERROR)
-        control.close()
-    except exits.RunExit as end:
-        if speaks:
-            print_error(str(end))
-        return end.code
-    except WorldMismatchError as error:
-        if launch is None or launch.is_local_leader:
-            print_error(str(error))
-        return exits.WRONG_ENVIRONMENT
-    except RankLostError as error:
-        print_error(str(error))
-        os._exit(exits.LOST_RANK)
-    return _report(found, options, launch, settings) if speaks else exits.FINISHED
+    size = 1 if launch is None else launch.size
+
+    def work(context: RankContext, job: Job | None) -> None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        figures = _MEASURES[options.what](context, job, options)
+        on_rank_0(context.control, lambda: _report(figures, options, context))
+
+    # Not watched: a measurement may take as long as it needs
+    return run_on_all_ranks(launch, lambda: _job(options, size), vars(options), work, watched=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,99 +124,95 @@ def _silence() -> Any:
         yield
 
 
-def _job(options: argparse.Namespace, world_size: int) -> Job:
+def _job(options: argparse.Namespace, world_size: int) -> Job | None:
+    if options.what in ("lars", "allreduce"):
+        return None
     if options.job is not None and "=" not in options.job:
         return read_job(options.job, options.overrides)
     overrides = ([options.job] if options.job is not None else []) + options.overrides
     return parse_job(DEFAULT_JOB, "the default job", [f"batch.base={64 * world_size}", *overrides])
 
 
-def _lars(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from hvdlarge import build
+def _lars(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     from hvdlarge.bench.lars import measure_lars
+    from hvdlarge.comm.devices import choose_device
 
-    torch.set_num_threads(options.threads)
-    device = build.choose_device(world.tensors)
+    device = choose_device(context.tensors)
     seconds = measure_lars(device, options.rounds)
     timings = {name: Timing.of(values) for name, values in seconds.items()}
-    return _found(
+    return _figures(
         "lars", "seconds of one update of ResNet-50's 161 tensors, float32", device, timings, "LARS"
     )
 
 
-def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
+def _step(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     from hvdlarge.bench.step import StepClock, count_waits, measure_step
-    from hvdlarge.run import RankContext, build_components
+    from hvdlarge.build import build_components
 
-    assert job is not None  # _job gave one
-    torch.set_num_threads(options.threads)
-    clock = StepClock(world.control.rank, job.timeouts.limits())
-    ingredients = build_components(job, world.control, world.tensors, clock)
-    worker = RankContext(
-        world.launch, world.settings, world.control, world.tensors, clock, StopRequest()
-    )
+    assert job is not None  # `_job` gave one
+    clock = StepClock(context.control.rank, job.timeouts.limits())
+    context = replace(context, watchdog=clock)
+    components = build_components(job, context)
     seconds = measure_step(
-        job, ingredients, worker, clock, options.steps, options.rounds, options.only
+        job, components, context, clock, options.steps, options.rounds, options.only
     )
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     what = (
-        f"seconds of a step of {job.model.name}, global batch {ingredients.plan.initial_batch}, on "
-        f"{world.control.size} workers"
+        f"seconds of a step of {job.model.name}, global batch {components.plan.initial_batch}, on "
+        f"{context.control.size} workers"
     )
-    found = _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
-    if ingredients.arithmetic.device.type == "cuda" and options.only in (None, "engine"):
-        found["waits_for_the_gpu"] = count_waits(job, ingredients, worker, clock, options.steps)
-        found["steps"] = options.steps
-    return found
+    device = components.precision.device
+    figures = _figures("step", what, device, timings, "bare loop")
+    if device.type == "cuda" and options.only in (None, "engine"):
+        figures["waits_for_the_gpu"] = count_waits(job, components, context, clock, options.steps)
+        figures["steps"] = options.steps
+    return figures
 
 
-def _allreduce(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
-    from hvdlarge import build
+def _allreduce(
+    context: RankContext, job: Job | None, options: argparse.Namespace
+) -> dict[str, Any]:
     from hvdlarge.bench.allreduce import measure_allreduce
     from hvdlarge.comm.cost_model import fit
+    from hvdlarge.comm.devices import choose_device
 
-    if world.control.size < 2:
+    if context.control.size < 2:
         raise exits.JobError(
             "an allreduce needs two workers at least: mpirun -np 2 python -m hvdlarge.bench "
             "allreduce"
         )
-    device = raise_on_all_ranks(world.control, lambda: build.choose_device(world.tensors))
-    seconds = measure_allreduce(world.tensors, world.control, device, _SIZES, options.rounds)
+    device = raise_on_all_ranks(context.control, lambda: choose_device(context.tensors))
+    seconds = measure_allreduce(context.tensors, context.control, device, _SIZES, options.rounds)
     timings = {f"{size:,} bytes": Timing.of(values) for size, values in seconds.items()}
     cost = fit(
-        list(seconds), [Timing.of(values).median for values in seconds.values()], world.control.size
+        list(seconds),
+        [Timing.of(values).median for values in seconds.values()],
+        context.control.size,
     )
-    found = _found(
+    figures = _figures(
         "allreduce",
-        f"seconds of a sum over {world.control.size} workers, float32",
+        f"seconds of a sum over {context.control.size} workers, float32",
         device,
         timings,
         None,
     )
-    return found | {
-        "workers": world.control.size,
+    return figures | {
+        "workers": context.control.size,
         "latency_seconds": cost.latency_seconds,
         "seconds_per_byte": cost.seconds_per_byte,
-        "fitted": {str(size): cost.seconds(size, world.control.size) for size in seconds},
+        "fitted": {str(size): cost.seconds(size, context.control.size) for size in seconds},
     }
 
 
-def _data(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from hvdlarge import build
+def _data(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     from hvdlarge.bench.data import loading_speed, loads_in_place, measure_waits
+    from hvdlarge.build import load_data
     from hvdlarge.config.planning import plan_run
 
-    assert job is not None  # _job gave one
-    torch.set_num_threads(options.threads)
-    training_set, _ = raise_on_all_ranks(world.control, lambda: build.load_data(job.data, job.seed))
+    assert job is not None  # `_job` gave one
+    training_set, _ = raise_on_all_ranks(context.control, lambda: load_data(job.data, job.seed))
     plan = raise_on_all_ranks(
-        world.control, lambda: plan_run(job, len(training_set), world.control.size)
+        context.control, lambda: plan_run(job, len(training_set), context.control.size)
     )
     numbers = [0] if loads_in_place(training_set) else sorted({0, 1, 2, job.data.num_workers})
     alone = replace(plan, world_size=1)
@@ -267,7 +223,7 @@ def _data(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
     # A worker that computes twice as long as its samples take to load.
     sample_seconds = 2 / speeds[str(0 if loads_in_place(training_set) else job.data.num_workers)]
     waits = measure_waits(
-        job.data, plan, training_set, job.seed, world.control, sample_seconds, options.steps
+        job.data, plan, training_set, job.seed, context.control, sample_seconds, options.steps
     )
     return {
         "what": "data",
@@ -283,7 +239,7 @@ def _data(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
 _MEASURES = {"lars": _lars, "step": _step, "allreduce": _allreduce, "data": _data}
 
 
-def _found(
+def _figures(
     what: str, of: str, device: Any, timings: Mapping[str, Timing], reference: str | None
 ) -> dict[str, Any]:
     sides = {name: timing._asdict() for name, timing in timings.items()}
@@ -294,45 +250,41 @@ def _found(
     return {"what": what, "of": of, "device": str(device), "reference": reference, "sides": sides}
 
 
-def _report(
-    found: dict[str, Any],
-    options: argparse.Namespace,
-    launch: Launch | None,
-    settings: Mapping[str, str],
-) -> int:
-    """Print what was measured, and write it down where that was asked for. Rank 0 alone."""
-    print_status("\n".join(in_words(found)))
+def _report(figures: dict[str, Any], options: argparse.Namespace, context: RankContext) -> None:
+    """Print what was measured, and write it down where that was asked for. Rank 0 alone.
+
+    Raises:
+        JobError: if the file of --json cannot be written.
+    """
+    print_status("\n".join(in_words(figures)))
     if options.json is None:
-        return exits.FINISHED
-    world = {
+        return
+    launch = context.launch
+    document = figures | {
         "launcher": None if launch is None else launch.launcher,
-        "world_size": 1 if launch is None else launch.size,
+        "world_size": context.control.size,
+        "threads": options.threads,
+        "versions": versions(),
+        "host": host(),
+        "settings": dict(context.settings),
     }
-    document = (
-        found
-        | world
-        | {
-            "threads": options.threads,
-            "versions": versions(),
-            "host": host(),
-            "settings": dict(settings),
-        }
-    )
     try:
         Path(options.json).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        print_error(f"--json {options.json}: cannot be written: {error.strerror}")
-        return exits.WRONG_JOB
-    return exits.FINISHED
+        raise exits.JobError(
+            f"--json {options.json}: cannot be written: {error.strerror}"
+        ) from None
 
 
-def in_words(found: Mapping[str, Any]) -> list[str]:
+def in_words(figures: Mapping[str, Any]) -> list[str]:
     """What was measured, as lines for a reader."""
-    lines = [f"bench    {found['of']}" + (f" ({found['device']})" if "device" in found else "")]
-    if found["what"] == "data":
-        waits = found["waits"]
+    lines = [
+        f"bench    {figures['of']}" + (f" ({figures['device']})" if "device" in figures else "")
+    ]
+    if figures["what"] == "data":
+        waits = figures["waits"]
         speeds = [
-            (number, f"{speed:,.0f}") for number, speed in found["samples_per_second"].items()
+            (number, f"{speed:,.0f}") for number, speed in figures["samples_per_second"].items()
         ]
         return [
             *lines,
@@ -343,25 +295,25 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
             "s",
         ]
     head: tuple[str, ...] = ("", "median ms", "lowest", "highest")
-    last = "fitted" if found["what"] == "allreduce" else f"× {found['reference']}"
+    last = "fitted" if figures["what"] == "allreduce" else f"× {figures['reference']}"
     rows = [(*head, last)]
-    for name, side in found["sides"].items():
+    for name, side in figures["sides"].items():
         ratio = f"{side['ratio']:.3f}" if "ratio" in side else ""
-        if found["what"] == "allreduce":
-            ratio = f"{1e3 * found['fitted'][name.split()[0].replace(',', '')]:.3f}"
+        if figures["what"] == "allreduce":
+            ratio = f"{1e3 * figures['fitted'][name.split()[0].replace(',', '')]:.3f}"
         rows.append(
             (name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio)
         )
     lines += columns(rows)
-    if "waits_for_the_gpu" in found:
+    if "waits_for_the_gpu" in figures:
         lines.append(
-            f"waits    {found['waits_for_the_gpu']} calls of torch that wait for the GPU in "
-            f"{found['steps']} steady steps"
+            f"waits    {figures['waits_for_the_gpu']} calls of torch that wait for the GPU in "
+            f"{figures['steps']} steady steps"
         )
-    if found["what"] == "allreduce":
-        rate = 1e-9 / found["seconds_per_byte"] if found["seconds_per_byte"] else float("inf")
+    if figures["what"] == "allreduce":
+        rate = 1e-9 / figures["seconds_per_byte"] if figures["seconds_per_byte"] else float("inf")
         lines.append(
-            f"fit      {1e6 * found['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along "
+            f"fit      {1e6 * figures['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along "
             "the ring"
         )
     return lines

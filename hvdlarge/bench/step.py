@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from hvdlarge import build
 from hvdlarge.bench.interleave import run_interleaved
-from hvdlarge.comm.interfaces import Collectives
+from hvdlarge.build import Components, build_learning, build_loader, build_replica
+from hvdlarge.checkpoint.content import RunFacts
+from hvdlarge.checkpoint.folder import NoCheckpoints
+from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.solo import SoloCollectives
 from hvdlarge.config.job import Checkpoint, Job
 from hvdlarge.controller import Controller, DecisionFeed
@@ -34,13 +36,13 @@ from hvdlarge.optim.param_groups import set_lr
 from hvdlarge.replica import Replica
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Components, RankContext, build_loop, join
+from hvdlarge.run import Run
 from hvdlarge.schedule.growth import NoGrowth
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
-from hvdlarge.telemetry.run_folder import FolderLock
-from hvdlarge.telemetry.run_log import RunLog
+from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.train_state import TrainState
+from hvdlarge.world import RankContext
 
 _WARM_UP = 5  # steps of each turn that are not counted
 
@@ -51,82 +53,79 @@ class StepClock(Watchdog):
     def __init__(self, rank: int, limits: dict[str, float]) -> None:
         super().__init__(rank, limits)
         self.moments: list[float] = []
-        self.told = range(0)  # steps in which torch names each call that waits for the GPU
+        self.reported = range(0)  # steps in which torch names each call that waits for the GPU
 
     def progress(self, phase: str, step: int | None = None) -> None:
         """As a watchdog's."""
         if step is not None:
             self.moments.append(time.perf_counter())
-            if self.told:
-                torch.cuda.set_sync_debug_mode("warn" if step in self.told else "default")
+            if self.reported:
+                torch.cuda.set_sync_debug_mode("warn" if step in self.reported else "default")
         super().progress(phase, step)
 
 
 def measure_step(
     job: Job,
-    found: Components,
-    worker: RankContext,
+    components: Components,
+    context: RankContext,
     clock: StepClock,
     steps: int,
     rounds: int,
     only: str | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of a step on this rank, for each side in turn. Every rank calls this together.
+    """Seconds of a step on this rank, for each variant in turn. Every rank calls this together.
 
     Args:
         job: whose model, data, first batch, optimizer and precision are used.
-        found: what it names.
-        worker: this rank; its watchdog is `clock`.
+        components: what it names.
+        context: of this rank; its watchdog is `clock`.
         clock: keeps the moments of the engine's steps.
         steps: counted in each turn.
-        rounds: turns of each side.
-        only: the one side to be measured; None for all.
+        rounds: turns of each variant.
+        only: the one variant to be measured; None for all.
 
     Returns:
-        By the name of the side: `engine`; `bare loop`; `one worker alone`, the bare loop without
-        any other worker; `control`, the decision and the agreement of a step, without any training
-        around them.
+        By the name of the variant: `engine`; `bare loop`; `one worker alone`, the bare loop without
+        any other worker; `control`, the decision and the consistency check of a step, without any
+        training around them.
 
     Raises:
-        JobError: on every rank, for an unknown side.
+        JobError: on every rank, for an unknown variant.
     """
-    plan = _one_stage(found.plan, _WARM_UP + steps + 1)
+    plan = _one_stage(components.plan, _WARM_UP + steps + 1)
     # Steps are timed, not what comes between them
     job = job.model_copy(update={"checkpoint": Checkpoint(every_epochs=1e9)})
-    rank, control = worker.control.rank, worker.control
+    control, tensors = context.control, context.tensors
     with tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder:
-        engine = join(job, found, control, worker.tensors)
-        alone = replace(found, plan=plan, test_set=None)
-        sides: dict[str, Callable[[], float]] = {
-            "engine": lambda: _engine_turn(job, alone, worker, engine, clock, Path(folder)),
-            "control": lambda: _control(plan, worker, list(engine.names.values())),
+        replica = build_replica(job, components, control, tensors)
+        engine = _one_stage_run(job, components, context, replica, plan)
+        variants: dict[str, Callable[[], float]] = {
+            "engine": lambda: _engine_turn(engine, clock, Path(folder)),
+            "control": lambda: _control(plan, context, list(replica.names.values())),
         }
-        if only not in sides:
-            sides["bare loop"] = _bare(job, found, worker, worker.tensors, plan)
-            sides["one worker alone"] = _bare(job, found, worker, SoloCollectives(), plan)
-        if only is not None and only not in sides:
-            raise JobError(f"command line: --only {only}: the sides are {', '.join(sides)}")
-        sides = sides if only is None else {only: sides[only]}
+        if only not in variants:
+            variants["bare loop"] = _bare(job, components, control, tensors, plan)
+            alone = SoloCollectives()
+            variants["one worker alone"] = _bare(job, components, control, alone, plan)
+        if only is not None and only not in variants:
+            raise JobError(f"command line: --only {only}: the variants are {', '.join(variants)}")
+        variants = variants if only is None else {only: variants[only]}
 
-        def together(side: Callable[[], float]) -> Callable[[], float]:
+        def together(variant: Callable[[], float]) -> Callable[[], float]:
             def turn() -> float:
                 control.barrier()
-                with (
-                    contextlib.redirect_stdout(io.StringIO())
-                    if rank == 0
-                    else contextlib.nullcontext()
-                ):
-                    return side()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    return variant()
 
             return turn
 
-        turns = {name: together(side) for name, side in sides.items()}
+        turns = {name: together(variant) for name, variant in variants.items()}
         run_interleaved(turns, 1)  # memory is taken, caches and connections are made
         return run_interleaved(turns, rounds)
 
 
 def count_waits(
-    job: Job, found: Components, worker: RankContext, clock: StepClock, steps: int
+    job: Job, components: Components, context: RankContext, clock: StepClock, steps: int
 ) -> int:
     """How often torch says that it waits for the GPU in so many steady steps of the engine, on this
     rank.
@@ -134,30 +133,23 @@ def count_waits(
     torch's mode sees its own calls, not what Horovod waits for. Every rank calls this together, on
     GPUs.
     """
-    alone = replace(found, plan=_one_stage(found.plan, _WARM_UP + steps + 1), test_set=None)
     quiet = {
         "checkpoint": Checkpoint(every_epochs=1e9),
         "log": job.log.model_copy(update={"every_steps": 10**9}),
     }
     job = job.model_copy(update=quiet)
-    model, loss, optimizer, _ = build.build_learning(
-        job.model, job.loss, job.optimizer, found.arithmetic, job.seed
-    )
-    learner = join(
-        job,
-        replace(found, model=model, loss=loss, optimizer=optimizer),
-        worker.control,
-        worker.tensors,
-    )
-    clock.told = range(_WARM_UP, _WARM_UP + steps)
+    replica = build_replica(job, _anew(job, components), context.control, context.tensors)
+    plan = _one_stage(components.plan, _WARM_UP + steps + 1)
+    clock.reported = range(_WARM_UP, _WARM_UP + steps)
     with (
         tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
         with contextlib.redirect_stdout(io.StringIO()):
-            _engine_turn(job, alone, worker, learner, clock, Path(folder))
-    clock.told = range(0)
+            engine = _one_stage_run(job, components, context, replica, plan)
+            _engine_turn(engine, clock, Path(folder))
+    clock.reported = range(0)
     torch.cuda.set_sync_debug_mode("default")
     return sum(
         "called a synchronizing CUDA operation" in str(warning.message) for warning in caught
@@ -170,78 +162,83 @@ def _one_stage(plan: Plan, steps: int) -> Plan:
     return replace(plan, clock=Clock(size, steps * plan.initial_batch / size), growth=NoGrowth())
 
 
-def _engine_turn(
-    job: Job,
-    found: Components,
-    worker: RankContext,
-    learner: Replica,
-    clock: StepClock,
-    folder: Path,
-) -> float:
-    state, log, controller = TrainState(), None, None
-    if worker.control.rank == 0:
-        controller = Controller(found.plan)
-        log = RunLog(folder, found.plan, FolderLock(folder), {}, RunProgress(), state)
-    loader = build.build_loader(job.data, found.training_set, job.seed)
-    parts = build_loop(job, found, worker, learner, loader, controller, None, {}, log, state)
-    learner.statistics.to_partial()
+def _one_stage_run(
+    job: Job, components: Components, context: RankContext, replica: Replica, plan: Plan
+) -> Run:
+    """The engine's side: a run that evaluates and saves nothing."""
+    facts = RunFacts({}, components.sizes, {}, context.control.size)
+    components = replace(components, plan=plan, test_set=None)
+    return Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
+
+
+def _engine_turn(run: Run, clock: StepClock, folder: Path) -> float:
+    state, plan = TrainState(), run.components.plan
+    if run.context.control.rank == 0:
+        run = replace(run, log=RunLog(folder, plan, {}, RunProgress(), state))
+    loader = build_loader(run.job.data, run.components.training_set, run.job.seed)
+    parts = run.build_loop(loader, RunProgress(), state)
+    run.replica.statistics.to_partial()
     clock.moments.clear()
     try:
         train(parts, state)
     finally:
         parts.loader.close()
-    learner.statistics.all_reduce(worker.tensors.sum)
-    if log is not None:
-        log.close()
+    run.replica.statistics.all_reduce(run.context.tensors.sum)
+    run.log.close()
     return _per_step(clock.moments)
 
 
-def _control(plan: Plan, worker: RankContext, names: list[str]) -> float:
-    """A turn of what the engine says in a step: one decision received, one agreement sent and
-    heard.
+def _control(plan: Plan, context: RankContext, names: list[str]) -> float:
+    """A turn of what the engine says in a step: one decision received, one consistency check sent
+    and received.
     """
-    controller = Controller(plan) if worker.control.rank == 0 else None
-    feed = DecisionFeed(worker.control, controller, 1, lambda decision: None)
-    agreement = ConsistencyCheck(worker.control, 0, dict)
+    controller = Controller(plan) if context.control.rank == 0 else None
+    feed = DecisionFeed(context.control, controller, 1, lambda decision: None)
+    check = ConsistencyCheck(context.control, 0, dict)
     moments = []
     while (decision := feed.next()) is not None:
         moments.append(time.perf_counter())
-        agreement.start(decision, names, None)
-        agreement.finish()
+        check.start(decision, names, None)
+        check.finish()
     return _per_step(moments)
 
 
+def _anew(job: Job, components: Components) -> Components:
+    """The components with a model, a loss and an optimizer of their own."""
+    model, loss, optimizer, _ = build_learning(job, components.precision)
+    return replace(components, model=model, loss=loss, optimizer=optimizer)
+
+
 def _bare(
-    job: Job, found: Components, worker: RankContext, tensors: Collectives, plan: Plan
+    job: Job,
+    components: Components,
+    control: ControlChannel,
+    tensors: Collectives,
+    plan: Plan,
 ) -> Callable[[], float]:
     """A turn of a loop written by hand, on a model of its own."""
-    model, loss, optimizer, _ = build.build_learning(
-        job.model, job.loss, job.optimizer, found.arithmetic, job.seed
-    )
-    learner = join(
-        job, replace(found, model=model, loss=loss, optimizer=optimizer), worker.control, tensors
-    )
+    components = _anew(job, components)
+    model, loss, precision = components.model, components.loss, components.precision
+    replica = build_replica(job, components, control, tensors)
     layout = plan.layout(_first(plan))
-    mine = layout.numbers_of_rank(worker.control.rank)
-    sizes = [batch.size for batch in layout.of_rank(worker.control.rank, 0)]
-    batches = _batches(job, found.training_set)
-    optimizer, steps = (
-        learner.update.optimizer,
-        round(plan.clock.total_samples / plan.initial_batch),
-    )
-    settle = torch.cuda.synchronize if found.arithmetic.device.type == "cuda" else (lambda: None)
+    numbers = layout.numbers_of_rank(control.rank)
+    sizes = [batch.size for batch in layout.of_rank(control.rank, 0)]
+    batches = _batches(job, components.training_set)
+    optimizer = replica.update.optimizer
+    steps = round(plan.clock.total_samples / plan.initial_batch)
+    settle = torch.cuda.synchronize if precision.device.type == "cuda" else (lambda: None)
 
     def turn() -> float:
         # Horovod counts the passes of a step
-        learner.update.zero_grad(mine, layout.num_micro_batches)
+        replica.update.zero_grad(numbers, layout.num_micro_batches)
         set_lr(optimizer, _first(plan).lr)
         moments = []
         for _ in range(steps):
             moments.append(time.perf_counter())
             optimizer.zero_grad()
             for size in sizes:
-                inputs, targets = (learner.to_device(part) for part in batches(size))
-                with found.arithmetic.autocast():
+                inputs, targets = (replica.to_device(part) for part in batches(size))
+                with precision.autocast():
                     share = loss(model(inputs), targets) * (size / plan.initial_batch)
                 share.backward()
             optimizer.step()

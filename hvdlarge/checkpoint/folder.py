@@ -20,7 +20,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,49 @@ from hvdlarge.exits import CheckpointError, CheckpointWriteError
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{9,})\.pt")
 _LIST = "SHA256SUMS"
+
+
+class CheckpointWriter(Protocol):
+    """What a saver asks of a folder."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written; `finish` says why."""
+        ...
+
+    def save(
+        self,
+        content: dict[str, Any],
+        step: int,
+        best: bool,
+        wait: bool,
+        also_keep: int | None = None,
+    ) -> None:
+        """Write a checkpoint; see `CheckpointFolder.save`."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; see `CheckpointFolder.finish`."""
+        ...
+
+
+class NoCheckpoints:
+    """Writes nothing: for the ranks that do not write, and for measurements."""
+
+    failed = False
+
+    def save(
+        self,
+        content: dict[str, Any],
+        step: int,
+        best: bool,
+        wait: bool,
+        also_keep: int | None = None,
+    ) -> None:
+        """Write nothing."""
+
+    def finish(self) -> None:
+        """Nothing to wait for."""
 
 
 class CheckpointFolder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import sha256_of
@@ -27,48 +28,34 @@ from hvdlarge.train_state import TrainState
 _LENGTH = "epochs"
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResumePoint:
-    """A run that began earlier, as rank 0 found it."""
+    """Where a run that began earlier goes on, as rank 0 found it."""
 
-    path: Path | None  # the checkpoint; None where the run was killed before its first one
-    content: dict[str, Any] | None
+    path: Path  # the checkpoint
+    content: CheckpointContent
     notes: list[str]  # what the user should know: damaged checkpoints passed over, what has changed
 
-    @property
-    def position(self) -> RunProgress:
-        """Where the run stands."""
-        return (
-            RunProgress()
-            if self.content is None
-            else RunProgress.from_plain(self.content["position"])
-        )
 
-    @property
-    def world_size(self) -> int:
-        """Workers of the part that wrote the checkpoint."""
-        return 0 if self.content is None else self.content["world_size"]
-
-    @property
-    def log_offsets(self) -> dict[str, int]:
-        """Where the logs ended at the checkpoint."""
-        return {} if self.content is None else self.content["logs"]
-
-
-@dataclass
+@dataclass(frozen=True)
 class RunStart:
-    """How a run begins in its folder, as rank 0 decided."""
+    """How a run begins in its folder, as rank 0 decided; on the other ranks everything is None."""
 
-    found: ResumePoint | None  # None for a new run
-    lock: FolderLock
-    notes: list[str]
+    resumed: ResumePoint | None = None  # None for a run that begins with its first step
+    lock: FolderLock | None = None
+    notes: Sequence[str] = ()
+
+    def release(self) -> None:
+        """Let other runs use the folder."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def enter(
     folder: Path,
     fresh: bool,
     checkpoints: CheckpointFolder,
-    facts: Mapping[str, Any],
+    facts: RunFacts,
     length_may_grow: bool,
     modules: Modules,
 ) -> RunStart:
@@ -99,16 +86,15 @@ def enter(
     if not holds_run(folder):
         return RunStart(None, lock, notes)
     try:
-        found = find(folder, checkpoints, facts, length_may_grow)
-        if found.content is None or found.path is None:
-            return RunStart(
-                found, lock, [*notes, "the earlier start left no checkpoint: from the beginning"]
-            )
-        load_modules(modules, found.content, found.path)
+        resumed = find(folder, checkpoints, facts, length_may_grow)
+        if resumed is None:
+            notes.append("the earlier start left no checkpoint: from the beginning")
+            return RunStart(None, lock, notes)
+        load_modules(modules, resumed.content, resumed.path)
     except CheckpointError:
         lock.release()
         raise
-    return RunStart(found, lock, [*notes, *found.notes, f"goes on from {found.path}"])
+    return RunStart(resumed, lock, [*notes, *resumed.notes, f"goes on from {resumed.path}"])
 
 
 def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> ResumePoint:
@@ -134,28 +120,28 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
     good = good or checkpoints.newest_good()
     if good is None:
         raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")
-    path, content, problems = good
+    path, plain, problems = good
+    content = _content(path, plain)
     load_modules(modules, content, path)
-    found = ResumePoint(path, content, [*damaged, *problems])
     try:
-        checkpoints.remove_above(found.position.step)
+        checkpoints.remove_above(content.progress.step)
     except OSError as error:
         left = "the checkpoint to go back to is untouched"
         what = f"the list of checkpoints in {checkpoints.folder}"
         raise CheckpointWriteError.of(what, checkpoints.folder, error, left) from None
-    return found
+    return ResumePoint(path, content, [*damaged, *problems])
 
 
 def find(
-    folder: Path, checkpoints: CheckpointFolder, facts: Mapping[str, Any], length_may_grow: bool
-) -> ResumePoint:
-    """The run in `folder`, if it is the one that `facts` describe. Rank 0 only.
+    folder: Path, checkpoints: CheckpointFolder, facts: RunFacts, length_may_grow: bool
+) -> ResumePoint | None:
+    """Where the run in `folder` goes on, if it is the one that `facts` describe; None where it was
+    killed before its first checkpoint. Rank 0 only.
 
     Args:
         folder: holds a run.
         checkpoints: those of the run.
-        facts: of the run that is being started: `job` (what decides the weights), `data` (sizes),
-            `versions`, `world_size`.
+        facts: of the run that is being started.
         length_may_grow: whether the schedule of the job does not depend on its length, so that more
             epochs may be added.
 
@@ -164,30 +150,39 @@ def find(
     """
     good = checkpoints.newest_good()
     if good is None:
-        _refuse_another(folder, {"job": _written_job(folder)}, {"job": facts["job"]})
-        return ResumePoint(None, None, [])
-    path, content, problems = good
+        _refuse_another(folder, {"job": _written_job(folder)}, {"job": facts.job})
+        return None
+    path, plain, problems = good
+    content = _content(path, plain)
+    before = content.facts
     notes = [f"passed over: {problem}" for problem in problems]
-    there, here = (
-        {"job": dict(content["job"]), "data": content["data"]},
-        {"job": dict(facts["job"]), "data": facts["data"]},
-    )
-    before, now = there["job"].get(_LENGTH), here["job"][_LENGTH]
-    passed = content["position"]["samples_seen"] / content["data"]["training samples"]
-    if before != now and length_may_grow and not content["truncated"] and now > passed:
+    there: dict[str, Any] = {"job": dict(before.job), "data": before.data}
+    here: dict[str, Any] = {"job": dict(facts.job), "data": facts.data}
+    length_there, length_here = there["job"].get(_LENGTH), here["job"][_LENGTH]
+    # Every job has had a training set
+    passed = content.progress.samples_seen / (before.data["training samples"] or 1)
+    may_change = length_may_grow and not content.truncated and length_here > passed
+    if length_there != length_here and may_change:
         there["job"].pop(_LENGTH), here["job"].pop(_LENGTH)
-        notes.append(f"epochs changes from {before:g} to {now:g}")
+        notes.append(f"epochs changes from {length_there:g} to {length_here:g}")
     _refuse_another(folder, there, here)
-    if content["world_size"] != facts["world_size"]:
+    if before.world_size != facts.world_size:
         notes.append(
-            f"the number of workers changes from {content['world_size']} to {facts['world_size']}"
+            f"the number of workers changes from {before.world_size} to {facts.world_size}"
         )
-    for name in sorted(facts["versions"]):
-        if content["versions"].get(name) != facts["versions"][name]:
-            notes.append(
-                f"{name} changes from {content['versions'].get(name)} to {facts['versions'][name]}"
-            )
+    for name, version in sorted(facts.versions.items()):
+        if before.versions.get(name) != version:
+            notes.append(f"{name} changes from {before.versions.get(name)} to {version}")
     return ResumePoint(path, content, notes)
+
+
+def _content(path: Path, plain: Mapping[str, Any]) -> CheckpointContent:
+    try:
+        return CheckpointContent.from_plain(plain)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this version ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _written_job(folder: Path) -> dict[str, Any]:
@@ -241,7 +236,7 @@ def _alike(there: Any, here: Any) -> bool:
     )
 
 
-def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> None:
+def load_modules(modules: Modules, content: CheckpointContent, path: Path) -> None:
     """Put a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0
     only.
 
@@ -249,7 +244,7 @@ def load_modules(modules: Modules, content: Mapping[str, Any], path: Path) -> No
         CheckpointError: if names, shapes or types are those of other modules; nothing has been
             changed then.
     """
-    states = {"": content["model"], "loss.": content.get("loss", {})}
+    states = {"": content.model, "loss.": content.loss}
     for prefix, module in modules.items():
         there, here, what = states[prefix], module.state_dict(), "loss" if prefix else "model"
         for name in sorted(there.keys() | here.keys()):
@@ -272,19 +267,19 @@ def _shape(state: Mapping[str, Any], name: str) -> str:
 
 
 def share(
-    found: ResumePoint | None, learner: Replica, control: ControlChannel, tensors: Collectives
+    resumed: ResumePoint | None, learner: Replica, control: ControlChannel, tensors: Collectives
 ) -> tuple[RunProgress, TrainState]:
     """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank
     calls this together.
 
     Args:
-        found: on rank 0; None elsewhere.
+        resumed: on rank 0, None for a new run; None elsewhere.
         learner: whose optimizer state and running statistics are set; these are scattered
             afterwards.
         control: for what is small.
         tensors: for what is large.
     """
-    content = found.content if found is not None else None
+    content = None if resumed is None else resumed.content
     message = b"null" if content is None else json.dumps(_small(content)).encode()
     small = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
     if small is None:
@@ -292,15 +287,15 @@ def share(
         return RunProgress(), TrainState()
     _share_optimizer(small["optimizer"], content, learner, tensors)
     learner.statistics.to_partial()
-    if small["parts"] and small["world_size"] == control.size:
+    if small["has_parts"] and small["world_size"] == control.size:
         _share_parts(content, learner, tensors, control)
-    return RunProgress.from_plain(small["position"]), TrainState(**small["state"])
+    return RunProgress.from_plain(small["progress"]), TrainState(**small["state"])
 
 
-def _small(content: Mapping[str, Any]) -> dict[str, Any]:
+def _small(content: CheckpointContent) -> dict[str, Any]:
     """All of a checkpoint but its tensors, and what the tensors of the optimizer are like."""
     entries: list[Sequence[Any]] = []
-    for name, state in content["optimizer"].items():
+    for name, state in content.optimizer.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 entries.append(
@@ -309,17 +304,17 @@ def _small(content: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 entries.append((name, key, value, None))
     return {
-        "position": content["position"],
-        "state": content["state"],
-        "world_size": content["statistics"]["world_size"],
-        "parts": bool(content["statistics"]["parts"]),
+        "progress": content.progress.to_plain(),
+        "state": vars(content.state),
+        "world_size": content.facts.world_size,
+        "has_parts": bool(content.local_stats),
         "optimizer": entries,
     }
 
 
 def _share_optimizer(
     entries: Sequence[Sequence[Any]],
-    content: Mapping[str, Any] | None,
+    content: CheckpointContent | None,
     learner: Replica,
     tensors: Collectives,
 ) -> None:
@@ -340,14 +335,14 @@ def _share_optimizer(
             value, dtype=getattr(torch, dtype), device=weight.device if beside else "cpu"
         )
         if content is not None:
-            tensor.copy_(content["optimizer"][name][key])
+            tensor.copy_(content.optimizer[name][key])
         learner.update.optimizer.state[weight][key] = tensor
         shared.append((f"optimizer.{name}.{key}", tensor))
     tensors.broadcast_(shared)
 
 
 def _share_parts(
-    content: Mapping[str, Any] | None,
+    content: CheckpointContent | None,
     learner: Replica,
     tensors: Collectives,
     control: ControlChannel,
@@ -358,7 +353,7 @@ def _share_parts(
     own = learner.statistics.local_stats()
     rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)
     if content is not None:
-        for rank, part in enumerate(content["statistics"]["parts"]):
+        for rank, part in enumerate(content.local_stats):
             rows[rank] = part.view(own.dtype)
     if own.numel():
         tensors.broadcast_([("statistics_parts", rows)])

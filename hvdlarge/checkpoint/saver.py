@@ -10,13 +10,15 @@ that the last bits stay the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
+from hvdlarge.checkpoint.folder import CheckpointWriter
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
+from hvdlarge.config.job import Checkpoint
 from hvdlarge.models.state import pack, unpack
 from hvdlarge.replica import Replica
 from hvdlarge.schedule.decision import Decision
@@ -33,13 +35,10 @@ class CheckpointSaver:
         control: the channel on which parts of the running statistics are collected.
         tensors: the collectives with which they are summed.
         learner: what is saved.
-        folder: on rank 0; None elsewhere.
+        folder: rank 0's; on the other ranks one that writes nothing.
         clock: of the run.
-        every_epochs: cadence, or None.
-        every_steps: cadence, or None.
-        every_minutes: cadence of rank 0's clock, or None.
-        best_by: accuracy or test_loss, or None for whichever there is.
-        facts: what every checkpoint carries: the job, the data, versions.
+        cadence: the job's section.
+        facts: what every checkpoint carries.
         log_offsets: where rank 0's logs end, so that a resumed run can cut off what came after.
         goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept
             then.
@@ -50,59 +49,56 @@ class CheckpointSaver:
         control: ControlChannel,
         tensors: Collectives,
         learner: Replica,
-        folder: CheckpointFolder | None,
+        folder: CheckpointWriter,
         clock: Clock,
-        every_epochs: float | None,
-        every_steps: int | None,
-        every_minutes: float | None,
-        best_by: str | None,
-        facts: dict[str, Any],
-        log_offsets: Callable[[], dict[str, int]],
+        cadence: Checkpoint,
+        facts: RunFacts,
+        log_offsets: Callable[[], Mapping[str, int]],
         goes_back: bool = False,
     ) -> None:
         self._control, self._tensors, self._learner = control, tensors, learner
         self._folder = folder
         self._clock = clock
-        self._every_epochs, self._every_steps = every_epochs, every_steps
-        self._every_seconds = None if every_minutes is None else 60 * every_minutes
-        self._best_by = best_by
+        self._cadence = cadence
         self._facts = facts
         self._log_offsets = log_offsets
         self._goes_back = goes_back
         self._last_save = time.monotonic()
 
     def wants_save(self) -> bool:
-        """Whether this rank's clock asks for a checkpoint; rank 0's alone counts."""
+        """Whether rank 0's clock asks for a checkpoint; the other ranks' never do."""
+        minutes = self._cadence.every_minutes
         return (
-            self._folder is not None
-            and self._every_seconds is not None
-            and time.monotonic() - self._last_save >= self._every_seconds
+            minutes is not None
+            and self._control.rank == 0
+            and time.monotonic() - self._last_save >= 60 * minutes
         )
 
     def failed(self) -> bool:
-        """Whether rank 0 could not write the last checkpoint."""
-        return self._folder is not None and self._folder.failed
+        """Whether the last checkpoint could not be written."""
+        return self._folder.failed
 
     def is_scheduled(self, decision: Decision) -> bool:
         """Whether the job's cadence asks for a checkpoint after this step; a function of the
         decision alone.
         """
+        cadence = self._cadence
         if decision.is_last:
             return True
-        if self._every_steps is not None and (decision.step + 1) % self._every_steps == 0:
+        if cadence.every_steps is not None and (decision.step + 1) % cadence.every_steps == 0:
             return True
-        if self._every_epochs is None:
+        if cadence.epochs is None:
             return False
         after = self._clock.epoch(decision.samples_seen + decision.global_batch)
-        return milestones_reached(after, self._every_epochs, None) > milestones_reached(
-            decision.epoch, self._every_epochs, None
+        return milestones_reached(after, cadence.epochs, None) > milestones_reached(
+            decision.epoch, cadence.epochs, None
         )
 
     def is_best(self, state: TrainState, decision: Decision, found: dict[str, float]) -> bool:
         """Take an evaluation into account; whether it is the best so far. The same on every
         rank.
         """
-        by = self._best_by or ("accuracy" if "accuracy" in found else "test_loss")
+        by = self._cadence.best or ("accuracy" if "accuracy" in found else "test_loss")
         if by not in found:
             return False
         value = found[by] if by == "accuracy" else -found[by]
@@ -115,71 +111,76 @@ class CheckpointSaver:
 
     def save(
         self,
-        position: RunProgress | None,
-        truncated: bool,
+        progress: RunProgress | None,
         state: TrainState,
         best: bool,
         scheduled: bool,
         wait: bool,
+        truncated: bool = False,
     ) -> None:
         """Save the state of the run. Every rank calls this together; only rank 0 writes.
 
         Args:
-            position: where the run stands, on rank 0; None elsewhere.
-            truncated: whether the last step was cut short by the end of the run.
+            progress: where the run stands; needed on rank 0 alone.
             state: what else the checkpoint holds.
             best: whether it is the best so far.
             scheduled: whether an undisturbed run saves here too.
             wait: return when it is on disk; else the writing goes on beside the training.
+            truncated: whether the last step was cut short by the end of the run.
 
         Raises:
-            CheckpointWriteError: on rank 0 alone; the caller tells the others.
+            CheckpointWriteError: on rank 0 alone; the caller raises it on the others.
         """
         statistics = self._learner.statistics
-        kept = statistics.snapshot()
-        parts = (
-            []
-            if scheduled
-            else _as_tensors(
-                self._control.allgather(kept.local_stats.cpu().contiguous().numpy().tobytes())
-            )
-        )
+        snapshot = statistics.snapshot()
+        # Where an undisturbed run saves too, the sum stands for all parts
+        parts = [] if scheduled else self._gather(snapshot.local_stats)
         statistics.all_reduce(self._tensors.sum)
         try:
-            if self._folder is not None:
-                assert position is not None  # rank 0 has the controller
+            if self._control.rank == 0:
+                assert progress is not None  # rank 0 has the controller
                 self._last_save = time.monotonic()
-                content = {
-                    **self._facts,
-                    "model": _copied(self._learner.model.state_dict()),
-                    "loss": _copied(self._learner.loss.state_dict())
-                    if isinstance(self._learner.loss, torch.nn.Module)
-                    else {},
-                    "optimizer": optimizer_state(self._learner),
-                    "world_size": self._control.size,
-                    "position": position.to_plain(),
-                    "truncated": truncated,
-                    "state": {**vars(state), "results": dict(state.results)},
-                    "statistics": {"world_size": self._control.size, "parts": parts},
-                    "logs": self._log_offsets(),
-                }
-                self._folder.save(
-                    content,
-                    position.step,
-                    best,
-                    wait,
-                    state.scheduled_step if self._goes_back else None,
-                )
+                content = self._content(progress, truncated, state, parts)
+                also_keep = state.scheduled_step if self._goes_back else None
+                self._folder.save(content.to_plain(), progress.step, best, wait, also_keep)
         finally:
             if scheduled:
                 statistics.to_partial()
             else:
-                statistics.restore(kept)
+                statistics.restore(snapshot)
+
+    def _content(
+        self,
+        progress: RunProgress,
+        truncated: bool,
+        state: TrainState,
+        parts: Sequence[torch.Tensor],
+    ) -> CheckpointContent:
+        loss = self._learner.loss
+        return CheckpointContent(
+            facts=self._facts,
+            model=_copied(self._learner.model.state_dict()),
+            loss=_copied(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
+            optimizer=optimizer_state(self._learner),
+            progress=progress,
+            truncated=truncated,
+            state=state,
+            local_stats=tuple(parts),
+            log_offsets=self._log_offsets(),
+        )
+
+    def _gather(self, local_stats: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's part, as tensors of bytes: a checkpoint holds nothing that
+        torch.load(weights_only=True) does not know. Empty where no rank has any.
+        """
+        parts = self._control.allgather(local_stats.cpu().contiguous().numpy().tobytes())
+        if not any(parts):
+            return []
+        return [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
 
     def finish(self) -> None:
         """Wait for what is being written. Raises CheckpointWriteError on rank 0 alone."""
-        if self._folder is not None:
-            self._folder.finish()
+        self._folder.finish()
 
 
 def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
@@ -201,14 +202,3 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
         else unpack(pack({name: value}))[name]
         for name, value in state.items()
     }
-
-
-def _as_tensors(messages: list[bytes]) -> list[torch.Tensor]:
-    """Bytes as tensors: a checkpoint holds nothing that torch.load(weights_only=True) does not
-    know, and bytes are among that.
-    """
-    return (
-        [torch.frombuffer(bytearray(message), dtype=torch.uint8) for message in messages]
-        if any(messages)
-        else []
-    )

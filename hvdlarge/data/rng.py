@@ -3,7 +3,8 @@
 Contract: the one place where a run seeds anything. Whatever a user's code draws from torch, numpy
           or Python's `random` then belongs to a sample or to a micro-batch, and never to the rank
           or the process that happens to work on it. A generator that the user's code makes for
-          itself is out of reach; the rehearsal before the first step (rehearsal.py) refuses it.
+          itself is out of reach; the rehearsal before the first step (preflight/rehearsal.py)
+          refuses it.
 
 `torch.manual_seed` would do for torch, but takes 0.1 ms, most of it for devices that are not there:
 too much for every sample.

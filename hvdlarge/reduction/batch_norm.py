@@ -12,7 +12,8 @@ Contract: costs no message in a step in which each layer is used once for each m
           ranks tell each other their counts. `all_reduce` (a sum over ranks) is called by every
           rank together, whenever somebody wants to read the buffers, and `to_partial` before
           training goes on. Layers in evaluation mode keep their statistics. That no layer reads its
-          running statistics while it trains is seen to before the first step (rehearsal.py).
+          running statistics while it trains is checked before the first step
+          (preflight/rehearsal.py).
 """
 
 from __future__ import annotations

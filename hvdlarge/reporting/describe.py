@@ -7,11 +7,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hvdlarge.comm.launcher import cores_per_worker
 from hvdlarge.config.job import Job
 from hvdlarge.config.planning import layout_of, stages_of
 from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
+
+
+def startup_summary(
+    job: Job,
+    plan: Plan,
+    model: Any,
+    optimizer: Any,
+    sizes: Mapping[str, int | None],
+    environment: Mapping[str, Any],
+    messages: Sequence[str],
+) -> list[str]:
+    """What a run says before its first step, as lines.
+
+    Args:
+        job: of the run.
+        plan: of the run.
+        model: of torch.
+        optimizer: of torch.
+        sizes: of the data sets, in samples.
+        environment: as environment.json has it.
+        messages: what else the user should know.
+    """
+    workers = [(worker["host"], worker["cores"]) for worker in environment["workers"]]
+    return [
+        world_line(environment, cores_per_worker(workers, 0)),
+        f"data     {job.data.name}: {sizes['training samples']:,} samples for training, "
+        f"{sizes['test samples'] or 0:,} for testing",
+        f"model    {job.model.name}: {model_line(model)}",
+        f"update   {update_line(optimizer)}",
+        f"batch    {batch_line(plan)}",
+        f"schedule {plan.fingerprint()}",
+        *stage_table(plan),
+        *rule_notes(job, plan),
+        *notes(plan, model),
+        f"folder   {job.run_folder}",
+        *(f"note     {message}" for message in [*messages, *update_notes(optimizer)]),
+    ]
 
 
 def world_line(environment: Mapping[str, Any], cores: int) -> str:

@@ -17,7 +17,7 @@ from hvdlarge.reporting.describe import duration, growth_line
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.telemetry.console import print_status
-from hvdlarge.telemetry.run_folder import FolderLock, summary_of, without_nonfinite, write_summary
+from hvdlarge.telemetry.run_folder import summary_of, without_nonfinite, write_summary
 from hvdlarge.train_state import TrainState
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
@@ -29,7 +29,6 @@ class RunLog:
     Args:
         folder: the run folder, made already.
         plan: what the run follows.
-        lock: on the folder, held until the logs are closed.
         offsets: where each log goes on, by its name; what stands after is of steps that will be
             taken again.
         position: where the run begins or goes on.
@@ -40,14 +39,12 @@ class RunLog:
         self,
         folder: Path,
         plan: Plan,
-        lock: FolderLock,
         offsets: Mapping[str, int],
         position: RunProgress,
         before: TrainState,
     ) -> None:
         self.folder = folder
         self._plan = plan
-        self._lock = lock
         self._failure: OSError | None = None
         with self._told():
             self._files = {
@@ -197,7 +194,43 @@ class RunLog:
         for file in self._files.values():
             with contextlib.suppress(OSError):  # what could not be written has been told
                 file.close()
-        self._lock.release()
+
+
+class SilentRunLog:
+    """Writes and prints nothing: for the ranks that do not log, and for measurements."""
+
+    failed = False
+    seconds = 0.0
+
+    def decision(self, decision: Decision) -> None:
+        """Nothing."""
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def evaluated(self, result: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def progress(self, decision: Decision, samples_seen: int, loss: float) -> None:
+        """Nothing."""
+
+    def check(self) -> None:
+        """Nothing can have failed."""
+
+    def offsets(self) -> dict[str, int]:
+        """There are no logs."""
+        return {}
+
+    def go_back(self, offsets: Mapping[str, int], position: RunProgress) -> None:
+        """Nothing."""
+
+    def finish(
+        self, state: TrainState, position: RunProgress, peak_memory: int, gradient_bytes: int
+    ) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _open_at(path: Path, offset: int) -> IO[str]:

@@ -122,8 +122,8 @@ def test_data(start, folder):
     ("workers", "arguments", "code", "message"),
     [
         (None, ["allreduce"], 2, "needs two workers at least"),
-        (None, ["step", "jobs/digits.yaml", "--only", "bear loop"], 2, "the sides are"),
-        (2, ["step", "jobs/digits.yaml", "--only", "bear loop"], 2, "the sides are"),
+        (None, ["step", "jobs/digits.yaml", "--only", "bear loop"], 2, "the variants are"),
+        (2, ["step", "jobs/digits.yaml", "--only", "bear loop"], 2, "the variants are"),
         (2, ["step", "jobs/digits.yaml", "lr.bas=1"], 2, "unknown key 'lr.bas'"),
         (2, ["data", "nowhere.yaml"], 2, "no such job file"),
         (None, ["lars", "--rounds", "0"], 2, "0 is less than 1"),

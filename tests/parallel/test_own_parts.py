@@ -15,7 +15,8 @@ from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import JobError, RanksDisagreeError, RunExit, Stopped
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import RankContext, run
+from hvdlarge.run import run
+from hvdlarge.world import RankContext
 
 JOB = """
 name: law

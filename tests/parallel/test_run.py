@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hvdlarge import build
+from hvdlarge.checkpoint.content import RunFacts
+from hvdlarge.checkpoint.folder import NoCheckpoints
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
@@ -16,8 +18,11 @@ from hvdlarge.loop import train
 from hvdlarge.optim.precision import Precision
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Components, RankContext, build_loop, join
+from hvdlarge.run import Run
+from hvdlarge.schedule.plan import RunProgress
+from hvdlarge.telemetry.run_log import SilentRunLog
 from hvdlarge.train_state import TrainState
+from hvdlarge.world import RankContext
 
 JOB = """
 name: law
@@ -52,24 +57,25 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     train_set, test_set = build.load_data(job.data, job.seed)
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
-    arithmetic = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(
-        job.model, job.loss, job.optimizer, arithmetic, job.seed
+    precision = Precision(job.precision, torch.device("cpu"))
+    model, loss, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(
+        precision, small, wrap(test_set), {}, plan, model, loss, optimizer
     )
-    found = Components(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
-    learner = join(job, found, control, tensors)
-    learner.statistics.to_partial()
+    replica = build.build_replica(job, components, control, tensors)
+    replica.statistics.to_partial()
     not_watching = Watchdog(
         control.rank, {"start": 100, "step": 100}
     )  # never started, so that it leaves nothing armed behind
-    worker = RankContext(None, {}, control, tensors, not_watching, StopRequest())
+    context = RankContext(None, {}, control, tensors, not_watching, StopRequest())
     state = TrainState()
-    controller = Controller(plan) if control.rank == 0 else None
     loader = build.build_loader(job.data, small, job.seed)
-    parts = build_loop(job, found, worker, learner, loader, controller, None, {}, None, state)
+    facts = RunFacts({}, {}, {}, control.size)
+    whole = Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
+    parts = whole.build_loop(loader, RunProgress(), state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(parts, state)
-    learner.statistics.all_reduce(tensors.sum)
+    replica.statistics.all_reduce(tensors.sum)
     after = model.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())

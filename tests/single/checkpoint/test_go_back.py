@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from hvdlarge.checkpoint import resume
+from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.exits import CheckpointError, CheckpointWriteError
 from hvdlarge.schedule.plan import RunProgress
+from hvdlarge.train_state import TrainState
 
 
 def model_at(step):
@@ -17,8 +19,10 @@ def model_at(step):
 
 def save(folder, step, also_keep=None):
     state = {name: value.clone() for name, value in model_at(step).state_dict().items()}
-    content = {"model": state, "loss": {}, "position": RunProgress(step=step).to_plain()}
-    folder.save(content, step, best=False, wait=True, also_keep=also_keep)
+    content = CheckpointContent(
+        RunFacts({}, {}, {}, 1), state, {}, {}, RunProgress(step=step), False, TrainState(), (), {}
+    )
+    folder.save(content.to_plain(), step, best=False, wait=True, also_keep=also_keep)
 
 
 def damage(folder, step):
@@ -43,7 +47,7 @@ def test_go_back_passes_over_what_a_stop_has_written_and_removes_it(folder):
     assert steps(folder) == [10, 17]  # keep: 1, and that of the cadence
     model = model_at(99)
     found = resume.go_back(folder, {"": model}, 10)
-    assert (found.position.step, found.notes) == (10, [])
+    assert (found.content.progress.step, found.notes) == (10, [])
     assert (model.weight == 10).all()
     assert steps(folder) == [10]
     assert "step_000000017.pt" not in (folder.folder / "SHA256SUMS").read_text()
@@ -52,7 +56,7 @@ def test_go_back_passes_over_what_a_stop_has_written_and_removes_it(folder):
 def test_go_back_with_a_damaged_scheduled_checkpoint_takes_the_newest_and_says_so(folder):
     damage(folder, 10)
     found = resume.go_back(folder, {"": model_at(99)}, 10)
-    assert found.position.step == 17
+    assert found.content.progress.step == 17
     assert "step_000000010.pt: damaged" in "\n".join(found.notes)
 
 
@@ -64,7 +68,7 @@ def test_go_back_without_any_whole_checkpoint_is_an_error(folder):
 
 
 def test_go_back_from_a_run_that_knows_no_schedule_takes_the_newest(folder):
-    assert resume.go_back(folder, {"": model_at(99)}, None).position.step == 17
+    assert resume.go_back(folder, {"": model_at(99)}, None).content.progress.step == 17
 
 
 def test_go_back_that_cannot_remove_what_is_above_ends_as_a_failed_write(folder, monkeypatch):

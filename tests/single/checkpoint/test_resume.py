@@ -3,6 +3,7 @@
 import pytest
 
 from hvdlarge.checkpoint import resume
+from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import CheckpointError
@@ -30,12 +31,7 @@ def begin(folder, job):
 
 
 def find(folder, job):
-    facts = {
-        "job": job.resume_signature(),
-        "data": {"training samples": 1437},
-        "versions": {},
-        "world_size": 1,
-    }
+    facts = RunFacts(job.resume_signature(), {"training samples": 1437}, {}, 1)
     return resume.find(
         folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True
     )
@@ -45,7 +41,7 @@ def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_t
     tmp_path,
 ):
     begin(tmp_path / "run", parse_job(JOB, "job", [WORDS]))
-    assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])).content is None
+    assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])) is None
     with pytest.raises(CheckpointError, match='model.args.mode is "on" there and "off" here'):
         find(tmp_path / "run", parse_job(JOB, "job", [WORDS, "model.args.mode=off"]))
 
@@ -62,14 +58,8 @@ def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_n
 ):
     monkeypatch.setenv("TOKEN", "s3cret")
     begin(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"]))
-    assert (
-        find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])).content
-        is None
-    )
-    assert (
-        find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])).content
-        is None
-    )
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])) is None
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])) is None
     with pytest.raises(
         CheckpointError, match='model.args.token is "sha256:.*" there and "other" here'
     ) as raised:

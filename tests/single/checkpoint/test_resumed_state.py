@@ -7,12 +7,15 @@ import torch
 
 from hvdlarge import build
 from hvdlarge.checkpoint import resume
+from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.saver import optimizer_state
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import CheckpointError
 from hvdlarge.models.state import trained_modules
 from hvdlarge.optim.precision import Precision
+from hvdlarge.schedule.plan import RunProgress
+from hvdlarge.train_state import TrainState
 
 JOB = """
 name: resumed
@@ -51,22 +54,16 @@ class Learnt(torch.nn.Module):
 def learner_of(monkeypatch, *changes):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     job = parse_job(JOB, "job", changes)
-    arithmetic = Precision("fp32", torch.device("cpu"))
-    model, loss, optimizer, *_ = build.build_learning(
-        job.model, job.loss, job.optimizer, arithmetic, job.seed
-    )
-    return build.build_replica(
-        model,
-        loss,
-        optimizer,
-        arithmetic,
-        job.gradients,
-        None,
-        False,
-        SoloChannel(),
-        SoloCollectives(),
-        0,
-        exact=False,
+    precision = Precision("fp32", torch.device("cpu"))
+    model, loss, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    return build.build_replica(job, components, SoloChannel(), SoloCollectives())
+
+
+def content(model=None, loss=None, optimizer=None):
+    facts = RunFacts({}, {}, {}, 1)
+    return CheckpointContent(
+        facts, model or {}, loss or {}, optimizer or {}, RunProgress(), False, TrainState(), (), {}
     )
 
 
@@ -78,15 +75,7 @@ def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatc
     learner = learner_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
     learner.model(torch.ones(4, 3)).sum().backward()
     learner.update.optimizer.step()
-    state = optimizer_state(learner)
-    entries = resume._small(
-        {
-            "position": {},
-            "state": {},
-            "optimizer": state,
-            "statistics": {"world_size": 1, "parts": []},
-        }
-    )
+    entries = resume._small(content(optimizer=optimizer_state(learner)))
     there = {
         torch.nn.Parameter(weight.detach().to("meta")): name
         for weight, name in learner.names.items()
@@ -105,11 +94,9 @@ def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatc
 def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
     model, loss = Scaled(), Learnt()
     modules = trained_modules(model, loss)
-    content = {
-        "model": {name: value + 1 for name, value in model.state_dict().items()},
-        "loss": {"temperature": torch.tensor(3.0), "_extra_state": {"calls": 5}},
-    }
-    resume.load_modules(modules, content, tmp_path)
+    moved = {name: value + 1 for name, value in model.state_dict().items()}
+    learnt = {"temperature": torch.tensor(3.0), "_extra_state": {"calls": 5}}
+    resume.load_modules(modules, content(moved, learnt), tmp_path)
     assert (loss.temperature.item(), loss.history, model.logit_scale.item()) == (
         3.0,
         {"calls": 5},
@@ -119,5 +106,5 @@ def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
         CheckpointError,
         match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing",
     ):
-        resume.load_modules(modules, {**content, "loss": {"_extra_state": {}}}, tmp_path)
+        resume.load_modules(modules, content(moved, {"_extra_state": {}}), tmp_path)
     assert loss.temperature.item() == 3.0

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+from hvdlarge.checkpoint.folder import NoCheckpoints
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
+from hvdlarge.config.job import Checkpoint
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
 from hvdlarge.train_state import TrainState
@@ -16,7 +18,14 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
     saver = CheckpointSaver(
-        SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict
+        SoloChannel(),
+        SoloCollectives(),
+        None,
+        NoCheckpoints(),
+        PLAN.clock,
+        Checkpoint(best=best_by),
+        None,
+        dict,
     )
     return [step for step, found in evaluations if saver.is_best(state, DECISIONS[step - 1], found)]
 

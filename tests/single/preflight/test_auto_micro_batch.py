@@ -2,12 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from hvdlarge.build import build_learning, load_data
+from hvdlarge.comm.solo import SoloChannel
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.config.planning import plan_run
 from hvdlarge.optim.precision import Precision
-from hvdlarge.resilience.out_of_memory import largest_micro_batch, largest_that_fits
+from hvdlarge.preflight.auto_micro_batch import (
+    keep_micro_batches,
+    largest_micro_batch,
+    largest_that_fits,
+    with_largest_micro_batch,
+)
+from hvdlarge.train_state import TrainState
 
 CPU = Precision("fp32", torch.device("cpu"))
 
@@ -53,7 +64,7 @@ def test_the_search_leaves_no_trace():
 
 LIMITED = """
 import resource, torch
-from test_out_of_memory import *
+from test_auto_micro_batch import *
 model = net()
 largest_micro_batch(model, cross_entropy, CPU, samples, 2)  # threads and caches are there before the limit is set
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -73,3 +84,45 @@ def test_memory_that_really_ends_is_found_out():
     assert done.returncode == 0, done.stderr
     # A sample takes 12 kB of input and some 8 × 30 × 30 × 4 bytes at each of five places, forwards and backwards.
     assert 200 < int(done.stdout) < 10_000, done.stdout
+
+
+JOB = """
+name: built
+epochs: 1
+data: {name: digits}
+model: {name: convnet, args: {width: 2}}
+batch: {base: 8, micro: auto}
+lr: {base: 1}
+"""
+
+
+def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
+    job = parse_job(
+        JOB, "job", ["batch.growth={policy: adabatch, factor: 2, every_epochs: 0.5, max: 16}"]
+    )
+    training_set, _ = load_data(job.data, job.seed)
+    plan = plan_run(job, len(training_set), 1)
+    model, loss, *_ = build_learning(job, CPU)
+    plan = with_largest_micro_batch(
+        plan, model, loss, CPU, training_set, job.data, True, SoloChannel()
+    )
+    assert plan.largest_micro_batch == 16
+
+
+def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_still_fits():
+    job = parse_job(JOB, "job")
+
+    def kept(now, state, workers=2):
+        plan = replace(plan_run(job, 1437, workers), largest_micro_batch=now)
+        plan, notes = keep_micro_batches(plan, state)
+        return plan.largest_micro_batch, len(notes)
+
+    state = TrainState()
+    assert kept(None, state) == (None, 0)  # on a CPU
+    assert state == TrainState()
+    assert kept(100, state) == (100, 0)
+    assert (state.largest_micro_batch, state.workers) == (100, 2)
+    assert kept(120, state) == (100, 0)
+    assert kept(90, state) == (90, 1)
+    assert kept(200, state, workers=1) == (200, 0)
+    assert (state.largest_micro_batch, state.workers) == (200, 1)
