@@ -96,12 +96,7 @@ def run_on_all_ranks(
         return _wrong_world(error, launch)
     try:
         job = raise_on_all_ranks(control, attempt)
-        check_equal_across_ranks(control, options, "command line")
-        check_equal_across_ranks(control, {} if job is None else job.resolved(), "job")
-        check_equal_across_ranks(control, versions(), "versions")
-        check_equal_across_ranks(
-            control, shared_settings(os.environ), "settings in their environment"
-        )
+        _check_equal(control, options, job)
         tensors = open_tensors(launch, control)
         try:
             work(RankContext(launch, settings, control, tensors, watchdog, stop), job)
@@ -120,6 +115,13 @@ def run_on_all_ranks(
     control.close()
     watchdog.stop()
     return code
+
+
+def _check_equal(control: ControlChannel, options: Mapping[str, Any], job: Job | None) -> None:
+    check_equal_across_ranks(control, options, "command line")
+    check_equal_across_ranks(control, {} if job is None else job.resolved(), "job")
+    check_equal_across_ranks(control, versions(), "versions")
+    check_equal_across_ranks(control, shared_settings(os.environ), "settings in their environment")
 
 
 def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
