@@ -40,8 +40,8 @@ from hvdlarge.models.state import (
     unpack,
 )
 from hvdlarge.models.state import named_parameters as every_parameter
-from hvdlarge.optim.build import build_optimizer, waits_for_norms
-from hvdlarge.optim.lars import LARS
+from hvdlarge.optim.build import build_optimizer
+from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
@@ -50,7 +50,6 @@ from hvdlarge.reduction.exact_sum import ExactOptimizer
 from hvdlarge.replica import Replica
 from hvdlarge.resilience import out_of_memory as memory
 from hvdlarge.resilience.nonfinite import (
-    DeferredCheck,
     LossScalingPolicy,
     NonFinitePolicy,
     RollbackPolicy,
@@ -184,7 +183,7 @@ class Built(NamedTuple):
 
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: MeanGradientOptimizer
     notes: list[str]  # what the user may not expect
 
 
@@ -319,7 +318,7 @@ def largest_micro_batch(
 def build_replica(
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: MeanGradientOptimizer,
     arithmetic: Precision,
     gradients: sections.Gradients,
     groups: int | None,
@@ -361,7 +360,6 @@ def build_replica(
         )
         kind = RunningStatistics
     statistics = kind(modules, control.rank, control.size, tensors.gather)
-    _go_one_way(update.optimizer, control)
     return Replica(
         model=model,
         loss=loss,
@@ -394,24 +392,6 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
     message = control.allgather(message)[0]
     if message and control.rank != 0:
         set_extra_states(modules, unpack(message))
-
-
-def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlChannel) -> None:
-    """Move the weights tensor by tensor on every GPU, if one of them cannot do it together.
-    Every rank calls this together.
-    """
-    if not isinstance(optimizer, LARS):
-        return
-    reasons = [
-        message.decode()
-        for message in control.allgather((optimizer.reason_against_gpu() or "").encode())
-    ]
-    ranks = [rank for rank, reason in enumerate(reasons) if reason]
-    if ranks:
-        everywhere = len(set(reasons)) == 1
-        optimizer.against_gpu = (
-            reasons[ranks[0]] if everywhere else f"on rank {ranks[0]}, {reasons[ranks[0]]}"
-        )
 
 
 def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
@@ -489,9 +469,7 @@ def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFin
         policy = StopPolicy()
     if learner.arithmetic.scales_losses:
         return LossScalingPolicy(policy, learner.scale, state)
-    if isinstance(policy, SkipPolicy) or waits_for_norms(learner.update.optimizer):
-        return policy
-    return DeferredCheck(policy)
+    return policy
 
 
 def device_mover(arithmetic: Precision, channels_last: bool) -> Callable[[Any], Any]:

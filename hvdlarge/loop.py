@@ -145,7 +145,6 @@ def save_if_due(
     scheduled = best or parts.saver.is_scheduled(decision)
     if not (scheduled or flags.save or flags.stop):
         return
-    parts.policy.flush(parts.learner)  # it may go back, and then not to what is saved here
     if scheduled:
         state.scheduled_step = decision.step + 1
     controller = parts.controller
@@ -182,8 +181,6 @@ def record(
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
-    # Before a loss that is not finite is written down as if it were one
-    parts.policy.flush(parts.learner)
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
         heard = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
@@ -220,7 +217,6 @@ def evaluate(
     )
     if parts.evaluation is None or not (passed or decision.is_last):
         return False
-    parts.policy.flush(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
         parts.learner.statistics.all_reduce(parts.tensors.sum)
         found = parts.evaluation.run(parts.learner, parts.tensors)
@@ -256,7 +252,6 @@ def save(
     Raises:
         RanksDisagreeError, DivergedError: on every rank.
     """
-    parts.policy.flush(parts.learner)
     if parts.unlike:
         take_over(parts.learner, parts.tensors)
     else:

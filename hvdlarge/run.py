@@ -31,6 +31,7 @@ from hvdlarge.data.loader import Loader
 from hvdlarge.exits import Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import trained_modules
+from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.precision import Precision
 from hvdlarge.rehearsal import rehearse
 from hvdlarge.replica import Replica
@@ -41,7 +42,6 @@ from hvdlarge.reporting.describe import (
     rule_notes,
     stage_table,
     update_line,
-    update_notes,
     world_line,
 )
 from hvdlarge.resilience.consistency import ConsistencyCheck
@@ -78,7 +78,7 @@ class Components:
     plan: Plan
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: MeanGradientOptimizer
     notes: Sequence[str] = ()  # what the user may not expect
     unlike: bool = False  # whether the ranks round differently
 
@@ -212,7 +212,7 @@ def _train_from(
             found,
             environment,
             cores,
-            [*found.notes, *update_notes(learner.update.optimizer), *cut_notes, *start.notes],
+            [*found.notes, *cut_notes, *start.notes],
         )
         return log
 

@@ -189,7 +189,7 @@ def _lars(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
 def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from hvdlarge.bench.step import StepClock, count_waits, measure_step
+    from hvdlarge.bench.step import StepClock, measure_step
     from hvdlarge.run import RankContext, build_components
 
     assert job is not None  # _job gave one
@@ -207,11 +207,7 @@ def _step(world: World, job: Job | None, options: argparse.Namespace) -> dict[st
         f"seconds of a step of {job.model.name}, global batch {ingredients.plan.initial_batch}, on "
         f"{world.control.size} workers"
     )
-    found = _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
-    if ingredients.arithmetic.device.type == "cuda" and options.only in (None, "engine"):
-        found["waits_for_the_gpu"] = count_waits(job, ingredients, worker, clock, options.steps)
-        found["steps"] = options.steps
-    return found
+    return _found("step", what, ingredients.arithmetic.device, timings, "bare loop")
 
 
 def _allreduce(world: World, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -353,11 +349,6 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
             (name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio)
         )
     lines += columns(rows)
-    if "waits_for_the_gpu" in found:
-        lines.append(
-            f"waits    {found['waits_for_the_gpu']} calls of torch that wait for the GPU in "
-            f"{found['steps']} steady steps"
-        )
     if found["what"] == "allreduce":
         rate = 1e-9 / found["seconds_per_byte"] if found["seconds_per_byte"] else float("inf")
         lines.append(

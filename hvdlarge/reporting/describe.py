@@ -63,24 +63,6 @@ def update_line(optimizer: Any) -> str:
     )
 
 
-def update_notes(optimizer: Any) -> list[str]:
-    """What a user should know of how a LARS optimizer's weights are moved on a GPU; nothing
-    elsewhere.
-    """
-    device = optimizer.param_groups[0]["params"][0].device
-    if device.type != "cuda" or not hasattr(optimizer, "reason_against_gpu"):
-        return []
-    reason = optimizer.reason_against_gpu()
-    return (
-        [
-            "LARS moves the weights tensor by tensor here, and each step waits for their norms: "
-            f"{reason}"
-        ]
-        if reason
-        else []
-    )
-
-
 def batch_line(plan: Plan) -> str:
     """The batch arithmetic of the first step, with its words."""
     layout = layout_of(plan, min(plan.initial_batch, plan.clock.total_samples))
