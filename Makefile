@@ -3,7 +3,6 @@
 # make test-faults  every fault of the list in docs/fault-tests.md; make test-kill: the long kill trial; make test-laws: whole jobs
 # make test-fuzz    the laws on 5,000 jobs drawn at random, and some hundreds of them over MPI and Horovod
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
-# make test-kernels  what moves the weights on a GPU, also without one (installs Triton into .triton)
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -23,7 +22,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers test-kernels bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -43,9 +42,8 @@ demo: $(stamp)
 
 test: test-single test-parallel test-integration test-faults-short
 
-# lars_kernels.py cannot be imported without Triton: make test-kernels.
 test-single: $(stamp)
-	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge --ignore=hvdlarge/optim/lars_kernels.py
+	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge
 
 # Every model, data set and loss of tests/parallel/own_parts.py on 1, 2 and 3 workers, against one; on 4 what powers of two promise.
 test-parallel: $(stamp)
@@ -89,15 +87,9 @@ test-peers: $(stamp)
 	[ -d .peers/timm ] || $(pip) install --quiet --target .peers --no-deps pytorch_optimizer timm
 	PYTHONPATH=.peers $(bin)/python -m pytest tests/peers
 
-# The Triton kernels of LARS: interpreted, and compiled for GPUs, where there is none. torch's builds for GPUs bring Triton; for another
-# it is put into a folder of its own (1 GB).
-test-kernels: $(stamp)
-	$(bin)/python -c 'import triton' 2>/dev/null || [ -d .triton ] || $(pip) install --quiet --target .triton --no-deps triton
-	PYTHONPATH="$(CURDIR)/.triton" $(bin)/python -m pytest tests/kernels
-
 # How much of the package the tests of one process reach; the other suites run it in processes of its own.
 coverage: $(stamp)
-	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge --ignore=hvdlarge/optim/lars_kernels.py --cov hvdlarge --cov-report term
+	$(bin)/python -m pytest tests/single --doctest-modules hvdlarge --cov hvdlarge --cov-report term
 
 # Figures, not tests: the engine against the memory's limit, a bare loop, a stock Horovod loop and DDP: about 12 minutes.
 bench: $(stamp)

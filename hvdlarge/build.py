@@ -44,8 +44,8 @@ from hvdlarge.models.state import (
     unpack,
 )
 from hvdlarge.models.state import named_parameters as every_parameter
-from hvdlarge.optim.build import build_optimizer, waits_for_norms
-from hvdlarge.optim.lars import LARS
+from hvdlarge.optim.build import build_optimizer
+from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
 from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
@@ -54,7 +54,6 @@ from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
 from hvdlarge.replica import Replica
 from hvdlarge.resilience.nonfinite import (
-    DeferredCheck,
     LossScalingPolicy,
     NonFinitePolicy,
     RollbackPolicy,
@@ -79,7 +78,7 @@ class Components:
     plan: Plan
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: MeanGradientOptimizer
     notes: Sequence[str] = ()  # what the user may not expect
     rounds_differently: bool = False  # whether some ranks do
 
@@ -159,7 +158,7 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
 
 def build_learning(
     job: Job, precision: Precision
-) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], torch.optim.Optimizer, list[str]]:
+) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], MeanGradientOptimizer, list[str]]:
     """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on
     the seed only. The last is what the user may not expect.
 
@@ -265,7 +264,6 @@ def build_replica(
             optimizer, named_weights, compression == "fp16", job.horovod.groups
         )
         statistics = RunningStatistics(modules, control.rank, control.size, tensors.gather)
-    _go_one_way(update.optimizer, control)
     return Replica(
         model=model,
         loss=loss,
@@ -305,24 +303,6 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
     message = control.allgather(message)[0]
     if message and control.rank != 0:
         set_extra_states(modules, unpack(message))
-
-
-def _go_one_way(optimizer: torch.optim.Optimizer, control: ControlChannel) -> None:
-    """Move the weights tensor by tensor on every GPU, if one of them cannot do it together.
-    Every rank calls this together.
-    """
-    if not isinstance(optimizer, LARS):
-        return
-    reasons = [
-        message.decode()
-        for message in control.allgather((optimizer.reason_against_gpu() or "").encode())
-    ]
-    ranks = [rank for rank, reason in enumerate(reasons) if reason]
-    if ranks:
-        everywhere = len(set(reasons)) == 1
-        optimizer.against_gpu = (
-            reasons[ranks[0]] if everywhere else f"on rank {ranks[0]}, {reasons[ranks[0]]}"
-        )
 
 
 def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
@@ -400,9 +380,7 @@ def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFin
         policy = StopPolicy()
     if learner.arithmetic.scales_losses:
         return LossScalingPolicy(policy, learner.scale, state)
-    if isinstance(policy, SkipPolicy) or waits_for_norms(learner.update.optimizer):
-        return policy
-    return DeferredCheck(policy)
+    return policy
 
 
 def _kind(found: Any) -> str:

@@ -143,7 +143,6 @@ def save_if_due(
     scheduled = best or parts.saver.is_scheduled(decision)
     if not (scheduled or flags.save or flags.stop):
         return
-    parts.policy.flush(parts.learner)  # it may go back, and then not to what is saved here
     if scheduled:
         state.scheduled_step = decision.step + 1
     progress = parts.feed.progress_after(decision)
@@ -179,8 +178,6 @@ def record(
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
-    # Before a loss that is not finite is written down as if it were one
-    parts.policy.flush(parts.learner)
     with timed("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
         shares = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
@@ -218,7 +215,6 @@ def evaluate(
     )
     if parts.evaluation is None or not (passed or decision.is_last):
         return False
-    parts.policy.flush(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
         parts.learner.statistics.all_reduce(parts.tensors.sum)
         results = parts.evaluation.run(parts.learner, parts.tensors)
@@ -252,7 +248,6 @@ def save(
     Raises:
         RanksDisagreeError, DivergedError: on every rank.
     """
-    parts.policy.flush(parts.learner)
     if parts.rounds_differently:
         take_over(parts.learner, parts.tensors)
     else:

@@ -5,14 +5,13 @@ object handed in.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch
 from hvdlarge.data.rng import seed_all
-from hvdlarge.optim.param_groups import set_lr
 from hvdlarge.replica import Replica
 from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
 from hvdlarge.resilience.nonfinite import NonFinitePolicy
@@ -76,11 +75,8 @@ def train_step(
     # Only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
     with timed("update"):
         learner.scale.unscale(learner.names)
-        optimizer: Any = learner.update.optimizer
-        norms = optimizer.measure()
+        norms = learner.update.optimizer.measure()
         applied = policy.check(decision, learner, norms)
         if applied:
-            optimizer.gradient_norms = norms.clipped(learner.clip_norm)
-            set_lr(optimizer, decision.lr)
-            learner.update.step()
+            learner.update.apply(norms.clipped(learner.clip_norm), decision.lr)
     return StepOutcome(loss_share, verdict, applied)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
+from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 
 Generators = tuple[Any, Any, Any]
 
@@ -289,7 +290,7 @@ class ThreadCollectives:
 
     def distributed_optimizer(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
@@ -321,7 +322,7 @@ class ThreadOptimizer:
     def __init__(
         self,
         tensors: ThreadCollectives,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool,
         groups: int | None,
@@ -340,7 +341,7 @@ class ThreadOptimizer:
         self._named = sorted(named_parameters)
         self._compressed, self._groups = compressed, groups
         kind: Any = type(optimizer)
-        self.optimizer: torch.optim.Optimizer = kind(optimizer.param_groups)
+        self.optimizer: MeanGradientOptimizer = kind(optimizer.param_groups)
         self._left: dict[torch.Tensor, int] = {}
         self._sent: dict[torch.Tensor, torch.Tensor] = {}
         for _, weight in named_parameters:
@@ -373,9 +374,9 @@ class ThreadOptimizer:
         for (_, weight), total in zip(self._named, sums, strict=True):
             weight.grad = total.to(weight.dtype).clone()
 
-    def step(self) -> None:
+    def apply(self, norms: GradientNorms, lr: float) -> None:
         """Move the weights with the reduced gradients."""
-        self.optimizer.step()
+        self.optimizer.update(norms, lr)
 
     def _passed(self, weight: torch.Tensor) -> None:
         if weight not in self._left:  # before the first step, when somebody tries the model out

@@ -146,7 +146,7 @@ def _lars(context: RankContext, job: Job | None, options: argparse.Namespace) ->
 
 
 def _step(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
-    from hvdlarge.bench.step import StepClock, count_waits, measure_step
+    from hvdlarge.bench.step import StepClock, measure_step
     from hvdlarge.build import build_components
 
     assert job is not None  # `_job` gave one
@@ -161,12 +161,7 @@ def _step(context: RankContext, job: Job | None, options: argparse.Namespace) ->
         f"seconds of a step of {job.model.name}, global batch {components.plan.initial_batch}, on "
         f"{context.control.size} workers"
     )
-    device = components.precision.device
-    figures = _figures("step", what, device, timings, "bare loop")
-    if device.type == "cuda" and options.only in (None, "engine"):
-        figures["waits_for_the_gpu"] = count_waits(job, components, context, clock, options.steps)
-        figures["steps"] = options.steps
-    return figures
+    return _figures("step", what, components.precision.device, timings, "bare loop")
 
 
 def _allreduce(
@@ -305,11 +300,6 @@ def in_words(figures: Mapping[str, Any]) -> list[str]:
             (name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio)
         )
     lines += columns(rows)
-    if "waits_for_the_gpu" in figures:
-        lines.append(
-            f"waits    {figures['waits_for_the_gpu']} calls of torch that wait for the GPU in "
-            f"{figures['steps']} steady steps"
-        )
     if figures["what"] == "allreduce":
         rate = 1e-9 / figures["seconds_per_byte"] if figures["seconds_per_byte"] else float("inf")
         lines.append(

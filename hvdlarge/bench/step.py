@@ -12,7 +12,6 @@ import io
 import itertools
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -53,14 +52,11 @@ class StepClock(Watchdog):
     def __init__(self, rank: int, limits: dict[str, float]) -> None:
         super().__init__(rank, limits)
         self.moments: list[float] = []
-        self.reported = range(0)  # steps in which torch names each call that waits for the GPU
 
     def progress(self, phase: str, step: int | None = None) -> None:
         """As a watchdog's."""
         if step is not None:
             self.moments.append(time.perf_counter())
-            if self.reported:
-                torch.cuda.set_sync_debug_mode("warn" if step in self.reported else "default")
         super().progress(phase, step)
 
 
@@ -122,38 +118,6 @@ def measure_step(
         turns = {name: together(variant) for name, variant in variants.items()}
         run_interleaved(turns, 1)  # memory is taken, caches and connections are made
         return run_interleaved(turns, rounds)
-
-
-def count_waits(
-    job: Job, components: Components, context: RankContext, clock: StepClock, steps: int
-) -> int:
-    """How often torch says that it waits for the GPU in so many steady steps of the engine, on this
-    rank.
-
-    torch's mode sees its own calls, not what Horovod waits for. Every rank calls this together, on
-    GPUs.
-    """
-    quiet = {
-        "checkpoint": Checkpoint(every_epochs=1e9),
-        "log": job.log.model_copy(update={"every_steps": 10**9}),
-    }
-    job = job.model_copy(update=quiet)
-    replica = build_replica(job, _anew(job, components), context.control, context.tensors)
-    plan = _one_stage(components.plan, _WARM_UP + steps + 1)
-    clock.reported = range(_WARM_UP, _WARM_UP + steps)
-    with (
-        tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder,
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always")
-        with contextlib.redirect_stdout(io.StringIO()):
-            engine = _one_stage_run(job, components, context, replica, plan)
-            _engine_turn(engine, clock, Path(folder))
-    clock.reported = range(0)
-    torch.cuda.set_sync_debug_mode("default")
-    return sum(
-        "called a synchronizing CUDA operation" in str(warning.message) for warning in caught
-    )
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:

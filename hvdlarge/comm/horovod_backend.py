@@ -18,6 +18,7 @@ from hvdlarge.comm.interfaces import (
     RankLostError,
     WorldMismatchError,
 )
+from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 
 
 @contextmanager
@@ -107,7 +108,7 @@ class HorovodCollectives:
 
     def distributed_optimizer(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
@@ -126,7 +127,7 @@ _CARRIED = frozenset(
 
 
 class HorovodOptimizer:
-    """`hvd.DistributedOptimizer`, called as zero_grad, backward passes, synchronize, step.
+    """`hvd.DistributedOptimizer`, called as zero_grad, backward passes, synchronize, apply.
 
     Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does
     op=Sum over the workers; the step scales each micro-batch's loss by its share of the global
@@ -135,7 +136,7 @@ class HorovodOptimizer:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool,
         groups: int | None,
@@ -195,7 +196,8 @@ class HorovodOptimizer:
                 handles[group] = self.optimizer._grouped_allreduce_grad_async(group)
                 self.optimizer._group_counts[group] = 0
 
-    def step(self) -> None:
+    def apply(self, norms: GradientNorms, lr: float) -> None:
         """Move the weights with the reduced gradients."""
-        with self.optimizer.skip_synchronize():
-            self.optimizer.step()
+        # Horovod's own `step` would wait for sums once more; what else it does in each step is this
+        self.optimizer._synchronized = False
+        self.optimizer.update(norms, lr)

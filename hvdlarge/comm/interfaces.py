@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
+
 
 class WorldMismatchError(Exception):
     """The environment cannot carry this run: a part is missing, or the parts disagree about the
@@ -76,7 +78,7 @@ class ControlChannel(Protocol):
 class DistributedOptimizer(Protocol):
     """An optimizer whose gradients are summed over all workers before it moves the weights."""
 
-    optimizer: torch.optim.Optimizer  # its groups are where the rate of a step is set
+    optimizer: MeanGradientOptimizer
 
     def zero_grad(self, mine: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this worker's
@@ -109,9 +111,13 @@ class DistributedOptimizer(Protocol):
         """
         ...
 
-    def step(self) -> None:
+    def apply(self, norms: GradientNorms, lr: float) -> None:
         """Move the weights with the reduced gradients. Called after `synchronize`; needs no
         other worker.
+
+        Args:
+            norms: of the reduced gradients, from `optimizer.measure`.
+            lr: learning rate of this step, ≥ 0.
         """
         ...
 
@@ -142,7 +148,7 @@ class Collectives(Protocol):
 
     def distributed_optimizer(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,

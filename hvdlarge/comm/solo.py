@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     import torch
 
+    from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
+
 
 class SoloChannel:
     """A world of one: what rank 0 says is what it hears."""
@@ -65,7 +67,7 @@ class SoloCollectives:
 
     def distributed_optimizer(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
         compressed: bool = False,
         groups: int | None = None,
@@ -80,7 +82,7 @@ class SoloCollectives:
 class SoloOptimizer:
     """A plain optimizer with the calls of a summed one."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: MeanGradientOptimizer) -> None:
         self.optimizer = optimizer
 
     def zero_grad(self, mine: range, num_micro_batches: int) -> None:
@@ -97,6 +99,6 @@ class SoloOptimizer:
     def synchronize(self) -> None:
         """The gradients of one worker are the sum already."""
 
-    def step(self) -> None:
+    def apply(self, norms: GradientNorms, lr: float) -> None:
         """Move the weights."""
-        self.optimizer.step()
+        self.optimizer.update(norms, lr)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from hvdlarge.models.state import Modules
+from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import parameter_groups
 from hvdlarge.optim.torch_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 
-_CLASSES: dict[str, Any] = {
+_CLASSES: dict[str, type[MeanGradientOptimizer]] = {
     "lars": LARS,
     "lamb": LAMB,
     "sgd": SGD,
@@ -32,7 +33,7 @@ def build_optimizer(
     exclude: Sequence[str] = (),
     excluded_lr_factor: float = 1.0,
     **options: Any,
-) -> torch.optim.Optimizer:
+) -> MeanGradientOptimizer:
     """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each
     step.
 
@@ -55,13 +56,6 @@ def build_optimizer(
         modules, weight_decay, exclude, exclude_bias_and_norm, excluded_lr_factor
     )
     return _CLASSES[name](groups, **options)
-
-
-def waits_for_norms(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of this optimizer waits until the norms of its gradients have come to the
-    host.
-    """
-    return not isinstance(optimizer, LARS) or optimizer.reason_against_gpu() is not None
 
 
 def _leave_the_compiler_out() -> None:

@@ -4,27 +4,27 @@ Formula:  m ← β₁·m + (1 − β₁)·g;    v ← β₂·v + (1 − β₂)·
           r = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε) + β·w
           w ← w − lr·(‖w‖ / ‖r‖)·r
           The ratio is 1 where ‖w‖ = 0 or ‖r‖ = 0, and for a tensor that is not adapted. A tensor
-          whose gradient is zero throughout is left alone in that step (norms.py): weights, moments
-          and its count t.
+          whose gradient is zero throughout is left alone in that step (interface.py): weights,
+          moments and its count t.
 Source:   You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large Batch
           Optimization for Deep Learning: Training BERT in 76 Minutes" (2020), Algorithm 2, with
           φ(z) = z and Adam's bias correction.
-Contract: as in lars.py: after the gradients have been averaged; every hyper-parameter in the
-          groups; defaults for all.
+Contract: that of interface.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from hvdlarge.optim.norms import MeasuresGradients, norm
+from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
+from hvdlarge.optim.norms import norm
 
 
-class LAMB(MeasuresGradients, torch.optim.Optimizer):
+class LAMB(MeanGradientOptimizer):
     """Adam's direction, as long as the weights.
 
     Args:
@@ -40,6 +40,10 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
         ValueError: for a hyper-parameter out of its range, in any group.
     """
 
+    # Of the last step; replaced by each. Of the class, since a copy of an optimizer has not been
+    # through __init__.
+    _ratios: dict[torch.Tensor, float] = {}
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -49,7 +53,6 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adapt: bool = True,
     ) -> None:
-        self._ratios: dict[torch.Tensor, float] = {}
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt},
@@ -64,25 +67,13 @@ class LAMB(MeasuresGradients, torch.optim.Optimizer):
             if not group["weight_decay"] >= 0:
                 raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the weights once, with the gradients in `.grad`, already averaged over all
-        workers.
-
-        Raises:
-            ValueError: if a closure is given, or for a sparse gradient.
-        """
-        if closure is not None:
-            raise ValueError(
-                "LAMB takes no closure: its gradients would not be averaged over the workers"
-            )
+    def _move(self, norms: GradientNorms) -> None:
         self._ratios = {}
-        self.take_gradient_norms()  # gradients that are zero have been taken away
         moving = [
             (group, weight)
             for group in self.param_groups
             for weight in group["params"]
-            if weight.grad is not None
+            if weight in norms.gradients
         ]
         if not moving:
             return

@@ -10,29 +10,27 @@ Formula:  for every adapted tensor, with mean gradient g, weights w, weight deca
                                   same u: w ← w − (m·v + lr·u)
           λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move; a tensor that is not adapted has
           λ = 1 always. A tensor whose gradient is zero throughout is left alone in that step
-          (norms.py): weights, momentum and decay.
+          (interface.py): weights, momentum and decay.
 Source:   You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), Algorithm
-          1. The fallback λ = 1 is that of the MLPerf and TensorFlow forms; the last rule is what
-          torch's own optimizers do for a gradient of None. The other forms, and who has them, are
-          in presets.py.
-Contract: called after the gradients have been averaged over all workers, so every rank computes the
-          same ratio. Every hyper-parameter lives in the parameter groups and every constructor
-          argument has a default, because Horovod re-creates the class from its groups.
+          1. The fallback λ = 1 is that of the MLPerf and TensorFlow forms. The other forms, and who
+          has them, are in presets.py.
+Contract: that of interface.py. On a GPU the weights are moved as whole lists: the norms of weights
+          and gradients come to the host in one read, two with joint norms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from hvdlarge.optim import lars_gpu
-from hvdlarge.optim.momentum import MomentumStep, momentum_update
-from hvdlarge.optim.norms import GradientNorms, HostNorms, MeasuresGradients, norm, norms
+from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
+from hvdlarge.optim.momentum import MomentumStep, list_update, momentum_update
+from hvdlarge.optim.norms import norm, norms, norms_of_list, works_in_lists
 
 
-class LARS(MeasuresGradients, torch.optim.Optimizer):
+class LARS(MeanGradientOptimizer):
     """Stochastic gradient descent with momentum and one trust ratio for each tensor.
 
     Args:
@@ -59,15 +57,10 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
     [2.994, 3.992]
     """
 
-    # Not in __init__, which Horovod passes by.
-    # Of the last step; None: not yet brought from the GPU
-    _ratios: dict[torch.Tensor, float] | None = None
-    _table: lars_gpu.Table | None = None
-    against_gpu: str | None = None  # what some worker has against it: all of them go the same way
-    # Of the last step that moved the weights
-    _last: tuple[lars_gpu.DeviceNorms, lars_gpu.Table] | None = None
-    # Whether a GPU moves the tensors together; None before the first step
-    _together: bool | None = None
+    # Of the last step; replaced by each. Of the class, since a copy of an optimizer has not been
+    # through __init__.
+    _ratios: dict[torch.Tensor, float] = {}
+    works_in_lists = staticmethod(works_in_lists)
 
     def __init__(
         self,
@@ -101,58 +94,73 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
         for group in self.param_groups:
             _check(group)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the weights once, with the gradients in `.grad`, already averaged over all
-        workers.
+    def _weights_to_measure(self) -> Sequence[torch.nn.Parameter]:
+        return [
+            weight
+            for group in self.param_groups
+            for weight in group["params"]
+            if group["adapt"] and weight.grad is not None and self.works_in_lists(weight.device)
+        ]
 
-        Raises:
-            ValueError: if a closure is given (its gradients would not be averaged), or for a sparse
-                gradient.
-        """
-        if closure is not None:
-            raise ValueError(
-                "LARS takes no closure: its gradients would not be averaged over the workers"
-            )
-        measured = self.take_gradient_norms()
-        if isinstance(measured, lars_gpu.DeviceNorms):
-            assert self._table is not None  # it has measured
-            self._table.move(measured, self.param_groups)
-            self._last, self._ratios = (measured, self._table), None
-            return
-        assert isinstance(measured, HostNorms)
-        grad_norms = measured.of  # gradients that are zero have been taken away
+    def _move(self, norms: GradientNorms) -> None:
         self._ratios = {}
         for group in self.param_groups:
-            moving = [
-                (weight, weight.grad) for weight in group["params"] if weight.grad is not None
-            ]
-            if not moving:
+            weights = [weight for weight in group["params"] if weight in norms.gradients]
+            if not weights:
                 continue
-            velocities = [self._velocity(weight) for weight, _ in moving]
-            if not group["adapt"]:
-                self._ratios.update((weight, 1.0) for weight, _ in moving)
-                momentum_update(
-                    [weight for weight, _ in moving],
-                    [grad for _, grad in moving],
-                    velocities,
-                    _move(group, 1.0),
+            velocities = [self._velocity(weight) for weight in weights]
+            if self.works_in_lists(weights[0].device):
+                self._move_list(group, weights, velocities, norms)
+            elif group["adapt"]:
+                self._move_one_by_one(group, weights, velocities, norms)
+            else:
+                self._ratios.update((weight, 1.0) for weight in weights)
+                grads = [weight.grad for weight in weights]
+                momentum_update(weights, grads, velocities, _momentum_step(group, 1.0))
+
+    def _move_one_by_one(
+        self,
+        group: dict[str, Any],
+        weights: Sequence[torch.Tensor],
+        velocities: Sequence[torch.Tensor],
+        norms: GradientNorms,
+    ) -> None:
+        for weight, weight_norm, velocity in zip(
+            weights, _weight_norms(weights), velocities, strict=True
+        ):
+            grad, grad_norm = weight.grad, norms.gradients[weight]
+            assert grad is not None  # it has a norm
+            if group["joint_norm"] and group["weight_decay"]:
+                grad_norm = norm(grad.add(weight, alpha=group["weight_decay"])).item()
+            self._ratios[weight] = ratio = trust_ratio(weight_norm, grad_norm, group)
+            momentum_update([weight], [grad], [velocity], _momentum_step(group, ratio))
+
+    def _move_list(
+        self,
+        group: dict[str, Any],
+        weights: list[torch.Tensor],
+        velocities: list[torch.Tensor],
+        norms: GradientNorms,
+    ) -> None:
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        ratios = [1.0] * len(weights)
+        if group["adapt"]:
+            grad_norms = [norms.gradients[weight] for weight in weights]
+            if group["joint_norm"] and group["weight_decay"]:
+                grad_norms = norms_of_list(
+                    torch._foreach_add(grads, weights, alpha=group["weight_decay"])
                 )
-                continue
-            for (weight, grad), weight_norm, velocity in zip(
-                moving, _weight_norms(moving), velocities, strict=True
-            ):
-                grad_norm = grad_norms[weight]
-                if group["joint_norm"] and group["weight_decay"]:
-                    grad_norm = norm(grad.add(weight, alpha=group["weight_decay"])).item()
-                self._ratios[weight] = ratio = trust_ratio(weight_norm, grad_norm, group)
-                momentum_update([weight], [grad], [velocity], _move(group, ratio))
+            ratios = [
+                trust_ratio(norms.weights[weight], grad_norm, group)
+                for weight, grad_norm in zip(weights, grad_norms, strict=True)
+            ]
+        self._ratios.update(zip(weights, ratios, strict=True))
+        list_update(weights, grads, velocities, [_momentum_step(group, one) for one in ratios])
 
     def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        # A kernel would be handed an address of another memory
         if state["momentum_buffer"].device != weight.device:
             raise ValueError(
                 f"the momentum of a weight on {weight.device} lies on "
@@ -160,65 +168,10 @@ class LARS(MeasuresGradients, torch.optim.Optimizer):
             )
         return state["momentum_buffer"]
 
-    def measure(self) -> GradientNorms:
-        """The norms of the gradients as they are; on a GPU those of the weights too, and nothing
-        waits for them.
-        """
-        if self._together is None:  # looked up once: it takes as long as the launches of a step
-            self._together = self.reason_against_gpu() is None
-        return self._measure_on_gpu() if self._together else super().measure()
-
-    def reason_against_gpu(self) -> str | None:
-        """Why this optimizer's tensors are moved one by one, with a wait in each step; None where a
-        GPU moves them together.
-        """
-        if self.against_gpu is not None:
-            return self.against_gpu
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        against = lars_gpu.unsupported_reason(weights[0].device)
-        if against is None and not lars_gpu.same_dtype_and_device(weights):
-            against = "the weights are not all float32 or all float64, or not dense in memory"
-        return against
-
-    def _measure_on_gpu(self) -> GradientNorms:
-        weights, ends = [], []
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                if weight.grad.is_sparse:
-                    raise ValueError(
-                        "sparse gradients cannot be averaged and measured: build the embedding "
-                        "with sparse=False"
-                    )
-                weight.grad = lars_gpu.match_strides(weight.grad, weight)
-                weights.append(weight)
-            ends.append(len(weights))
-        if not weights:
-            return HostNorms({})
-        if self._table is None or not self._table.is_of(weights, ends):
-            self._table = lars_gpu.Table(weights, ends)
-        return self._table.measure(
-            [weight.grad for weight in weights], [self._velocity(weight) for weight in weights]
-        )
-
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
         """λ of a tensor in the last step (1 for one that is not adapted); None if it was left
-        alone. May wait for a GPU.
+        alone.
         """
-        if self._ratios is None:
-            self._ratios = {}
-            if self._last is not None:
-                measured, table = self._last
-                rows = zip(
-                    measured.weights,
-                    table.ratios.tolist(),
-                    measured.values[1].tolist(),
-                    strict=True,
-                )
-                self._ratios = {
-                    weight: ratio for weight, ratio, grad_norm in rows if grad_norm != 0
-                }
         return self._ratios.get(weight)
 
 
@@ -244,20 +197,16 @@ def trust_ratio(weight_norm: float, grad_norm: float, group: dict[str, Any]) -> 
 _FEW_VALUES = 2**18  # the norms of smaller tensors are cheaper taken together
 
 
-def _weight_norms(moving: Sequence[tuple[torch.Tensor, Any]]) -> Iterator[float]:
-    """The norm of each weight: of a large one on a CPU when it is asked for, so that the update
-    finds it in the cache.
+def _weight_norms(weights: Sequence[torch.Tensor]) -> Iterator[float]:
+    """The norm of each weight: of a large one when it is asked for, so that the update finds it in
+    the cache.
     """
-    weights = [weight for weight, _ in moving]
-    lazily = weights[0].device.type == "cpu"
-    together = iter(
-        norms([weight for weight in weights if not lazily or weight.numel() < _FEW_VALUES])
-    )
+    together = iter(norms([weight for weight in weights if weight.numel() < _FEW_VALUES]))
     for weight in weights:
-        yield norm(weight).item() if lazily and weight.numel() >= _FEW_VALUES else next(together)
+        yield norm(weight).item() if weight.numel() >= _FEW_VALUES else next(together)
 
 
-def _move(group: dict[str, Any], ratio: float) -> MomentumStep:
+def _momentum_step(group: dict[str, Any], ratio: float) -> MomentumStep:
     return MomentumStep(
         group["lr"],
         ratio,

@@ -1,4 +1,4 @@
-"""The momentum update of one tensor with a trust ratio, in few passes over its memory.
+"""The momentum update of tensors with a trust ratio, in few passes over their memory.
 
 Formula:  u = λ·(g + β·w)
           rate in the momentum:  v ← m·v + lr·u;    w ← w − v
@@ -10,7 +10,9 @@ Contract: `reference_update` is the formula in plain torch. On a CPU `momentum_u
           with torch's own fused SGD in one pass that reads g, w, v and writes w, v: lr = 1 and
           dampening = 1 − lr·λ (or lr and 1 − λ) make it this update. That call is private to torch,
           so it is tried once and the reference stands in where it is missing or has changed; and
-          where 1 − (1 − lr·λ) would not give lr·λ back to the weights' precision.
+          where 1 − (1 − lr·λ) would not give lr·λ back to the weights' precision. `list_update` is
+          the formula over whole lists, for a GPU: as many launches for a thousand tensors as for a
+          few.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def momentum_update(
     velocities: Sequence[torch.Tensor],
     move: MomentumStep,
 ) -> None:
-    """Move tensors in place and alike, the fastest way that gives the formula.
+    """Move tensors of a CPU in place and alike, the fastest way that gives the formula.
 
     Args:
         weights: w of each.
@@ -59,7 +61,7 @@ def momentum_update(
     """
     # Fused SGD adds m·v to the undamped gradient under nesterov, and leaves v out without momentum:
     # other formulas.
-    able = not move.nesterov and move.momentum > 0 and _fused_works(weights[0].device.type)
+    able = not move.nesterov and move.momentum > 0 and _fused_works()
     factor = move.into_momentum
     for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
         able = (
@@ -89,6 +91,37 @@ def reference_update(
         if decay:
             moved.add_(weight, alpha=decay)
     weight.sub_(moved, alpha=move.out_of_momentum)
+
+
+def list_update(
+    weights: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    velocities: list[torch.Tensor],
+    moves: Sequence[MomentumStep],
+) -> None:
+    """Move many tensors of one device in place, in five launches or so over whole lists.
+
+    Args:
+        weights: w of each; at least one.
+        grads: g of each, of the shape and type of its w; they stay as they are.
+        velocities: v of each, of the same; zeros before the first step.
+        moves: how each; they differ in their trust ratio only.
+    """
+    move = moves[0]
+    into = [one.into_momentum for one in moves]
+    if move.weight_decay:
+        updates = torch._foreach_add(grads, weights, alpha=move.weight_decay)
+        torch._foreach_mul_(updates, into)
+    else:
+        updates = torch._foreach_mul(grads, into)
+    torch._foreach_mul_(velocities, move.momentum)
+    torch._foreach_add_(velocities, updates)
+    moved = (
+        torch._foreach_add(updates, velocities, alpha=move.momentum)
+        if move.nesterov
+        else velocities
+    )
+    torch._foreach_sub_(weights, moved, alpha=move.out_of_momentum)
 
 
 def _fused_update(
@@ -122,12 +155,8 @@ def _epsilon(dtype: torch.dtype) -> float:
 
 
 @functools.cache
-def _fused_works(device: str) -> bool:
-    """Whether this torch's fused SGD is there and gives the formula; on a GPU one launch for each
-    tensor would cost more.
-    """
-    if device != "cpu":
-        return False
+def _fused_works() -> bool:
+    """Whether this torch's fused SGD is there and gives the formula."""
     fused, reference = (
         tuple(torch.tensor([value, 2.0], dtype=torch.float64) for value in (1.0, -3.0, 0.5))
         for _ in range(2)

@@ -9,14 +9,10 @@ Contract: torch's norm of a whole float32 tensor sums in float32: measured on a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-from hvdlarge.optim.clipping import clip
 
 _ROW = 4096  # values
 
@@ -36,9 +32,8 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     """L2 norms of many tensors of one device, as Python floats: one wait for the device in all."""
     if not tensors:
         return []
-    if tensors[0].device.type != "cpu":
-        # A GPU adds up in chunks already, and its way for lists takes a few launches.
-        return torch.stack(torch._foreach_norm(list(tensors))).double().tolist()
+    if works_in_lists(tensors[0].device):
+        return norms_of_list(tensors)
     # The same sums as in `norm`, with few calls for many small tensors: most of a model's tensors
     # are.
     squares = np.zeros(len(tensors))
@@ -64,6 +59,24 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     return np.sqrt(squares).tolist()
 
 
+def works_in_lists(device: torch.device) -> bool:
+    """Whether the tensors of a device are measured and moved as whole lists.
+
+    On a GPU a launch costs more than a pass over a small tensor, so an update is a few launches
+    over lists. On a CPU it goes tensor by tensor, so that the update finds in the cache what the
+    norm has read.
+    """
+    return device.type != "cpu"
+
+
+def norms_of_list(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """`norms` in a few launches and one read, however many tensors; a GPU adds up in chunks."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    # Never in 16 bits, whose range a sum of squares may leave
+    dtype = torch.float64 if wide else torch.float32
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype)).tolist()
+
+
 def _cut(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A large tensor's values as whole rows, shape (n, _ROW), and the rest, shape (m,), where there
     is one.
@@ -73,90 +86,3 @@ def _cut(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return tensor.reshape(-1, _ROW), None
     values, whole = tensor.reshape(-1), size // _ROW * _ROW
     return values[:whole].view(-1, _ROW), values[whole:]
-
-
-def measure_gradients(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, float]:
-    """L2 norm of each parameter's mean gradient; a gradient that is zero throughout is taken away.
-
-    Horovod submits zeros for a gradient that is missing on every worker. Without this rule an
-    optimizer would decay such a parameter, and move it by its momentum, on several workers and
-    leave it alone on one.
-    """
-    held, grads = [], []
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if (grad := weight.grad) is not None:
-                if grad.is_sparse:
-                    raise ValueError(
-                        "sparse gradients cannot be averaged and measured: build the embedding "
-                        "with sparse=False"
-                    )
-                held.append(weight)
-                grads.append(grad)
-    measured = dict(zip(held, norms(grads), strict=True))
-    for weight in [weight for weight, size in measured.items() if size == 0]:
-        weight.grad = None
-        del measured[weight]
-    return measured
-
-
-class GradientNorms(Protocol):
-    """L2 norms of the mean gradients of one step; a gradient that is zero throughout moves
-    nothing.
-    """
-
-    def not_finite(self, names: Mapping[Any, str]) -> list[str]:
-        """The names of the parameters whose gradients are not finite."""
-        ...
-
-    def later(self) -> Callable[[], GradientNorms]:
-        """Begin to bring the norms to the host; what is returned waits for them and gives them."""
-        ...
-
-    def clipped(self, limit: float | None) -> GradientNorms:
-        """Scale all gradients down, in place, where they are longer together than `limit`; the
-        norms afterwards.
-        """
-        ...
-
-
-class HostNorms:
-    """Norms that are known.
-
-    Args:
-        of: each gradient's, by its parameter; those that are zero are left out.
-    """
-
-    def __init__(self, of: dict[Any, float]) -> None:
-        self.of = of
-
-    def not_finite(self, names: Mapping[Any, str]) -> list[str]:
-        """The names of the parameters whose gradients are not finite."""
-        return [names[weight] for weight, norm in self.of.items() if not math.isfinite(norm)]
-
-    def later(self) -> Callable[[], HostNorms]:
-        """They are here already."""
-        return lambda: self
-
-    def clipped(self, limit: float | None) -> HostNorms:
-        """Scale all gradients down, in place, where they are longer together than `limit`; the
-        norms afterwards.
-        """
-        return HostNorms(clip(self.of, limit))
-
-
-class MeasuresGradients:
-    """For an optimizer: uses the norms that the step has measured, or measures them itself when
-    nobody has.
-    """
-
-    gradient_norms: GradientNorms | None = None
-
-    def measure(self) -> GradientNorms:
-        """The norms of the gradients as they are."""
-        return HostNorms(measure_gradients(self))  # type: ignore[arg-type]
-
-    def take_gradient_norms(self) -> GradientNorms:
-        """The norms of this step's gradients, for one use."""
-        measured, self.gradient_norms = self.gradient_norms, None
-        return self.measure() if measured is None else measured

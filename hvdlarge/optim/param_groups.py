@@ -97,9 +97,11 @@ def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Paramet
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of the coming update in every group; a group's own `lr_factor` multiplies it."""
+    """Set the rate of the coming update in every group; a group's own `lr_factor`, 1 where it has
+    none, multiplies it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def _bias_and_normalisation(modules: Modules) -> Iterator[str]:

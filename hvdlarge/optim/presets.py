@@ -6,7 +6,7 @@ Source:   `paper`: You, Gitman, Ginsburg (2017), Algorithm 1. `mlperf`: the MLPe
           buffer, as torch's SGD has it and most PyTorch forms of LARS with it. `larc`: NVIDIA
           Apex's LARC in its clipping mode. `optax`: decay added before the norm is taken.
 Contract: pure; a preset gives defaults only, every option may be set beside it. What remains of a
-          peer's own ways is the treatment of a gradient that is zero throughout (norms.py), of
+          peer's own ways is the treatment of a gradient that is zero throughout (interface.py), of
           biases (param_groups.py), and of clamps that no paper has
 """
 

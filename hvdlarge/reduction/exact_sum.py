@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 from hvdlarge.reduction import tree
 
 
@@ -30,7 +31,7 @@ class ExactOptimizer:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MeanGradientOptimizer,
         gather: Callable[[torch.Tensor, str], torch.Tensor],
         rank: int,
         world_size: int,
@@ -99,9 +100,9 @@ class ExactOptimizer:
         for weight, part in zip(weights, total.split(sizes), strict=True):
             weight.grad = part.view(weight.shape).clone()
 
-    def step(self) -> None:
+    def apply(self, norms: GradientNorms, lr: float) -> None:
         """Move the weights."""
-        self.optimizer.step()
+        self.optimizer.update(norms, lr)
 
     @staticmethod
     def _gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def startup_summary(
         *rule_notes(job, plan),
         *notes(plan, model),
         f"folder   {job.run_folder}",
-        *(f"note     {message}" for message in [*messages, *update_notes(optimizer)]),
+        *(f"note     {message}" for message in messages),
     ]
 
 
@@ -98,24 +98,6 @@ def update_line(optimizer: Any) -> str:
     return (
         f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {verb}, {others:,} (biases, "
         "normalisation) not"
-    )
-
-
-def update_notes(optimizer: Any) -> list[str]:
-    """What a user should know of how a LARS optimizer's weights are moved on a GPU; nothing
-    elsewhere.
-    """
-    device = optimizer.param_groups[0]["params"][0].device
-    if device.type != "cuda" or not hasattr(optimizer, "reason_against_gpu"):
-        return []
-    reason = optimizer.reason_against_gpu()
-    return (
-        [
-            "LARS moves the weights tensor by tensor here, and each step waits for their norms: "
-            f"{reason}"
-        ]
-        if reason
-        else []
     )
 
 

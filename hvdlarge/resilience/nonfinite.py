@@ -8,11 +8,10 @@ after the update: such a step cannot be left out any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 from hvdlarge.exits import DivergedError
-from hvdlarge.optim.norms import GradientNorms
+from hvdlarge.optim.interface import GradientNorms
 from hvdlarge.optim.precision import LossScaler
 from hvdlarge.reduction.batch_norm import Snapshot
 from hvdlarge.replica import Replica
@@ -41,12 +40,6 @@ class NonFinitePolicy(Protocol):
         """
         ...
 
-    def flush(self, learner: Replica) -> None:
-        """Judge whatever has not been judged yet, before a state is looked at or kept. Raises what
-        `check` does.
-        """
-        ...
-
 
 class RollBack(Exception):
     """Go back to the last checkpoint and on from there with a lower rate; raised by every
@@ -58,18 +51,15 @@ class RollBack(Exception):
         self.lr_factor = lr_factor
 
 
-class _ChecksAtOnce:
-    """For a policy that judges each step in that step."""
-
-    def flush(self, learner: Replica) -> None:
-        """Nothing is left to be judged."""
+class _StopAtLoss:
+    """A loss that is not finite ends the run."""
 
     def check_loss(self, decision: Decision, loss: float) -> None:
         """Raise DivergedError."""
         raise DivergedError(_describe_loss(decision, loss))
 
 
-class StopPolicy(_ChecksAtOnce):
+class StopPolicy(_StopAtLoss):
     """The first such step ends the run."""
 
     def before_step(self, learner: Replica) -> None:
@@ -82,7 +72,7 @@ class StopPolicy(_ChecksAtOnce):
         return True
 
 
-class SkipPolicy(_ChecksAtOnce):
+class SkipPolicy(_StopAtLoss):
     """Such a step is left out on every rank, weights, momentum and running statistics.
 
     Args:
@@ -114,7 +104,7 @@ class SkipPolicy(_ChecksAtOnce):
         return False
 
 
-class RollbackPolicy(_ChecksAtOnce):
+class RollbackPolicy:
     """The run goes back to the last checkpoint of its cadence.
 
     Args:
@@ -147,7 +137,7 @@ class RollbackPolicy(_ChecksAtOnce):
         raise RollBack(reason, self._lr_factor)
 
 
-class LossScalingPolicy(_ChecksAtOnce):
+class LossScalingPolicy:
     """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks
     for a smaller scale.
 
@@ -187,43 +177,6 @@ class LossScalingPolicy(_ChecksAtOnce):
     def check_loss(self, decision: Decision, loss: float) -> None:
         """As the other policy."""
         self._then.check_loss(decision, loss)
-
-
-class DeferredCheck:
-    """For a GPU: judges a step in the step after it, when the norms have long arrived, so that no
-    step waits for them.
-
-    For a policy that ends the run, or goes back: a step that is not finite moves nothing, and one
-    after it is never kept.
-
-    Args:
-        then: the policy, which never leaves out a step.
-    """
-
-    def __init__(self, then: StopPolicy | RollbackPolicy) -> None:
-        self._then = then
-        self._open: tuple[Decision, Callable[[], GradientNorms]] | None = None
-
-    def before_step(self, learner: Replica) -> None:
-        """As the other policy."""
-        self._then.before_step(learner)
-
-    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
-        """Judge the step before, and apply this one."""
-        self.flush(learner)
-        self._open = decision, norms.later()
-        return True
-
-    def check_loss(self, decision: Decision, loss: float) -> None:
-        """As the other policy."""
-        self._then.check_loss(decision, loss)
-
-    def flush(self, learner: Replica) -> None:
-        """Judge the last step now. Waits for the GPU."""
-        if self._open is None:
-            return
-        (decision, arrived), self._open = self._open, None
-        self._then.check(decision, learner, arrived())
 
 
 def _describe(decision: Decision, not_finite: list[str]) -> str:

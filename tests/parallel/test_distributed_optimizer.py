@@ -9,7 +9,7 @@ import torch
 from hvdlarge.comm.solo import SoloOptimizer
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lars import LARS
-from hvdlarge.optim.param_groups import named_parameters, parameter_groups, set_lr
+from hvdlarge.optim.param_groups import named_parameters, parameter_groups
 
 
 def wrapped(model, tensors, **options):
@@ -35,8 +35,7 @@ def test_the_ratio_is_that_of_the_mean_gradient(control, tensors):
     ((model.weight * own).sum() / 2).backward()
     update.synchronize()
     assert model.weight.grad.tolist() == [0.5, 0.5]
-    set_lr(update.optimizer, 2.0)
-    update.step()
+    update.apply(update.optimizer.measure(), 2.0)
     ratio = 0.001 * 5 / (np.sqrt(0.5) + 0.0005 * 5)
     assert update.optimizer.trust_ratio_of(model.weight) == pytest.approx(ratio, rel=1e-12)
     local = 0.001 * 5 / (1 + 0.0005 * 5)
@@ -80,8 +79,7 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
             for batch in share:
                 (network(batch).square().mean() / micro_batches).backward()
             updating.synchronize()
-            set_lr(updating.optimizer, 3.0 * (step + 1))
-            updating.step()
+            updating.apply(updating.optimizer.measure(), 3.0 * (step + 1))
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13), name
     moved = max(
@@ -107,8 +105,7 @@ def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, name
         update.zero_grad(range(1), 1)
         model.used(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
         update.synchronize()
-        set_lr(update.optimizer, 0.5)
-        update.step()
+        update.apply(update.optimizer.measure(), 0.5)
     for part, value in model.state_dict().items():
         assert torch.equal(before[part], value) == part.startswith("unused"), part
 

@@ -22,7 +22,10 @@ def loss_of(model, rank, step):
 
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
-def test_optimizer_inside_distributed_optimizer_follows_the_mean_gradient(control, tensors, kind):
+@pytest.mark.parametrize("measured", [False, True])
+def test_optimizer_inside_distributed_optimizer_follows_the_mean_gradient(
+    control, tensors, kind, measured
+):
     import horovod.torch as hvd
 
     model = net()
@@ -35,7 +38,11 @@ def test_optimizer_inside_distributed_optimizer_follows_the_mean_gradient(contro
     for step in range(4):
         optimizer.zero_grad()
         loss_of(model, control.rank, step).backward()
-        optimizer.step()
+        if measured:
+            optimizer.synchronize()
+            optimizer.update(optimizer.measure().clipped(1e9), 0.1)
+        else:
+            optimizer.step()
         alone.zero_grad()
         ranks = range(control.size)
         (sum(loss_of(reference, rank, step) for rank in ranks) / control.size).backward()

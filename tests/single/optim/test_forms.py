@@ -6,12 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.optimizers import LarsInLists
 
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
-from hvdlarge.optim.momentum import MomentumStep, _fused_works, momentum_update, reference_update
 from hvdlarge.optim.param_groups import set_lr
 from hvdlarge.optim.presets import PRESETS
 
@@ -89,11 +89,12 @@ def groups_of(parameters, adapt, decay):
 
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 @pytest.mark.parametrize(("adapt", "decay"), [(True, 0.01), (True, 0.0), (False, 0.01)])
-def test_every_form_of_lars(form, adapt, decay):
+@pytest.mark.parametrize("kind", [LARS, LarsInLists])
+def test_every_form_of_lars(form, adapt, decay, kind):
     weights = tensors()
     velocities = [np.zeros_like(w) for w in weights]
     parameters = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in weights]
-    optimizer = LARS(
+    optimizer = kind(
         groups_of(parameters, adapt, decay), momentum=0.9, trust_coefficient=0.01, **form
     )
 
@@ -143,7 +144,7 @@ def test_lamb_moves_by_the_rate_times_the_weights_norm():
     assert (weight.detach() - before).norm().item() == pytest.approx(0.01 * 5, rel=1e-12)
 
 
-@pytest.mark.parametrize("make", [LARS, LAMB])
+@pytest.mark.parametrize("make", [LARS, LarsInLists, LAMB])
 def test_a_step_in_which_every_gradient_is_zero(make):
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.zeros(3)
@@ -228,37 +229,3 @@ def test_wrong_optimizers_are_refused(optimizer, message):
     with pytest.raises(Exception, match="job.yaml") as raised:
         parse_job(JOB + f"optimizer: {optimizer}\n", "job.yaml")
     assert message in str(raised.value)
-
-
-# --- the fast path
-
-
-@pytest.mark.parametrize("lr_in_momentum", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("ratio", [1.0, 0.3, 1e-3, 1e-9, 0.0])
-def test_the_fast_update_is_the_reference(lr_in_momentum, dtype, ratio):
-    assert _fused_works("cpu")  # else this would hold the reference against itself
-    torch.manual_seed(1)
-    fast = [torch.randn(33, 77, dtype=dtype) for _ in range(3)]
-    slow = [tensor.clone() for tensor in fast]
-    for lr in (0.1, 3.2, 25.0, 0.0):
-        move = MomentumStep(
-            lr, ratio, momentum=0.9, weight_decay=0.01, lr_in_momentum=lr_in_momentum
-        )
-        momentum_update(*([tensor] for tensor in fast), move)
-        reference_update(*slow, move)
-    for ours, theirs in zip(fast, slow, strict=True):
-        bound = 1e-12 if dtype == torch.float64 else 1e-6
-        assert (ours - theirs).norm() <= bound * theirs.norm()
-
-
-def test_tensors_of_another_layout_take_the_reference():
-    weight = torch.randn(6, 5).T
-    grad, velocity, ours = torch.randn(5, 6), torch.zeros(5, 6), weight.clone()
-    momentum_update(
-        [weight],
-        [grad],
-        [velocity],
-        MomentumStep(lr=0.1, ratio=0.5, momentum=0.9, weight_decay=0.0),
-    )
-    assert torch.allclose(weight, ours - 0.05 * grad)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from support.optimizers import LarsInLists
 
 from hvdlarge.optim.lars import LARS, trust_ratio
 from hvdlarge.optim.norms import norm
@@ -24,14 +25,15 @@ def oracle(w, v, g, lr, momentum, decay, trust, adapt):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 0.0005, 0.1])
 @pytest.mark.parametrize("adapt", [True, False])
-def test_thirty_steps_of_random_tensors_with_jumping_rates(momentum, decay, adapt):
+@pytest.mark.parametrize("kind", [LARS, LarsInLists])
+def test_thirty_steps_of_random_tensors_with_jumping_rates(momentum, decay, adapt, kind):
     random = np.random.default_rng(hash((momentum, decay, adapt)) % 2**32)
     shapes = [(1,), (7,), (3, 5), (4, 3, 3, 3), (8192 + 17,), (64, 64)]
     weights = [random.normal(size=shape) * 10.0 ** random.integers(-3, 3) for shape in shapes]
     weights.append(np.zeros((5,)))  # a tensor of zeros must be able to move
     velocities = [np.zeros_like(w) for w in weights]
     parameters = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in weights]
-    optimizer = LARS(
+    optimizer = kind(
         parameters, momentum=momentum, weight_decay=decay, trust_coefficient=0.01, adapt=adapt
     )
     for step in range(30):
@@ -166,13 +168,71 @@ def test_hyper_parameters_out_of_range_are_refused_in_any_group(name, value):
         LARS([{"params": [one]}, {"params": [two], name: value}])
 
 
-def test_closures_and_sparse_gradients_are_refused():
-    table = torch.nn.Embedding(4, 3, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="sparse"):
-        LARS(table.parameters()).step()
-    with pytest.raises(ValueError, match="closure"):
-        LARS([torch.nn.Parameter(torch.ones(1))]).step(lambda: 0.0)
+TWO_PATHS = [
+    {},
+    {"momentum": 0.0},
+    {"lr_in_momentum": False},
+    {"joint_norm": True},
+    {"nesterov": True},
+    {"lr_in_momentum": False, "nesterov": True, "joint_norm": True},
+    {"clip": True, "eps": 1e-8},
+    {"weight_decay": 0.0},
+]
+
+
+@pytest.mark.parametrize("form", TWO_PATHS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "close"),
+    [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+)
+def test_lists_follow_float64_tensor_by_tensor(form, dtype, close):
+    """Several groups, rates that jump, gradients that are zero or not there, a layout of its own."""
+    random = np.random.default_rng(5)
+    shapes = [(1,), (7,), (3, 5), (64, 3, 3, 3), (4096,), (2, 4096), (0,), (30_001,)]
+    values = [random.normal(size=shape) for shape in shapes] + [np.zeros(5)]
+    sides = []
+    for kind, width in ((LarsInLists, dtype), (LARS, torch.float64)):
+        weights = [
+            torch.nn.Parameter(torch.from_numpy(value.copy()).to(dtype).to(width))
+            for value in values
+        ]
+        weights[3] = torch.nn.Parameter(weights[3].detach().to(memory_format=torch.channels_last))
+        groups = [
+            {"params": weights[:5]},
+            {"params": weights[5:7], "adapt": False, "weight_decay": 0.0},
+            {"params": weights[7:], "lr_factor": 0.5},
+        ]
+        options = {"momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, **form}
+        sides.append((weights, kind(groups, **options)))
+    for step in range(6):
+        gradients = [random.normal(size=shape) for shape in [*shapes, (5,)]]
+        gradients[(3 * step) % len(gradients)][...] = 0.0
+        for weights, optimizer in sides:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = torch.from_numpy(gradient.copy()).to(dtype).to(weight.dtype)
+            if step == 2:
+                weights[1].grad = None
+            optimizer.update(optimizer.measure().clipped(100.0), [0.7, 3.0, 0.0, 2.0][step % 4])
+        for one, other in zip(sides[0][0], sides[1][0], strict=True):
+            size = max(1e-2, other.norm().item())
+            assert (one.double() - other).norm().item() <= close * size
+            ratio, expected = (
+                optimizer.trust_ratio_of(weight)
+                for (_, optimizer), weight in zip(sides, (one, other), strict=True)
+            )
+            assert (ratio is None) == (expected is None)
+            if ratio is not None:
+                assert ratio == pytest.approx(expected, rel=10 * close)
+
+
+@pytest.mark.parametrize("kind", [LARS, LarsInLists])
+def test_momentum_on_another_device_is_an_error(kind):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = kind([weight])
+    optimizer.state[weight]["momentum_buffer"] = torch.zeros(2, device="meta")
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="momentum of a weight on cpu lies on meta"):
+        optimizer.step()
 
 
 class Net(torch.nn.Module):

@@ -1,0 +1,82 @@
+"""What a step whose mean gradients are not finite does, by policy."""
+
+import math
+
+import pytest
+
+from hvdlarge.exits import DivergedError
+from hvdlarge.optim.interface import GradientNorms
+from hvdlarge.resilience.nonfinite import RollBack, RollbackPolicy, SkipPolicy, StopPolicy
+from hvdlarge.schedule.decision import Decision
+
+DECISION = Decision(
+    step=3,
+    samples_seen=96,
+    epoch=0.5,
+    stage=0,
+    stage_batch=32,
+    global_batch=32,
+    micro_batch=8,
+    lr=0.1,
+    is_last=False,
+)
+FINITE, NOT_FINITE = ({"w": 1.0, "another": size} for size in (2.0, math.inf))
+
+
+class Statistics:
+    """Counts how often running statistics are put back."""
+
+    restored = 0
+
+    def snapshot(self):
+        return "snapshot"
+
+    def restore(self, snapshot):
+        assert snapshot == "snapshot"
+        self.restored += 1
+
+
+class Replica:
+    def __init__(self):
+        self.statistics = Statistics()
+        self.names = {"w": "w", "another": "another"}
+
+
+def check(policy, gradients):
+    learner = Replica()
+    policy.before_step(learner)
+    return policy.check(DECISION, learner, GradientNorms(gradients)), learner.statistics.restored
+
+
+@pytest.mark.parametrize(
+    ("policy", "error"),
+    [
+        (StopPolicy(), DivergedError),
+        (RollbackPolicy(limit=1, lr_factor=0.5), RollBack),
+        (RollbackPolicy(limit=1, lr_factor=0.5, rolled_back=1), DivergedError),
+        (SkipPolicy(limit=1, skipped=1), DivergedError),
+    ],
+)
+def test_policy_not_finite_gradient_ends_the_step_it_belongs_to(policy, error):
+    assert check(policy, FINITE) == (True, 0)
+    with pytest.raises(error, match="gradient of another is not finite at step 3"):
+        check(policy, NOT_FINITE)
+
+
+def test_skip_within_its_limit_puts_the_running_statistics_back():
+    policy = SkipPolicy(limit=1)
+    assert check(policy, NOT_FINITE) == (False, 1)
+    assert policy.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "error"),
+    [
+        (StopPolicy(), DivergedError),
+        (SkipPolicy(limit=5), DivergedError),
+        (RollbackPolicy(limit=1, lr_factor=0.5), RollBack),
+    ],
+)
+def test_policy_loss_that_is_not_finite_ends_the_run_or_goes_back(policy, error):
+    with pytest.raises(error, match="the loss is nan at step 3"):
+        policy.check_loss(DECISION, math.nan)
