@@ -75,10 +75,7 @@ def run_on_all_ranks(
         others with it.
     """
     attempt = _attempt(read)
-    timeouts, horovod = Timeouts(), Horovod()
-    with contextlib.suppress(exits.RunExit):  # raised again below, on every rank
-        if (early := attempt()) is not None:
-            timeouts, horovod = early.timeouts, early.horovod
+    timeouts, horovod = _before_the_ranks_agree(attempt)
     watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
     stop = StopRequest()
     if watched:
@@ -122,6 +119,16 @@ def _check_equal(control: ControlChannel, options: Mapping[str, Any], job: Job |
     check_equal_across_ranks(control, {} if job is None else job.resolved(), "job")
     check_equal_across_ranks(control, versions(), "versions")
     check_equal_across_ranks(control, shared_settings(os.environ), "settings in their environment")
+
+
+def _before_the_ranks_agree(read: Callable[[], Job | None]) -> tuple[Timeouts, Horovod]:
+    """The sections of the job that are needed to reach the other ranks; the defaults for a wrong
+    job, which is reported once they can be reached.
+    """
+    with contextlib.suppress(exits.RunExit):
+        if (job := read()) is not None:
+            return job.timeouts, job.horovod
+    return Timeouts(), Horovod()
 
 
 def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:

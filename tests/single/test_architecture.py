@@ -144,6 +144,14 @@ def test_every_file_opens_with_what_it_is_for():
             )
 
 
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_function_is_longer_than_60_lines(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 60, f"{name_of(file)}.{node.name} has {lines} lines"
+
+
 def test_names_are_not_attics():
     for file in FILES:
         assert file.stem not in {"utils", "util", "helpers", "common", "misc"}
