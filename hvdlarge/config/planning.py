@@ -67,7 +67,7 @@ def training_samples(job: Job) -> int:
     """
     found = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
     if found is None:
-        raise JobError(
+        raise UnknownSamples(
             f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, "
             "or give --samples N"
         )

@@ -10,7 +10,15 @@ import pytest
 from support.launching import ROOT
 
 from hvdlarge.config.job_file import parse_job, read_job
-from hvdlarge.config.planning import checkpoints_of, curve_of, estimate, plan_run, stages_of
+from hvdlarge.config.planning import (
+    UnknownSamples,
+    checkpoints_of,
+    curve_of,
+    estimate,
+    plan_run,
+    stages_of,
+    training_samples,
+)
 from hvdlarge.controller import Controller
 from hvdlarge.data.digits import digits
 from hvdlarge.data.sizes import training_samples as built_in_samples
@@ -116,6 +124,13 @@ def test_imagenet_comes_out_as_legw_says():
     )
     assert paper["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
     assert paper["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"
+
+
+def test_the_samples_of_an_own_data_set_are_unknown_where_the_job_does_not_say_them():
+    job = parse_job(IMAGENET.replace(", samples: 1281167", ""), "imagenet")
+    with pytest.raises(UnknownSamples, match=r"data\.samples: a plan does not load mine:imagenet"):
+        training_samples(job)
+    assert training_samples(parse_job(IMAGENET, "imagenet")) == 1281167
 
 
 @pytest.mark.parametrize("world_size", [64, 4096])
