@@ -24,7 +24,7 @@ from hvdlarge.controller import Controller
 from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.telemetry.console import print_error
-from hvdlarge.telemetry.run_log import decision_line
+from hvdlarge.telemetry.sinks import decision_record, json_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -298,7 +298,7 @@ def write_decisions(path: Path, plan: Plan) -> None:
     try:
         with path.open("w", encoding="utf-8") as file:
             while (decision := controller.decide()) is not None:
-                file.write(decision_line(decision, before) + "\n")
+                file.write(json_line(decision_record(decision, before)) + "\n")
                 before = decision.stage_batch
     except OSError as error:
         raise exits.JobError(f"--decisions {path}: cannot be written: {error.strerror}") from None

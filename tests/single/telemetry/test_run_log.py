@@ -23,16 +23,16 @@ def plan():
     return read_job("jobs/digits.yaml").plan(1437, 2)
 
 
-def begin(folder, plan, offsets=None, position=None):
+def begin(folder, plan, offsets=None, progress=None):
     job = folder.parent / "given.yaml"
     job.write_text("name: given\n")
     make_folder(folder)
     lock = FolderLock(folder)
-    position = position or RunProgress()
+    progress = progress or RunProgress()
     write_documents(
-        folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, position, []
+        folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, progress, []
     )
-    return RunLog(folder, plan, lock, offsets or {}, position, TrainState())
+    return RunLog(folder, plan, lock, offsets or {}, progress, TrainState())
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
@@ -99,7 +99,7 @@ def test_a_summary_when_a_run_goes_on_from_its_end_is_removed(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
     log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, 4000)
     log.close()
-    begin(tmp_path / "run", plan, position=at_end(plan)).close()  # with more epochs
+    begin(tmp_path / "run", plan, progress=at_end(plan)).close()  # with more epochs
     assert not (tmp_path / "run/summary.json").exists()
 
 
