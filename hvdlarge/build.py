@@ -475,7 +475,7 @@ def build_feed(
         mine = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
         loader.enqueue(mine, decision.is_last)
 
-    return DecisionFeed(control, controller, ahead, announce)
+    return DecisionFeed(control, controller, ahead, announce, plan.waits_after)
 
 
 def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFinitePolicy:

@@ -94,7 +94,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
             on_rank_0(parts.control, lambda: check_files(parts))
         if not outcome.applied:
             state.skipped += 1
-
+        observe(parts, decision, outcome, timed)
         record(parts, state, decision, outcome, timed)
         best = evaluate(parts, state, decision, timed)
         save_if_due(parts, state, decision, outcome.verdict, best, timed)
@@ -149,7 +149,7 @@ def save_if_due(
     if scheduled:
         state.scheduled_step = decision.step + 1
     controller = parts.controller
-    position = controller.position_after(decision) if controller is not None else None
+    position = controller.progress_after(decision) if controller is not None else None
     truncated = decision.global_batch < decision.stage_batch
     wait = flags.stop or decision.is_last
     with timed("save"), parts.watchdog.during("save"):
@@ -164,6 +164,29 @@ def _stopped(parts: LoopComponents, decision: Decision) -> str:
         f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
         f"{' and '.join(reasons)}; the checkpoint is written: the same command goes on from here"
     )
+
+
+def observe(
+    parts: LoopComponents, decision: Decision, outcome: StepOutcome, timed: PhaseTimers
+) -> None:
+    """Give the controller what was measured in a step, where the growth depends on it. Every rank
+    calls this together.
+
+    The mean loss of the step is the exact sum of its micro-batches' shares, rounded once: whatever
+    the number of workers, the same shares give the same bits.
+    """
+    if not parts.plan.growth.depends_on_measurement:
+        return
+    measured = {}
+    if outcome.applied:
+        with timed("measure"):
+            own = [share.item() for share in outcome.micro_batch_shares]
+            messages = parts.control.allgather(struct.pack(f"<{len(own)}d", *own))
+        shares = [share for message in messages for (share,) in struct.iter_unpack("<d", message)]
+        finite = all(map(math.isfinite, shares))
+        measured["loss"] = math.fsum(shares) if finite else math.nan
+    if parts.controller is not None:
+        parts.controller.observe(decision.step, measured)
 
 
 def record(

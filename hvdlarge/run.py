@@ -158,7 +158,7 @@ def _train(
     }
     # Rank 0's; the others never touch it
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)
-    length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
+    length_may_grow = not job.lr.decay.depends_on_length
     modules = trained_modules(found.model, found.loss)
     with worker.watchdog.during("checkpoint"):
         start = on_rank_0(
@@ -372,7 +372,7 @@ def follow(
             job, found, worker, learner, loader, controller, checkpoints, facts, log, state
         )
         try:
-            if went_back or (job.on_nonfinite.policy == "rollback" and position.step == 0):
+            if went_back or (job.on_nonfinite.goes_back and position.step == 0):
                 # Something to go back to; and after going back, the lower rate must outlive an
                 # interruption.
                 state.scheduled_step = position.step
@@ -408,7 +408,7 @@ def _finish(
     """Wait for the last checkpoint and write the summary. Rank 0 alone."""
     parts.saver.finish()
     if parts.log is not None and controller is not None:
-        parts.log.finish(state, controller.final_position(), peak_memory, gradient_bytes)
+        parts.log.finish(state, controller.final_progress(), peak_memory, gradient_bytes)
 
 
 def _gradient_bytes(job: Job, learner: Replica) -> int:
@@ -454,7 +454,7 @@ def build_loop(
         best_by=job.checkpoint.best,
         facts=dict(facts),
         log_offsets=log.offsets if log is not None else dict,
-        goes_back=job.on_nonfinite.policy == "rollback",
+        goes_back=job.on_nonfinite.goes_back,
     )
     asks = functools.partial(_wishes, worker.stop, saver, log)
     return LoopComponents(

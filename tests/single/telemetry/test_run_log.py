@@ -67,7 +67,7 @@ def at_end(plan):
     controller = Controller(plan)
     while controller.decide() is not None:
         pass
-    return controller.final_position()
+    return controller.final_progress()
 
 
 def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
@@ -82,7 +82,7 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
         log.decision(decision)
         log.metrics({"step": decision.step})
     log.close()
-    log = begin(tmp_path / "run", plan, offsets, Controller(plan).position_after(whole[99]))
+    log = begin(tmp_path / "run", plan, offsets, Controller(plan).progress_after(whole[99]))
     for decision in whole[100:]:
         log.decision(decision)
         log.metrics({"step": decision.step})

@@ -74,7 +74,7 @@ def test_a_sink_when_the_run_goes_back_is_told_the_step_that_is_taken_again(tmp_
     offsets = log.offsets()
     for decision in given[4:]:
         log.decision(decision)
-    log.go_back(offsets, controller.position_after(given[3]))
+    log.go_back(offsets, controller.progress_after(given[3]))
     assert sink.calls[-1] == ("go_back", 4)
     log.decision(given[4])
     log.close()
