@@ -366,7 +366,7 @@ def build_feed(
         micro_batches = plan.layout(decision).of_rank(control.rank, decision.samples_seen)
         loader.enqueue(micro_batches, decision.is_last)
 
-    return DecisionFeed(control, controller, ahead, enqueue)
+    return DecisionFeed(control, controller, ahead, enqueue, plan.waits_after)
 
 
 def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFinitePolicy:

@@ -9,7 +9,7 @@ end without a bubble. No rank recomputes a decision.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.schedule.decision import DECISION_BYTES, Decision
@@ -18,25 +18,35 @@ from hvdlarge.schedule.warmup import StageStart
 
 
 class Controller:
-    """Decides one step after the other, from a position to the last sample of the run."""
+    """Decides one step after the other, from where a run stands to its last sample.
 
-    def __init__(self, plan: Plan, position: RunProgress | None = None) -> None:
-        position = position or RunProgress()
+    Where the growth depends on measurements, `observe` is called after each step that was taken.
+    What a decision may use of that, `schedule.growth.Growth` says.
+    """
+
+    def __init__(self, plan: Plan, progress: RunProgress | None = None) -> None:
+        progress = progress or RunProgress()
         self._plan = plan
-        self._step = position.step
-        self._samples_seen = position.samples_seen
-        self._stages = list(position.stages)
-        self._stage_batch = position.stage_batch
-        self._lr_factor = position.lr_factor
+        self._step = progress.step
+        self._samples_seen = progress.samples_seen
+        self._stages = list(progress.stages)
+        self._stage_batch = progress.stage_batch
+        self._lr_factor = progress.lr_factor
+        self._steps_taken = progress.step
+        self._measured: Mapping[str, float] = progress.measured
 
     def decide(self) -> Decision | None:
-        """The next step's decision; None when the run is complete."""
+        """The next step's decision; None when the run is complete.
+
+        Raises:
+            RuntimeError: if it depends on steps that have not been observed yet.
+        """
         plan, clock = self._plan, self._plan.clock
         left = clock.total_samples - self._samples_seen
         if left == 0:
             return None
         epoch = clock.epoch(self._samples_seen)
-        stage_batch = plan.growth.global_batch(plan.initial_batch, epoch)
+        stage_batch = self._batch_at(epoch)
         if stage_batch != self._stage_batch:
             self._stages.append(StageStart(epoch, stage_batch / plan.base_batch))
             self._stage_batch = stage_batch
@@ -50,39 +60,82 @@ class Controller:
             stage_batch=stage_batch,
             global_batch=global_batch,
             micro_batch=plan.micro_batch_of(global_batch),
-            lr=plan.rate.lr(self._stages, epoch, end, clock.epochs) * self._lr_factor,
+            lr=plan.lr_schedule.lr(self._stages, epoch, end, clock.epochs) * self._lr_factor,
             is_last=global_batch == left,
         )
         self._step += 1
         self._samples_seen += global_batch
         return decision
 
-    def position_after(self, followed: Decision) -> RunProgress:
-        """Where the run stands once `followed`, a decision given earlier, has been acted on."""
+    def _batch_at(self, epoch: float) -> int:
+        """The batch of the step that begins at `epoch`."""
+        growth, initial = self._plan.growth, self._plan.initial_batch
+        current = self._stage_batch or initial
+        if growth.depends_on_measurement:
+            before = self._plan.clock.epoch(self._samples_seen - self._stage_batch)
+            if not self._stages or not growth.acts_between(before, epoch):
+                return current
+            if self._steps_taken < self._step:
+                raise RuntimeError(
+                    f"step {self._step} depends on what is measured in step {self._step - 1}, and "
+                    f"{self._steps_taken} steps were observed"
+                )
+        batch = growth.next_batch(initial, current, epoch, self._measured)
+        if batch < current:
+            raise ValueError(
+                f"{type(growth).__name__} gives a batch of {batch} after {current} at epoch "
+                f"{epoch:g}: batches only grow"
+            )
+        return batch
+
+    def observe(self, step: int, measured: Mapping[str, float]) -> None:
+        """Take note that a step was taken, and of what was measured in it.
+
+        Args:
+            step: the one after the last that was observed.
+            measured: by name; the same for any number of workers. Empty for a step that was
+                skipped: what was measured before stays.
+        """
+        if step != self._steps_taken:
+            raise ValueError(f"step {step} is observed, step {self._steps_taken} was expected")
+        self._steps_taken += 1
+        self._measured = dict(measured) or self._measured
+
+    def progress_after(self, followed: Decision) -> RunProgress:
+        """Where the run stands once `followed`, a decision given earlier, has been acted on and, if
+        the growth depends on it, observed as the last step so far.
+        """
         return RunProgress(
             step=followed.step + 1,
             samples_seen=followed.samples_seen + followed.global_batch,
             stages=tuple(self._stages[: followed.stage + 1]),
             stage_batch=followed.stage_batch,
             lr_factor=self._lr_factor,
+            measured=self._measured,
         )
 
-    def final_position(self) -> RunProgress:
+    def final_progress(self) -> RunProgress:
         """Where the run stands when everything that was decided has been followed."""
         return RunProgress(
-            self._step, self._samples_seen, tuple(self._stages), self._stage_batch, self._lr_factor
+            self._step,
+            self._samples_seen,
+            tuple(self._stages),
+            self._stage_batch,
+            self._lr_factor,
+            self._measured,
         )
 
 
 class DecisionFeed:
-    """Decisions as they reach a worker, `ahead` steps before they are acted on.
+    """Decisions as they reach a worker, up to `ahead` steps before they are acted on.
 
     Args:
         control: the channel between the ranks.
         controller: on rank 0; None elsewhere.
         ahead: decisions in hand beyond the current one.
-        announce: told of every decision as soon as it is known, in order (the loader starts
+        announce: called with every decision as soon as it is known, in order (the loader starts
             fetching).
+        waits_after: see `Plan.waits_after`; None where no decision waits.
     """
 
     def __init__(
@@ -91,6 +144,7 @@ class DecisionFeed:
         controller: Controller | None,
         ahead: int,
         announce: Callable[[Decision], None],
+        waits_after: Callable[[Decision], bool] | None = None,
     ) -> None:
         if (control.rank == 0) != (controller is not None):
             raise ValueError("rank 0, and only rank 0, has a controller")
@@ -98,14 +152,15 @@ class DecisionFeed:
         self._controller = controller
         self._ahead = ahead
         self._announce = announce
+        self._waits_after = waits_after
         self._known: deque[Decision] = deque()
         self._complete = False
 
     def next(self) -> Decision | None:
         """The decision of the coming step; None when the run is complete. Every rank calls this
-        together.
+        together, when the step before has been taken.
         """
-        while not self._complete and len(self._known) <= self._ahead:
+        while not self._complete and len(self._known) <= self._ahead and not self._waits():
             self._receive()
         if not self._known:
             return None
@@ -113,12 +168,27 @@ class DecisionFeed:
 
     def progress_after(self, followed: Decision) -> RunProgress | None:
         """Where the run stands once `followed` has been acted on, on rank 0; None elsewhere."""
-        return None if self._controller is None else self._controller.position_after(followed)
+        return None if self._controller is None else self._controller.progress_after(followed)
 
     def final_progress(self) -> RunProgress:
         """Where the run stands when every decision has been acted on. Rank 0 alone."""
         assert self._controller is not None  # rank 0 has it
-        return self._controller.final_position()
+        return self._controller.final_progress()
+
+    def observe(self, step: int, measured: Mapping[str, float]) -> None:
+        """Give the controller what was measured in a step; see `Controller.observe`. Does nothing
+        but on rank 0.
+        """
+        if self._controller is not None:
+            self._controller.observe(step, measured)
+
+    def _waits(self) -> bool:
+        """Whether the next decision depends on a step that is still to be taken."""
+        return (
+            bool(self._known)
+            and self._waits_after is not None
+            and self._waits_after(self._known[-1])
+        )
 
     def _receive(self) -> None:
         record = None

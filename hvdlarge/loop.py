@@ -92,7 +92,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
             raise_on_all_ranks(parts.control, lambda: check_files(parts), name_ranks=False)
         if not outcome.applied:
             state.skipped += 1
-
+        observe(parts, decision, outcome, timed)
         record(parts, state, decision, outcome, timed)
         best = evaluate(parts, state, decision, timed)
         save_if_due(parts, state, decision, outcome.verdict, best, timed)
@@ -160,6 +160,28 @@ def _stopped(parts: LoopComponents, decision: Decision) -> str:
         f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
         f"{' and '.join(reasons)}; the checkpoint is written: the same command goes on from here"
     )
+
+
+def observe(
+    parts: LoopComponents, decision: Decision, outcome: StepOutcome, timed: PhaseTimers
+) -> None:
+    """Give the controller what was measured in a step, where the growth depends on it. Every rank
+    calls this together.
+
+    The mean loss of the step is the exact sum of its micro-batches' shares, rounded once: whatever
+    the number of workers, the same shares give the same bits.
+    """
+    if not parts.plan.growth.depends_on_measurement:
+        return
+    measured = {}
+    if outcome.applied:
+        with timed("measure"):
+            own = [share.item() for share in outcome.micro_batch_shares]
+            messages = parts.control.allgather(struct.pack(f"<{len(own)}d", *own))
+        shares = [share for message in messages for (share,) in struct.iter_unpack("<d", message)]
+        finite = all(map(math.isfinite, shares))
+        measured["loss"] = math.fsum(shares) if finite else math.nan
+    parts.feed.observe(decision.step, measured)
 
 
 def record(

@@ -1,7 +1,7 @@
 """Shows a run before it is started: `python -m hvdlarge.plan job.yaml --world-size 64`.
 
-Its batches, steps and rates, without torch, Horovod, MPI or a single sample. What
-cannot run is refused here in the words of `hvdlarge.train`.
+Its batches, steps and learning rates, without torch, Horovod, MPI or a single sample. What cannot
+run is refused here in the words of `hvdlarge.train`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from hvdlarge.config import yaml_source
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.config.json_schema import job_schema
-from hvdlarge.config.planning import Measured, curve_of, estimate, plan_run, training_samples
+from hvdlarge.config.planning import (
+    Measured,
+    curve_of,
+    estimate,
+    plan_run,
+    stages_of,
+    training_samples,
+)
 from hvdlarge.controller import Controller
 from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.telemetry.console import print_error
-from hvdlarge.telemetry.run_log import decision_line
+from hvdlarge.telemetry.sinks import decision_record, json_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.plan",
         description=(
-            "The run on paper: batches, steps and rates of a job on any number of workers. Needs "
-            "no torch and no MPI."
+            "A run before it is started: batches, steps and learning rates of a job on any number "
+            "of workers. Needs no torch and no MPI."
         ),
         epilog=(
             "Exit codes: 0, or 2 for a wrong job, a wrong command line, or a job that cannot run "
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw rate and batch over the epochs (png, svg or pdf)"
+        "--plot", metavar="FILE", help="draw lr and batch over the epochs (png, svg or pdf)"
     )
     parser.add_argument(
         "--decisions",
@@ -92,7 +99,7 @@ def _plan(options: argparse.Namespace) -> int:
     measured = None if options.measured is None else read_measured(Path(options.measured))
     if options.allreduce is not None and measured is None:
         raise exits.JobError(
-            "command line: --allreduce tells what changes against a run: name that one with "
+            "command line: --allreduce gives the difference to a measured run: name that run with "
             "--measured"
         )
     allreduce = None if options.allreduce is None else read_allreduce(Path(options.allreduce))
@@ -100,7 +107,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.compare is not None:
         jobs.append(read_job(options.compare))
     plans = [_plan_of(job, options) for job in jobs]
-    papers = [
+    estimates = [
         estimate(job, plan, measured, allreduce) for job, plan in zip(jobs, plans, strict=True)
     ]
     if options.plot is not None:
@@ -108,13 +115,13 @@ def _plan(options: argparse.Namespace) -> int:
     if options.decisions is not None:
         write_decisions(Path(options.decisions), plans[0])
     if options.json:
-        print(json.dumps(papers[0] if len(papers) == 1 else papers, indent=2))
+        print(json.dumps(estimates[0] if len(estimates) == 1 else estimates, indent=2))
         return exits.FINISHED
-    for job, plan, paper in zip(jobs, plans, papers, strict=True):
-        print("\n".join(in_words(job, plan, paper, measured)))
+    for job, plan, estimated in zip(jobs, plans, estimates, strict=True):
+        print("\n".join(in_words(job, plan, estimated, measured)))
         print()
     if len(jobs) == 2:
-        print("\n".join(side_by_side(jobs, papers)))
+        print("\n".join(side_by_side(jobs, estimates)))
     return exits.FINISHED
 
 
@@ -131,73 +138,84 @@ def _plan_of(job: Job, options: argparse.Namespace) -> Plan:
 
 
 def in_words(
-    job: Job, plan: Plan, paper: Mapping[str, Any], measured: Measured | None
+    job: Job, plan: Plan, estimated: Mapping[str, Any], measured: Measured | None
 ) -> list[str]:
-    """The plan of one job as lines for a reader."""
-    fixed = paper["steps_at_the_base_batch"]
-    steps = paper["steps"]
-    if steps == fixed:
-        less = ", as many as"
-    else:
-        less = (
-            f", {fixed / steps:.3g} × fewer than"
-            if fixed > steps
-            else f", {steps / fixed:.3g} × more than"
-        )
+    """The plan of one job as lines for a reader; `estimated` is what `planning.estimate` gave."""
     workers = f"{plan.world_size} {'worker' if plan.world_size == 1 else 'workers'}"
     lines = [
-        f"plan     {job.name}: {paper['epochs']:g} epochs of {paper['training_samples']:,} samples "
-        f"on {workers}",
+        f"plan     {job.name}: {estimated['epochs']:g} epochs of "
+        f"{estimated['training_samples']:,} samples on {workers}",
         f"batch    {batch_line(plan)}",
-        f"schedule {paper['fingerprint']}",
-        *stage_table(plan, paper["stages"]),
+        f"schedule {estimated['fingerprint']}",
+        *stage_table(plan, estimated["stages"]),
         *rule_notes(job, plan),
-        f"steps    {paper['steps']:,}{less} the {fixed:,} of a fixed batch of {plan.base_batch}",
+        f"steps    {_steps_in_words(plan, estimated)}",
     ]
-    warmup = paper["warmup_epochs"]
+    warmup = estimated["warmup_epochs"]
     if warmup:
         lines.append(
             f"warmup   {warmup:.4g} epochs, "
             f"{warmup * plan.clock.dataset_size / plan.initial_batch:,.1f} steps"
         )
     lines.append(
-        f"saved    {paper['checkpoints']} checkpoints at the job's cadence, and one at each new "
-        "best evaluation"
+        f"saved    {estimated['checkpoints']} checkpoints at the job's cadence, and one at each "
+        "new best evaluation"
     )
     if measured is not None:
-        lines.append(
-            f"time     {duration(paper['seconds'])} at {measured.samples_per_second:,.0f} "
-            "samples/s on a busy worker"
-        )
-        if "allreduce" in paper:
-            cost = paper["allreduce"]
-            lines.append(
-                f"sums     {cost['bytes'] / 2**20:,.1f} MiB in each step: "
-                f"{1e3 * cost['seconds']:.3g} ms by bench allreduce, and "
-                f"{1e3 * cost['seconds_measured']:.3g} ms on the {measured.world_size} workers of "
-                "the measured run; if none of the difference hides behind the backward pass, the "
-                f"run takes {duration(paper['seconds_if_none_hides'])}"
-            )
-        memory, size = paper["peak_memory_bytes"], paper["checkpoint_bytes"]
-        if memory is not None:
-            lines.append(
-                f"memory   {memory / 2**20:,.0f} MiB a worker, as measured with micro-batches of "
-                f"{plan.micro_batch}"
-            )
-        else:
-            lines.append("memory   not measured with this micro-batch")
-        if size is not None:
-            kept = job.checkpoint.keep + 1
-            lines.append(
-                f"disk     {kept * size / 2**20:,.1f} MiB for {job.checkpoint.keep} checkpoints "
-                "and the best"
-            )
+        lines += _costs_in_words(job, plan, estimated, measured)
     return lines
 
 
-def side_by_side(jobs: Sequence[Job], papers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _steps_in_words(plan: Plan, estimated: Mapping[str, Any]) -> str:
+    steps, fixed = estimated["steps"], estimated["steps_at_the_base_batch"]
+    if "measured_from_epoch" in estimated:
+        return f"{steps:,} up to epoch {estimated['measured_from_epoch']:.4g}, as far as is known"
+    if steps == fixed:
+        compared = "as many as"
+    elif steps < fixed:
+        compared = f"{fixed / steps:.3g} × fewer than"
+    else:
+        compared = f"{steps / fixed:.3g} × more than"
+    return f"{steps:,}, {compared} the {fixed:,} of a fixed batch of {plan.base_batch}"
+
+
+def _costs_in_words(
+    job: Job, plan: Plan, estimated: Mapping[str, Any], measured: Measured
+) -> list[str]:
+    """Time, memory and disk, a line each."""
+    lines = [
+        f"time     {duration(estimated['seconds'])} at {measured.samples_per_second:,.0f} "
+        "samples/s on a busy worker"
+    ]
+    if "allreduce" in estimated:
+        cost = estimated["allreduce"]
+        lines.append(
+            f"sums     {cost['bytes'] / 2**20:,.1f} MiB in each step: "
+            f"{1e3 * cost['seconds']:.3g} ms by bench allreduce, and "
+            f"{1e3 * cost['seconds_measured']:.3g} ms on the {measured.world_size} workers of "
+            "the measured run; if none of the difference hides behind the backward pass, the "
+            f"run takes {duration(estimated['seconds_if_none_hides'])}"
+        )
+    memory, size = estimated["peak_memory_bytes"], estimated["checkpoint_bytes"]
+    if memory is not None:
+        lines.append(
+            f"memory   {memory / 2**20:,.0f} MiB a worker, as measured with micro-batches of "
+            f"{plan.micro_batch}"
+        )
+    else:
+        lines.append("memory   not measured with this micro-batch")
+    if size is not None:
+        kept = job.checkpoint.keep + 1
+        lines.append(
+            f"disk     {kept * size / 2**20:,.1f} MiB for {job.checkpoint.keep} checkpoints "
+            "and the best"
+        )
+    return lines
+
+
+def side_by_side(jobs: Sequence[Job], estimates: Sequence[Mapping[str, Any]]) -> list[str]:
     """What differs between two plans."""
-    rows = [("", *(paper["name"] for paper in papers))]
+    rows = [("", *(estimated["name"] for estimated in estimates))]
     for key in (
         "fingerprint",
         "steps",
@@ -207,20 +225,11 @@ def side_by_side(jobs: Sequence[Job], papers: Sequence[Mapping[str, Any]]) -> li
         "checkpoints",
         "seconds",
     ):
-        if key in papers[0]:
-            rows.append((key, *(_short(paper[key]) for paper in papers)))
-    rows.append(
-        (
-            "largest batch",
-            *(_short(max(row["global_batch"] for row in paper["stages"])) for paper in papers),
-        )
-    )
-    rows.append(
-        (
-            "highest lr",
-            *(_short(max(row["lr_highest"] for row in paper["stages"])) for paper in papers),
-        )
-    )
+        if key in estimates[0]:
+            rows.append((key, *(_short(estimated[key]) for estimated in estimates)))
+    for title, key in (("largest batch", "global_batch"), ("highest lr", "lr_highest")):
+        largest = (max(row[key] for row in estimated["stages"]) for estimated in estimates)
+        rows.append((title, *map(_short, largest)))
     one, other = (_flat(job.resolved()) for job in jobs)
     for key in [*one, *(key for key in other if key not in one)]:
         if one.get(key) != other.get(key) and key != "name":
@@ -229,11 +238,11 @@ def side_by_side(jobs: Sequence[Job], papers: Sequence[Mapping[str, Any]]) -> li
 
 
 def _flat(section: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    found = {}
+    flat = {}
     for key, value in section.items():
         name = f"{path}.{key}" if path else key
-        found.update(_flat(value, name) if isinstance(value, dict) and value else {name: value})
-    return found
+        flat.update(_flat(value, name) if isinstance(value, dict) and value else {name: value})
+    return flat
 
 
 def _short(value: Any) -> str:
@@ -279,8 +288,8 @@ def read_allreduce(path: Path) -> AllreduceCost:
         JobError: if the file does not hold them.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return AllreduceCost(float(found["latency_seconds"]), float(found["seconds_per_byte"]))
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return AllreduceCost(float(figures["latency_seconds"]), float(figures["seconds_per_byte"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise exits.JobError(
             f"--allreduce {path}: not what hvdlarge.bench allreduce --json writes "
@@ -289,7 +298,8 @@ def read_allreduce(path: Path) -> AllreduceCost:
 
 
 def write_decisions(path: Path, plan: Plan) -> None:
-    """Let the run's own controller decide every step, and write that down.
+    """Let the run's own controller decide every step that does not depend on measurements, and
+    write that down.
 
     Raises:
         JobError: if the file cannot be written.
@@ -298,14 +308,16 @@ def write_decisions(path: Path, plan: Plan) -> None:
     try:
         with path.open("w", encoding="utf-8") as file:
             while (decision := controller.decide()) is not None:
-                file.write(decision_line(decision, before) + "\n")
+                file.write(json_line(decision_record(decision, before)) + "\n")
                 before = decision.stage_batch
+                if plan.waits_after(decision):
+                    break
     except OSError as error:
         raise exits.JobError(f"--decisions {path}: cannot be written: {error.strerror}") from None
 
 
 def draw(path: Path, plans: Sequence[tuple[str, Plan]]) -> None:
-    """Draw rate and global batch over the epochs.
+    """Draw lr and global batch over the epochs, as far as they are known before the run.
 
     Raises:
         JobError: if matplotlib is missing, does not know the format, or the file cannot be written.
@@ -321,9 +333,10 @@ def draw(path: Path, plans: Sequence[tuple[str, Plan]]) -> None:
         2, 1, sharex=True, figsize=(8, 5), layout="constrained"
     )
     for name, plan in plans:
-        epochs, batches, rates = zip(*curve_of(plan), strict=True)
-        end = plan.clock.epochs
-        upper.plot(epochs, rates, label=name)
+        epochs, batches, lrs = zip(*curve_of(plan), strict=True)
+        last = stages_of(plan)[-1]
+        end = last.end if last.open_end else plan.clock.epochs
+        upper.plot(epochs, lrs, label=name)
         lower.step([*epochs, end], [*batches, batches[-1]], where="post", label=name)
     upper.set_ylabel("lr")
     lower.set_ylabel("global batch (samples)")

@@ -125,7 +125,7 @@ def _enter(
     control, folder = context.control, job.run_folder
     facts = RunFacts(job.resume_signature(), components.sizes, versions(), control.size)
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's
-    length_may_grow = job.lr.decay.policy in ("constant", "multistep", "exponential")
+    length_may_grow = not job.lr.decay.depends_on_length
     modules = trained_modules(components.model, components.loss)
     with context.watchdog.during("checkpoint"):
         start = (
@@ -188,9 +188,7 @@ class Run:
         while True:
             parts = self.build_loop(loader, progress, state)
             try:
-                if has_gone_back or (
-                    self.job.on_nonfinite.policy == "rollback" and progress.step == 0
-                ):
+                if has_gone_back or (self.job.on_nonfinite.goes_back and progress.step == 0):
                     # Something to go back to; and after going back, the lower rate must outlive an
                     # interruption.
                     state.scheduled_step = progress.step
@@ -223,7 +221,7 @@ class Run:
             job.checkpoint,
             self.facts,
             self.log.offsets,
-            goes_back=job.on_nonfinite.policy == "rollback",
+            goes_back=job.on_nonfinite.goes_back,
         )
 
         def flags() -> dict[str, bool]:

@@ -25,6 +25,8 @@ class StepOutcome(NamedTuple):
 
     # This worker's share of the mean loss, float64, shape (); all workers' shares add up to it
     loss_share: torch.Tensor
+    # Those of its micro-batches, in their order, each of shape ()
+    micro_batch_shares: list[torch.Tensor]
     verdict: StepFlags  # the same on every rank
     applied: bool  # whether the weights have moved; the same on every rank
 
@@ -47,6 +49,7 @@ def train_step(
     policy.before_step(learner)
     learner.update.zero_grad(mine, layout.num_micro_batches)
     learner.statistics.begin_step()
+    micro_batch_shares: list[torch.Tensor] = []
     got_gradient: list[str] | None = None  # an idle worker has no view of it
     for micro_batch, inputs, targets in fetched:
         # What model and loss draw belongs to the micro-batch, named by its first sample: not to the
@@ -59,7 +62,8 @@ def train_step(
             )
         with timed("backward"):
             learner.update.backward(learner.scale.scaled(share))
-            loss_share += share.detach()
+            micro_batch_shares.append(share.detach())
+            loss_share += micro_batch_shares[-1]
             if micro_batch.number == mine.stop - 1 and not learner.zero_if_missing:
                 got_gradient = [
                     name for weight, name in learner.names.items() if weight.grad is not None
@@ -79,4 +83,4 @@ def train_step(
         applied = policy.check(decision, learner, norms)
         if applied:
             learner.update.apply(norms.clipped(learner.clip_norm), decision.lr)
-    return StepOutcome(loss_share, verdict, applied)
+    return StepOutcome(loss_share, micro_batch_shares, verdict, applied)

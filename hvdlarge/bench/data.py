@@ -80,9 +80,8 @@ def measure_waits(
         steps: at most.
     """
     loader = build.build_loader(data, training_set, seed)
-    feed = build.build_feed(
-        data, plan, control, Controller(plan) if control.rank == 0 else None, loader
-    )
+    controller = Controller(plan) if control.rank == 0 else None
+    feed = build.build_feed(data, plan, control, controller, loader)
     waits: list[tuple[bool, float]] = []
     stage, epoch, borders, first = 0, 0, 0, 0.0
     since_border = 2
@@ -98,6 +97,10 @@ def measure_waits(
             next(fetched)
             waited += time.perf_counter() - begin
             time.sleep(sample_seconds * micro_batch.size)
+        if controller is not None:
+            controller.observe(
+                decision.step, {}
+            )  # nothing is measured, so its growths are left out
         waits.append((since_border < 2, waited))
         since_border += 1
         first = first or sample_seconds * sum(micro_batch.size for micro_batch in mine)

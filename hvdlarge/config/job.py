@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -30,6 +30,7 @@ from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.scaling import Scaling
+from hvdlarge.schedule.section import Policy
 from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
 
 Count = Annotated[int, Field(ge=1)]
@@ -128,11 +129,7 @@ class Batch(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Batch:
-        largest = self.growth.max if isinstance(self.growth, AdaBatchGrowth) else None
-        if largest is not None and largest < self.first:
-            raise ValueError(
-                f"growth.max is {largest}, below the first global batch of {self.first}"
-            )
+        self.growth.check_initial(self.first)
         return self
 
 
@@ -363,12 +360,16 @@ class Horovod(Section):
 class StopWhenNotFinite(Section):
     """A gradient that is not finite ends the run."""
 
+    goes_back: ClassVar[bool] = False  # whether the run may return to a checkpoint
+
     policy: Literal["stop"] = "stop"
     """End the run with exit code 73."""
 
 
 class SkipWhenNotFinite(Section):
     """A step whose gradients are not finite is left out on every rank."""
+
+    goes_back: ClassVar[bool] = False
 
     policy: Literal["skip"] = "skip"
     """Skip the step on every rank."""
@@ -383,6 +384,8 @@ class RollbackWhenNotFinite(Section):
     Those that a stop or the clock (`checkpoint.every_minutes`) asked for are passed over: an
     interruption changes nothing.
     """
+
+    goes_back: ClassVar[bool] = True
 
     policy: Literal["rollback"] = "rollback"
     """Go back to the last scheduled checkpoint and continue with a lower learning rate."""
@@ -504,9 +507,17 @@ class Job(Section):
             initial_batch=self.batch.first,
             micro_batch=None if self.batch.micro == "auto" else self.batch.micro,
             growth=self.batch.growth,
-            rate=self.lr.schedule(),
+            lr_schedule=self.lr.schedule(),
             world_size=world_size,
         )
+
+    def policies(self) -> list[tuple[tuple[str, ...], Policy]]:
+        """The policies of the schedule, each with the path of its section."""
+        return [
+            (("batch", "growth"), self.batch.growth),
+            (("lr", "warmup"), self.lr.warmup),
+            (("lr", "decay"), self.lr.decay),
+        ]
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain values; of texts from the

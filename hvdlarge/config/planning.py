@@ -1,5 +1,5 @@
-"""The run on paper: what a job comes to on a number of workers, and what cannot run there. Needs no
-torch, Horovod or MPI.
+"""A run before it is started: what a job comes to on a number of workers, and what cannot run
+there. Needs no torch, Horovod or MPI.
 
 `train` and `plan` both come through here, so that they refuse the same jobs in the same words.
 """
@@ -24,7 +24,7 @@ _MOST_SAMPLES = 2**53  # a float counts samples exactly up to here
 
 
 class UnknownSamples(JobError):
-    """Only the data themselves could tell how many training samples there are."""
+    """The number of training samples is known only when the data are loaded."""
 
 
 def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
@@ -36,8 +36,8 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
         world_size: workers.
 
     Raises:
-        JobError: for a run without a sample in it, a rate that overflows, or a number of workers
-            that exact mode cannot serve.
+        JobError: for a run without a sample in it, a learning rate that overflows, or a number of
+            workers that exact mode cannot serve.
     """
     if job.reduction == "exact" and depth_of(world_size) is None:
         raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
@@ -65,23 +65,25 @@ def training_samples(job: Job) -> int:
     Raises:
         UnknownSamples: where the job does not say it and the data set is not a built-in one.
     """
-    found = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
-    if found is None:
-        raise JobError(
+    samples = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
+    if samples is None:
+        raise UnknownSamples(
             f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, "
             "or give --samples N"
         )
-    return found
+    return samples
 
 
 def stages_of(plan: Plan) -> list[StageOutline]:
-    """The stages that the plan's controller will go through."""
-    return outline(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.rate)
+    """The stages that the plan's controller will go through, as far as they are known before the
+    run; the last one says whether they end before the run does.
+    """
+    return outline(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.lr_schedule)
 
 
 def curve_of(plan: Plan) -> list[tuple[float, int, float]]:
-    """Epoch, global batch and rate over the run, some hundred points a stage."""
-    return curve(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.rate)
+    """Epoch, global batch and lr over the stages of `stages_of`, some hundred points each."""
+    return curve(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.lr_schedule)
 
 
 def layout_of(plan: Plan, global_batch: int) -> BatchLayout:
@@ -94,29 +96,30 @@ def checkpoints_of(cadence: Checkpoint, stages: list[StageOutline], clock: Clock
     end of the run among them.
     """
     counts, step = [], 0
+    every_steps = cadence.every_steps
     for stage in stages:
-        marks = _MarkedSteps(cadence.epochs, stage, clock)
-        count, steps = len(marks), stage.steps
-        if cadence.every_steps is not None:
-            every = cadence.every_steps
-            count += (step + steps) // every - step // every
-            count -= marks.also_every(every, step)
+        milestones = _MilestoneSteps(cadence.epochs, stage, clock)
+        count, end = len(milestones), step + stage.steps
+        if every_steps is not None:
+            count += end // every_steps - step // every_steps
+            count -= milestones.also_every(every_steps, step)
         if (
             stage is stages[-1]
-            and not marks.hold(steps - 1)
-            and (cadence.every_steps is None or (step + steps) % every)
+            and not stage.open_end
+            and not milestones.hold(stage.steps - 1)
+            and (every_steps is None or end % every_steps)
         ):
             count += 1
         counts.append(count)
-        step += steps
+        step = end
     return counts
 
 
 _MOST_LISTED = 100_000
 
 
-class _MarkedSteps:
-    """The steps of a stage within which a mark is reached: 1, 2, 3, … times `every_epochs`."""
+class _MilestoneSteps:
+    """The steps of a stage within which a milestone is reached: 1, 2, 3, … times `every_epochs`."""
 
     def __init__(self, every_epochs: float | None, stage: StageOutline, clock: Clock) -> None:
         self._every, self._stage, self._clock = every_epochs, stage, clock
@@ -126,8 +129,8 @@ class _MarkedSteps:
             for epoch in (stage.start, stage.end)
         )
         self._numbers = range(first + 1, last + 1)
-        # Marks closer than steps: each step reaches one. Marks farther apart than steps: each mark
-        # has a step of its own.
+        # Milestones closer than steps: each step reaches one. Milestones farther apart than steps:
+        # each of them has a step of its own.
         self._all = (
             every_epochs is not None and every_epochs * clock.dataset_size <= stage.global_batch
         )
@@ -136,7 +139,7 @@ class _MarkedSteps:
         return self._stage.steps if self._all else len(self._numbers)
 
     def hold(self, step: int) -> bool:
-        """Whether the stage's step of this number reaches a mark."""
+        """Whether the stage's step of this number reaches a milestone."""
         return self._all or (len(self._numbers) > 0 and self._step_of(self._numbers[-1]) == step)
 
     def also_every(self, every_steps: int, first_step: int) -> int:
@@ -172,6 +175,9 @@ def estimate(
 ) -> dict[str, Any]:
     """Everything about a planned run, as JSON values under the words of the run's own files.
 
+    Where the batch depends on what the run measures, steps, checkpoints, stages and seconds are
+    those before `measured_from_epoch`, which is left out elsewhere.
+
     Args:
         job: a job.
         plan: of that job.
@@ -181,39 +187,13 @@ def estimate(
     """
     stages = stages_of(plan)
     checkpoints = checkpoints_of(job.checkpoint, stages, plan.clock)
-    rows = []
-    for stage, saved in zip(stages, checkpoints, strict=True):
-        layout = layout_of(plan, stage.global_batch)
-        row: dict[str, Any] = {
-            "stage": stage.stage,
-            "start_epoch": stage.start,
-            "end_epoch": stage.end,
-            "steps": stage.steps,
-            "samples": (stage.steps - 1) * stage.global_batch + stage.last_batch,
-            "global_batch": stage.global_batch,
-            "micro_batch": layout.micro_batch,
-            "accumulation_steps": layout.accumulation_steps,
-            "arithmetic": layout.equation(),
-            "idle_workers": layout.idle_workers,
-            "lr_first": stage.first_lr,
-            "lr_highest": stage.highest_lr,
-            "lr_last": stage.last_lr,
-            "full_rate_epoch": stage.full_rate,
-            "checkpoints": saved,
-        }
-        if measured is not None:
-            row["seconds"] = (
-                stage.steps
-                * layout.accumulation_steps
-                * layout.micro_batch
-                / measured.samples_per_second
-            )
-        rows.append(row)
-    steps, fixed = (
-        sum(stage.steps for stage in stages),
-        -(-plan.clock.total_samples // plan.base_batch),
-    )
-    found: dict[str, Any] = {
+    steps = sum(stage.steps for stage in stages)
+    rows = [
+        _stage_row(plan, stage, saved, measured)
+        for stage, saved in zip(stages, checkpoints, strict=True)
+    ]
+    open_end = {"measured_from_epoch": stages[-1].end} if stages[-1].open_end else {}
+    figures = {
         "name": job.name,
         "fingerprint": plan.fingerprint(),
         "world_size": plan.world_size,
@@ -221,24 +201,66 @@ def estimate(
         "epochs": plan.clock.epochs,
         "samples": plan.clock.total_samples,
         "steps": steps,
-        "steps_at_the_base_batch": fixed,
+        "steps_at_the_base_batch": -(-plan.clock.total_samples // plan.base_batch),
         "growths": len(stages) - 1,
-        "warmup_epochs": plan.rate.warmup.length(plan.initial_batch / plan.base_batch),
+        "warmup_epochs": plan.lr_schedule.warmup.length(plan.initial_batch / plan.base_batch),
         "checkpoints": sum(checkpoints),
+        **open_end,
         "stages": rows,
     }
     if measured is not None:
-        found["seconds"] = sum(row["seconds"] for row in rows)
-        same = plan.micro_batch is not None and plan.micro_batch == measured.micro_batch
-        found["peak_memory_bytes"] = measured.peak_memory_bytes if same else None
-        found["checkpoint_bytes"] = measured.checkpoint_bytes
-        if allreduce is not None and measured.gradient_bytes is not None:
-            size = measured.gradient_bytes
-            here, there = (
-                allreduce.seconds(size, workers)
-                for workers in (plan.world_size, measured.world_size)
-            )
-            # What the earlier run waited for its own allreduce is in its speed already.
-            found["allreduce"] = {"bytes": size, "seconds": here, "seconds_measured": there}
-            found["seconds_if_none_hides"] = found["seconds"] + steps * max(0.0, here - there)
-    return found
+        figures |= _costs(plan, sum(row["seconds"] for row in rows), steps, measured, allreduce)
+    return figures
+
+
+def _stage_row(
+    plan: Plan, stage: StageOutline, checkpoints: int, measured: Measured | None
+) -> dict[str, Any]:
+    """One stage of an estimate."""
+    layout = layout_of(plan, stage.global_batch)
+    row = {
+        "stage": stage.stage,
+        "start_epoch": stage.start,
+        "end_epoch": stage.end,
+        "steps": stage.steps,
+        "samples": (stage.steps - 1) * stage.global_batch + stage.last_batch,
+        "global_batch": stage.global_batch,
+        "micro_batch": layout.micro_batch,
+        "accumulation_steps": layout.accumulation_steps,
+        "arithmetic": layout.equation(),
+        "idle_workers": layout.idle_workers,
+        "lr_first": stage.first_lr,
+        "lr_highest": stage.highest_lr,
+        "lr_last": stage.last_lr,
+        "full_rate_epoch": stage.full_rate,
+        "checkpoints": checkpoints,
+    }
+    if measured is not None:
+        samples = stage.steps * layout.accumulation_steps * layout.micro_batch
+        row["seconds"] = samples / measured.samples_per_second
+    return row
+
+
+def _costs(
+    plan: Plan,
+    seconds: float,
+    steps: int,
+    measured: Measured,
+    allreduce: AllreduceCost | None,
+) -> dict[str, Any]:
+    """Time, memory and disk of a run of so many steps and seconds."""
+    same = plan.micro_batch is not None and plan.micro_batch == measured.micro_batch
+    costs: dict[str, Any] = {
+        "seconds": seconds,
+        "peak_memory_bytes": measured.peak_memory_bytes if same else None,
+        "checkpoint_bytes": measured.checkpoint_bytes,
+    }
+    if allreduce is not None and measured.gradient_bytes is not None:
+        size = measured.gradient_bytes
+        here, there = (
+            allreduce.seconds(size, workers) for workers in (plan.world_size, measured.world_size)
+        )
+        # What the earlier run waited for its own allreduce is in its speed already
+        costs["allreduce"] = {"bytes": size, "seconds": here, "seconds_measured": there}
+        costs["seconds_if_none_hides"] = seconds + steps * max(0.0, here - there)
+    return costs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from hvdlarge.config.job import Job
+from hvdlarge.schedule.warmup import NoWarmup
 
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 
@@ -16,11 +17,9 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
     yield from _warmup(job)
     yield from _gradients(job)
     yield from _loss(job)
-    decay, growth = job.lr.decay, job.batch.growth
-    if decay.policy == "multistep":
-        yield from _past_the_end(("lr", "decay", "milestones"), decay.milestones, job.epochs)
-    if growth.policy == "adabatch":
-        yield from _past_the_end(("batch", "growth", "at_epochs"), growth.at_epochs, job.epochs)
+    for path, policy in job.policies():
+        for key, message in policy.errors(job.epochs):
+            yield (*path, key), message
 
 
 def _batch(job: Job) -> Iterator[Problem]:
@@ -43,23 +42,21 @@ def _exact(job: Job) -> Iterator[Problem]:
 
 def _warmup(job: Job) -> Iterator[Problem]:
     warmup = job.lr.warmup
-    if job.lr.decay.policy == "one_cycle" and warmup.policy != "none":
+    if job.lr.decay.includes_warmup and warmup != NoWarmup():
         yield (
             ("lr", "warmup"),
-            "one_cycle is its own warmup: leave lr.warmup out, or set its policy to none",
+            f"{job.lr.decay.policy} is its own warmup: leave lr.warmup out, or set its policy to "
+            "none",
         )
     k = job.batch.first / job.batch.base
     length = warmup.length(k)
     if length > job.epochs:
-        by_rule = (
-            f" ({warmup.epochs:g} × {k:g}, the first batch over the base batch)"
-            if warmup.policy == "legw"
-            else ""
-        )
+        arithmetic = warmup.length_as_arithmetic(k)
+        shown = f"{length:g} epochs{f' ({arithmetic})' if arithmetic else ''}"
         yield (
             ("lr", "warmup", "epochs"),
-            f"the warmup takes {length:g} epochs{by_rule}, the run has {job.epochs:g}; it is given "
-            "in epochs, not in steps",
+            f"the warmup takes {shown}, the run has {job.epochs:g}; it is given in epochs, not in "
+            "steps",
         )
 
 
@@ -94,17 +91,4 @@ def _loss(job: Job) -> Iterator[Problem]:
         yield (
             ("loss", "args", key),
             f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}",
-        )
-
-
-def _past_the_end(
-    key: tuple[str, ...], marks: Sequence[float] | None, epochs: float
-) -> Iterator[Problem]:
-    late = [mark for mark in marks or () if mark >= epochs]
-    if late:
-        shown = ", ".join(f"{mark:g}" for mark in late)
-        yield (
-            key,
-            f"{shown} is not before the end of the run at epoch {epochs:g}; marks are given in "
-            "epochs, not in steps",
         )

@@ -1,4 +1,4 @@
-"""How many training samples the built-in data sets have, for a run on paper. A test holds this
+"""How many training samples the built-in data sets have, for a plan. A test holds this
 against the data.
 
 Contract: pure.

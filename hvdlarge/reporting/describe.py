@@ -108,19 +108,21 @@ def batch_line(plan: Plan) -> str:
     return line + _idle(layout)
 
 
-def stage_table(plan: Plan, paper: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
-    """One line for each stage, under a heading; with `paper`, the stages of `planning.estimate`,
-    what else is known of them.
+def stage_table(plan: Plan, estimated: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+    """One line for each stage, under a heading; with `estimated`, the stages of
+    `planning.estimate`, what else is known of them.
     """
     rows: list[tuple[str, ...]] = [
         ("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")
     ]
-    if paper is not None:
-        rows[0] += ("full rate", "samples", "saved") + (("time",) if "seconds" in paper[0] else ())
-    for stage in stages_of(plan):
+    if estimated is not None:
+        rows[0] += ("full rate", "samples", "saved")
+        rows[0] += ("time",) if "seconds" in estimated[0] else ()
+    stages = stages_of(plan)
+    for stage in stages:
         more: tuple[str, ...] = ()
-        if paper is not None:
-            row = paper[stage.stage]
+        if estimated is not None:
+            row = estimated[stage.stage]
             more = (
                 f"epoch {row['full_rate_epoch']:.4g}",
                 f"{row['samples']:,}",
@@ -141,7 +143,13 @@ def stage_table(plan: Plan, paper: Sequence[Mapping[str, Any]] | None = None) ->
                 *more,
             )
         )
-    return columns(rows)
+    lines = columns(rows)
+    if stages[-1].open_end:
+        lines.append(
+            f"  from epoch {stages[-1].end:.4g} on the batch depends on what is measured "
+            f"({type(plan.growth).__name__})"
+        )
+    return lines
 
 
 def notes(plan: Plan, model: Any) -> list[str]:
@@ -180,38 +188,25 @@ def notes(plan: Plan, model: Any) -> list[str]:
 
 def rule_notes(job: Job, plan: Plan) -> list[str]:
     """What the user may not expect of this schedule, a line each."""
-    lines = []
-    growth, decay, epochs = job.batch.growth, job.lr.decay, plan.clock.epochs
-    if (
-        growth.policy == "adabatch"
-        and growth.every_epochs is not None
-        and growth.every_epochs >= epochs
-    ):
-        lines.append(
-            f"note     batch.growth.every_epochs is {growth.every_epochs:g}, the run has "
-            f"{epochs:g}: the batch never grows"
-        )
-    if (
-        decay.policy == "multistep"
-        and decay.every_epochs is not None
-        and decay.every_epochs >= epochs
-    ):
-        lines.append(
-            f"note     lr.decay.every_epochs is {decay.every_epochs:g}, the run has {epochs:g}: "
-            "the rate never decays"
-        )
+    epochs = plan.clock.epochs
+    lines = [
+        f"note     {'.'.join(path)}.{note}"
+        for path, policy in job.policies()
+        for note in policy.notes(epochs)
+    ]
     if job.batch.first > plan.clock.dataset_size:
         epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
         lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
     scheduled = job.checkpoint.epochs or job.checkpoint.every_steps
-    if job.on_nonfinite.policy == "rollback" and not scheduled:
+    if job.on_nonfinite.goes_back and not scheduled:
         lines.append(
-            "note     on_nonfinite: rollback goes back to checkpoints at fixed steps or epochs: "
-            "with checkpoint.every_minutes alone to the start, or to the best evaluation"
+            f"note     on_nonfinite: {job.on_nonfinite.policy} goes back to checkpoints at fixed "
+            "steps or epochs: with checkpoint.every_minutes alone to the start, or to the best "
+            "evaluation"
         )
     lines += _loss_notes(job, plan)
     last = stages_of(plan)[-1]
-    if last.full_rate > epochs:
+    if last.full_rate > epochs and not last.open_end:
         lines.append(
             "note     the last stage ends before its rate is fully there, which would be at epoch "
             f"{last.full_rate:.4g}"

@@ -17,24 +17,56 @@ Source:   polynomial, power 2: You, Gitman, Ginsburg, LARS (2017), Algorithm 1; 
           cosine: Loshchilov and Hutter, SGDR (2017), equation 5 without restarts; one_cycle: Smith
           and Topin, "Super-Convergence" (2018), section 3, "1cycle".
 Contract: pure; read at the start of a step; 1 before it begins (one_cycle: at its peak) and never
-          above 1.
+          above 1. Each policy also gives its largest factor over an interval, from which the
+          outline finds the highest lr of a stage.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from hvdlarge.schedule.progress import check_milestones, milestones_reached
-from hvdlarge.schedule.section import SECTION
+from hvdlarge.schedule.progress import (
+    check_milestones,
+    milestones_past_the_end,
+    milestones_reached,
+    never_reached,
+)
+from hvdlarge.schedule.section import Policy
+
+
+class Decay(Policy, ABC):
+    """How the learning rate falls over a run."""
+
+    # Whether `factor` depends on `epochs`; if it does not, a run may be made longer or shorter
+    depends_on_length: ClassVar[bool] = True
+    includes_warmup: ClassVar[bool] = (
+        False  # whether it is its own warmup, so that the job has none
+    )
+
+    @abstractmethod
+    def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
+        """What multiplies the lr of a step, in [0, 1].
+
+        Args:
+            epoch: at which the step begins, in epochs.
+            warmup_end: of the first warmup, in epochs.
+            epochs: length of the run, in epochs.
+        """
+
+    def highest_factor(self, start: float, end: float, warmup_end: float, epochs: float) -> float:
+        """The largest factor in [start, end] (epochs); here that of a decay that never rises."""
+        return self.factor(start, warmup_end, epochs)
 
 
 @dataclass(frozen=True)
-class ConstantDecay:
+class ConstantDecay(Decay):
     """No decay."""
 
-    __pydantic_config__ = SECTION
+    depends_on_length: ClassVar[bool] = False
 
     policy: Literal["constant"] = "constant"
     """No decay."""
@@ -45,15 +77,15 @@ class ConstantDecay:
 
 
 @dataclass(frozen=True)
-class MultistepDecay:
-    """The rate is multiplied by `gamma` at each mark.
+class MultistepDecay(Decay):
+    """The lr is multiplied by `gamma` at each milestone.
 
     >>> decay = MultistepDecay(gamma=0.1, milestones=(30, 60))
     >>> [round(decay.factor(epoch, 0, 90), 12) for epoch in (29, 30, 60)]
     [1.0, 0.1, 0.01]
     """
 
-    __pydantic_config__ = SECTION
+    depends_on_length: ClassVar[bool] = False
 
     policy: Literal["multistep"] = "multistep"
     """Multiply the rate by `gamma` at each milestone."""
@@ -75,17 +107,27 @@ class MultistepDecay:
         """
         return self.gamma ** milestones_reached(epoch, self.every_epochs, self.milestones)
 
+    def errors(self, epochs: float) -> Iterator[tuple[str, str]]:
+        """Milestones that the run does not reach."""
+        return milestones_past_the_end("milestones", self.milestones, epochs)
+
+    def notes(self, epochs: float) -> Iterator[str]:
+        """Whether it does nothing."""
+        if never_reached(self.every_epochs, epochs):
+            yield (
+                f"every_epochs is {self.every_epochs:g}, the run has {epochs:g}: the lr never "
+                "decays"
+            )
+
 
 @dataclass(frozen=True)
-class PolynomialDecay:
+class PolynomialDecay(Decay):
     """Polynomial decay to `end_factor` at the end of the run.
 
     >>> decay = PolynomialDecay(power=2)
     >>> [round(10 * decay.factor(epoch, 0, 100), 9) for epoch in (0, 25, 50, 75, 99)]
     [10.0, 5.625, 2.5, 0.625, 0.001]
     """
-
-    __pydantic_config__ = SECTION
 
     policy: Literal["polynomial"] = "polynomial"
     """Polynomial decay over the run."""
@@ -110,15 +152,13 @@ class PolynomialDecay:
 
 
 @dataclass(frozen=True)
-class CosineDecay:
+class CosineDecay(Decay):
     """Half a cosine wave from 1 to `end_factor` at the end of the run.
 
     >>> decay = CosineDecay()
     >>> [round(decay.factor(epoch, 10, 110), 9) for epoch in (10, 35, 60, 110)]
     [1.0, 0.853553391, 0.5, 0.0]
     """
-
-    __pydantic_config__ = SECTION
 
     policy: Literal["cosine"] = "cosine"
     """Half a cosine wave over the run."""
@@ -139,15 +179,15 @@ class CosineDecay:
 
 
 @dataclass(frozen=True)
-class ExponentialDecay:
-    """The rate is multiplied by `gamma` over each stretch of `every_epochs`, smoothly.
+class ExponentialDecay(Decay):
+    """The lr is multiplied by `gamma` over any `every_epochs` epochs, smoothly.
 
     >>> decay = ExponentialDecay(gamma=0.5, every_epochs=2)
     >>> [decay.factor(epoch, 1, 90) for epoch in (0, 1, 3, 5)]
     [1.0, 1.0, 0.5, 0.25]
     """
 
-    __pydantic_config__ = SECTION
+    depends_on_length: ClassVar[bool] = False
 
     policy: Literal["exponential"] = "exponential"
     """Multiply the rate by `gamma` per `every_epochs`, smoothly."""
@@ -173,7 +213,7 @@ class ExponentialDecay:
 
 
 @dataclass(frozen=True)
-class OneCycle:
+class OneCycle(Decay):
     """One rise and fall of the rate, then its annihilation: super-convergence's schedule.
 
     >>> cycle = OneCycle(peak=0.4, start_factor=0.1, end_factor=0.001)
@@ -181,7 +221,7 @@ class OneCycle:
     [0.1, 0.55, 1.0, 0.55, 0.1, 0.0505, 0.001]
     """
 
-    __pydantic_config__ = SECTION
+    includes_warmup: ClassVar[bool] = True
 
     policy: Literal["one_cycle"] = "one_cycle"
     """One cycle: up, down again, and a long tail (super-convergence)."""
@@ -213,8 +253,11 @@ class OneCycle:
         left = (1.0 - passed) / (1.0 - 2 * self.peak)
         return self.end_factor + (self.start_factor - self.end_factor) * left
 
-
-Decay = ConstantDecay | MultistepDecay | ExponentialDecay | PolynomialDecay | CosineDecay | OneCycle
+    def highest_factor(self, start: float, end: float, warmup_end: float, epochs: float) -> float:
+        """The largest factor in [start, end] (epochs): 1 where the peak lies in it."""
+        if start <= self.peak * epochs <= end:
+            return 1.0
+        return max(self.factor(epoch, warmup_end, epochs) for epoch in (start, end))
 
 
 def _passed(epoch: float, begin: float, epochs: float) -> float:

@@ -1,7 +1,7 @@
 """The order for one step: what the rank-0 controller decides and every worker follows.
 
 Formula:  one fixed record, little endian; float64 fields travel as their bits, so every rank has
-          the very same rate.
+          the very same lr.
 Source:   docs/design.md.
 Contract: pure; `from_bytes(decision.to_bytes()) == decision`, bit for bit.
 """
@@ -19,11 +19,11 @@ class Decision:
     step: int  # this step's number; the first is 0
     samples_seen: int  # samples, before this step
     epoch: float  # epochs, before this step
-    stage: int  # index of the stretch of constant batch
+    stage: int  # index; within a stage the batch is constant
     stage_batch: int  # samples per update in this stage
     global_batch: int  # samples averaged in this step: stage_batch, or what is left of the run
     micro_batch: int  # samples in one forward/backward pass
-    lr: float  # rate of this step
+    lr: float  # of this step
     is_last: bool  # whether the run ends with this step
 
     def to_bytes(self) -> bytes:

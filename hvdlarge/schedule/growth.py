@@ -1,54 +1,100 @@
 """Growth of the global batch during a run.
 
-Formula:  global_batch(epoch) = min(max, round(initial · factor^n)),  n = growth marks reached at
-          `epoch`; 2^62 at most
+Formula:  adabatch: global_batch(epoch) = min(max, round(initial · factor^n)),
+          n = milestones reached at `epoch`; 2^62 at most
 Source:   AdaBatch: Devarakonda, Naumov, Garland, "AdaBatch: Adaptive Batch Sizes for Training Deep
-          Neural Networks" (2017), section 3: at fixed epoch marks the batch is multiplied by beta
+          Neural Networks" (2017), section 3: at fixed epochs the batch is multiplied by beta
           (2 in the main experiments).
-Contract: pure; epochs are floats; a mark acts on the first step that starts at or after it, and
-          only between steps. The rate that goes with a growth is in scaling.py and warmup.py, the
-          decay that goes with it in decay.py.
+Contract: pure; epochs are floats; a milestone acts on the first step that starts at or after it,
+          and only between steps; a batch never shrinks. The lr that goes with a growth is in
+          scaling.py and warmup.py, the decay that goes with it in decay.py.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from hvdlarge.schedule.progress import check_milestones, milestones_reached
-from hvdlarge.schedule.section import SECTION
+from hvdlarge.schedule.progress import (
+    check_milestones,
+    milestones_past_the_end,
+    milestones_reached,
+    never_reached,
+)
+from hvdlarge.schedule.section import Policy
 
 LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of a decision holds
 
 
-@dataclass(frozen=True)
-class NoGrowth:
-    """One batch for the whole run."""
+class Growth(Policy, ABC):
+    """How the global batch grows during a run.
 
-    __pydantic_config__ = SECTION
+    A growth that depends on measurements acts at points of its own choice, and between them the
+    batch stays. A point lies before a step and is known from the epochs alone. The decision at a
+    point waits until every earlier step has been taken, and uses what was measured in the last of
+    them; decisions between two points are given ahead as always. So the batches do not depend on
+    how far ahead a run decides, on the number of workers, or on interruptions.
+    """
+
+    depends_on_measurement: ClassVar[bool] = False
+
+    @abstractmethod
+    def next_batch(
+        self, initial: int, current: int, epoch: float, measured: Mapping[str, float]
+    ) -> int:
+        """Samples per update of the step that begins at `epoch`.
+
+        Args:
+            initial: samples per update of the run's first step.
+            current: samples per update of the step before; `initial` for the first.
+            epoch: in epochs.
+            measured: by name, as of the last step that moved the weights: `loss` is the mean over
+                its global batch. Empty before there is one, and for a growth that does not depend
+                on measurements, which is a function of `initial` and `epoch` alone.
+
+        Returns:
+            `current` or more.
+        """
+
+    def acts_between(self, before: float, epoch: float) -> bool:
+        """Whether a growth that depends on measurements has a point after epoch `before` and not
+        after `epoch`; here at every step, which leaves nothing to decide ahead.
+        """
+        return True
+
+    def check_initial(self, initial: int) -> None:
+        """Raise ValueError for a first batch (samples) from which the run cannot grow."""
+        return
+
+
+@dataclass(frozen=True)
+class NoGrowth(Growth):
+    """One batch for the whole run."""
 
     policy: Literal["none"] = "none"
     """A constant global batch."""
 
-    def global_batch(self, initial: int, epoch: float) -> int:
-        """Samples per update at `epoch`: `initial`, always."""
+    def next_batch(
+        self, initial: int, current: int, epoch: float, measured: Mapping[str, float]
+    ) -> int:
+        """Samples per update: `initial`, always."""
         return initial
 
 
 @dataclass(frozen=True)
-class AdaBatchGrowth:
-    """AdaBatch: the batch is multiplied by `factor` at each mark, up to `max`.
+class AdaBatchGrowth(Growth):
+    """AdaBatch: the batch is multiplied by `factor` at each milestone, up to `max`.
 
     Raises:
         ValueError: for values that cannot be followed.
 
     >>> growth = AdaBatchGrowth(factor=2, every_epochs=20, max=2048)
-    >>> [growth.global_batch(128, epoch) for epoch in (0, 19.99, 20, 40, 60, 80, 100)]
+    >>> [growth.next_batch(128, 128, epoch, {}) for epoch in (0, 19.99, 20, 40, 60, 80, 100)]
     [128, 128, 256, 512, 1024, 2048, 2048]
     """
-
-    __pydantic_config__ = SECTION
 
     policy: Literal["adabatch"] = "adabatch"
     """AdaBatch (Devarakonda et al. 2017): multiply the batch at milestones."""
@@ -68,9 +114,28 @@ class AdaBatchGrowth:
             raise ValueError(f"max must be at least 1 sample, got {self.max}")
         check_milestones(self.every_epochs, self.at_epochs, ("every_epochs", "at_epochs"))
 
-    def global_batch(self, initial: int, epoch: float) -> int:
+    def next_batch(
+        self, initial: int, current: int, epoch: float, measured: Mapping[str, float]
+    ) -> int:
         """Samples per update at `epoch`, for a run that began with `initial` samples."""
         return self._after(initial, milestones_reached(epoch, self.every_epochs, self.at_epochs))
+
+    def check_initial(self, initial: int) -> None:
+        """Raise ValueError for a first batch above `max`."""
+        if self.max is not None and self.max < initial:
+            raise ValueError(f"growth.max is {self.max}, below the first global batch of {initial}")
+
+    def errors(self, epochs: float) -> Iterator[tuple[str, str]]:
+        """Milestones that the run does not reach."""
+        return milestones_past_the_end("at_epochs", self.at_epochs, epochs)
+
+    def notes(self, epochs: float) -> Iterator[str]:
+        """Whether it does nothing."""
+        if never_reached(self.every_epochs, epochs):
+            yield (
+                f"every_epochs is {self.every_epochs:g}, the run has {epochs:g}: the batch never "
+                "grows"
+            )
 
     def _after(self, initial: int, growths: int) -> int:
         largest = LARGEST_BATCH if self.max is None else max(initial, min(self.max, LARGEST_BATCH))
@@ -78,6 +143,3 @@ class AdaBatchGrowth:
             return min(largest, round(initial * self.factor**growths))
         except OverflowError:
             return largest
-
-
-Growth = NoGrowth | AdaBatchGrowth

@@ -23,8 +23,8 @@ class LRSchedule:
     """How the learning rate of a run comes about.
 
     Args:
-        base: the rate tuned for the base batch (`base_lr`).
-        scaling: how the rate follows the batch.
+        base: the lr tuned for the base batch (`base_lr`).
+        scaling: how the lr follows the batch.
         warmup: how it rises at the start and at growths.
         decay: how it falls over the run.
     """
@@ -36,12 +36,32 @@ class LRSchedule:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.base) and self.base > 0):
-            raise ValueError(f"base must be a positive rate, got {self.base}")
+            raise ValueError(f"base must be a positive learning rate, got {self.base}")
 
     def lr(self, stages: Sequence[StageStart], start: float, end: float, epochs: float) -> float:
-        """The rate of the step that goes from epoch `start` to epoch `end` in a run of `epochs`
+        """The lr of the step that goes from epoch `start` to epoch `end` in a run of `epochs`
         epochs.
         """
         warmup_end = self.warmup.length(stages[0].batch_factor)
         rise = multiplier(self.warmup, self.scaling, stages, end)
         return self.base * rise * self.decay.factor(start, warmup_end, epochs)
+
+    def upper_bound(
+        self,
+        stages: Sequence[StageStart],
+        first_start: float,
+        last_start: float,
+        last_end: float,
+        epochs: float,
+    ) -> float:
+        """An lr that no step of the last stage exceeds which starts from epoch `first_start` to
+        `last_start` and ends at `last_end` at the latest; for one step its own lr.
+        """
+        warmup_end = self.warmup.length(stages[0].batch_factor)
+        # Within a stage the multiplier never falls
+        rise = multiplier(self.warmup, self.scaling, stages, last_end)
+        return (
+            self.base
+            * rise
+            * self.decay.highest_factor(first_start, last_start, warmup_end, epochs)
+        )

@@ -1,29 +1,30 @@
-"""A run on paper: its stages, without taking a step.
+"""A run before it is started: its stages, without taking a step.
 
-Contract: pure; the stages, step counts and rates are those that the controller will decide, found
-          by arithmetic, so that a run of a million steps costs no more to outline than one of ten.
-          A test holds the two together.
+Contract: pure; the stages, step counts and lr are those that the controller will decide, found by
+          arithmetic, so that a run of a million steps costs little more to outline than one of ten.
+          A test compares the two. The outline of a growth that depends on measurements ends at the
+          growth's first point: what follows is known only to the run.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hvdlarge.schedule.decay import Decay, MultistepDecay, OneCycle
 from hvdlarge.schedule.growth import Growth
 from hvdlarge.schedule.lr import LRSchedule
-from hvdlarge.schedule.progress import Clock, next_mark
+from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.warmup import StageStart, full_rate_epoch
 
-_PROBES = 64  # rates looked at within a stage to find its highest
+_MOST_SPLITS = 20_000  # of a stage, on the way to its highest lr
 
 
 @dataclass(frozen=True)
 class StageOutline:
-    """One stretch of constant batch."""
+    """One stage."""
 
     stage: int  # index
     start: float  # epochs
@@ -35,136 +36,149 @@ class StageOutline:
     first_lr: float
     highest_lr: float
     last_lr: float
-    full_rate: float  # epoch at which the rate has followed the batch
+    full_rate: float  # epoch at which the lr has followed the batch
+    # Whether the batch after this stage's end, before the run's, depends on what is measured
+    open_end: bool = False
 
 
-class Stretch(NamedTuple):
-    """One stretch of constant batch, and the rate of each of its steps."""
+class Stage(NamedTuple):
+    """The steps of a stage and their lr."""
 
     first_sample: int
     steps: int
-    global_batch: int
+    global_batch: int  # samples
     starts: tuple[StageStart, ...]  # of the stages up to this one
-    lr: Callable[[int], float]  # of the step with this number within the stretch
+    clock: Clock
+    schedule: LRSchedule
+
+    def start(self, step: int) -> int:
+        """The first sample of the step with this number within the stage."""
+        return self.first_sample + step * self.global_batch
+
+    def end(self, step: int) -> int:
+        """The sample after the last of that step."""
+        return min(self.clock.total_samples, self.start(step + 1))
+
+    def lr(self, step: int) -> float:
+        """The lr of that step."""
+        clock = self.clock
+        start, end = clock.epoch(self.start(step)), clock.epoch(self.end(step))
+        return self.schedule.lr(self.starts, start, end, clock.epochs)
+
+    def highest_possible_lr(self, first: int, last: int) -> float:
+        """An lr that none of the steps `first` … `last` within the stage exceeds."""
+        clock = self.clock
+        return self.schedule.upper_bound(
+            self.starts,
+            clock.epoch(self.start(first)),
+            clock.epoch(self.start(last)),
+            clock.epoch(self.end(last)),
+            clock.epochs,
+        )
 
 
-def stretches(
-    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule
-) -> Iterator[Stretch]:
-    """The stretches of a run of `clock` that begins with `initial` samples an update; `base_batch`
-    is where k = 1.
+def stages(
+    clock: Clock, base_batch: int, initial: int, growth: Growth, schedule: LRSchedule
+) -> Iterator[Stage]:
+    """The stages of a run of `clock` that begins with `initial` samples an update; `base_batch` is
+    where k = 1. They end early where the growth depends on measurements.
     """
     starts: list[StageStart] = []
-    samples, total = 0, clock.total_samples
+    samples, batch, total = 0, initial, clock.total_samples
     while samples < total:
         epoch = clock.epoch(samples)
-        batch = growth.global_batch(initial, epoch)
+        if not growth.depends_on_measurement:
+            batch = growth.next_batch(initial, batch, epoch, {})
         starts.append(StageStart(epoch, batch / base_batch))
         steps = _steps_of(clock, initial, growth, samples, batch)
-
-        def lr(
-            step: int,
-            begun: tuple[StageStart, ...] = tuple(starts),
-            first: int = samples,
-            batch: int = batch,
-        ) -> float:
-            start = first + step * batch
-            return rate.lr(
-                begun, clock.epoch(start), clock.epoch(min(total, start + batch)), clock.epochs
-            )
-
-        yield Stretch(samples, steps, batch, tuple(starts), lr)
-        samples = min(total, samples + steps * batch)
+        stage = Stage(samples, steps, batch, tuple(starts), clock, schedule)
+        yield stage
+        if growth.depends_on_measurement:
+            return
+        samples = stage.end(steps - 1)
 
 
 def _steps_of(clock: Clock, initial: int, growth: Growth, first: int, batch: int) -> int:
-    """Steps of `batch` samples from sample `first` on, up to the end of the run or the first step
-    of a larger batch.
+    """Steps of `batch` samples from sample `first` on, up to the end of the run, the first step of
+    a larger batch, or the first that depends on what is measured.
     """
     left = -(-(clock.total_samples - first) // batch)
 
-    def has_grown(step: int) -> bool:
-        return growth.global_batch(initial, clock.epoch(first + step * batch)) > batch
+    def may_differ(step: int) -> bool:
+        epoch = clock.epoch(first + step * batch)
+        if growth.depends_on_measurement:
+            return growth.acts_between(clock.epoch(first), epoch)
+        return growth.next_batch(initial, batch, epoch, {}) > batch
 
-    # Batches only grow, so this is a search: marks may be many more than steps, and most of them
-    # may round to no change.
-    return 1 + bisect_left(range(1, left), True, key=has_grown)
+    # Batches only grow, so this is a search: milestones may be many more than steps, and most of
+    # them may round to no change.
+    return 1 + bisect_left(range(1, left), True, key=may_differ)
 
 
 def outline(
-    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule
+    clock: Clock, base_batch: int, initial: int, growth: Growth, schedule: LRSchedule
 ) -> list[StageOutline]:
-    """The stages of a run; the arguments are those of `stretches`."""
-    stages: list[StageOutline] = []
-    for stretch in stretches(clock, base_batch, initial, growth, rate):
-        first, steps, batch = stretch.first_sample, stretch.steps, stretch.global_batch
-        end = min(clock.total_samples, first + steps * batch)
-        full_rate = full_rate_epoch(rate.warmup, stretch.starts)
-        turns = [full_rate, *_turns(rate.decay, clock.epochs, full_rate)]
-        near = {
-            -(-(clock.samples_until(turn) - first) // batch) + aside
-            for turn in turns
-            for aside in (-1, 0)
-        }
-        stages.append(
+    """The stages of a run; the arguments are those of `stages`."""
+    outlines: list[StageOutline] = []
+    for stage in stages(clock, base_batch, initial, growth, schedule):
+        steps, end = stage.steps, stage.end(stage.steps - 1)
+        outlines.append(
             StageOutline(
-                stage=len(stages),
-                start=clock.epoch(first),
+                stage=len(outlines),
+                start=clock.epoch(stage.first_sample),
                 end=clock.epoch(end),
                 steps=steps,
-                global_batch=batch,
-                last_batch=end - first - (steps - 1) * batch,
-                first_lr=stretch.lr(0),
-                highest_lr=_highest(stretch, [step for step in near if 0 <= step < steps]),
-                last_lr=stretch.lr(steps - 1),
-                full_rate=full_rate,
+                global_batch=stage.global_batch,
+                last_batch=end - stage.start(steps - 1),
+                first_lr=stage.lr(0),
+                highest_lr=highest_lr(stage),
+                last_lr=stage.lr(steps - 1),
+                full_rate=full_rate_epoch(schedule.warmup, stage.starts),
+                open_end=growth.depends_on_measurement and end < clock.total_samples,
             )
         )
-    return stages
+    return outlines
 
 
-def _turns(decay: Decay, epochs: float, full_rate: float) -> list[float]:
-    """Epochs at which a rate may turn from rising to falling, beside the end of its warmup."""
-    if isinstance(decay, OneCycle):
-        return [decay.peak * epochs]
-    marks: list[float] = []
-    if isinstance(decay, MultistepDecay):  # marks inside a warmup
-        mark = next_mark(0.0, decay.every_epochs, decay.milestones)
-        while mark is not None and mark <= full_rate and len(marks) < _PROBES:
-            marks.append(mark)
-            mark = next_mark(mark, decay.every_epochs, decay.milestones)
-    return marks
+def highest_lr(stage: Stage) -> float:
+    """The highest lr of a stage's steps.
 
-
-def _highest(stretch: Stretch, near: Sequence[int]) -> float:
-    """The highest rate of a stretch: that of its turns, or of a search that closes in on the
-    highest of evenly spaced steps.
+    Warmup and decay bound the lr of any range of steps. The range with the highest bound is split
+    in two until no bound exceeds the highest lr that was seen. This needs some tens of splits where
+    the lr rises before it falls, and about √steps where it rises and falls at once. The result is
+    exact, unless so many steps have nearly the same lr that 20,000 splits do not tell them apart:
+    then it is the highest of those seen.
     """
-    low, high = 0, stretch.steps - 1
-    while True:
-        probes = sorted({low + number * (high - low) // _PROBES for number in range(_PROBES + 1)})
-        rates = [stretch.lr(step) for step in probes]
-        best = rates.index(max(rates))
-        if high - low <= _PROBES:
-            return max(
-                rates[best],
-                *(stretch.lr(step) for step in near),
-                stretch.lr(0),
-                stretch.lr(stretch.steps - 1),
-            )
-        low, high = probes[max(0, best - 1)], probes[min(len(probes) - 1, best + 1)]
+    last = stage.steps - 1
+    highest = max(stage.lr(0), stage.lr(last))
+    ranges = [(-stage.highest_possible_lr(0, last), 0, last)]
+    for _ in range(_MOST_SPLITS):
+        if not ranges or -ranges[0][0] <= highest:
+            break
+        _, low, high = heapq.heappop(ranges)
+        middle = (low + high) // 2
+        for first, final in ((low, middle), (middle + 1, high)):
+            highest = max(highest, stage.lr(first), stage.lr(final))
+            bound = stage.highest_possible_lr(first, final)
+            if bound > highest and first < final:
+                heapq.heappush(ranges, (-bound, first, final))
+    return highest
 
 
 def curve(
-    clock: Clock, base_batch: int, initial: int, growth: Growth, rate: LRSchedule, points: int = 400
+    clock: Clock,
+    base_batch: int,
+    initial: int,
+    growth: Growth,
+    schedule: LRSchedule,
+    points: int = 400,
 ) -> list[tuple[float, int, float]]:
-    """Epoch, global batch and rate of about `points` steps of each stage, in order, first and last
+    """Epoch, global batch and lr of about `points` steps of each stage, in order, first and last
     among them.
     """
-    found = []
-    for stretch in stretches(clock, base_batch, initial, growth, rate):
-        steps = sorted({number * (stretch.steps - 1) // points for number in range(points + 1)})
-        for step in steps:
-            epoch = clock.epoch(stretch.first_sample + step * stretch.global_batch)
-            found.append((epoch, stretch.global_batch, stretch.lr(step)))
-    return found
+    curve_points = []
+    for stage in stages(clock, base_batch, initial, growth, schedule):
+        for step in sorted({number * (stage.steps - 1) // points for number in range(points + 1)}):
+            epoch = clock.epoch(stage.start(step))
+            curve_points.append((epoch, stage.global_batch, stage.lr(step)))
+    return curve_points

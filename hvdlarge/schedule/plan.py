@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hvdlarge.schedule.batch import BatchLayout
@@ -25,7 +25,7 @@ class Plan:
     initial_batch: int  # samples, of the first stage
     micro_batch: int | None  # samples; None: each step is shared evenly over the workers
     growth: Growth
-    rate: LRSchedule
+    lr_schedule: LRSchedule
     world_size: int  # workers
     # Samples that fit at once on every worker; None: as many as there are
     largest_micro_batch: int | None = None
@@ -53,36 +53,49 @@ class Plan:
         """How a decided step is dealt to the workers."""
         return BatchLayout(decision.global_batch, decision.micro_batch, self.world_size)
 
+    def waits_after(self, decision: Decision) -> bool:
+        """Whether the decision after this one waits until its step has been taken, since it depends
+        on what is measured. The same on every rank, and for any number of workers.
+        """
+        after = self.clock.epoch(decision.samples_seen + decision.global_batch)
+        return self.growth.depends_on_measurement and self.growth.acts_between(
+            decision.epoch, after
+        )
+
 
 @dataclass(frozen=True)
 class RunProgress:
     """Where a run stands between two steps: all that the controller needs to go on from there.
 
-    What was decided ahead of it is no part of it: every decision is a function of the plan and of
-    this, and the plan may change at a resume (a run may become longer or shorter, and with it what
-    its last step is).
+    What was decided ahead is no part of it: every decision is a function of the plan, of this and
+    of what is measured from here on, and the plan may change at a resume (a run may become longer
+    or shorter, and with it what its last step is).
     """
 
     step: int = 0  # steps taken
     samples_seen: int = 0  # samples
     stages: tuple[StageStart, ...] = ()  # begun so far
     stage_batch: int = 0  # samples per update of the last of them
-    lr_factor: float = 1.0  # what rollbacks have made of the rate
+    lr_factor: float = 1.0  # product of the factors of all rollbacks
+    # By name, as of the last step that moved the weights; empty unless the growth depends on it
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """As builtins, for a checkpoint."""
         return {
-            **{
-                name: getattr(self, name)
-                for name in ("step", "samples_seen", "stage_batch", "lr_factor")
-            },
+            **{name: getattr(self, name) for name in _PLAIN},
             "stages": [[stage.epoch, stage.batch_factor] for stage in self.stages],
+            "measured": dict(self.measured),
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RunProgress:
-        """The position that `to_plain` wrote down."""
+        """The progress that `to_plain` gave; older checkpoints hold no measurements."""
         return cls(
-            **{name: plain[name] for name in ("step", "samples_seen", "stage_batch", "lr_factor")},
+            **{name: plain[name] for name in _PLAIN},
             stages=tuple(StageStart(*stage) for stage in plain["stages"]),
+            measured=dict(plain.get("measured", {})),
         )
+
+
+_PLAIN = ("step", "samples_seen", "stage_batch", "lr_factor")

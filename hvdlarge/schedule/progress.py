@@ -3,19 +3,19 @@
 Formula:  epoch = samples_seen / dataset_size;  total_samples = epochs · dataset_size (rounded to
           whole samples)
 Source:   docs/design.md. Counting steps instead would shift every schedule when the batch grows.
-Contract: pure. Every comparison of progress with a mark goes through `reached`, so that two
-          policies with the same mark (AdaBatch's growth and its decay) act in the same step.
+Contract: pure. Every comparison of progress with a milestone goes through `reached`, so that two
+          policies with the same milestone (AdaBatch's growth and its decay) act in the same step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-# A mark such as 3 × 0.1 epochs is not exactly a float; a progress this close to it (relative) has
-# reached it.
+# A milestone such as 3 × 0.1 epochs is not exactly a float; a progress this close to it (relative)
+# has reached it.
 _TOLERANCE = 1e-12
 
 
@@ -53,19 +53,19 @@ class Clock:
         """Epochs passed after `samples_seen` samples."""
         return samples_seen / self.dataset_size
 
-    def samples_until(self, mark: float) -> int:
-        """The smallest number of samples at which `mark` (in epochs) is reached."""
-        samples = max(0, math.ceil(mark * self.dataset_size) - 1)
-        while not reached(self.epoch(samples), mark):
+    def samples_until(self, milestone: float) -> int:
+        """The smallest number of samples at which `milestone` (in epochs) is reached."""
+        samples = max(0, math.ceil(milestone * self.dataset_size) - 1)
+        while not reached(self.epoch(samples), milestone):
             samples += 1
         return samples
 
 
-def reached(epoch: float, mark: float) -> bool:
-    """Whether progress `epoch` has come to `mark` (both in epochs): with a mark at 20, epoch 20.0
-    has, 19.99 has not.
+def reached(epoch: float, milestone: float) -> bool:
+    """Whether progress `epoch` has reached `milestone` (both in epochs): with a milestone at 20,
+    epoch 20.0 has, 19.99 has not.
     """
-    return epoch >= mark * (1 - _TOLERANCE)
+    return epoch >= milestone * (1 - _TOLERANCE)
 
 
 def milestones_reached(
@@ -80,28 +80,37 @@ def milestones_reached(
     1
     """
     if at_epochs is not None:
-        return sum(reached(epoch, mark) for mark in at_epochs)
+        return sum(reached(epoch, milestone) for milestone in at_epochs)
     if every_epochs is None:
         return 0
     count = math.floor(epoch / every_epochs)
     return count + 1 if reached(epoch, (count + 1) * every_epochs) else count
 
 
-def next_mark(
-    epoch: float, every_epochs: float | None, at_epochs: Sequence[float] | None
-) -> float | None:
-    """The next mark (in epochs) that `epoch` has not reached, or None."""
-    if at_epochs is not None:
-        return min((mark for mark in at_epochs if not reached(epoch, mark)), default=None)
-    if every_epochs is None:
-        return None
-    return (milestones_reached(epoch, every_epochs, None) + 1) * every_epochs
+def milestones_past_the_end(
+    key: str, at_epochs: Sequence[float] | None, epochs: float
+) -> Iterator[tuple[str, str]]:
+    """The key of listed milestones that a run of `epochs` epochs does not reach, and what is wrong
+    with them.
+    """
+    if late := [milestone for milestone in at_epochs or () if milestone >= epochs]:
+        shown = ", ".join(f"{milestone:g}" for milestone in late)
+        yield (
+            key,
+            f"{shown} is not before the end of the run at epoch {epochs:g}; milestones are given "
+            "in epochs, not in steps",
+        )
+
+
+def never_reached(every_epochs: float | None, epochs: float) -> bool:
+    """Whether a run of `epochs` epochs ends before the first milestone at `every_epochs`."""
+    return every_epochs is not None and every_epochs >= epochs
 
 
 def check_milestones(
     every_epochs: float | None, at_epochs: Sequence[float] | None, names: tuple[str, str]
 ) -> None:
-    """Refuse marks that cannot be followed; `names` are the two keys as the user writes them.
+    """Refuse milestones that cannot be followed; `names` are the two keys as the user writes them.
 
     Raises:
         ValueError: unless exactly one of the two is given, with positive (and rising) epochs.
@@ -114,5 +123,5 @@ def check_milestones(
     if at_epochs is not None:
         if not at_epochs or at_epochs[0] <= 0 or any(b <= a for a, b in pairwise(at_epochs)):
             raise ValueError(f"{at_name} must be rising positive epochs, got {list(at_epochs)}")
-        if not all(math.isfinite(mark) for mark in at_epochs):
+        if not all(math.isfinite(milestone) for milestone in at_epochs):
             raise ValueError(f"{at_name} must be finite epochs, got {list(at_epochs)}")

@@ -19,12 +19,13 @@ Contract: pure; the multiplier never falls while batches only grow; it is contin
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from hvdlarge.schedule.scaling import Scaling, scale
-from hvdlarge.schedule.section import SECTION
+from hvdlarge.schedule.section import Policy
 
 OnGrowth = Literal["jump", "ramp"]
 
@@ -36,16 +37,37 @@ class StageStart(NamedTuple):
     batch_factor: float  # k = global_batch / base_batch
 
 
+class Warmup(Policy, ABC):
+    """How the learning rate rises at the start of a run, and at growths of the batch."""
+
+    @property
+    @abstractmethod
+    def on_growth(self) -> OnGrowth:
+        """At a growth of the batch: `ramp` up to the new lr, or `jump` to it."""
+
+    @abstractmethod
+    def length(self, batch_factor: float) -> float:
+        """Length in epochs, for a run that begins with k = `batch_factor`."""
+
+    @abstractmethod
+    def ramp_length(self, epoch: float, before: float, after: float) -> float:
+        """Epochs over which the lr follows a growth from k = `before` to `after` at `epoch`, with
+        `on_growth: ramp`.
+        """
+
+    def length_as_arithmetic(self, batch_factor: float) -> str:
+        """How `length` comes about; empty where it is a key of the job."""
+        return ""
+
+
 def _check_epochs(epochs: float) -> None:
     if not (math.isfinite(epochs) and epochs >= 0):
         raise ValueError(f"epochs must be 0 or more, got {epochs}")
 
 
 @dataclass(frozen=True)
-class NoWarmup:
+class NoWarmup(Warmup):
     """The full rate from the first step on."""
-
-    __pydantic_config__ = SECTION
 
     policy: Literal["none"] = "none"
     """The full rate from the first step on."""
@@ -61,10 +83,8 @@ class NoWarmup:
 
 
 @dataclass(frozen=True)
-class LinearWarmup:
+class LinearWarmup(Warmup):
     """A linear warmup over a fixed number of epochs, whatever the batch."""
-
-    __pydantic_config__ = SECTION
 
     policy: Literal["linear"] = "linear"
     """A linear warmup of fixed length (Goyal et al. 2017)."""
@@ -88,14 +108,12 @@ class LinearWarmup:
 
 
 @dataclass(frozen=True)
-class LegwWarmup:
+class LegwWarmup(Warmup):
     """LEGW, the linear-epoch gradual warmup: the length in epochs grows with the batch.
 
     >>> LegwWarmup(epochs=10 / 2**5).length(32768 / 1024)
     10.0
     """
-
-    __pydantic_config__ = SECTION
 
     policy: Literal["legw"] = "legw"
     """LEGW (You et al. 2019): the length in epochs grows with the batch."""
@@ -112,11 +130,12 @@ class LegwWarmup:
         return self.epochs * batch_factor
 
     def ramp_length(self, epoch: float, before: float, after: float) -> float:
-        """Epochs over which the rate follows a growth from k = `before` to `after` at `epoch`."""
+        """Epochs over which the lr follows a growth from k = `before` to `after` at `epoch`."""
         return max(self.epochs * after - epoch, self.epochs * (after - before))
 
-
-Warmup = NoWarmup | LinearWarmup | LegwWarmup
+    def length_as_arithmetic(self, batch_factor: float) -> str:
+        """The product that gives the length."""
+        return f"{self.epochs:g} × {batch_factor:g}, the first batch over the base batch"
 
 
 def multiplier(

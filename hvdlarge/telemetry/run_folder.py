@@ -120,7 +120,7 @@ def write_documents(
     job_file: Path,
     resolved: str,
     environment: Mapping[str, Any],
-    position: RunProgress,
+    progress: RunProgress,
     notes: Sequence[str],
 ) -> None:
     """Write down what runs, and that it has been started (again); the summary of an end that it
@@ -131,7 +131,7 @@ def write_documents(
     """
     started = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": position.step,
+        "step": progress.step,
         "world_size": environment["world_size"],
     }
     try:
@@ -167,7 +167,7 @@ def _write_whole(path: Path, text: str) -> None:
 def summary_of(
     plan: Plan,
     state: TrainState,
-    position: RunProgress,
+    progress: RunProgress,
     seconds: float,
     peak_memory: int | None,
     gradient_bytes: int,
@@ -177,7 +177,7 @@ def summary_of(
     Args:
         plan: what it followed.
         state: its results.
-        position: after the last step.
+        progress: after the last step.
         seconds: of training.
         peak_memory: of the worker that needed most, in bytes; None where that is not known any
             more.
@@ -185,18 +185,18 @@ def summary_of(
     """
     return {
         **state.results,
-        "steps": position.step,
-        "epochs": plan.clock.epoch(position.samples_seen),
-        "samples_seen": position.samples_seen,
-        "growths": len(position.stages) - 1,
-        "global_batch": position.stage_batch,
+        "steps": progress.step,
+        "epochs": plan.clock.epoch(progress.samples_seen),
+        "samples_seen": progress.samples_seen,
+        "growths": len(progress.stages) - 1,
+        "global_batch": progress.stage_batch,
         "world_size": plan.world_size,
         "skipped_steps": state.skipped,
         "rollbacks": state.rolled_back,
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory,
         "gradient_bytes": gradient_bytes,
-        "samples_per_second": position.samples_seen / seconds,
+        "samples_per_second": progress.samples_seen / seconds,
     }
 
 

@@ -1,23 +1,22 @@
-"""The logs of a run, metrics.jsonl and decisions.jsonl, and the lines that it prints on its way.
-Rank 0 only.
+"""The log of a run: its records go to the sinks (sinks.py), and the lines that it prints on its way
+to the screen. Rank 0 only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hvdlarge.exits import CheckpointWriteError
 from hvdlarge.reporting.describe import duration, growth_line
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.telemetry.console import print_status
-from hvdlarge.telemetry.run_folder import summary_of, without_nonfinite, write_summary
+from hvdlarge.telemetry.run_folder import summary_of, write_summary
+from hvdlarge.telemetry.sinks import JsonlFiles, Sink, decision_record
 from hvdlarge.train_state import TrainState
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
@@ -31,8 +30,9 @@ class RunLog:
         plan: what the run follows.
         offsets: where each log goes on, by its name; what stands after is of steps that will be
             taken again.
-        position: where the run begins or goes on.
+        progress: where the run begins or goes on.
         before: what it had come to.
+        sinks: further receivers of its records, beside the log files; closed with them.
     """
 
     def __init__(
@@ -40,23 +40,22 @@ class RunLog:
         folder: Path,
         plan: Plan,
         offsets: Mapping[str, int],
-        position: RunProgress,
+        progress: RunProgress,
         before: TrainState,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.folder = folder
         self._plan = plan
         self._failure: OSError | None = None
-        with self._told():
-            self._files = {
-                name: _open_at(folder / f"{name}.jsonl", offsets.get(name, 0))
-                for name in ("metrics", "decisions")
-            }
+        with self._as_write_error():
+            self._files = JsonlFiles(folder, offsets)
+        self._sinks: list[Sink] = [self._files, *sinks]
         self._began = self._last_line = time.monotonic()
         self._before_seconds = before.train_seconds
         self._pause = _FIRST_LINE_SECONDS
-        self._samples_at_last_line = position.samples_seen
-        # Of the step before, and its rate where it is known
-        self._stage_batch = position.stage_batch
+        self._samples_at_last_line = progress.samples_seen
+        # Of the step before, and its lr where it is known
+        self._stage_batch = progress.stage_batch
         self._lr: float | None = None
         self._accuracy = before.results.get("accuracy")
 
@@ -68,14 +67,12 @@ class RunLog:
         if before not in (0, decision.stage_batch):
             print_status(growth_line(self._plan, self._stage_batch, self._lr, decision))
         self._stage_batch, self._lr = decision.stage_batch, decision.lr
-        self._write(lambda: self._put("decisions", decision_line(decision, before)))
+        record = decision_record(decision, before)
+        self._send(lambda sink: sink.decision(record))
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
-        self._write(
-            lambda: self._put("metrics", json.dumps(without_nonfinite(record), allow_nan=False))
-        )
-        self._write(self._flush)
+        self._send(lambda sink: sink.metrics(record))
 
     @property
     def failed(self) -> bool:
@@ -86,35 +83,29 @@ class RunLog:
         """Raise CheckpointWriteError if something could not be written since the logs were
         opened.
         """
-        with self._told():
+        with self._as_write_error():
             if self._failure is not None:
                 raise self._failure
 
     def offsets(self) -> dict[str, int]:
         """Where each log ends now, by its name. Raises CheckpointWriteError as `check` does."""
-        self._write(self._flush)
         self.check()
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        with self._as_write_error():
+            return self._files.offsets()
 
-    def _put(self, name: str, line: str) -> None:
-        self._files[name].write(line + "\n")
-
-    def _flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
-
-    def _write(self, action: Callable[[], None]) -> None:
-        """Write while that works; rank 0 alone must not leave in the middle of a step, so what
-        fails is told at its end.
+    def _send(self, receive: Callable[[Sink], None]) -> None:
+        """Give every sink a record while that works; rank 0 alone must not leave in the middle of a
+        step, so a failure is reported at its end.
         """
         if self._failure is None:
             try:
-                action()
+                for sink in self._sinks:
+                    receive(sink)
             except OSError as error:
                 self._failure = error
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_write_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -146,17 +137,14 @@ class RunLog:
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
-    def go_back(self, offsets: Mapping[str, int], position: RunProgress) -> None:
-        """Cut off what was written after a checkpoint that the run goes back to. Raises
+    def go_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
+        """Drop what was recorded after a checkpoint that the run goes back to. Raises
         CheckpointWriteError as `check` does.
         """
+        self._send(lambda sink: sink.go_back(progress.step, offsets))
         self.check()
-        with self._told():
-            for name, file in self._files.items():
-                file.flush()
-                file.truncate(offsets[name])
-        self._samples_at_last_line, self._last_line = position.samples_seen, time.monotonic()
-        self._stage_batch, self._lr = position.stage_batch, None
+        self._samples_at_last_line, self._last_line = progress.samples_seen, time.monotonic()
+        self._stage_batch, self._lr = progress.stage_batch, None
 
     @property
     def seconds(self) -> float:
@@ -164,36 +152,35 @@ class RunLog:
         return self._before_seconds + time.monotonic() - self._began
 
     def finish(
-        self, state: TrainState, position: RunProgress, peak_memory: int, gradient_bytes: int
+        self, state: TrainState, progress: RunProgress, peak_memory: int, gradient_bytes: int
     ) -> None:
         """Write the summary and say how the run ended.
 
         Args:
             state: its results.
-            position: after the last step.
+            progress: after the last step.
             peak_memory: of the worker that needed most, in bytes.
             gradient_bytes: that a worker sends in each step.
 
         Raises:
             CheckpointWriteError: if it cannot be written.
         """
-        self._write(self._flush)
-        self.check()
-        summary = summary_of(self._plan, state, position, self.seconds, peak_memory, gradient_bytes)
+        self.offsets()  # everything is written, or this raises
+        summary = summary_of(self._plan, state, progress, self.seconds, peak_memory, gradient_bytes)
         write_summary(self.folder, summary)
         results = state.results
         accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
         print_status(
             f"done: {accuracy}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, "
-            f"{position.step:,} steps and {duration(summary['train_seconds'])} "
+            f"{progress.step:,} steps and {duration(summary['train_seconds'])} "
             f"({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
 
     def close(self) -> None:
-        """Flush and close the logs, however the run ended."""
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # what could not be written has been told
-                file.close()
+        """Close the sinks, however the run ended."""
+        for sink in self._sinks:
+            with contextlib.suppress(OSError):
+                sink.close()
 
 
 class SilentRunLog:
@@ -221,32 +208,13 @@ class SilentRunLog:
         """There are no logs."""
         return {}
 
-    def go_back(self, offsets: Mapping[str, int], position: RunProgress) -> None:
+    def go_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
         """Nothing."""
 
     def finish(
-        self, state: TrainState, position: RunProgress, peak_memory: int, gradient_bytes: int
+        self, state: TrainState, progress: RunProgress, peak_memory: int, gradient_bytes: int
     ) -> None:
         """Nothing."""
 
     def close(self) -> None:
         """Nothing."""
-
-
-def _open_at(path: Path, offset: int) -> IO[str]:
-    """Open a log to go on at `offset` bytes; what stands after it is cut off."""
-    file = path.open("a", encoding="utf-8")
-    file.truncate(min(offset, os.fstat(file.fileno()).st_size))
-    return file
-
-
-def decision_line(decision: Decision, batch_before: int) -> str:
-    """A decision as a line of decisions.jsonl; the first step of a larger batch also says what it
-    `grew_from`.
-
-    Args:
-        decision: of a step.
-        batch_before: the stage's batch of the step before it; 0 for the first step.
-    """
-    grew = {} if batch_before in (0, decision.stage_batch) else {"grew_from": batch_before}
-    return json.dumps(without_nonfinite(decision.to_plain() | grew), allow_nan=False)

@@ -39,7 +39,7 @@ def test_two_workers_by_horovodrun(train, folder):
 
 @pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.yaml")))
 def test_a_run_is_its_plan_step_by_step(train, start, folder, job):
-    """Every shipped job, on two workers: the decisions on paper are those of the run, byte for byte."""
+    """Every shipped job, on two workers: the planned decisions are those of the run, byte for byte."""
     ended = train(2, f"jobs/{job}")
     assert ended.code == 0, ended.err
     planned = start(
@@ -51,12 +51,12 @@ def test_a_run_is_its_plan_step_by_step(train, start, folder, job):
             "--world-size",
             "2",
             "--decisions",
-            "paper.jsonl",
+            "planned.jsonl",
         ]
     )
     assert planned.code == 0, planned.err
     run = folder / "runs" / Path(job).stem
-    assert (folder / "paper.jsonl").read_text() == (run / "decisions.jsonl").read_text()
+    assert (folder / "planned.jsonl").read_text() == (run / "decisions.jsonl").read_text()
     summary = json.loads((run / "summary.json").read_text())
     again = start(
         [
@@ -71,14 +71,14 @@ def test_a_run_is_its_plan_step_by_step(train, start, folder, job):
             str(run),
         ]
     )
-    paper = json.loads(again.out)
-    assert (paper["steps"], paper["samples"], paper["growths"]) == (
+    estimated = json.loads(again.out)
+    assert (estimated["steps"], estimated["samples"], estimated["growths"]) == (
         summary["steps"],
         summary["samples_seen"],
         summary["growths"],
     )
-    assert paper["peak_memory_bytes"] == summary["peak_memory_bytes"] > 50e6
-    assert f"schedule {paper['fingerprint']}" in ended.out
+    assert estimated["peak_memory_bytes"] == summary["peak_memory_bytes"] > 50e6
+    assert f"schedule {estimated['fingerprint']}" in ended.out
     assert summary["accuracy"] >= 0.97
 
 

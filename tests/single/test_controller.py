@@ -1,4 +1,4 @@
-"""The controller against the stream law, its outline on paper, and the wire."""
+"""The controller against the stream law, its outline, and the channel."""
 
 import dataclasses
 import itertools
@@ -31,14 +31,17 @@ def all_of(plan):
     return list(iter(controller.decide, None))
 
 
-def make_plan(size=203, epochs=7.3, initial=20, growth=None, rate=None, micro=8, world_size=3):
+def make_plan(
+    size=203, epochs=7.3, initial=20, growth=None, lr_schedule=None, micro=8, world_size=3
+):
     return Plan(
         clock=Clock(size, epochs),
         base_batch=20,
         initial_batch=initial,
         micro_batch=micro,
         growth=growth or AdaBatchGrowth(factor=2.5, every_epochs=2, max=400),
-        rate=rate or LRSchedule(0.5, "sqrt", LegwWarmup(epochs=0.7), PolynomialDecay()),
+        lr_schedule=lr_schedule
+        or LRSchedule(0.5, "sqrt", LegwWarmup(epochs=0.7), PolynomialDecay()),
         world_size=world_size,
     )
 
@@ -48,7 +51,7 @@ PLANS = {
     "no growth": make_plan(growth=NoGrowth(), epochs=3),
     "one step": make_plan(initial=5000, epochs=1),
     "jump": make_plan(
-        rate=LRSchedule(
+        lr_schedule=LRSchedule(
             1, "linear", LinearWarmup(epochs=3), MultistepDecay(gamma=0.5, every_epochs=2)
         )
     ),
@@ -62,20 +65,22 @@ PLANS = {
     "growth too small for the rounding at most marks": make_plan(
         growth=AdaBatchGrowth(factor=1.0001, every_epochs=0.001)
     ),
-    "no warmup": make_plan(rate=LRSchedule(1, "linear", NoWarmup())),
-    "one cycle": make_plan(rate=LRSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
-    "cosine": make_plan(rate=LRSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
+    "no warmup": make_plan(lr_schedule=LRSchedule(1, "linear", NoWarmup())),
+    "one cycle": make_plan(lr_schedule=LRSchedule(1, "linear", NoWarmup(), OneCycle()), epochs=40),
+    "cosine": make_plan(lr_schedule=LRSchedule(1, "sqrt", LegwWarmup(epochs=0.2), CosineDecay())),
     "exponential": make_plan(
-        rate=LRSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))
+        lr_schedule=LRSchedule(1, "none", LinearWarmup(epochs=1), ExponentialDecay(gamma=0.8))
     ),
     "decay inside the warmup": make_plan(
-        rate=LRSchedule(
+        lr_schedule=LRSchedule(
             1, "linear", LinearWarmup(epochs=5), MultistepDecay(gamma=0.3, every_epochs=1.3)
         ),
         growth=NoGrowth(),
     ),
     "a peak that moves": make_plan(
-        rate=LRSchedule(1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)),
+        lr_schedule=LRSchedule(
+            1, "sqrt", LinearWarmup(epochs=6), PolynomialDecay(after_warmup=False)
+        ),
         growth=NoGrowth(),
     ),
     "digits.yaml": read_job("jobs/digits.yaml").plan(1437, 2),
@@ -100,27 +105,26 @@ def test_steps_follow_each_other_without_gap_and_end_with_the_last_sample(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_the_outline_on_paper_is_what_the_controller_does(plan):
+def test_the_outline_is_what_the_controller_does(plan):
     decisions = all_of(plan)
     stages = stages_of(plan)
     for stage, group in itertools.groupby(decisions, lambda decision: decision.stage):
-        steps, paper = list(group), stages[stage]
-        assert (paper.stage, paper.steps) == (stage, len(steps))
-        assert paper.start == steps[0].epoch
-        assert paper.global_batch == steps[0].stage_batch
-        assert paper.last_batch == steps[-1].global_batch
-        assert paper.first_lr == steps[0].lr
-        assert paper.last_lr == steps[-1].lr
+        steps, outlined = list(group), stages[stage]
+        assert (outlined.stage, outlined.steps) == (stage, len(steps))
+        assert outlined.start == steps[0].epoch
+        assert outlined.global_batch == steps[0].stage_batch
+        assert outlined.last_batch == steps[-1].global_batch
+        assert outlined.first_lr == steps[0].lr
+        assert outlined.last_lr == steps[-1].lr
         highest = max(decision.lr for decision in steps)
-        assert paper.highest_lr <= highest
-        assert paper.highest_lr == pytest.approx(highest, rel=1e-3)
+        assert outlined.highest_lr == highest
     assert len(stages) == decisions[-1].stage + 1
 
 
 def test_batch_and_rate_change_in_the_same_step_under_adabatch():
     plan = make_plan(
         size=1000, epochs=6, initial=20, growth=AdaBatchGrowth(factor=2, every_epochs=2),
-        rate=LRSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=2)),
+        lr_schedule=LRSchedule(0.1, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=2)),
     )  # fmt: skip
     pairs = sorted({(decision.stage_batch, round(decision.lr, 12)) for decision in all_of(plan)})
     assert pairs == [(20, 0.1), (40, 0.075), (80, 0.05625)]
@@ -157,13 +161,13 @@ def test_a_controller_goes_on_from_any_position_as_if_it_had_never_stopped(plan)
         for ahead in (0, 1, 5):
             controller = Controller(plan)
             given = [controller.decide() for _ in range(min(len(whole), stop + 1 + ahead))]
-            position = controller.position_after(given[stop])
+            position = controller.progress_after(given[stop])
             assert position.samples_seen == whole[stop].samples_seen + whole[stop].global_batch
             again = Controller(
                 plan, RunProgress.from_plain(json.loads(json.dumps(position.to_plain())))
             )
             assert list(iter(again.decide, None)) == whole[stop + 1 :]
-            assert again.final_position() == controller_at_end(plan)
+            assert again.final_progress() == controller_at_end(plan)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 0.9), (1, 0.23), (2, 1)])
@@ -173,12 +177,14 @@ def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of
 ):
     """Resumed `left` steps before the end that comes first, with more decisions in hand than steps are left."""
     plans = [
-        make_plan(size=1437, epochs=epochs, initial=32, growth=NoGrowth(), rate=LRSchedule(1))
+        make_plan(
+            size=1437, epochs=epochs, initial=32, growth=NoGrowth(), lr_schedule=LRSchedule(1)
+        )
         for epochs in (before, after)
     ]
     short, whole = min(map(all_of, plans), key=len), all_of(plans[1])
     controller = Controller(plans[0])
-    position = controller.position_after(
+    position = controller.progress_after(
         [controller.decide() for _ in all_of(plans[0])][len(short) - 1 - left]
     )
     again = Controller(
@@ -186,14 +192,14 @@ def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of
     )
     feed = DecisionFeed(SoloChannel(), again, ahead=3, announce=lambda decision: None)
     assert list(iter(feed.next, None)) == whole[len(short) - left :]
-    assert again.final_position() == controller_at_end(plans[1])
+    assert again.final_progress() == controller_at_end(plans[1])
 
 
 def controller_at_end(plan):
     controller = Controller(plan)
     while controller.decide() is not None:
         pass
-    return controller.final_position()
+    return controller.final_progress()
 
 
 def test_positions_are_kept_at_every_growth():
@@ -203,7 +209,7 @@ def test_positions_are_kept_at_every_growth():
         controller = Controller(plan)
         for _ in range(step):
             last = controller.decide()
-        again = Controller(plan, controller.position_after(last))
+        again = Controller(plan, controller.progress_after(last))
         assert again.decide() == whole[step]
 
 
@@ -211,7 +217,7 @@ def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
     plan = PLANS["jump"]
     whole = all_of(plan)
     controller = Controller(plan)
-    position = controller.position_after([controller.decide() for _ in range(7)][4])
+    position = controller.progress_after([controller.decide() for _ in range(7)][4])
     lower = Controller(plan, dataclasses.replace(position, lr_factor=0.25))
     assert [decision.lr for decision in iter(lower.decide, None)] == [
         decision.lr * 0.25 for decision in whole[5:]
@@ -220,7 +226,7 @@ def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
     controller = Controller(shared)
     given = [controller.decide() for _ in range(4)]
     other = Controller(
-        dataclasses.replace(shared, world_size=2), controller.position_after(given[0])
+        dataclasses.replace(shared, world_size=2), controller.progress_after(given[0])
     )
     assert [other.decide().micro_batch for _ in range(3)] == [
         -(-d.global_batch // 2) for d in all_of(shared)[1:4]

@@ -1,4 +1,4 @@
-"""The run on paper: its figures against the controller's, what it refuses, and the door that prints it."""
+"""A run before it is started: its figures against the controller's, what it refuses, and the door that prints it."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,15 @@ import pytest
 from support.launching import ROOT
 
 from hvdlarge.config.job_file import parse_job, read_job
-from hvdlarge.config.planning import checkpoints_of, curve_of, estimate, plan_run, stages_of
+from hvdlarge.config.planning import (
+    UnknownSamples,
+    checkpoints_of,
+    curve_of,
+    estimate,
+    plan_run,
+    stages_of,
+    training_samples,
+)
 from hvdlarge.controller import Controller
 from hvdlarge.data.digits import digits
 from hvdlarge.data.sizes import training_samples as built_in_samples
@@ -43,14 +51,16 @@ def test_the_built_in_data_sets_have_the_sizes_that_a_plan_counts_with():
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_paper_holds_the_sums_of_the_controllers_decisions(name, world_size):
+def test_an_estimate_holds_the_sums_of_the_controllers_decisions(name, world_size):
     job = read_job(str(ROOT / "jobs" / name))
     plan = plan_run(job, 1437, world_size)
-    paper, decisions = estimate(job, plan, None), list(iter(Controller(plan).decide, None))
-    assert paper["steps"] == len(decisions)
-    assert paper["samples"] == sum(decision.global_batch for decision in decisions)
+    estimated, decisions = estimate(job, plan, None), list(iter(Controller(plan).decide, None))
+    assert estimated["steps"] == len(decisions)
+    assert estimated["samples"] == sum(decision.global_batch for decision in decisions)
     for row, (_, group) in zip(
-        paper["stages"], itertools.groupby(decisions, lambda decision: decision.stage), strict=True
+        estimated["stages"],
+        itertools.groupby(decisions, lambda decision: decision.stage),
+        strict=True,
     ):
         steps = list(group)
         assert (row["steps"], row["samples"]) == (
@@ -104,18 +114,29 @@ def test_the_fingerprint_is_the_schedules_and_not_the_clusters():
 
 
 def test_imagenet_comes_out_as_legw_says():
-    paper = estimate(
+    estimated = estimate(
         parse_job(IMAGENET, "imagenet"),
         plan_run(parse_job(IMAGENET, "imagenet"), 1281167, 64),
         None,
     )
-    assert (paper["steps"], paper["steps_at_the_base_batch"], paper["warmup_epochs"]) == (
+    assert (
+        estimated["steps"],
+        estimated["steps_at_the_base_batch"],
+        estimated["warmup_epochs"],
+    ) == (
         3519,
         112603,
         10.0,
     )
-    assert paper["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
-    assert paper["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"
+    assert estimated["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
+    assert estimated["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"
+
+
+def test_the_samples_of_an_own_data_set_are_unknown_where_the_job_does_not_say_them():
+    job = parse_job(IMAGENET.replace(", samples: 1281167", ""), "imagenet")
+    with pytest.raises(UnknownSamples, match=r"data\.samples: a plan does not load mine:imagenet"):
+        training_samples(job)
+    assert training_samples(parse_job(IMAGENET, "imagenet")) == 1281167
 
 
 @pytest.mark.parametrize("world_size", [64, 4096])
@@ -131,9 +152,9 @@ def test_the_door_needs_no_torch_horovod_or_mpi(world_size, tmp_path):
         [sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    paper = json.loads(done.stdout)
-    assert (paper["world_size"], paper["steps"]) == (world_size, 3519)
-    assert paper["stages"][0]["idle_workers"] == max(0, world_size - 512)
+    estimated = json.loads(done.stdout)
+    assert (estimated["world_size"], estimated["steps"]) == (world_size, 3519)
+    assert estimated["stages"][0]["idle_workers"] == max(0, world_size - 512)
 
 
 @pytest.mark.parametrize(

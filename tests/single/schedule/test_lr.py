@@ -50,7 +50,7 @@ def test_the_rates_and_rates_per_sample_of_both_arms():
     rate = LRSchedule(0.01, "linear", NoWarmup(), MultistepDecay(gamma=0.375, every_epochs=20))
     adaptive, fixed, per_sample, begun = [], [], [], []
     for epoch in (0, 20, 40, 60, 80):
-        batch = growth.global_batch(128, epoch)
+        batch = growth.next_batch(128, 128, epoch, {})
         begun.append(StageStart(epoch, batch / 128))
         adaptive.append(rate.lr(begun, epoch, epoch + 0.1, 100))
         fixed.append(rate.lr(stages((0, 1)), epoch, epoch + 0.1, 100))

@@ -4,7 +4,6 @@ from hvdlarge.schedule.progress import (
     Clock,
     check_milestones,
     milestones_reached,
-    next_mark,
     reached,
 )
 
@@ -41,14 +40,6 @@ def test_marks_are_counted_alike_by_interval_and_by_list():
     for samples in range(490):
         epoch = samples / 100
         assert milestones_reached(epoch, 0.1, None) == milestones_reached(epoch, None, listed)
-
-
-def test_next_mark_is_the_first_that_is_not_reached():
-    assert next_mark(0, 20, None) == 20
-    assert next_mark(20, 20, None) == 40
-    assert next_mark(19.9, None, (20, 30)) == 20
-    assert next_mark(30, None, (20, 30)) is None
-    assert next_mark(5, None, None) is None
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,16 @@ def plan():
     return read_job("jobs/digits.yaml").plan(1437, 2)
 
 
-def begin(folder, plan, offsets=None, position=None):
+def begin(folder, plan, offsets=None, progress=None):
     job = folder.parent / "given.yaml"
     job.write_text("name: given\n")
     make_folder(folder)
-    lock = FolderLock(folder)
-    position = position or RunProgress()
+    FolderLock(folder).release()  # refuses a folder that is in use
+    progress = progress or RunProgress()
     write_documents(
-        folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, position, []
+        folder, job, "name: resolved\n", {"world_size": 2, "versions": {}}, progress, []
     )
-    return RunLog(folder, plan, lock, offsets or {}, position, TrainState())
+    return RunLog(folder, plan, offsets or {}, progress, TrainState())
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
@@ -67,7 +67,7 @@ def at_end(plan):
     controller = Controller(plan)
     while controller.decide() is not None:
         pass
-    return controller.final_position()
+    return controller.final_progress()
 
 
 def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
@@ -82,7 +82,7 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
         log.decision(decision)
         log.metrics({"step": decision.step})
     log.close()
-    log = begin(tmp_path / "run", plan, offsets, Controller(plan).position_after(whole[99]))
+    log = begin(tmp_path / "run", plan, offsets, Controller(plan).progress_after(whole[99]))
     for decision in whole[100:]:
         log.decision(decision)
         log.metrics({"step": decision.step})
@@ -99,7 +99,7 @@ def test_a_summary_when_a_run_goes_on_from_its_end_is_removed(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
     log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, 4000)
     log.close()
-    begin(tmp_path / "run", plan, position=at_end(plan)).close()  # with more epochs
+    begin(tmp_path / "run", plan, progress=at_end(plan)).close()  # with more epochs
     assert not (tmp_path / "run/summary.json").exists()
 
 
@@ -118,6 +118,7 @@ def test_an_earlier_run_is_set_aside_and_never_overwritten(tmp_path, plan):
 
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes_on(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
+    lock = FolderLock(tmp_path / "run")
     with pytest.raises(JobError, match=f"in use by process {os.getpid()} on "):
         begin(tmp_path / "run", plan)
     with pytest.raises(JobError, match="in use by"):
@@ -125,6 +126,7 @@ def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes_on(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given.yaml", "run"]
     log.metrics({"step": 0})
     log.close()
+    lock.release()
     begin(tmp_path / "run", plan).close()
 
 
