@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
 from hvdlarge.comm.rank_checks import raise_on_all_ranks
 from hvdlarge.config import job as sections
-from hvdlarge.config import registry as named
+from hvdlarge.config import registry
 from hvdlarge.config.planning import stages_of
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
@@ -28,7 +28,8 @@ from hvdlarge.data.loader import (
     make_dataloader,
 )
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluate import Evaluation
+from hvdlarge.evaluation.evaluation import Evaluation
+from hvdlarge.evaluation.metric import Metrics, check_metric
 from hvdlarge.exits import InvalidEnvironmentError, JobError, OutOfMemory
 from hvdlarge.models.state import (
     Modules,
@@ -44,6 +45,7 @@ from hvdlarge.optim.build import build_optimizer, waits_for_norms
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
+from hvdlarge.optim.sections import OptimizerSection
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
@@ -147,7 +149,7 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     """
     seed_all(seeds.key(seed, seeds.DATA))
     try:
-        found = named.build("data.name", data.name, data.args, named.DATA)
+        found = registry.instantiate("data.name", data.name, data.args, registry.DATA_SETS)
     except ModuleNotFoundError as error:
         raise JobError(f"data.name: {data.name}: {error}") from None
     if not (isinstance(found, (tuple, list)) and len(found) == 2):
@@ -191,7 +193,7 @@ class Built(NamedTuple):
 def build_learning(
     model: sections.Model,
     loss: sections.Loss,
-    optimizer: sections.Optimizer,
+    optimizer: OptimizerSection,
     arithmetic: Precision,
     seed: int,
 ) -> Built:
@@ -205,10 +207,10 @@ def build_learning(
             trained.
     """
     seed_all(seeds.key(seed, seeds.WEIGHTS))
-    net = named.build("model.name", model.name, model.args, named.MODELS)
+    net = registry.instantiate("model.name", model.name, model.args, registry.MODELS)
     if not isinstance(net, torch.nn.Module):
         raise JobError(f"model.name: {model.name} must give a torch.nn.Module, not {_kind(net)}")
-    measure = named.build("loss.name", loss.name, loss.arguments, named.LOSSES)
+    measure = registry.instantiate("loss.name", loss.name, loss.arguments, registry.LOSSES)
     try:
         modules = trained_modules(net, measure)
         notes = [note for whole in modules.values() if (note := _train_mode(whole))]
@@ -221,7 +223,7 @@ def build_learning(
             pack(extra)
         if model.compile:
             net.compile()
-        return Built(net, measure, build_optimizer(modules, **optimizer.arguments), notes)
+        return Built(net, measure, build_optimizer(modules, optimizer), notes)
     except ValueError as error:
         raise JobError(f"model.name: {model.name}: {error}") from None
 
@@ -424,8 +426,26 @@ def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
 
 
+def build_metrics(evaluate: sections.Evaluate) -> Metrics:
+    """The metrics that a job names, by the names of their results.
+
+    Raises:
+        JobError: for a name that is not there, or something that is no metric.
+    """
+    metrics = {}
+    for result, name in evaluate.names.items():
+        metrics[result] = registry.instantiate("evaluate.metrics", name, {}, registry.METRICS)
+        check_metric(name, metrics[result])
+    return metrics
+
+
 def build_evaluation(
-    data: sections.Data, evaluate: sections.Evaluate, test_set: Any, rank: int, world_size: int
+    data: sections.Data,
+    evaluate: sections.Evaluate,
+    metrics: Metrics,
+    test_set: Any,
+    rank: int,
+    world_size: int,
 ) -> Evaluation | None:
     """The evaluation of a test set; None without one."""
     if test_set is None:
@@ -434,6 +454,7 @@ def build_evaluation(
     return Evaluation(
         test_set,
         len(test_set),
+        metrics,
         evaluate.micro_batch,
         rank,
         world_size,

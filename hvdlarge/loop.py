@@ -14,7 +14,7 @@ from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, on_rank_0, raise_on_all_ranks
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
-from hvdlarge.evaluate import Evaluation
+from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.exits import DivergedError, JobError, Stopped
 from hvdlarge.reduction.batch_norm import ModeChangedError
 from hvdlarge.replica import Replica
@@ -223,20 +223,21 @@ def evaluate(
     parts.policy.flush(parts.learner)
     with timed("measure"), parts.watchdog.during("evaluate"):
         parts.learner.statistics.all_reduce(parts.tensors.sum)
-        found = parts.evaluation.run(parts.learner, parts.tensors)
+        results = parts.evaluation.run(parts.learner, parts.tensors)
         parts.learner.statistics.to_partial()
-    state.results.update(found)
+    # Those of an earlier evaluation that are not taken, or do not apply, any more are dropped
+    training = {name: value for name, value in state.results.items() if name == "loss"}
+    state.results = training | results
     if parts.log is not None:
         parts.log.metrics(
-            {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | found
+            {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | results
         )
-        parts.log.evaluated(found)
-    if not math.isfinite(found["test_loss"]):
-        loss = found["test_loss"]
+        parts.log.evaluated(results)
+    if not math.isfinite(loss := results["test_loss"]):
         raise DivergedError(
             f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer"
         )
-    return parts.saver.is_best(state, decision, found)
+    return parts.saver.is_best(state, decision, results)
 
 
 def save(

@@ -28,6 +28,7 @@ from hvdlarge.config.job import Job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
+from hvdlarge.evaluation.metric import Metrics, rankings
 from hvdlarge.exits import Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import trained_modules
@@ -79,6 +80,7 @@ class Components:
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]
     optimizer: torch.optim.Optimizer
+    metrics: Metrics
     notes: Sequence[str] = ()  # what the user may not expect
     unlike: bool = False  # whether the ranks round differently
 
@@ -122,6 +124,7 @@ def _rehearse(job: Job, found: Components, loader: Loader, worker: RankContext) 
             found.model,
             found.loss,
             found.arithmetic,
+            found.metrics,
             to_device,
             loader,
             read,
@@ -288,9 +291,12 @@ def build_components(
     }
     check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
     plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
-    built = raise_on_all_ranks(
+    built, metrics = raise_on_all_ranks(
         control,
-        lambda: build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed),
+        lambda: (
+            build.build_learning(job.model, job.loss, job.optimizer, arithmetic, job.seed),
+            build.build_metrics(job.evaluate),
+        ),
     )
     if job.batch.micro == "auto" and device.type == "cuda":
         largest = build.largest_micro_batch(
@@ -306,7 +312,7 @@ def build_components(
         torch.cuda.reset_peak_memory_stats(device)  # what was tried out is not what the run needs
         plan = replace(plan, largest_micro_batch=largest)
     return Components(
-        arithmetic, training_set, test_set, sizes, plan, *built[:3], [*notes, *built.notes]
+        arithmetic, training_set, test_set, sizes, plan, *built[:3], metrics, [*notes, *built.notes]
     )
 
 
@@ -451,7 +457,7 @@ def build_loop(
         every_epochs=job.checkpoint.epochs,
         every_steps=job.checkpoint.every_steps,
         every_minutes=job.checkpoint.every_minutes,
-        best_by=job.checkpoint.best,
+        rankings=rankings(job.checkpoint.best, found.metrics),
         facts=dict(facts),
         log_offsets=log.offsets if log is not None else dict,
         goes_back=job.on_nonfinite.policy == "rollback",
@@ -466,7 +472,7 @@ def build_loop(
         loader=loader,
         learner=learner,
         evaluation=build.build_evaluation(
-            job.data, job.evaluate, found.test_set, control.rank, control.size
+            job.data, job.evaluate, found.metrics, found.test_set, control.rank, control.size
         ),
         agreement=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), asks),
         policy=build.build_policy(job.on_nonfinite, state, learner),

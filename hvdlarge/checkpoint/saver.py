@@ -10,7 +10,7 @@ that the last bits stay the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class CheckpointSaver:
         every_epochs: cadence, or None.
         every_steps: cadence, or None.
         every_minutes: cadence of rank 0's clock, or None.
-        best_by: accuracy or test_loss, or None for whichever there is.
+        rankings: the results that may decide on the best evaluation, the first that is there before
+            the others, and whether a higher value of each is better.
         facts: what every checkpoint carries: the job, the data, versions.
         log_offsets: where rank 0's logs end, so that a resumed run can cut off what came after.
         goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept
@@ -55,7 +56,7 @@ class CheckpointSaver:
         every_epochs: float | None,
         every_steps: int | None,
         every_minutes: float | None,
-        best_by: str | None,
+        rankings: Mapping[str, bool],
         facts: dict[str, Any],
         log_offsets: Callable[[], dict[str, int]],
         goes_back: bool = False,
@@ -65,7 +66,7 @@ class CheckpointSaver:
         self._clock = clock
         self._every_epochs, self._every_steps = every_epochs, every_steps
         self._every_seconds = None if every_minutes is None else 60 * every_minutes
-        self._best_by = best_by
+        self._rankings = rankings
         self._facts = facts
         self._log_offsets = log_offsets
         self._goes_back = goes_back
@@ -98,14 +99,14 @@ class CheckpointSaver:
             decision.epoch, self._every_epochs, None
         )
 
-    def is_best(self, state: TrainState, decision: Decision, found: dict[str, float]) -> bool:
+    def is_best(self, state: TrainState, decision: Decision, results: Mapping[str, float]) -> bool:
         """Take an evaluation into account; whether it is the best so far. The same on every
         rank.
         """
-        by = self._best_by or ("accuracy" if "accuracy" in found else "test_loss")
-        if by not in found:
+        by = next((name for name in self._rankings if name in results), None)
+        if by is None:
             return False
-        value = found[by] if by == "accuracy" else -found[by]
+        value = results[by] if self._rankings[by] else -results[by]
         best = state.best
         # Where a resume goes by another result, the best so far says nothing: it is begun anew.
         if best is not None and best.get("by", by) == by and value <= best["value"]:

@@ -80,7 +80,7 @@ def _table(title: str, about: str, section: Schema, schema: Schema) -> str:
             kind = _kind(entry, schema).replace("|", "\\|")
             default = "" if entry.get("default") is None else f"`{json.dumps(entry['default'])}`"
             default = "*required*" if name in _required(section) else default
-            meaning = " ".join(entry.get("description", "").split()).replace("|", "\\|")
+            meaning = _meaning(entry).replace("|", "\\|")
             rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     head = "| key | value | default | meaning |\n|---|---|---|---|\n"
     return "\n\n".join(
@@ -127,12 +127,19 @@ def _described(key: str, entry: Schema, schema: Schema, required: bool) -> str:
     elif entry.get("default") is not None:
         kind += f", default: {json.dumps(entry['default'])}"
     text = textwrap.fill(
-        " ".join(entry.get("description", "").split()),
+        _meaning(entry),
         _WIDTH,
         initial_indent="    ",
         subsequent_indent="    ",
     )
     return f"{key}: {kind}\n{text}"
+
+
+def _meaning(entry: Schema) -> str:
+    """An entry's description, and the names of the built-in parts that it may hold."""
+    text = " ".join(entry.get("description", "").split())
+    names = entry.get("examples") or entry.get("items", {}).get("examples")
+    return f"{text} Built in: {', '.join(names)}." if names else text
 
 
 def _required(section: Schema) -> list[str]:

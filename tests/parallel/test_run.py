@@ -56,7 +56,8 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     model, loss, optimizer, _ = build.build_learning(
         job.model, job.loss, job.optimizer, arithmetic, job.seed
     )
-    found = Components(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer)
+    metrics = build.build_metrics(job.evaluate)
+    found = Components(arithmetic, small, wrap(test_set), {}, plan, model, loss, optimizer, metrics)
     learner = join(job, found, control, tensors)
     learner.statistics.to_partial()
     not_watching = Watchdog(

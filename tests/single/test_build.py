@@ -99,6 +99,7 @@ def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_stil
             None,
             None,
             None,
+            {},
         )
         found, notes = _keep_cutting(found, state, workers)
         return found.plan.largest_micro_batch, len(notes)

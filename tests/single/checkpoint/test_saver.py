@@ -7,6 +7,8 @@ from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
+from hvdlarge.evaluation.accuracy import Accuracy
+from hvdlarge.evaluation.metric import rankings
 from hvdlarge.train_state import TrainState
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 1)
@@ -15,8 +17,9 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
+    by = rankings(best_by, {"accuracy": Accuracy()})
     saver = CheckpointSaver(
-        SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, best_by, {}, dict
+        SoloChannel(), SoloCollectives(), None, None, PLAN.clock, 1.0, None, None, by, {}, dict
     )
     return [step for step, found in evaluations if saver.is_best(state, DECISIONS[step - 1], found)]
 

@@ -11,9 +11,9 @@ from support.launching import ROOT
 
 from hvdlarge.config.job_file import parse_job, read_job
 from hvdlarge.config.planning import checkpoints_of, curve_of, estimate, plan_run, stages_of
+from hvdlarge.config.registry import training_samples as built_in_samples
 from hvdlarge.controller import Controller
 from hvdlarge.data.digits import digits
-from hvdlarge.data.sizes import training_samples as built_in_samples
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 from hvdlarge.plan import main
