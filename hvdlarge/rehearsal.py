@@ -102,12 +102,7 @@ def rehearse(
     tested: list[LoadedMicroBatch] = []
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
-    samples = {"inputs": fingerprint(loaded[0].inputs), "targets": fingerprint(loaded[0].targets)}
-    hint = (
-        f"do all hosts have the same files, listed in the same order? The first {sizes.first} of "
-        "the run were compared"
-    )
-    check_equal_across_ranks(control, samples, f"training samples ({hint}, by a digest)")
+    _compare_samples(control, loaded[0])
 
     def passes() -> Outcome:
         trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
@@ -124,6 +119,18 @@ def rehearse(
     ):
         outcome = raise_on_all_ranks(control, passes)
     return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
+
+
+def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:
+    """Raise RanksDisagreeError on every rank unless all have read the same samples. Every rank
+    calls this together.
+    """
+    samples = {"inputs": fingerprint(first.inputs), "targets": fingerprint(first.targets)}
+    hint = (
+        "do all hosts have the same files, listed in the same order? The first "
+        f"{first.micro_batch.size} of the run were compared"
+    )
+    check_equal_across_ranks(control, samples, f"training samples ({hint}, by a digest)")
 
 
 def _rounding(outcome: Outcome, device: torch.device) -> bytes:

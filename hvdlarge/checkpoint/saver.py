@@ -150,22 +150,8 @@ class CheckpointSaver:
             if self._folder is not None:
                 assert position is not None  # rank 0 has the controller
                 self._last_save = time.monotonic()
-                content = {
-                    **self._facts,
-                    "model": _copied(self._learner.model.state_dict()),
-                    "loss": _copied(self._learner.loss.state_dict())
-                    if isinstance(self._learner.loss, torch.nn.Module)
-                    else {},
-                    "optimizer": optimizer_state(self._learner),
-                    "world_size": self._control.size,
-                    "position": position.to_plain(),
-                    "truncated": truncated,
-                    "state": {**vars(state), "results": dict(state.results)},
-                    "statistics": {"world_size": self._control.size, "parts": parts},
-                    "logs": self._log_offsets(),
-                }
                 self._folder.save(
-                    content,
+                    self._content(position, truncated, state, parts),
                     position.step,
                     best,
                     wait,
@@ -176,6 +162,26 @@ class CheckpointSaver:
                 statistics.to_partial()
             else:
                 statistics.restore(kept)
+
+    def _content(
+        self, position: RunProgress, truncated: bool, state: TrainState, parts: list[torch.Tensor]
+    ) -> dict[str, Any]:
+        """What a checkpoint holds; `parts` are the ranks' running statistics, where they are kept
+        beside the sum.
+        """
+        model, loss = self._learner.model, self._learner.loss
+        return {
+            **self._facts,
+            "model": _copied(model.state_dict()),
+            "loss": _copied(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
+            "optimizer": optimizer_state(self._learner),
+            "world_size": self._control.size,
+            "position": position.to_plain(),
+            "truncated": truncated,
+            "state": {**vars(state), "results": dict(state.results)},
+            "statistics": {"world_size": self._control.size, "parts": parts},
+            "logs": self._log_offsets(),
+        }
 
     def finish(self) -> None:
         """Wait for what is being written. Raises CheckpointWriteError on rank 0 alone."""

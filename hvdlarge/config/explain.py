@@ -93,9 +93,9 @@ def _lines(
 ) -> Iterator[str]:
     entry, _ = entries[0]
     if not list(_sections(entry, schema)):
-        alike = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
-        for entry, choice in entries[:1] if alike else entries:
-            yield _described(key if alike else f"{key} ({choice})", entry, schema, required)
+        same = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
+        for entry, choice in entries[:1] if same else entries:
+            yield _described(key if same else f"{key} ({choice})", entry, schema, required)
         return
     yield _described(key, entry, schema, required)
     for section in _sections(entry, schema):
@@ -158,10 +158,10 @@ def _sections(entry: Schema, schema: Schema) -> Iterator[Schema]:
     seen: list[Schema] = []
     for choice in _choices(entry):
         if "$ref" in choice:
-            found = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
+            inner = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
         else:
-            found = [] if choice is entry else list(_sections(choice, schema))
-        for section in found:
+            inner = [] if choice is entry else list(_sections(choice, schema))
+        for section in inner:
             if "properties" in section and section not in seen:
                 seen.append(section)
                 yield section

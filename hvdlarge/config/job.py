@@ -394,12 +394,12 @@ class Job(Section):
     def resume_signature(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
         resolved = self.resolved()
-        found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
-        found["gradients"] = {
+        signature = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
+        signature["gradients"] = {
             key: value for key, value in resolved["gradients"].items() if key != "missing"
         }
         # Of these sections the other keys say how samples come and how the model is carried out.
-        return found | {
+        return signature | {
             section: {key: resolved[section][key] for key in ("name", "args")}
             for section in ("data", "model")
         }

@@ -10,7 +10,7 @@ from hvdlarge.comm.solo import SoloOptimizer
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import named_parameters, parameter_groups, set_lr
-from hvdlarge.optim.sections import Lars, Sgd
+from hvdlarge.optim.sections import Lars, OptimizerSection, Sgd
 
 
 def wrapped(model, tensors, **options):
@@ -92,7 +92,19 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("section", [Lars, Sgd])
+class OwnRule(OptimizerSection):
+    """A section that updates each tensor itself: momentum and decay."""
+
+    momentum: float
+
+    def update_tensor(self, weight, grad, state, group):
+        if not state:
+            state["velocity"] = torch.zeros_like(weight)
+        step = state["velocity"].mul_(self.momentum).add_(grad)
+        weight.sub_(step + group["weight_decay"] * weight, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("section", [Lars, Sgd, OwnRule])
 def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, section):
     class TwoHeads(torch.nn.Module):
         def __init__(self):

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import torch
+from support.comparing import read_lines
 
-from hvdlarge import build
+from hvdlarge import build, run_job
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.evaluation.metric import MetricError
@@ -136,3 +137,31 @@ def test_what_is_no_metric_is_the_jobs_error(name, message):
     job = parse_job(JOB, "job", [f"evaluate.metrics=[{name!r}]"])
     with pytest.raises(JobError, match=f"evaluate.metrics: .*{message}"):
         build.build_metrics(job.evaluate)
+
+
+RUN = {
+    "name": "run",
+    "epochs": 1,
+    "data": {"name": "digits"},
+    "model": {"name": "mlp"},
+    "batch": {"base": 479, "micro": 479},  # whole steps, so that more epochs may follow
+    "lr": {"base": 1.0},
+}
+
+
+def test_a_run_goes_on_with_other_metrics_and_the_best_by_one_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run_job(RUN)
+    assert "accuracy" in first
+    second = run_job(
+        RUN, "epochs=2", "evaluate.metrics=['own_metrics:Wrong']", "checkpoint.best=Wrong"
+    )
+    assert "accuracy" not in second
+    assert 0 < second["Wrong"] < 360
+    lines = read_lines(tmp_path / "runs/run/metrics.jsonl")
+    assert [(line.get("accuracy"), line.get("Wrong")) for line in lines if "test_loss" in line] == [
+        (first["accuracy"], None),
+        (None, second["Wrong"]),
+    ]
+    best = torch.load(tmp_path / "runs/run/checkpoints/best.pt", weights_only=True)["state"]["best"]
+    assert best == {"by": "Wrong", "value": -second["Wrong"], "step": float(second["steps"])}
