@@ -37,7 +37,7 @@ def run_job(
 
     Returns:
         The content of summary.json: `loss`, `steps`, `epochs`, `train_seconds` and so on; with a
-        test set `test_loss` and, for classes, `accuracy`.
+        test set `test_loss` and the metrics, such as `accuracy`.
 
     Raises:
         JobError: if the job is wrong.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hvdlarge.comm.devices import check_gpus, choose_device
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config import job as sections
-from hvdlarge.config import registry as named
+from hvdlarge.config import registry
 from hvdlarge.config.job import Job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
@@ -32,7 +32,8 @@ from hvdlarge.data.loader import (
     make_dataloader,
 )
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluate import Evaluation
+from hvdlarge.evaluation.evaluation import Evaluation
+from hvdlarge.evaluation.metric import Metrics, check_metric
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import (
     Modules,
@@ -79,6 +80,7 @@ class Components:
     model: torch.nn.Module
     loss: Callable[[Any, Any], torch.Tensor]
     optimizer: MeanGradientOptimizer
+    metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
     rounds_differently: bool = False  # whether some ranks do
 
@@ -105,14 +107,16 @@ def build_components(job: Job, context: RankContext) -> Components:
     model, loss, optimizer, model_notes = raise_on_all_ranks(
         control, lambda: build_learning(job, precision)
     )
+    metrics = raise_on_all_ranks(control, lambda: build_metrics(job.evaluate))
     if job.batch.micro == "auto" and device.type == "cuda":
         channels_last = job.model.channels_last
         plan = with_largest_micro_batch(
             plan, model, loss, precision, training_set, job.data, channels_last, control
         )
     return Components(
-        precision, training_set, test_set, sizes, plan, model, loss, optimizer, notes + model_notes
-    )
+        precision, training_set, test_set, sizes, plan, model, loss, optimizer, metrics,
+        [*notes, *model_notes],
+    )  # fmt: skip
 
 
 def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
@@ -124,7 +128,7 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     """
     seed_all(seeds.key(seed, seeds.DATA))
     try:
-        pair = named.build("data.name", data.name, data.args, named.DATA)
+        pair = registry.instantiate("data.name", data.name, data.args, registry.DATA_SETS)
     except ModuleNotFoundError as error:
         raise JobError(f"data.name: {data.name}: {error}") from None
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
@@ -169,12 +173,12 @@ def build_learning(
             trained.
     """
     seed_all(seeds.key(job.seed, seeds.WEIGHTS))
-    model = named.build("model.name", job.model.name, job.model.args, named.MODELS)
+    model = registry.instantiate("model.name", job.model.name, job.model.args, registry.MODELS)
     if not isinstance(model, torch.nn.Module):
         raise JobError(
             f"model.name: {job.model.name} must give a torch.nn.Module, not {_kind(model)}"
         )
-    loss = named.build("loss.name", job.loss.name, job.loss.arguments, named.LOSSES)
+    loss = registry.instantiate("loss.name", job.loss.name, job.loss.arguments, registry.LOSSES)
     try:
         modules = trained_modules(model, loss)
         notes = [note for module in modules.values() if (note := _train_mode(module))]
@@ -187,7 +191,7 @@ def build_learning(
             pack(extra)
         if job.model.compile:
             model.compile()
-        return model, loss, build_optimizer(modules, **job.optimizer.arguments), notes
+        return model, loss, build_optimizer(modules, job.optimizer), notes
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
 
@@ -315,8 +319,26 @@ def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
 
 
+def build_metrics(evaluate: sections.Evaluate) -> Metrics:
+    """The metrics that a job names, by the names of their results.
+
+    Raises:
+        JobError: for a name that is not there, or something that is no metric.
+    """
+    metrics = {}
+    for result, name in evaluate.names.items():
+        metrics[result] = registry.instantiate("evaluate.metrics", name, {}, registry.METRICS)
+        check_metric(name, metrics[result])
+    return metrics
+
+
 def build_evaluation(
-    data: sections.Data, evaluate: sections.Evaluate, test_set: Any, rank: int, world_size: int
+    data: sections.Data,
+    evaluate: sections.Evaluate,
+    metrics: Metrics,
+    test_set: Any,
+    rank: int,
+    world_size: int,
 ) -> Evaluation | None:
     """The evaluation of a test set; None without one."""
     if test_set is None:
@@ -325,6 +347,7 @@ def build_evaluation(
     return Evaluation(
         test_set,
         len(test_set),
+        metrics,
         evaluate.micro_batch,
         rank,
         world_size,

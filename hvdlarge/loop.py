@@ -14,7 +14,7 @@ from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.controller import DecisionFeed
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
-from hvdlarge.evaluate import Evaluation
+from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.exits import DivergedError, JobError, Stopped
 from hvdlarge.reduction.batch_norm import ModeChangedError
 from hvdlarge.replica import Replica
@@ -241,7 +241,9 @@ def evaluate(
         parts.learner.statistics.all_reduce(parts.tensors.sum)
         results = parts.evaluation.run(parts.learner, parts.tensors)
         parts.learner.statistics.to_partial()
-    state.results.update(results)
+    # Those of an earlier evaluation that are not taken, or do not apply, any more are dropped
+    training = {name: value for name, value in state.results.items() if name == "loss"}
+    state.results = training | results
     parts.log.metrics(
         {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | results
     )

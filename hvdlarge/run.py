@@ -37,6 +37,7 @@ from hvdlarge.comm.rank_checks import on_rank_0
 from hvdlarge.config.job import Job
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
+from hvdlarge.evaluation.metric import rankings
 from hvdlarge.exits import Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import trained_modules
@@ -94,6 +95,7 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
             components.model,
             components.loss,
             precision,
+            components.metrics,
             device_mover(precision, job.model.channels_last),
             loader,
             read_again,
@@ -219,6 +221,7 @@ class Run:
             self.checkpoints if control.rank == 0 else NoCheckpoints(),
             plan.clock,
             job.checkpoint,
+            rankings(job.checkpoint.best, components.metrics),
             self.facts,
             self.log.offsets,
             goes_back=job.on_nonfinite.goes_back,
@@ -240,7 +243,12 @@ class Run:
             loader=loader,
             learner=self.replica,
             evaluation=build_evaluation(
-                job.data, job.evaluate, components.test_set, control.rank, control.size
+                job.data,
+                job.evaluate,
+                components.metrics,
+                components.test_set,
+                control.rank,
+                control.size,
             ),
             agreement=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), flags),
             policy=build_policy(job.on_nonfinite, state, self.replica),

@@ -60,10 +60,10 @@ JOBS = {
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-5}
 NUDGED = """
 import torch
-from hvdlarge.config import registry as named
+from hvdlarge.config import registry
 
 def model(name, **arguments):
-    built = named.build("model.name", name, arguments, named.MODELS)
+    built = registry.instantiate("model.name", name, arguments, registry.MODELS)
     with torch.no_grad():
         first = next(built.parameters()).view(-1)
         first[0] = torch.nextafter(first[0], first.new_tensor(9.0))

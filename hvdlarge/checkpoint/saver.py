@@ -38,6 +38,8 @@ class CheckpointSaver:
         folder: rank 0's; on the other ranks one that writes nothing.
         clock: of the run.
         cadence: the job's section.
+        rankings: the results that may decide on the best evaluation, the first that is there before
+            the others, and whether a higher value of each is better.
         facts: what every checkpoint carries.
         log_offsets: where rank 0's logs end, so that a resumed run can cut off what came after.
         goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept
@@ -52,6 +54,7 @@ class CheckpointSaver:
         folder: CheckpointWriter,
         clock: Clock,
         cadence: Checkpoint,
+        rankings: Mapping[str, bool],
         facts: RunFacts,
         log_offsets: Callable[[], Mapping[str, int]],
         goes_back: bool = False,
@@ -60,6 +63,7 @@ class CheckpointSaver:
         self._folder = folder
         self._clock = clock
         self._cadence = cadence
+        self._rankings = rankings
         self._facts = facts
         self._log_offsets = log_offsets
         self._goes_back = goes_back
@@ -94,14 +98,14 @@ class CheckpointSaver:
             decision.epoch, cadence.epochs, None
         )
 
-    def is_best(self, state: TrainState, decision: Decision, found: dict[str, float]) -> bool:
+    def is_best(self, state: TrainState, decision: Decision, results: Mapping[str, float]) -> bool:
         """Take an evaluation into account; whether it is the best so far. The same on every
         rank.
         """
-        by = self._cadence.best or ("accuracy" if "accuracy" in found else "test_loss")
-        if by not in found:
+        by = next((name for name in self._rankings if name in results), None)
+        if by is None:
             return False
-        value = found[by] if by == "accuracy" else -found[by]
+        value = results[by] if self._rankings[by] else -results[by]
         best = state.best
         # Where a resume goes by another result, the best so far says nothing: it is begun anew.
         if best is not None and best.get("by", by) == by and value <= best["value"]:

@@ -80,7 +80,7 @@ def _table(title: str, about: str, section: Schema, schema: Schema) -> str:
             kind = _kind(entry, schema).replace("|", "\\|")
             default = "" if entry.get("default") is None else f"`{json.dumps(entry['default'])}`"
             default = "*required*" if name in _required(section) else default
-            meaning = " ".join(entry.get("description", "").split()).replace("|", "\\|")
+            meaning = _meaning(entry).replace("|", "\\|")
             rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     head = "| key | value | default | meaning |\n|---|---|---|---|\n"
     return "\n\n".join(
@@ -93,9 +93,9 @@ def _lines(
 ) -> Iterator[str]:
     entry, _ = entries[0]
     if not list(_sections(entry, schema)):
-        alike = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
-        for entry, choice in entries[:1] if alike else entries:
-            yield _described(key if alike else f"{key} ({choice})", entry, schema, required)
+        same = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
+        for entry, choice in entries[:1] if same else entries:
+            yield _described(key if same else f"{key} ({choice})", entry, schema, required)
         return
     yield _described(key, entry, schema, required)
     for section in _sections(entry, schema):
@@ -127,12 +127,19 @@ def _described(key: str, entry: Schema, schema: Schema, required: bool) -> str:
     elif entry.get("default") is not None:
         kind += f", default: {json.dumps(entry['default'])}"
     text = textwrap.fill(
-        " ".join(entry.get("description", "").split()),
+        _meaning(entry),
         _WIDTH,
         initial_indent="    ",
         subsequent_indent="    ",
     )
     return f"{key}: {kind}\n{text}"
+
+
+def _meaning(entry: Schema) -> str:
+    """An entry's description, and the names of the built-in parts that it may hold."""
+    text = " ".join(entry.get("description", "").split())
+    names = entry.get("examples") or entry.get("items", {}).get("examples")
+    return f"{text} Built in: {', '.join(names)}." if names else text
 
 
 def _required(section: Schema) -> list[str]:
@@ -151,10 +158,10 @@ def _sections(entry: Schema, schema: Schema) -> Iterator[Schema]:
     seen: list[Schema] = []
     for choice in _choices(entry):
         if "$ref" in choice:
-            found = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
+            inner = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
         else:
-            found = [] if choice is entry else list(_sections(choice, schema))
-        for section in found:
+            inner = [] if choice is entry else list(_sections(choice, schema))
+        for section in inner:
             if "properties" in section and section not in seen:
                 seen.append(section)
                 yield section

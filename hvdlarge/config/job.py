@@ -1,7 +1,7 @@
 """The job file: what a run is, as frozen sections whose fields are the keys of the YAML.
 
 A job is strict: whatever is not understood is an error. `job_file.py` reads it and words the
-errors, `validation.py` holds its values against each other. Nothing is imported and nothing is
+errors, `validation.py` compares its values. Nothing is imported and nothing is
 started before a job is accepted.
 """
 
@@ -11,33 +11,35 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from hvdlarge.config import yaml_source
-from hvdlarge.config.registry import LOSSES
-from hvdlarge.schedule.decay import (
-    ConstantDecay,
-    CosineDecay,
-    ExponentialDecay,
-    MultistepDecay,
-    OneCycle,
-    PolynomialDecay,
-)
-from hvdlarge.schedule.growth import LARGEST_BATCH, AdaBatchGrowth, NoGrowth
+from hvdlarge.config import registry, yaml_source
+from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, Positive
+from hvdlarge.schedule.decay import ConstantDecay, Decay
+from hvdlarge.schedule.growth import LARGEST_BATCH, Growth, NoGrowth
 from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.scaling import Scaling
 from hvdlarge.schedule.section import Policy
-from hvdlarge.schedule.warmup import LegwWarmup, LinearWarmup, NoWarmup
+from hvdlarge.schedule.warmup import NoWarmup, Warmup
 
 Count = Annotated[int, Field(ge=1)]
 Samples = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]  # of a batch
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Arguments = dict[str, Any]
+
+if TYPE_CHECKING:
+    AnyGrowth = Growth
+    AnyWarmup = Warmup
+    AnyDecay = Decay
+    AnyOptimizer = OptimizerSection
+else:
+    AnyGrowth = registry.union(registry.GROWTHS)
+    AnyWarmup = registry.union(registry.WARMUPS)
+    AnyDecay = registry.union(registry.DECAYS)
+    AnyOptimizer = registry.union(registry.OPTIMIZERS)
 
 
 class Section(BaseModel):
@@ -55,7 +57,7 @@ class Section(BaseModel):
 class Data(Section):
     """The data, and how they reach the workers."""
 
-    name: str
+    name: Annotated[str, Field(examples=list(registry.DATA_SETS))]
     """A built-in data set, or `package.module:attribute` of your own."""
     args: Arguments = {}
     """Keyword arguments of the attribute, which returns (training set, test set or None)."""
@@ -74,7 +76,7 @@ class Data(Section):
 class Model(Section):
     """Which model is trained, and how it is executed."""
 
-    name: str
+    name: Annotated[str, Field(examples=list(registry.MODELS))]
     """A built-in model, or `package.module:attribute` of your own."""
     args: Arguments = {}
     """Keyword arguments of the model."""
@@ -87,7 +89,7 @@ class Model(Section):
 class Loss(Section):
     """The loss; it must be a mean over the samples of a micro-batch."""
 
-    name: str = "cross_entropy"
+    name: Annotated[str, Field(examples=list(registry.LOSSES))] = "cross_entropy"
     """A built-in loss, or `package.module:attribute` of your own."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Label smoothing of the cross entropy."""
@@ -97,7 +99,7 @@ class Loss(Section):
     @property
     def is_torchs(self) -> bool:
         """Whether it is one of torch.nn: all built-in ones are."""
-        return LOSSES.get(self.name, self.name).startswith("torch.nn:")
+        return registry.LOSSES.get(self.name, self.name).startswith("torch.nn:")
 
     @property
     def arguments(self) -> Arguments:
@@ -119,7 +121,7 @@ class Batch(Section):
     """Samples in one forward and backward pass on one worker. `auto` divides each step evenly
     among the workers, in as few passes as fit in memory.
     """
-    growth: Annotated[NoGrowth | AdaBatchGrowth, Field(discriminator="policy")] = NoGrowth()
+    growth: Annotated[AnyGrowth, Field(discriminator="policy")] = NoGrowth()
     """How the global batch grows during training."""
 
     @property
@@ -140,19 +142,9 @@ class LearningRate(Section):
     """Learning rate tuned for a global batch of `batch.base`."""
     scaling: Scaling = "none"
     """How the rate follows k = global batch / `batch.base`: not at all, linearly, or as √k."""
-    warmup: Annotated[NoWarmup | LinearWarmup | LegwWarmup, Field(discriminator="policy")] = (
-        NoWarmup()
-    )
+    warmup: Annotated[AnyWarmup, Field(discriminator="policy")] = NoWarmup()
     """How the rate rises at the start of training, and at a growth of the batch."""
-    decay: Annotated[
-        ConstantDecay
-        | MultistepDecay
-        | ExponentialDecay
-        | PolynomialDecay
-        | CosineDecay
-        | OneCycle,
-        Field(discriminator="policy"),
-    ] = ConstantDecay()
+    decay: Annotated[AnyDecay, Field(discriminator="policy")] = ConstantDecay()
     """How the rate falls afterwards."""
 
     def schedule(self) -> LRSchedule:
@@ -160,147 +152,22 @@ class LearningRate(Section):
         return LRSchedule(self.base, self.scaling, self.warmup, self.decay)
 
 
-class Optimizer(Section):
-    """What every optimizer has: which parameters are adapted and decayed."""
-
-    weight_decay: NotNegative = 0.0
-    """Weight decay of the parameters that are not excluded."""
-    exclude_bias_and_norm: bool = True
-    """Exclude biases and normalisation parameters from weight decay and trust ratios; false is the
-    LARS paper's reading.
-    """
-    exclude: tuple[str, ...] = ()
-    """Name patterns (with * and ?) of further parameters to exclude."""
-    excluded_lr_factor: NotNegative = 1.0
-    """Multiplies the learning rate of excluded parameters."""
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the optimizer is built with."""
-        return self.model_dump()
-
-
-Part = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Lars(Optimizer):
-    """LARS; a preset names a published form, whose options job_file.py puts where the job sets
-    none; the paper's by default.
-    """
-
-    name: Literal["lars"] = "lars"
-    """LARS (You, Gitman, Ginsburg 2017)."""
-    preset: Literal["paper", "mlperf", "torch", "larc", "optax"] = "paper"
-    """Published form whose options are the defaults of the keys below."""
-    momentum: Part = 0.9
-    """Momentum m."""
-    trust_coefficient: Positive = 0.001
-    """Trust coefficient η of the local learning rate η·‖w‖ / (‖g‖ + β‖w‖)."""
-    lr_in_momentum: bool = True
-    """Whether the rate multiplies the gradient inside the momentum buffer, as in the paper."""
-    joint_norm: bool = False
-    """Use ‖g + βw‖ instead of ‖g‖ + β‖w‖ in the trust ratio."""
-    clip: bool = False
-    """Limit the trust ratio times the rate to the rate (LARC's clipping mode)."""
-    nesterov: bool = False
-    """Nesterov momentum."""
-    eps: NotNegative = 0.0
-    """Added to the denominator of the trust ratio."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Lars:
-        return _checked_nesterov(self)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the optimizer is built with; the preset has done its work."""
-        return self.model_dump(exclude={"preset"})
-
-
-class Sgd(Optimizer):
-    """torch's SGD with momentum."""
-
-    name: Literal["sgd"] = "sgd"
-    """torch.optim.SGD."""
-    momentum: Part = 0.9
-    """Momentum."""
-    nesterov: bool = False
-    """Nesterov momentum."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Sgd:
-        return _checked_nesterov(self)
-
-
-class Lamb(Optimizer):
-    """LAMB: Adam's direction with a trust ratio."""
-
-    name: Literal["lamb"] = "lamb"
-    """LAMB (You et al. 2020)."""
-    betas: tuple[Part, Part] = (0.9, 0.999)
-    """Decay rates of the averages of the gradient and of its square."""
-    eps: Positive = 1e-6
-    """Added to the root of the second average."""
-
-
-class Moments(Optimizer):
-    """What torch's Adam and AdamW have."""
-
-    betas: tuple[Part, Part] = (0.9, 0.999)
-    """Decay rates of the averages of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Added to the root of the second average."""
-
-
-class Adam(Moments):
-    """torch's Adam, the decay added to the gradient."""
-
-    name: Literal["adam"] = "adam"
-    """torch.optim.Adam."""
-
-
-class AdamW(Moments):
-    """torch's AdamW, the decay apart from the gradient."""
-
-    name: Literal["adamw"] = "adamw"
-    """torch.optim.AdamW."""
-
-
-class Adagrad(Optimizer):
-    """torch's Adagrad."""
-
-    name: Literal["adagrad"] = "adagrad"
-    """torch.optim.Adagrad."""
-    eps: Positive = 1e-10
-    """Added to the root of the sum of squares."""
-
-
-class RmsProp(Optimizer):
-    """torch's RMSprop."""
-
-    name: Literal["rmsprop"] = "rmsprop"
-    """torch.optim.RMSprop."""
-    alpha: Part = 0.99
-    """Decay rate of the average of squares."""
-    momentum: Part = 0.0
-    """Momentum."""
-    eps: Positive = 1e-8
-    """Added to the root of the average of squares."""
-
-
-def _checked_nesterov(optimizer: Any) -> Any:
-    if optimizer.nesterov and optimizer.momentum == 0:
-        raise ValueError("nesterov needs a momentum above 0")
-    return optimizer
-
-
 class Evaluate(Section):
-    """When the test set is evaluated; the end of a run always is."""
+    """When the test set is evaluated, and what is measured; the end of a run always is."""
 
     every_epochs: Positive = 1.0
     """Epochs between evaluations."""
     micro_batch: Count = 256
     """Samples in one forward pass on one worker."""
+    metrics: tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...] = ("accuracy",)
+    """Results beside the test loss: built-in metrics, or `package.module:attribute` of your own.
+    One that does not apply, such as the accuracy of targets that are no classes, is left out.
+    """
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Each metric by the name of its result: of an own one the attribute."""
+        return {name.rpartition(":")[2]: name for name in self.metrics}
 
 
 class Checkpoint(Section):
@@ -314,8 +181,10 @@ class Checkpoint(Section):
     """Minutes between checkpoints."""
     keep: Count = 3
     """How many of the newest checkpoints are kept."""
-    best: Literal["accuracy", "test_loss"] | None = None
-    """Which result decides on `best.pt`; default: the accuracy, if there is one."""
+    best: str | None = None
+    """Which result decides on `best.pt`: `test_loss` or a metric's name; default: the first of
+    `evaluate.metrics` that applies, else `test_loss`.
+    """
 
     @property
     def epochs(self) -> float | None:
@@ -456,12 +325,10 @@ class Job(Section):
     """The learning rate: scaling, warmup and decay."""
     gradients: Gradients = Gradients()
     """Clipping, compression and missing gradients."""
-    optimizer: Annotated[
-        Lars | Lamb | Sgd | Adam | AdamW | Adagrad | RmsProp, Field(discriminator="name")
-    ] = Lars()
+    optimizer: Annotated[AnyOptimizer, Field(discriminator="name")] = Lars()
     """The optimizer; default: LARS as in its paper."""
     evaluate: Evaluate = Evaluate()
-    """When the test set is evaluated."""
+    """When the test set is evaluated, and which metrics are taken."""
     log: Log = Log()
     """How often metrics are logged."""
     checkpoint: Checkpoint = Checkpoint()
@@ -540,12 +407,12 @@ class Job(Section):
     def resume_signature(self) -> dict[str, Any]:
         """What decides the weights: two jobs that agree in it give the same run."""
         resolved = self.resolved()
-        found = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
-        found["gradients"] = {
+        signature = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
+        signature["gradients"] = {
             key: value for key, value in resolved["gradients"].items() if key != "missing"
         }
         # Of these sections the other keys say how samples come and how the model is carried out.
-        return found | {
+        return signature | {
             section: {key: resolved[section][key] for key in ("name", "args")}
             for section in ("data", "model")
         }

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdlarge.comm.cost_model import AllreduceCost
+from hvdlarge.config import registry
 from hvdlarge.config.job import Checkpoint, Job
-from hvdlarge.data import sizes
 from hvdlarge.exits import JobError
 from hvdlarge.reduction.tree import depth_of
 from hvdlarge.schedule.batch import BatchLayout
@@ -65,7 +65,7 @@ def training_samples(job: Job) -> int:
     Raises:
         UnknownSamples: where the job does not say it and the data set is not a built-in one.
     """
-    samples = job.data.samples or sizes.training_samples(job.data.name, job.data.args)
+    samples = job.data.samples or registry.training_samples(job.data.name, job.data.args)
     if samples is None:
         raise UnknownSamples(
             f"data.samples: a plan does not load {job.data.name}; write data.samples in the job, "

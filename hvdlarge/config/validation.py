@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from hvdlarge.config.job import Job
 from hvdlarge.schedule.warmup import NoWarmup
 
+# What else a line of metrics.jsonl or summary.json holds beside the metrics
+RESERVED_RESULTS = {
+    *("loss", "test_loss", "step", "steps", "epoch", "epochs", "samples_seen", "growths"),
+    *("global_batch", "world_size", "lr", "trust_ratio_min", "trust_ratio_max", "skipped_steps"),
+    *("rollbacks", "train_seconds", "samples_per_second", "peak_memory_bytes", "gradient_bytes"),
+}
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 
 
@@ -17,6 +23,7 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
     yield from _warmup(job)
     yield from _gradients(job)
     yield from _loss(job)
+    yield from _results(job)
     for path, policy in job.policies():
         for key, message in policy.errors(job.epochs):
             yield (*path, key), message
@@ -92,3 +99,15 @@ def _loss(job: Job) -> Iterator[Problem]:
             ("loss", "args", key),
             f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}",
         )
+
+
+def _results(job: Job) -> Iterator[Problem]:
+    results = job.evaluate.names
+    if len(results) < len(job.evaluate.metrics):
+        yield ("evaluate", "metrics"), "two metrics have the same name, under which results stand"
+    for name in sorted(results.keys() & RESERVED_RESULTS):
+        yield ("evaluate", "metrics"), f"{name!r} is the name of another figure of the run's files"
+    best = job.checkpoint.best
+    if best is not None and best not in {"test_loss", *results}:
+        known = ", ".join(["test_loss", *results])
+        yield ("checkpoint", "best"), f"{best!r} is no result of the evaluation; these are: {known}"

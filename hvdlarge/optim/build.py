@@ -2,60 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import importlib
 
 import torch
 
 from hvdlarge.models.state import Modules
 from hvdlarge.optim.interface import MeanGradientOptimizer
-from hvdlarge.optim.lamb import LAMB
-from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import parameter_groups
-from hvdlarge.optim.torch_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-
-_CLASSES: dict[str, type[MeanGradientOptimizer]] = {
-    "lars": LARS,
-    "lamb": LAMB,
-    "sgd": SGD,
-    "adam": Adam,
-    "adamw": AdamW,
-    "adagrad": Adagrad,
-    "rmsprop": RMSprop,
-}
+from hvdlarge.optim.per_tensor import PerTensor
+from hvdlarge.optim.sections import OptimizerSection
 
 
 def build_optimizer(
-    modules: torch.nn.Module | Modules,
-    name: str,
-    weight_decay: float,
-    exclude_bias_and_norm: bool = True,
-    exclude: Sequence[str] = (),
-    excluded_lr_factor: float = 1.0,
-    **options: Any,
+    modules: torch.nn.Module | Modules, section: OptimizerSection
 ) -> MeanGradientOptimizer:
-    """The optimizer `name` over the trainable parameters of `modules`; the rate is set at each
-    step.
+    """The optimizer of a section over the trainable parameters of `modules`; the learning rate is
+    set at each step.
 
     Args:
-        modules: a model, or several modules; their parameters are put into groups (param_groups.py
-            says what the last three are).
-        name: lars, lamb, sgd, adam, adamw, adagrad or rmsprop.
-        weight_decay: of the adapted parameters.
-        exclude_bias_and_norm: see param_groups.py.
-        exclude: see param_groups.py.
-        excluded_lr_factor: see param_groups.py.
-        **options: the optimizer's own, e.g. momentum.
+        modules: a model, or several modules; param_groups.py puts their parameters into groups.
+        section: as the job has it.
 
     Raises:
-        ValueError: for patterns that match nothing, a model without trainable parameters, or an
-            option out of its range.
+        ValueError: for patterns that match nothing, or a model without trainable parameters.
     """
     _leave_the_compiler_out()
     groups = parameter_groups(
-        modules, weight_decay, exclude, exclude_bias_and_norm, excluded_lr_factor
+        modules,
+        section.weight_decay,
+        section.exclude,
+        section.exclude_bias_and_norm,
+        section.excluded_lr_factor,
     )
-    return _CLASSES[name](groups, **options)
+    if not section.implementation:
+        kind = type(type(section).__name__, (PerTensor,), {})  # the run shows its name
+        return kind(groups, section, **section.options)
+    module, _, name = section.implementation.partition(":")
+    return getattr(importlib.import_module(module), name)(groups, **section.options)
 
 
 def _leave_the_compiler_out() -> None:

@@ -38,6 +38,7 @@ from hvdlarge.config.planning import stages_of
 from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
+from hvdlarge.evaluation.metric import Metric, MetricError, Metrics, totals_of
 from hvdlarge.exits import JobError, RunExit
 from hvdlarge.models.state import (
     Modules,
@@ -65,6 +66,7 @@ def rehearse(
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
     arithmetic: Precision,
+    metrics: Metrics,
     to_device: Callable[[Any], Any],
     loader: Loader,
     test_samples: Callable[[], Iterable[LoadedMicroBatch]] | None,
@@ -79,6 +81,7 @@ def rehearse(
         model: see Rehearsal.
         loss: see Rehearsal.
         arithmetic: see Rehearsal.
+        metrics: tried on the first micro-batch of the test set.
         to_device: see Rehearsal.
         loader: of the training set, unused so far.
         test_samples: reads the first micro-batch of the test set twice; None for a run that
@@ -96,20 +99,18 @@ def rehearse(
     """
     sizes = _sizes(plan)
     loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))
+    tested: list[LoadedMicroBatch] = []
     if test_samples is not None:
-        raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
-    samples = {"inputs": fingerprint(loaded[0].inputs), "targets": fingerprint(loaded[0].targets)}
-    hint = (
-        f"do all hosts have the same files, listed in the same order? The first {sizes.first} of "
-        "the run were compared"
-    )
-    check_equal_across_ranks(control, samples, f"training samples ({hint}, by a digest)")
+        tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
+    _compare_samples(control, loaded[0])
 
     def passes() -> Outcome:
         trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
         outcome = trial.run(loaded[0].inputs, loaded[0].targets, evaluates=test_samples is not None)
         if len(loaded) > 1:
             trial.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
+        for batch in tested:
+            trial.try_metrics(metrics, batch)
         return outcome
 
     advice = oom_hint(sizes.first, plan.initial_batch)
@@ -118,6 +119,18 @@ def rehearse(
     ):
         outcome = raise_on_all_ranks(control, passes)
     return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
+
+
+def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:
+    """Raise RanksDisagreeError on every rank unless all have read the same samples. Every rank
+    calls this together.
+    """
+    samples = {"inputs": fingerprint(first.inputs), "targets": fingerprint(first.targets)}
+    hint = (
+        "do all hosts have the same files, listed in the same order? The first "
+        f"{first.micro_batch.size} of the run were compared"
+    )
+    check_equal_across_ranks(control, samples, f"training samples ({hint}, by a digest)")
 
 
 def _rounding(outcome: Outcome, device: torch.device) -> bytes:
@@ -253,6 +266,49 @@ class Rehearsal:
         with _kept(self._modules, self._layers), _eager(self._model):
             self._pass(inputs, targets, what)
 
+    @torch.no_grad()
+    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> None:
+        """Take the metrics' totals of a micro-batch of the test set, twice.
+
+        Raises:
+            JobError: naming the metric that raises, has totals of another shape than it promises,
+                or gives other totals for the same samples.
+        """
+        if not metrics:
+            return
+        size = batch.micro_batch.size
+        with (
+            _kept(self._modules, self._layers),
+            _eager(self._model),
+            self._evaluating(),
+            explain_out_of_memory(
+                f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
+            ),
+            _users("the first micro-batch of the test set"),
+        ):
+            seed_all(self._key)
+            targets = self._to_device(batch.targets)
+            with self._arithmetic.autocast():
+                outputs = self._model(self._to_device(batch.inputs))
+            for name, metric in metrics.items():
+                first, again = (self._totals(name, metric, outputs, targets) for _ in range(2))
+                close = _CLOSE[self._arithmetic.precision]
+                if not torch.allclose(first, again, rtol=close, equal_nan=True):
+                    raise JobError(
+                        f"evaluate.metrics: {name} gives totals {first.tolist()}, then "
+                        f"{again.tolist()}, for the same samples: a metric keeps nothing between "
+                        "calls"
+                    )
+
+    def _totals(self, name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:
+        seed_all(self._key)
+        try:
+            return totals_of(name, metric, outputs, targets).double()
+        except MetricError as error:
+            raise JobError(str(error)) from None
+        except Exception as error:
+            raise JobError(f"evaluate.metrics: {name} raises {describe(error)}") from None
+
     def _pass(
         self, inputs: Any, targets: Any, what: str = "the first micro-batch", add: bool = False
     ) -> Outcome:
@@ -302,11 +358,16 @@ class Rehearsal:
     @torch.no_grad()
     def _evaluate(self, inputs: Any, targets: Any) -> float:
         """The loss in evaluation mode."""
+        with self._evaluating(), _users("the first micro-batch, in evaluation mode,"):
+            return self._forward(inputs, targets).item()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Model and loss are in evaluation mode during the `with` block."""
         for module in self._modules.values():
             module.eval()
         try:
-            with _users("the first micro-batch, in evaluation mode,"):
-                return self._forward(inputs, targets).item()
+            yield
         finally:
             for module in self._modules.values():
                 module.train()

@@ -5,14 +5,14 @@ run beside its formula.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 
 class Policy:
     """A choice of one section of the job file: a frozen dataclass whose fields are the section's
     keys, `policy` (its name, a `Literal`) the first of them.
 
-    A new one needs a file of its own and its name in the union of its section in config/job.py.
+    A new one needs a file of its own and a line in config/registry.py.
     From there the job file, the JSON Schema, `--explain` and the documentation know it; whatever
     else is asked of a policy has a method here or in the base class of its kind.
     """
@@ -22,6 +22,12 @@ class Policy:
         "strict": True,
         "use_attribute_docstrings": True,
     }
+
+    if TYPE_CHECKING:
+        # A field of each policy; declared here for type checkers only
+        @property
+        def policy(self) -> str:
+            """Its name in the job file."""
 
     def errors(self, epochs: float) -> Iterator[tuple[str, str]]:
         """Each key whose value cannot be meant in a run of `epochs` epochs, and what is wrong with

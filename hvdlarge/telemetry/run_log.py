@@ -57,7 +57,7 @@ class RunLog:
         # Of the step before, and its lr where it is known
         self._stage_batch = progress.stage_batch
         self._lr: float | None = None
-        self._accuracy = before.results.get("accuracy")
+        self._metrics = _metrics_of(before.results)
 
     def decision(self, decision: Decision) -> None:
         """Record what was ordered for a step; the first step of a larger batch also says what it
@@ -113,9 +113,9 @@ class RunLog:
                 f"the logs in {self.folder}", self.folder, error, "the checkpoints are untouched"
             ) from None
 
-    def evaluated(self, result: Mapping[str, float]) -> None:
-        """Show this accuracy in the progress lines from now on."""
-        self._accuracy = result.get("accuracy")
+    def evaluated(self, results: Mapping[str, float]) -> None:
+        """Show these metrics in the progress lines from now on."""
+        self._metrics = _metrics_of(results)
 
     def progress(self, decision: Decision, samples_seen: int, loss: float) -> None:
         """Say where the run is, unless that was said a moment ago (every 2 s at first, every 30 s
@@ -127,12 +127,12 @@ class RunLog:
         rate = (samples_seen - self._samples_at_last_line) / (now - self._last_line)
         clock = self._plan.clock
         left = (clock.total_samples - samples_seen) / rate
-        accuracy = "" if self._accuracy is None else f" | accuracy {self._accuracy:.4f}"
+        metrics = "".join(f" | {name} {value:.4f}" for name, value in self._metrics.items())
         print_status(
             f"epoch {clock.epoch(samples_seen):7.2f} of {clock.epochs:g} | "
             f"step {decision.step + 1:6d} | global batch {decision.global_batch:5d} | lr "
             f"{decision.lr:.4g} | "
-            f"loss {loss:.4f}{accuracy} | {rate:,.0f} samples/s | {duration(left)} left"
+            f"loss {loss:.4f}{metrics} | {rate:,.0f} samples/s | {duration(left)} left"
         )
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
@@ -169,9 +169,9 @@ class RunLog:
         summary = summary_of(self._plan, state, progress, self.seconds, peak_memory, gradient_bytes)
         write_summary(self.folder, summary)
         results = state.results
-        accuracy = f"accuracy {results['accuracy']:.4f}, " if "accuracy" in results else ""
+        metrics = "".join(f"{name} {value:.4f}, " for name, value in _metrics_of(results).items())
         print_status(
-            f"done: {accuracy}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, "
+            f"done: {metrics}loss {results['loss']:.4f} after {summary['epochs']:g} epochs, "
             f"{progress.step:,} steps and {duration(summary['train_seconds'])} "
             f"({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
@@ -181,6 +181,10 @@ class RunLog:
         for sink in self._sinks:
             with contextlib.suppress(OSError):
                 sink.close()
+
+
+def _metrics_of(results: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in results.items() if name not in ("loss", "test_loss")}
 
 
 class SilentRunLog:

@@ -573,3 +573,56 @@ class Mixed(nn.Module):
         return nn.functional.cross_entropy(outputs, targets) * share + outputs.square().mean() * (
             1 - share
         )
+
+
+class Wrong:
+    """A metric: how many answers are wrong."""
+
+    num_totals = 1
+    higher_is_better = False
+
+    def totals(self, outputs, targets):
+        return (outputs.argmax(dim=1) != targets).sum().reshape(1)
+
+    def result(self, totals):
+        return totals[0]
+
+
+class ShapelessMetric(Wrong):
+    def totals(self, outputs, targets):
+        return super().totals(outputs, targets)[0]
+
+
+class RememberingMetric(Wrong):
+    """Adds up what it has seen itself."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def totals(self, outputs, targets):
+        self.seen += len(targets)
+        return torch.tensor([self.seen])
+
+
+class RaisingMetric(Wrong):
+    def totals(self, outputs, targets):
+        return torch.tensor([1 / 0])
+
+
+class Squares(Wrong):
+    """A metric of floats, and one that has several totals: the root of the mean square of the scores."""
+
+    num_totals = 2
+
+    def totals(self, outputs, targets):
+        return torch.stack([outputs.square().sum(), torch.tensor(float(outputs.numel()))])
+
+    def result(self, totals):
+        return (totals[0] / totals[1]) ** 0.5
+
+
+class NotApplicable(Wrong):
+    """A metric that does not apply."""
+
+    def result(self, totals):
+        return None

@@ -10,6 +10,7 @@ from hvdlarge.comm.solo import SoloOptimizer
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lars import LARS
 from hvdlarge.optim.param_groups import named_parameters, parameter_groups
+from hvdlarge.optim.sections import Lars, OptimizerSection, Sgd
 
 
 def wrapped(model, tensors, **options):
@@ -89,8 +90,20 @@ def test_any_split_of_growing_steps_moves_the_weights_alike(control, tensors, de
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd"])
-def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, name):
+class OwnRule(OptimizerSection):
+    """A section that updates each tensor itself: momentum and decay."""
+
+    momentum: float
+
+    def update_tensor(self, weight, grad, state, group):
+        if not state:
+            state["velocity"] = torch.zeros_like(weight)
+        step = state["velocity"].mul_(self.momentum).add_(grad)
+        weight.sub_(step + group["weight_decay"] * weight, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("section", [Lars, Sgd, OwnRule])
+def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, section):
     class TwoHeads(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -99,7 +112,7 @@ def test_a_parameter_without_gradient_is_left_alone_on_every_world(tensors, name
 
     model = TwoHeads().double()
     before = copy.deepcopy(model.state_dict())
-    optimizer = build_optimizer(model, name, weight_decay=0.1, momentum=0.9)
+    optimizer = build_optimizer(model, section(weight_decay=0.1, momentum=0.9))
     update = tensors.distributed_optimizer(optimizer, named_parameters(optimizer.param_groups))
     for _ in range(3):
         update.zero_grad(range(1), 1)

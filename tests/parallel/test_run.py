@@ -60,7 +60,15 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     precision = Precision(job.precision, torch.device("cpu"))
     model, loss, optimizer, _ = build.build_learning(job, precision)
     components = build.Components(
-        precision, small, wrap(test_set), {}, plan, model, loss, optimizer
+        precision,
+        small,
+        wrap(test_set),
+        {},
+        plan,
+        model,
+        loss,
+        optimizer,
+        build.build_metrics(job.evaluate),
     )
     replica = build.build_replica(job, components, control, tensors)
     replica.statistics.to_partial()

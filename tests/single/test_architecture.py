@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Whoever stands here imports only what stands before it: rooms, what rooms share, the spine, the doors.
 ORDER = ["exits", "models", "schedule", "data", "optim", "reduction", "comm", "config", "train_state", "replica", "resilience",
          "reporting", "telemetry", "checkpoint",
-         "controller", "step", "evaluate", "preflight", "world", "build", "loop", "run", "api"]  # fmt: skip
+         "controller", "step", "evaluation", "preflight", "world", "build", "loop", "run", "api"]  # fmt: skip
 DOORS = {"train", "launch", "plan", "doctor", "bench"}
 PURE = {
     "schedule",
@@ -20,7 +20,6 @@ PURE = {
     "bench/interleave.py",
     "comm/cost_model.py",
     "optim/presets.py",
-    "data/sizes.py",
     "data/order.py",
     "data/seeds.py",
 }

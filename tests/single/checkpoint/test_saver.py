@@ -9,6 +9,8 @@ from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job import Checkpoint
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
+from hvdlarge.evaluation.accuracy import Accuracy
+from hvdlarge.evaluation.metric import rankings
 from hvdlarge.train_state import TrainState
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 1)
@@ -17,6 +19,7 @@ DECISIONS = list(iter(Controller(PLAN).decide, None))
 
 def best_of(state, best_by, evaluations):
     """The steps that are the best so far, of a part of a run that goes by `best_by`."""
+    by = rankings(best_by, {"accuracy": Accuracy()})
     saver = CheckpointSaver(
         SoloChannel(),
         SoloCollectives(),
@@ -24,6 +27,7 @@ def best_of(state, best_by, evaluations):
         NoCheckpoints(),
         PLAN.clock,
         Checkpoint(best=best_by),
+        by,
         None,
         dict,
     )

@@ -189,6 +189,10 @@ def test_files_that_cannot_be_read(tmp_path):
         (["lr.decay={policy: multistep, milestones: [1, 2, 3]}"], "lr.decay.milestones: 3 is not before the end of the run at epoch 3"),
         (["batch.growth={policy: adabatch, at_epochs: [1, 30, 60]}"], "batch.growth.at_epochs: 30, 60 is not before the end"),
         (["lr.decay={policy: one_cycle}"], "lr.warmup: one_cycle is its own warmup"),
+        (["evaluate.metrics=[accuracy, 'mine:accuracy']"], "evaluate.metrics: two metrics have the same name"),
+        (["evaluate.metrics=['mine:steps']"], "evaluate.metrics: 'steps' is the name of another figure of the run's files"),
+        (["checkpoint.best=top5"], "checkpoint.best: 'top5' is no result of the evaluation; these are: test_loss, accuracy"),
+        (["checkpoint.best=accuracy", "evaluate.metrics=[]"], "checkpoint.best: 'accuracy' is no result of the evaluation"),
     ],
 )  # fmt: skip
 def test_impossible_combinations_are_refused(changes, message):
@@ -196,6 +200,20 @@ def test_impossible_combinations_are_refused(changes, message):
         parse_job(GOOD, "job.yaml", changes)
     assert message in str(raised.value)
     assert "command line: " in str(raised.value) or "job.yaml:11: " in str(raised.value)
+
+
+def test_the_best_checkpoint_may_go_by_the_loss_or_any_metric():
+    for best, metrics in (("accuracy", "[accuracy]"), ("test_loss", "[]"), ("f1", "['mine:f1']")):
+        changes = [f"checkpoint.best={best}", f"evaluate.metrics={metrics}"]
+        assert parse_job(GOOD, "job.yaml", changes).checkpoint.best == best
+
+
+def test_metrics_do_not_decide_the_weights():
+    """So that a run may go on with others, and one of before there were any goes on."""
+    before = parse_job(GOOD, "job.yaml").resume_signature()
+    assert (
+        parse_job(GOOD, "job.yaml", ["evaluate.metrics=['mine:f1']"]).resume_signature() == before
+    )
 
 
 def test_all_impossible_combinations_are_told_at_once():

@@ -19,9 +19,9 @@ from hvdlarge.config.planning import (
     stages_of,
     training_samples,
 )
+from hvdlarge.config.registry import training_samples as built_in_samples
 from hvdlarge.controller import Controller
 from hvdlarge.data.digits import digits
-from hvdlarge.data.sizes import training_samples as built_in_samples
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 from hvdlarge.plan import main

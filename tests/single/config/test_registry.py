@@ -1,9 +1,11 @@
+import importlib
 import sys
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from hvdlarge.config import registry as named
+from hvdlarge.config import registry
 from hvdlarge.exits import JobError
 
 OWN = """
@@ -29,15 +31,22 @@ def own_module(tmp_path, monkeypatch):
 
 def test_built_in_and_own_objects(own_module):
     assert isinstance(
-        named.build("loss.name", "cross_entropy", {"label_smoothing": 0.1}, named.LOSSES),
+        registry.instantiate(
+            "loss.name", "cross_entropy", {"label_smoothing": 0.1}, registry.LOSSES
+        ),
         torch.nn.CrossEntropyLoss,
     )
-    assert named.build("data.name", "own_parts:numbers", {"count": 2, "start": 5}, named.DATA) == [
+    assert registry.instantiate(
+        "data.name", "own_parts:numbers", {"count": 2, "start": 5}, registry.DATA_SETS
+    ) == [
         5,
         6,
     ]
     assert (
-        type(named.build("data.name", "own_parts:Outer.Inner", {}, named.DATA)).__name__ == "Inner"
+        type(
+            registry.instantiate("data.name", "own_parts:Outer.Inner", {}, registry.DATA_SETS)
+        ).__name__
+        == "Inner"
     )
 
 
@@ -60,9 +69,33 @@ def test_built_in_and_own_objects(own_module):
 )
 def test_names_that_lead_nowhere(own_module, name, arguments, message):
     with pytest.raises(JobError, match=message):
-        named.build("model.name", name, arguments, named.MODELS)
+        registry.instantiate("model.name", name, arguments, registry.MODELS)
 
 
 def test_an_import_that_fails_inside_the_users_module_is_not_blamed_on_the_job(own_module):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        named.build("model.name", "broken_parts:thing", {}, named.MODELS)
+        registry.instantiate("model.name", "broken_parts:thing", {}, registry.MODELS)
+
+
+@pytest.mark.parametrize(("section", "key"), [("OPTIMIZERS", "name"), ("DECAYS", "policy")])
+def test_a_section_names_itself_as_the_registry_does(section, key):
+    entries = getattr(registry, section)
+    schemas = [TypeAdapter(kind).json_schema() for kind in registry.union(entries).__args__]
+    assert [schema["properties"][key]["const"] for schema in schemas] == list(entries)
+
+
+def test_every_target_is_there():
+    data_sets = [entry.target for entry in registry.DATA_SETS.values()]
+    others = [registry.MODELS, registry.LOSSES, registry.METRICS]
+    for target in [*data_sets, *(target for entries in others for target in entries.values())]:
+        module, _, attribute = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), attribute)), target
+
+
+def test_each_optimizer_has_the_implementation_that_its_section_names():
+    for section in registry.union(registry.OPTIMIZERS).__args__:
+        module, _, attribute = section.implementation.partition(":")
+        kind = getattr(importlib.import_module(module), attribute)
+        optimizer = kind([torch.nn.Parameter(torch.ones(2))], **section().options)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert section().options.items() <= optimizer.param_groups[0].items()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvdlarge.config import registry as named
+from hvdlarge.config import registry
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 
@@ -21,4 +21,4 @@ def test_a_set_of_any_size_stays_small_in_memory():
 
 def test_a_wrong_size_is_the_jobs_error():
     with pytest.raises(JobError, match=r"data\.name: synthetic_images: .* at least 1 sample"):
-        named.build("data.name", "synthetic_images", {"samples": 0}, named.DATA)
+        registry.instantiate("data.name", "synthetic_images", {"samples": 0}, registry.DATA_SETS)

@@ -9,6 +9,7 @@ import torch
 from support.optimizers import LarsInLists
 
 from hvdlarge.config.job_file import parse_job
+from hvdlarge.optim import sections
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.lamb import LAMB
 from hvdlarge.optim.lars import LARS
@@ -165,6 +166,15 @@ CASES = {
 }  # fmt: skip
 
 
+SECTIONS = {
+    "sgd": sections.Sgd,
+    "adam": sections.Adam,
+    "adamw": sections.AdamW,
+    "adagrad": sections.Adagrad,
+    "rmsprop": sections.RmsProp,
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_torchs_own_are_torchs_own(case):
     """Weights bit for bit those of torch, which is given no gradient where ours is zero."""
@@ -172,7 +182,8 @@ def test_torchs_own_are_torchs_own(case):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).double()
     twin = copy.deepcopy(model)
-    ours = build_optimizer(model, case.split(",")[0], 0.01, exclude_bias_and_norm=False, **options)
+    kind = SECTIONS[case.split(",")[0]]
+    ours = build_optimizer(model, kind(weight_decay=0.01, exclude_bias_and_norm=False, **options))
     theirs = make(twin.parameters())
     assert not ours.state
     for step in range(12):
@@ -206,13 +217,13 @@ def test_presets_give_the_defaults_and_options_go_before_them(preset):
         JOB + f"optimizer: {{name: lars, preset: {preset}, eps: 0.5, momentum: 0.8}}\n", "job.yaml"
     )
     assert (other.optimizer.eps, other.optimizer.joint_norm) == (0.5, PRESETS[preset]["joint_norm"])
-    assert "preset" not in job.optimizer.arguments
+    assert "preset" not in job.optimizer.options
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
 def test_a_job_builds_each_optimizer(name):
     job = parse_job(JOB + f"optimizer: {{name: {name}, weight_decay: 0.1}}\n", "job.yaml")
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), **job.optimizer.arguments)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), job.optimizer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 

@@ -4,6 +4,7 @@ import os
 import pytest
 
 from hvdlarge.config.job_file import read_job
+from hvdlarge.config.validation import RESERVED_RESULTS
 from hvdlarge.controller import Controller
 from hvdlarge.exits import JobError
 from hvdlarge.schedule.plan import RunProgress
@@ -61,6 +62,26 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
         43110,
     )
     assert "accuracy 0.9900" in capsys.readouterr().out
+
+
+def test_metrics_are_shown_by_their_names(tmp_path, plan, capsys):
+    log = begin(tmp_path / "run", plan)
+    log._pause = 0.0
+    results = {"loss": 0.5, "test_loss": 0.6, "accuracy": 0.5, "perplexity": 12.0}
+    log.evaluated(results)
+    log.progress(Controller(plan).decide(), 32, 0.5)
+    assert "| loss 0.5000 | accuracy 0.5000 | perplexity 12.0000 |" in capsys.readouterr().out
+    log.finish(TrainState(results=results), at_end(plan), 1000, 4000)
+    assert "done: accuracy 0.5000, perplexity 12.0000, loss 0.5000" in capsys.readouterr().out
+    log.close()
+
+
+def test_no_metric_may_take_the_name_of_another_figure(tmp_path, plan):
+    log = begin(tmp_path / "run", plan)
+    log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, 4000)
+    log.close()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary.keys() <= RESERVED_RESULTS
 
 
 def at_end(plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from hvdlarge.comm.interfaces import Collectives
 from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.rng import seed_all
+from hvdlarge.evaluation.metric import Metrics, result_of, totals_of
+from hvdlarge.exits import JobError
 from hvdlarge.replica import Replica
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
@@ -22,6 +25,7 @@ class Evaluation:
     Args:
         dataset: map-style, of pairs (input, target).
         size: its samples.
+        metrics: results beside the loss, by name.
         micro_batch: samples in one forward pass.
         rank: this worker.
         world_size: workers.
@@ -33,6 +37,7 @@ class Evaluation:
         self,
         dataset: Any,
         size: int,
+        metrics: Metrics,
         micro_batch: int,
         rank: int,
         world_size: int,
@@ -40,10 +45,11 @@ class Evaluation:
         prefetch_factor: int,
     ) -> None:
         fetch = MicroBatchDataset(dataset, seed=0, shuffled=False)
-        mine: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
+        local: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
         self._size = size
+        self._metrics = metrics
         self._loader: Iterable[LoadedMicroBatch] = make_dataloader(
-            fetch, mine, num_workers, prefetch_factor
+            fetch, local, num_workers, prefetch_factor
         )
 
     @torch.no_grad()
@@ -52,13 +58,35 @@ class Evaluation:
         statistics gathered.
 
         Returns:
-            `test_loss`, the mean over all samples, and `accuracy` where the targets are classes;
-            the same on every rank.
+            `test_loss`, the mean over all samples, and the metrics that apply, by their names; the
+            same on every rank.
+
+        Raises:
+            JobError: on every rank, if a metric of a finite loss is not a number.
+            MetricError: on one rank, if a metric's totals have another shape than it promised.
         """
         learner.set_mode(training=False)
-        device = learner.arithmetic.device
-        # Loss, right answers, samples that have an answer
-        totals = torch.zeros(3, dtype=torch.float64, device=device)
+        totals = self._local_totals(learner)
+        learner.set_mode(training=True)
+        total_loss, *others = tensors.sum(totals, "evaluation").tolist()
+        results = {"test_loss": total_loss / self._size}
+        for name, metric in self._metrics.items():
+            own, others = others[: metric.num_totals], others[metric.num_totals :]
+            try:
+                result = result_of(name, metric, own)
+            except JobError:
+                if math.isfinite(total_loss):
+                    raise
+                continue  # the model has diverged, which its loss says better
+            if result is not None:
+                results[name] = result
+        return results
+
+    def _local_totals(self, learner: Replica) -> torch.Tensor:
+        """Sums over this rank's samples, float64: the loss, then each metric's totals."""
+        sizes = [metric.num_totals for metric in self._metrics.values()]
+        totals = torch.zeros(1 + sum(sizes), dtype=torch.float64, device=learner.arithmetic.device)
+        total_loss, *parts = totals.split([1, *sizes])  # views
         for micro_batch, inputs, targets in self._loader:
             targets = learner.to_device(targets)
             size = micro_batch.size
@@ -73,23 +101,7 @@ class Evaluation:
             ):
                 outputs = learner.model(learner.to_device(inputs))
                 loss = learner.loss(outputs, targets)
-            totals[0] += loss.double() * size
-            if _are_classes(outputs, targets):
-                totals[1] += (outputs.argmax(dim=1) == targets).sum()
-                totals[2] += targets.numel()
-        learner.set_mode(training=True)
-        total_loss, right, answered = tensors.sum(totals, "evaluation").tolist()
-        result = {"test_loss": total_loss / self._size}
-        if answered:
-            result["accuracy"] = right / answered
-        return result
-
-
-def _are_classes(outputs: Any, targets: Any) -> bool:
-    """Whether outputs are scores (n, classes, …) and targets the right class of each, (n, …)."""
-    return (
-        isinstance(outputs, torch.Tensor)
-        and isinstance(targets, torch.Tensor)
-        and not targets.is_floating_point()
-        and outputs.ndim == targets.ndim + 1
-    )
+            total_loss += loss.double() * size
+            for part, (name, metric) in zip(parts, self._metrics.items(), strict=True):
+                part += totals_of(name, metric, outputs, targets).to(totals)
+        return totals

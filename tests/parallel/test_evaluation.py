@@ -1,0 +1,43 @@
+"""An evaluation gives the same results on any number of workers, also where some have nothing to do."""
+
+import pytest
+import torch
+
+from hvdlarge import build
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.optim.precision import Precision
+
+JOB = """
+name: evaluated
+epochs: 1
+precision: fp64
+data: {name: digits}
+model: {name: convnet, args: {width: 2}}
+batch: {base: 8, micro: 4}
+lr: {base: 1}
+evaluate: {metrics: ["own_parts:Squares", accuracy, "own_parts:NotApplicable", "own_parts:Wrong"]}
+"""
+
+
+# 360 samples: many micro-batches, a short last one, one for each of two workers, one in all.
+@pytest.mark.parametrize("micro_batch", [7, 50, 180, 360])
+def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_batch):
+    job = parse_job(JOB, "job", [f"evaluate.micro_batch={micro_batch}"])
+    precision = Precision(job.precision, torch.device("cpu"))
+    model, loss, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    learner = build.build_replica(job, components, SoloChannel(), SoloCollectives())
+    _, test_set = build.load_data(job.data, job.seed)
+
+    def results(rank, size, collectives):
+        metrics = build.build_metrics(job.evaluate)
+        evaluation = build.build_evaluation(job.data, job.evaluate, metrics, test_set, rank, size)
+        return evaluation.run(learner, collectives)
+
+    together, alone = results(control.rank, control.size, tensors), results(0, 1, SoloCollectives())
+    assert list(together) == ["test_loss", "Squares", "accuracy", "Wrong"]
+    assert together == pytest.approx(alone, rel=1e-12)
+    assert (together["accuracy"], together["Wrong"]) == (alone["accuracy"], alone["Wrong"])
+    assert together["Wrong"] == round(360 * (1 - together["accuracy"]))
+    assert len(set(control.allgather(repr(together).encode()))) == 1
