@@ -241,9 +241,10 @@ def evaluate(
         parts.learner.statistics.all_reduce(parts.tensors.sum)
         results = parts.evaluation.run(parts.learner, parts.tensors)
         parts.learner.statistics.to_partial()
-    # Those of an earlier evaluation that are not taken, or do not apply, any more are dropped
-    training = {name: value for name, value in state.results.items() if name == "loss"}
-    state.results = training | results
+    # Metrics of an earlier evaluation that are not taken, or do not apply, any more
+    for name in state.results.keys() - results.keys() - {"loss"}:
+        del state.results[name]
+    state.results.update(results)
     parts.log.metrics(
         {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | results
     )

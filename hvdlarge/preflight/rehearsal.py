@@ -307,6 +307,8 @@ class Rehearsal:
         except MetricError as error:
             raise JobError(str(error)) from None
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise JobError(f"evaluate.metrics: {name} raises {describe(error)}") from None
 
     def _pass(
