@@ -56,7 +56,7 @@ test-single: $(stamp)
 test-parallel: $(stamp)
 	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel
 	$(mpirun) -np 3 $(bin)/python -m pytest --color=no tests/parallel
-	$(mpirun) -np 4 $(bin)/python -m pytest --color=no tests/parallel -k "not interruptions and not before_its_first_step"
+	$(mpirun) -np 4 $(bin)/python -m pytest --color=no tests/parallel -k "not test_own_parts or exact"
 
 test-integration: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(pytest2) tests/integration
