@@ -48,15 +48,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_51_a_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, damage):
+def test_51_a_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, undisturbed, damage):
     DAMAGES[damage](newest(stopped)[-1])
     before = int(newest(stopped)[-2].stem.removeprefix("step_"))
     ended = stopped.run(2)
     assert ended.code == 0, ended.text
     assert "note     passed over:" in ended.text
     assert f"goes on from runs/faults/checkpoints/step_{before:09d}.pt" in ended.text
-    assert stopped.run(2, "run_dir=runs/whole", FAULT="").code == 0
-    assert same(stopped.checkpoint(), stopped.checkpoint("runs/whole"))
+    assert same(stopped.checkpoint(), undisturbed(2))
 
 
 @short
@@ -140,15 +139,14 @@ def test_54_a_run_of_another_job_is_refused(stopped, change, words):
 
 
 @short
-def test_27_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench):
+def test_27_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench, undisturbed):
     assert bench.run(2, FAULT="kill@1:3").code == 137
     assert newest(bench) == []
     refused = bench.run(2, "seed=9")
     assert refused.code == 77
     assert "seed is 0 there and 9 here" in refused.text
     assert bench.run(2).code == 0
-    assert bench.run(2, "run_dir=runs/whole").code == 0
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    assert same(bench.checkpoint(), undisturbed(2))
 
 
 def test_54_another_model_behind_the_same_name_is_refused(stopped):
@@ -393,15 +391,14 @@ def test_57_resumed_on_another_number_of_workers(bench, workers):
 
 
 @pytest.mark.parametrize("at", [1, 2, 13, 44, 45, 46, 60])
-def test_58_59_resumed_from_any_step_bit_for_bit_at_three_workers(bench, at):
+def test_58_59_resumed_from_any_step_bit_for_bit_at_three_workers(bench, undisturbed, at):
     """The first step, inside the warmup, around the growth behind step 45, and the second epoch; three workers are the worst case."""
     arguments = ["batch.micro=8"]
     ended = bench.run(3, *arguments, FAULT=f"usr1@1:{at}")
     assert ended.fired
     assert ended.code == 75, ended.text
     assert bench.run(3, *arguments).code == 0
-    assert bench.run(3, "run_dir=runs/whole", *arguments).code == 0
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    assert same(bench.checkpoint(), undisturbed(3, *arguments))
 
 
 @pytest.mark.parametrize("name", ["lamb", "sgd", "adam", "adagrad", "rmsprop"])

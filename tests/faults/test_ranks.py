@@ -1,4 +1,4 @@
-"""Ranks that die, hang, disagree or compute what is not finite. The numbers are those of the list of cases in docs/fault-tests.md."""
+"""Ranks that die, hang, disagree or compute what is not finite."""
 
 import os
 import signal
@@ -12,15 +12,6 @@ from support.launching import MPIRUN, TRAIN
 short = pytest.mark.short  # part of `make test`; the others run with `make test-faults`
 
 
-def finished_alike(bench, workers=2, *arguments):
-    """Run the folder's job to its end again; it must come to the weights of an undisturbed run."""
-    again = bench.run(workers, *arguments)
-    assert again.code == 0, again.text
-    whole = bench.run(workers, "run_dir=runs/whole", *arguments, FAULT="", DATA_FAULT="")
-    assert whole.code == 0, whole.text
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
-
-
 # --- C: a rank dies
 
 
@@ -28,13 +19,15 @@ def finished_alike(bench, workers=2, *arguments):
 @pytest.mark.parametrize(
     ("kind", "code"), [pytest.param("kill", 137, marks=short), ("segv", 139), ("abort", 134)]
 )
-def test_27_a_rank_is_killed(bench, kind, code, victim):
+def test_27_a_rank_is_killed(bench, undisturbed, kind, code, victim):
     ended = bench.run(2, FAULT=f"{kind}@{victim}:25")
     assert ended.fired
     assert ended.code == code, ended.text
     assert bench.has_checkpoint()
     if victim == 1:
-        finished_alike(bench)
+        again = bench.run(2)
+        assert again.code == 0, again.text
+        assert same(bench.checkpoint(), undisturbed(2))
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -93,7 +86,7 @@ def test_28_a_rank_leaves_with_0_in_the_middle(bench):
 @pytest.mark.parametrize(("kind", "words"), [("raise", "sample 77 is corrupt"), ("kill", "")])
 def test_26_66_the_data_set_fails(bench, kind, words, num_workers):
     if kind == "kill" and num_workers == 0:
-        pytest.skip("that is case 27")
+        pytest.skip("a rank that is killed has a test of its own")
     ended = bench.run(
         2, f"data={{name: 'faulty:data', num_workers: {num_workers}}}", DATA_FAULT=kind
     )
@@ -160,13 +153,11 @@ def test_25_a_slow_start_is_no_alarm(bench):
     assert ended.code == 0, ended.text
 
 
-def test_37_a_pause_of_all_ranks_changes_nothing(bench):
+def test_37_a_pause_of_all_ranks_changes_nothing(bench, undisturbed):
     ended = bench.run(2, FAULT="freeze@1:25")
     assert ended.fired
     assert ended.code == 0, ended.text
-    whole = bench.run(2, "run_dir=runs/whole")
-    assert whole.code == 0
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    assert same(bench.checkpoint(), undisturbed(2))
 
 
 def test_22_exact_mode_does_not_mind_how_horovod_fuses(bench):

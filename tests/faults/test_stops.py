@@ -15,10 +15,9 @@ LAUNCH = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", " ".join(MPIRUN)]
 
 
 @pytest.fixture
-def whole(bench):
-    """The weights of the undisturbed run."""
-    assert bench.run(2, "run_dir=runs/whole").code == 0
-    return bench.checkpoint("runs/whole")
+def whole(undisturbed):
+    """The last checkpoint of the undisturbed run."""
+    return undisturbed(2)
 
 
 @pytest.mark.parametrize("kind", ["usr1", "usr2", "term", "twice"])

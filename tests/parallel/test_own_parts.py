@@ -3,12 +3,12 @@
 Whole runs through the door that `train` uses, with run folders and checkpoints, on this world and on one worker.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from support.comparing import distance, read_lines
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
@@ -84,21 +84,6 @@ def worlds(control, tensors):
     """The channels of a run by name: all ranks together, and on rank 0 that rank alone."""
     many = {"many": (control, tensors)}
     return many | ({"alone": (SoloChannel(), SoloCollectives())} if control.rank == 0 else {})
-
-
-def distance(ours, theirs):
-    """The largest relative distance of any tensor of two checkpoints, model and loss."""
-    away = 0.0
-    for part in ("model", "loss"):
-        here, there = ours.get(part, {}), theirs.get(part, {})
-        assert here.keys() == there.keys()
-        for name, value in there.items():
-            if isinstance(value, torch.Tensor):
-                assert here[name].dtype == value.dtype
-                wide = torch.complex128 if value.is_complex() else torch.float64
-                gap = (here[name].to(wide) - value.to(wide)).norm().item()
-                away = max(away, gap / max(1e-3, value.to(wide).norm().item()))
-    return away
 
 
 SOUND = {
@@ -370,8 +355,5 @@ def test_decisions_are_those_of_one_worker(control, tensors, folder):
     job = job_of([])
     alone(job, control, folder)
     train(job, control, tensors, folder / "many")
-    ours, theirs = (
-        [json.loads(line) for line in (folder / where / "decisions.jsonl").read_text().splitlines()]
-        for where in ("many", "alone")
-    )
+    ours, theirs = (read_lines(folder / where / "decisions.jsonl") for where in ("many", "alone"))
     assert ours == theirs

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from support.comparing import weight_distance
 
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
@@ -85,14 +86,6 @@ def alone(job, control):
     return torch.load(io.BytesIO(control.allgather(written.getvalue())[0]))
 
 
-def distance(ours, theirs):
-    return max(
-        ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-3)).item()
-        for name in ours
-        if ours[name].is_floating_point()
-    )
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -115,7 +108,7 @@ def test_the_world_law(control, tensors, changes):
     job = parse_job(JOB, "law", changes)
     weights, results = run(job, control, tensors)
     solo, expected = alone(job, control)
-    assert distance(weights, solo) < 1e-12
+    assert weight_distance(weights, solo) < 1e-12
     assert results == pytest.approx(expected, rel=1e-9)
     for name, value in weights.items():
         if name.endswith("num_batches_tracked"):
@@ -154,7 +147,7 @@ def test_the_world_law_in_float32(control, tensors, changes):
     job = parse_job(JOB, "law", ["precision=fp32", *changes])
     weights, _ = run(job, control, tensors)
     solo, _ = alone(job, control)
-    assert distance(weights, solo) < 1e-5
+    assert weight_distance(weights, solo) < 1e-5
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -162,7 +155,7 @@ def test_loader_processes_change_nothing(control, tensors, num_workers):
     job = parse_job(JOB, "law", [f"data.num_workers={num_workers}", "epochs=3"])
     weights, results = run(job, control, tensors, wrap=Listed)
     solo, expected = alone(parse_job(JOB, "law", ["epochs=3"]), control)
-    assert distance(weights, solo) < 1e-12
+    assert weight_distance(weights, solo) < 1e-12
     assert results == pytest.approx(expected, rel=1e-9)
 
 
@@ -209,7 +202,7 @@ def test_compressed_gradients_lose_digits_and_nothing_else(control, tensors):
         parse_job(JOB, "law", ["gradients={compression: fp16}", *few]), control, tensors
     )
     plain, _ = run(parse_job(JOB, "law", few), control, tensors)
-    away = distance(weights, plain)
+    away = weight_distance(weights, plain)
     assert away < 1e-2
     assert (away > 0) == (control.size > 1)  # one worker sends nothing
     assert (
@@ -235,4 +228,4 @@ def test_exact_mode_is_bit_identical_to_one_worker(control, tensors, changes):
     for name, value in weights.items():
         assert torch.equal(value, solo[name]), name
     fast, _ = alone(parse_job(JOB, "law", changes), control)
-    assert distance(solo, fast) < (1e-5 if "precision=fp32" in changes else 1e-12)
+    assert weight_distance(solo, fast) < (1e-5 if "precision=fp32" in changes else 1e-12)
