@@ -17,7 +17,7 @@ JOBS = {
 
 @pytest.mark.parametrize("workers", [None, 2, 3])
 @pytest.mark.parametrize("kind", JOBS)
-def test_a_wrong_job_file(train, folder, kind, workers):
+def test_a_wrong_job_file_ends_with_one_message(train, folder, kind, workers):
     text, message = JOBS[kind]
     if text is not None:
         (folder / "bad.yaml").write_text(text)
@@ -38,7 +38,7 @@ def test_a_wrong_job_file(train, folder, kind, workers):
         ("lr.base", "not of the form key.sub=value"),
     ],
 )
-def test_a_job_that_cannot_run(train, folder, change, message):
+def test_a_job_that_cannot_run_ends_with_one_message(train, folder, change, message):
     ended = train(2, "jobs/digits.yaml", change)
     assert ended.code == 2
     assert len(ended.errors) == 1
@@ -46,13 +46,13 @@ def test_a_job_that_cannot_run(train, folder, change, message):
     assert not (folder / "runs").exists()
 
 
-def test_a_command_line_without_a_job(train):
+def test_a_command_line_without_a_job_ends_with_one_message(train):
     ended = train(2)
     assert ended.code == 2
     assert ended.err.count("the following arguments are required") == 1
 
 
-def test_a_job_file_that_only_one_host_lacks(start, folder):
+def test_a_job_file_that_only_one_host_lacks_is_refused(start, folder):
     """Rank 1 runs in another folder, as on a host where the file was not copied."""
     (folder / "elsewhere").mkdir()
     ended = start(
@@ -98,7 +98,7 @@ def test_a_folder_of_something_else_is_not_touched(train, folder):
     assert (folder / "runs/digits/thesis.tex").read_text() == "years of work"
 
 
-def test_a_run_that_diverges_says_so_on_all_ranks(train):
+def test_a_run_that_diverges_ends_with_one_message(train):
     ended = train(
         2, "jobs/digits.yaml", "model={name: mlp}", "optimizer={name: sgd}", "lr.base=1e30"
     )
@@ -250,7 +250,7 @@ def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(
     assert not (folder / "runs").exists()
 
 
-def test_a_mistake_on_every_rank_is_told_once(train, folder):
+def test_a_mistake_on_every_rank_is_reported_once(train, folder):
     (folder / "everywhere.py").write_text(EVERYWHERE)
     ended = train(
         3,

@@ -127,7 +127,7 @@ def test_float64_weights_are_those_of_the_job_and_not_of_the_workers(train, fold
     assert results[0]["accuracy"] >= 0.98
 
 
-def test_sixteen_workers_on_few_cores(train, folder):
+def test_sixteen_workers_on_few_cores_train_a_job(train, folder):
     ended = train(
         16, "jobs/digits.yaml", "epochs=1", "batch.initial=256", "lr.warmup.epochs=0.1", timeout=240
     )
