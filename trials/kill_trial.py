@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.comparing import weight_distance
 from support.launching import MPIRUN, TRAIN
 
 JOB = """
@@ -81,15 +82,6 @@ def wait_for_a_write(folder: Path, process: subprocess.Popen[bytes], seconds: fl
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a run's last checkpoint."""
     return torch.load(folder / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
-
-
-def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest relative distance of any tensor."""
-    return max(
-        (ours[name].double() - theirs[name].double()).norm().item()
-        / max(1e-3, theirs[name].double().norm().item())
-        for name in ours
-    )
 
 
 def undisturbed(folder: Path, workers: int) -> tuple[dict[str, torch.Tensor], float]:
@@ -198,7 +190,7 @@ def main() -> int:
             )
             weights = weights_of(place / f"run{number}")
             if options.change_workers:
-                away = distance(weights, whole)
+                away = weight_distance(weights, whole)
                 agree = away <= 1e-12
                 worst = max(worst, away)
             else:

@@ -1,5 +1,7 @@
 """Runs in which something goes wrong on purpose. Each test asserts that the fault happened; none leaves a process behind."""
 
+import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -10,24 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.launching import MPIRUN, TRAIN, environment
+from support.launching import MPIRUN, TRAIN, EndedRun, environment
 
 HERE = Path(__file__).parent
 
 
 @dataclass
-class Ended:
-    """A run that has ended."""
+class EndedFaultyRun(EndedRun):
+    """A run that has ended, how long it took, and the faults that happened in it."""
 
-    code: int
-    text: str
-    seconds: float
+    seconds: float = 0.0
     fired: list[str] = field(default_factory=list)
-
-    @property
-    def errors(self):
-        """The engine's own error lines."""
-        return [line for line in self.text.splitlines() if "hvdlarge: error:" in line]
 
 
 class Bench:
@@ -74,9 +69,8 @@ class Bench:
             time.sleep(0.1)
         assert not left, f"left behind: {left}\n{self.text(log)}"
         self.rows.append((code, seconds, self.text(log)))
-        return Ended(
-            code, self.text(log), seconds, sorted(path.name for path in self.folder.glob("fired-*"))
-        )
+        fired = sorted(path.name for path in self.folder.glob("fired-*"))
+        return EndedFaultyRun(code, self.text(log), seconds=seconds, fired=fired)
 
     def run(self, workers, *arguments, timeout=150, **options):
         """Start a run and wait for its end."""
@@ -167,15 +161,39 @@ def said(text):
     return next((line for word in words for line in lines if word in line), "")
 
 
+@contextlib.contextmanager
+def bench_in(folder):
+    """A bench with the faulty job; in the end none of its processes is left."""
+    for name in ("faulty.py", "job.yaml"):
+        shutil.copy(HERE / name, folder)
+    made = Bench(folder)
+    try:
+        yield made
+    finally:
+        for process, log, _ in made.started:
+            made.stop(process)
+            log.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The last checkpoint of a run without faults, by its workers and arguments; each runs once."""
+    with bench_in(tmp_path_factory.mktemp("undisturbed")) as bench:
+
+        @functools.cache
+        def checkpoint_of(workers, *arguments):
+            name = f"runs/{len(bench.rows)}"
+            ended = bench.run(workers, f"run_dir={name}", *arguments)
+            assert ended.code == 0, ended.text
+            return bench.checkpoint(name)
+
+        yield checkpoint_of
+
+
 @pytest.fixture
 def bench(tmp_path, request):
-    for name in ("faulty.py", "job.yaml"):
-        shutil.copy(HERE / name, tmp_path)
-    made = Bench(tmp_path)
-    yield made
-    for process, log, _ in made.started:
-        made.stop(process)
-        log.close()
+    with bench_in(tmp_path) as made:
+        yield made
     if table := os.environ.get(
         "FAULT_TABLE"
     ):  # where the table of cases is written, a line for each run

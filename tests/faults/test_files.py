@@ -48,19 +48,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_51_a_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, damage):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, undisturbed, damage):
     DAMAGES[damage](newest(stopped)[-1])
     before = int(newest(stopped)[-2].stem.removeprefix("step_"))
     ended = stopped.run(2)
     assert ended.code == 0, ended.text
     assert "note     passed over:" in ended.text
     assert f"goes on from runs/faults/checkpoints/step_{before:09d}.pt" in ended.text
-    assert stopped.run(2, "run_dir=runs/whole", FAULT="").code == 0
-    assert same(stopped.checkpoint(), stopped.checkpoint("runs/whole"))
+    assert same(stopped.checkpoint(), undisturbed(2))
 
 
 @short
-def test_51_without_any_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(stopped):
+def test_a_run_without_any_whole_checkpoint_is_refused_and_nothing_is_lost(stopped):
     for path in newest(stopped):
         flip(path)
     files = {path: path.read_bytes() for path in newest(stopped)}
@@ -72,7 +71,7 @@ def test_51_without_any_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "foreign"])
-def test_52_the_list_of_digests_is_lost(stopped, kind):
+def test_a_run_whose_list_of_digests_is_lost_goes_on(stopped, kind):
     listing = stopped.run_folder() / "checkpoints" / "SHA256SUMS"
     if kind == "missing":
         listing.unlink()
@@ -88,7 +87,7 @@ def test_52_the_list_of_digests_is_lost(stopped, kind):
     assert "passed over" not in ended.text
 
 
-def test_52_without_the_list_a_flipped_bit_is_found_all_the_same(stopped):
+def test_a_flipped_bit_without_the_list_of_digests_is_detected(stopped):
     (stopped.run_folder() / "checkpoints" / "SHA256SUMS").unlink()
     flip(newest(stopped)[-1])
     ended = stopped.run(2)
@@ -101,7 +100,7 @@ class Evil:
         return (os.system, ("touch hacked",))
 
 
-def test_53_a_checkpoint_never_runs_code(stopped, monkeypatch):
+def test_a_checkpoint_with_code_never_runs_it(stopped, monkeypatch):
     monkeypatch.chdir(stopped.folder)
     for path in newest(stopped):
         torch.save({"format": 1, "model": {}, "evil": Evil()}, path)
@@ -131,7 +130,7 @@ def test_53_a_checkpoint_never_runs_code(stopped, monkeypatch):
         ("precision=fp64", 'precision is "fp32" there and "fp64" here'),
     ],
 )
-def test_54_a_run_of_another_job_is_refused(stopped, change, words):
+def test_a_run_of_another_job_is_refused(stopped, change, words):
     ended = stopped.run(2, change)
     assert ended.code == 77, ended.text
     assert len(ended.errors) == 1
@@ -140,18 +139,17 @@ def test_54_a_run_of_another_job_is_refused(stopped, change, words):
 
 
 @short
-def test_27_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench):
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(bench, undisturbed):
     assert bench.run(2, FAULT="kill@1:3").code == 137
     assert newest(bench) == []
     refused = bench.run(2, "seed=9")
     assert refused.code == 77
     assert "seed is 0 there and 9 here" in refused.text
     assert bench.run(2).code == 0
-    assert bench.run(2, "run_dir=runs/whole").code == 0
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    assert same(bench.checkpoint(), undisturbed(2))
 
 
-def test_54_another_model_behind_the_same_name_is_refused(stopped):
+def test_another_model_under_the_same_name_is_refused(stopped):
     source = (stopped.folder / "faulty.py").read_text()
     (stopped.folder / "faulty.py").write_text(source.replace("hidden=32", "hidden=24"))
     ended = stopped.run(2)
@@ -159,7 +157,7 @@ def test_54_another_model_behind_the_same_name_is_refused(stopped):
     assert "the model has" in ended.text
 
 
-def test_66_a_data_set_of_another_size_is_refused(bench):
+def test_a_data_set_of_another_size_is_refused(bench):
     first = bench.run(2, "data={name: 'faulty:data'}", FAULT="usr1@1:60")
     assert first.code == 75
     source = (bench.folder / "faulty.py").read_text()
@@ -171,7 +169,7 @@ def test_66_a_data_set_of_another_size_is_refused(bench):
     assert "training samples is 1437 there and 1000 here" in ended.text
 
 
-def test_what_may_change_is_allowed_and_recorded(stopped):
+def test_changes_that_are_allowed_are_recorded(stopped):
     ended = stopped.run(
         3,
         "epochs=2.5",
@@ -225,7 +223,7 @@ def test_a_run_with_exponential_decay_may_be_lengthened(bench):
     assert "epochs changes from 2 to 2.5" in ended.text
 
 
-def test_58_a_finished_run_is_left_alone_and_fresh_sets_it_aside(bench):
+def test_a_finished_run_is_left_alone_and_fresh_sets_it_aside(bench):
     assert bench.run(2, "epochs=0.5").code == 0
     before = (bench.run_folder() / "summary.json").read_bytes()
     ended = bench.run(3, "epochs=0.5")
@@ -237,7 +235,7 @@ def test_58_a_finished_run_is_left_alone_and_fresh_sets_it_aside(bench):
 
 
 @short
-def test_50_a_disk_that_is_full_leaves_the_last_checkpoint_alone(bench):
+def test_a_full_disk_leaves_the_last_checkpoint_alone(bench):
     """A limit on the size of files stands for the full disk: the write fails in its middle."""
     big = "model={name: 'faulty:Net', args: {hidden: 400}}"
     ended = bench.run(2, big, FAULT="limit@0:33")
@@ -279,7 +277,7 @@ def fill(place):
                     break
 
 
-def test_50_a_disk_that_fills_up(bench, small_disk):
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(bench, small_disk):
     """Logs and checkpoints alike: one message, nothing that was whole is lost, and with room again the run goes on."""
     arguments = ["epochs=4", "log.every_steps=1", "run_dir=small/run"]
     whole = bench.run(2, "epochs=4", "log.every_steps=1", "run_dir=runs/whole")
@@ -309,7 +307,7 @@ def test_50_a_disk_that_fills_up(bench, small_disk):
     assert lines[0] == lines[1]
 
 
-def test_36_a_slow_disk_is_no_alarm(bench):
+def test_a_slow_disk_is_no_alarm(bench):
     """Writing a checkpoint takes three times as long as a step may."""
     ended = bench.run(2, "timeouts.step_seconds=5", "epochs=1", FAULT="slowdisk@0:25")
     assert ended.fired
@@ -318,7 +316,7 @@ def test_36_a_slow_disk_is_no_alarm(bench):
     assert not ended.errors
 
 
-def test_13_a_run_folder_that_cannot_be_made(bench):
+def test_a_run_folder_that_cannot_be_made_is_refused(bench):
     (bench.folder / "file").write_text("")
     ended = bench.run(2, "run_dir=file/below")
     assert ended.code == 2, ended.text
@@ -327,7 +325,7 @@ def test_13_a_run_folder_that_cannot_be_made(bench):
 
 
 @short
-def test_14_a_second_run_of_the_same_folder_is_refused(bench):
+def test_a_second_run_of_the_same_folder_is_refused(bench):
     process = bench.begin(2, "epochs=2000")
     bench.until(bench.has_checkpoint)
     second = bench.begin(None, "epochs=2000")  # without a launcher: the lock does not care
@@ -337,14 +335,14 @@ def test_14_a_second_run_of_the_same_folder_is_refused(bench):
     assert bench.end(process).code == 75
 
 
-def test_14_the_lock_of_a_killed_run_is_gone_with_it(bench):
+def test_the_lock_of_a_killed_run_is_gone_with_it(bench):
     process = bench.begin(2, "epochs=2000")
     bench.until(bench.has_checkpoint)
     bench.stop(process)
     assert bench.run(2, "epochs=2000", "stop_after_minutes=0.05").code == 75
 
 
-def test_56_only_rank_0_sees_the_run_folder(bench):
+def test_a_run_folder_that_only_rank_0_sees_is_enough(bench):
     """Rank 1 works in another folder, as on a host that does not share the disk."""
     elsewhere = bench.folder / "elsewhere"
     elsewhere.mkdir()
@@ -376,7 +374,7 @@ def test_56_only_rank_0_sees_the_run_folder(bench):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_57_resumed_on_another_number_of_workers(bench, workers):
+def test_a_run_resumed_on_another_number_of_workers_ends_the_same(bench, workers):
     arguments = ["precision=fp64"]
     assert bench.run(4, *arguments, FAULT="usr1@0:10").code == 75
     ended = bench.run(workers, *arguments)
@@ -393,19 +391,18 @@ def test_57_resumed_on_another_number_of_workers(bench, workers):
 
 
 @pytest.mark.parametrize("at", [1, 2, 13, 44, 45, 46, 60])
-def test_58_59_resumed_from_any_step_bit_for_bit_at_three_workers(bench, at):
+def test_a_run_resumed_from_any_step_on_three_workers_is_identical(bench, undisturbed, at):
     """The first step, inside the warmup, around the growth behind step 45, and the second epoch; three workers are the worst case."""
     arguments = ["batch.micro=8"]
     ended = bench.run(3, *arguments, FAULT=f"usr1@1:{at}")
     assert ended.fired
     assert ended.code == 75, ended.text
     assert bench.run(3, *arguments).code == 0
-    assert bench.run(3, "run_dir=runs/whole", *arguments).code == 0
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    assert same(bench.checkpoint(), undisturbed(3, *arguments))
 
 
 @pytest.mark.parametrize("name", ["lamb", "sgd", "adam", "adagrad", "rmsprop"])
-def test_58_every_optimizers_state_comes_back(bench, name):
+def test_the_state_of_every_optimizer_comes_back(bench, name):
     arguments = [f"optimizer={{name: {name}}}", "lr.base=0.002"]
     assert bench.run(2, *arguments, FAULT="usr1@1:60").code == 75
     assert bench.run(2, *arguments).code == 0
@@ -413,7 +410,7 @@ def test_58_every_optimizers_state_comes_back(bench, name):
     assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
 
 
-def test_58_the_loss_scale_comes_back(bench):
+def test_the_loss_scale_comes_back(bench):
     """An overflow on one rank halves it on all; the run that is stopped afterwards goes on with it."""
     assert bench.run(2, "precision=fp16", "run_dir=runs/whole", FAULT="inf@0:30").code == 0
     (bench.folder / "fired-inf-0-30").unlink()
@@ -426,7 +423,7 @@ def test_58_the_loss_scale_comes_back(bench):
 
 
 @short
-def test_49_the_kill_trial_in_short():
+def test_runs_killed_at_random_moments_are_identical():
     done = subprocess.run(
         [
             sys.executable,
@@ -444,7 +441,7 @@ def test_49_the_kill_trial_in_short():
     assert "agree 3" in done.stdout
 
 
-def test_49_the_kill_trial_with_other_workers_in_short():
+def test_runs_killed_and_resumed_on_other_workers_end_the_same():
     done = subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,4 @@
-"""Ranks that die, hang, disagree or compute what is not finite. The numbers are those of the list of cases in docs/fault-tests.md."""
+"""Ranks that die, hang, disagree or compute what is not finite."""
 
 import os
 import signal
@@ -12,15 +12,6 @@ from support.launching import MPIRUN, TRAIN
 short = pytest.mark.short  # part of `make test`; the others run with `make test-faults`
 
 
-def finished_alike(bench, workers=2, *arguments):
-    """Run the folder's job to its end again; it must come to the weights of an undisturbed run."""
-    again = bench.run(workers, *arguments)
-    assert again.code == 0, again.text
-    whole = bench.run(workers, "run_dir=runs/whole", *arguments, FAULT="", DATA_FAULT="")
-    assert whole.code == 0, whole.text
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
-
-
 # --- C: a rank dies
 
 
@@ -28,20 +19,22 @@ def finished_alike(bench, workers=2, *arguments):
 @pytest.mark.parametrize(
     ("kind", "code"), [pytest.param("kill", 137, marks=short), ("segv", 139), ("abort", 134)]
 )
-def test_27_a_rank_is_killed(bench, kind, code, victim):
+def test_a_killed_rank_ends_the_run_and_a_restart_goes_on(bench, undisturbed, kind, code, victim):
     ended = bench.run(2, FAULT=f"{kind}@{victim}:25")
     assert ended.fired
     assert ended.code == code, ended.text
     assert bench.has_checkpoint()
     if victim == 1:
-        finished_alike(bench)
+        again = bench.run(2)
+        assert again.code == 0, again.text
+        assert same(bench.checkpoint(), undisturbed(2))
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize(
     ("kind", "words"), [("raise", "RuntimeError: made to fail"), ("exit0", "SystemExit")]
 )
-def test_26_28_a_rank_raises(bench, kind, words, workers):
+def test_a_rank_that_raises_ends_the_run_with_one_traceback(bench, kind, words, workers):
     ended = bench.run(workers, FAULT=f"{kind}@1:25")
     assert ended.fired
     assert ended.code == 70, ended.text
@@ -71,7 +64,7 @@ def test_26_28_a_rank_raises(bench, kind, words, workers):
         ),
     ],
 )
-def test_29_memory_runs_out(bench, fault, where, change):
+def test_memory_that_runs_out_is_reported_with_what_to_change(bench, fault, where, change):
     ended = bench.run(2, FAULT=fault)
     assert ended.fired
     assert ended.code == 70, ended.text
@@ -83,7 +76,7 @@ def test_29_memory_runs_out(bench, fault, where, change):
     assert bench.has_checkpoint()
 
 
-def test_28_a_rank_leaves_with_0_in_the_middle(bench):
+def test_a_rank_that_leaves_early_with_0_is_a_failure(bench):
     ended = bench.run(2, FAULT="osexit@1:25")
     assert ended.fired
     assert ended.code != 0
@@ -91,9 +84,9 @@ def test_28_a_rank_leaves_with_0_in_the_middle(bench):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(("kind", "words"), [("raise", "sample 77 is corrupt"), ("kill", "")])
-def test_26_66_the_data_set_fails(bench, kind, words, num_workers):
+def test_a_data_set_that_fails_ends_the_run_with_one_error(bench, kind, words, num_workers):
     if kind == "kill" and num_workers == 0:
-        pytest.skip("that is case 27")
+        pytest.skip("a rank that is killed has a test of its own")
     ended = bench.run(
         2, f"data={{name: 'faulty:data', num_workers: {num_workers}}}", DATA_FAULT=kind
     )
@@ -103,7 +96,7 @@ def test_26_66_the_data_set_fails(bench, kind, words, num_workers):
     assert words in ended.text
 
 
-def test_30_the_launcher_is_killed(bench):
+def test_a_killed_launcher_leaves_no_rank_running(bench):
     process = bench.begin(2, "epochs=50")
     bench.until(bench.has_checkpoint)
     ranks = bench.ranks()
@@ -123,7 +116,7 @@ def test_30_the_launcher_is_killed(bench):
 
 
 @pytest.mark.parametrize("kind", ["sleep", pytest.param("stop", marks=short), "lock"])
-def test_32_33_34_a_rank_hangs(bench, kind):
+def test_a_rank_that_hangs_ends_the_run_with_its_stacks(bench, kind):
     ended = bench.run(2, "timeouts.step_seconds=6", FAULT=f"{kind}@1:25")
     assert ended.fired
     assert ended.code == 72, ended.text
@@ -132,7 +125,7 @@ def test_32_33_34_a_rank_hangs(bench, kind):
     assert ended.seconds < 60
 
 
-def test_35_the_data_set_blocks(bench):
+def test_a_data_set_that_blocks_ends_the_run(bench):
     limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=6"]
     ended = bench.run(2, "data={name: 'faulty:data'}", "epochs=4", *limits, DATA_FAULT="block")
     assert ended.fired
@@ -140,7 +133,7 @@ def test_35_the_data_set_blocks(bench):
     assert "in phase" in ended.text
 
 
-def test_24_a_rank_never_starts(bench):
+def test_a_rank_that_never_starts_ends_the_run(bench):
     """One rank sleeps before it comes to MPI; the others wait for it in MPI's own start."""
     (bench.folder / "sleeper.py").write_text(
         "import time\nopen('fired-sleeper', 'w').close()\ntime.sleep(600)\n"
@@ -154,22 +147,20 @@ def test_24_a_rank_never_starts(bench):
     assert ended.seconds < 30
 
 
-def test_25_a_slow_start_is_no_alarm(bench):
+def test_a_slow_start_is_no_alarm(bench):
     ended = bench.run(2, "epochs=0.5", FAULT="build-slow@1:0")
     assert ended.fired
     assert ended.code == 0, ended.text
 
 
-def test_37_a_pause_of_all_ranks_changes_nothing(bench):
+def test_a_pause_of_all_ranks_changes_nothing(bench, undisturbed):
     ended = bench.run(2, FAULT="freeze@1:25")
     assert ended.fired
     assert ended.code == 0, ended.text
-    whole = bench.run(2, "run_dir=runs/whole")
-    assert whole.code == 0
-    assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
+    assert same(bench.checkpoint(), undisturbed(2))
 
 
-def test_22_exact_mode_does_not_mind_how_horovod_fuses(bench):
+def test_exact_mode_is_identical_however_horovod_fuses(bench):
     """The user's own threshold is kept, and does not change a bit."""
     arguments = ["reduction=exact", "epochs=1"]
     ended = bench.run(4, *arguments, HOROVOD_FUSION_THRESHOLD="67108864")
@@ -179,7 +170,7 @@ def test_22_exact_mode_does_not_mind_how_horovod_fuses(bench):
     assert same(bench.checkpoint(), bench.checkpoint("runs/alone"))
 
 
-def test_23_a_stall_shutdown_before_the_stall_check_is_mended_and_said(bench):
+def test_a_stall_shutdown_before_the_stall_check_is_corrected_and_reported(bench):
     ended = bench.run(2, "epochs=0.5", HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="40")
     assert ended.code == 0, ended.text
     assert "HOROVOD_STALL_CHECK_TIME_SECONDS=40" in ended.text
@@ -189,7 +180,7 @@ def test_23_a_stall_shutdown_before_the_stall_check_is_mended_and_said(bench):
 
 
 @short
-def test_40_a_rank_has_no_gradient_for_a_tensor(bench):
+def test_a_gradient_missing_on_one_rank_ends_the_run(bench):
     ended = bench.run(2, FAULT="nograd@1:25")
     assert ended.fired
     assert ended.code == 71, ended.text
@@ -198,7 +189,7 @@ def test_40_a_rank_has_no_gradient_for_a_tensor(bench):
     assert bench.has_checkpoint()
 
 
-def test_41_ranks_with_models_of_other_shapes(bench):
+def test_ranks_with_models_of_other_shapes_are_refused(bench):
     ended = bench.run(2, "model={name: 'faulty:Net', args: {shape_by_rank: true}}")
     assert ended.code == 71, ended.text
     assert len(ended.errors) == 1
@@ -206,7 +197,7 @@ def test_41_ranks_with_models_of_other_shapes(bench):
 
 
 @short
-def test_42_the_weights_of_one_rank_change_silently(bench):
+def test_weights_that_change_on_one_rank_are_detected(bench):
     ended = bench.run(2, FAULT="drift@1:25")
     assert ended.fired
     assert ended.code == 71, ended.text
@@ -215,7 +206,7 @@ def test_42_the_weights_of_one_rank_change_silently(bench):
     assert bench.checkpoint()["position"]["step"] <= 25  # nothing was saved behind the drift
 
 
-def test_43_a_buffer_of_one_rank_changes_silently(bench):
+def test_a_buffer_that_changes_on_one_rank_is_detected(bench):
     ended = bench.run(2, FAULT="bufferdrift@1:25")
     assert ended.fired
     assert ended.code == 71, ended.text
@@ -228,7 +219,7 @@ def test_43_a_buffer_of_one_rank_changes_silently(bench):
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])
-def test_44_not_finite_on_one_rank_stops_all(bench, kind):
+def test_a_non_finite_value_on_one_rank_stops_all(bench, kind):
     ended = bench.run(2, FAULT=f"{kind}@1:25")
     assert ended.fired
     assert ended.code == 73, ended.text
@@ -238,7 +229,7 @@ def test_44_not_finite_on_one_rank_stops_all(bench, kind):
 
 
 @short
-def test_44_such_a_step_is_left_out_on_every_rank(bench):
+def test_a_non_finite_step_is_skipped_on_every_rank(bench):
     ended = bench.run(
         2, "on_nonfinite={policy: skip, limit: 2}", "precision=fp64", FAULT="nan@1:25 inf@0:31"
     )
@@ -258,14 +249,14 @@ def test_44_such_a_step_is_left_out_on_every_rank(bench):
     assert distance(found, bench.checkpoint("runs/alone")) > 1e-6  # the two steps are missing
 
 
-def test_44_too_many_such_steps_end_the_run(bench):
+def test_too_many_non_finite_steps_end_the_run(bench):
     ended = bench.run(2, "on_nonfinite={policy: skip, limit: 1}", FAULT="nan@1:25 inf@0:27")
     assert len(ended.fired) == 2
     assert ended.code == 73, ended.text
     assert "1 such steps have been skipped already" in ended.text
 
 
-def test_44_the_run_goes_back_and_on_with_a_lower_rate(bench):
+def test_a_non_finite_step_rolls_the_run_back_to_a_lower_rate(bench):
     ended = bench.run(2, "on_nonfinite={policy: rollback, lr_factor: 0.25}", FAULT="nan@1:25")
     assert ended.fired
     assert ended.code == 0, ended.text
@@ -274,7 +265,7 @@ def test_44_the_run_goes_back_and_on_with_a_lower_rate(bench):
     assert (found["state"]["rolled_back"], found["position"]["lr_factor"]) == (1, 0.25)
 
 
-def test_a_step_left_out_where_its_loss_is_logged_does_not_end_the_run(bench):
+def test_a_skipped_step_whose_loss_is_logged_does_not_end_the_run(bench):
     ended = bench.run(2, "on_nonfinite={policy: skip}", "log.every_steps=1", FAULT="nan@1:25")
     assert ended.fired
     assert ended.code == 0, ended.text
@@ -286,7 +277,7 @@ def test_a_step_left_out_where_its_loss_is_logged_does_not_end_the_run(bench):
     assert [step for step, loss in logged.items() if loss == "nan"] == [24]
 
 
-def test_47_rollbacks_are_bounded(bench):
+def test_rollbacks_are_bounded(bench):
     faults = " ".join(f"nan@1:{at}" for at in (25, 30, 36, 43, 50))
     ended = bench.run(2, "on_nonfinite={policy: rollback, limit: 2}", FAULT=faults)
     assert len(ended.fired) >= 3
@@ -294,7 +285,7 @@ def test_47_rollbacks_are_bounded(bench):
     assert "rolled back 2 times already" in ended.text
 
 
-def test_48_a_rate_that_overflows_is_refused_at_the_start(bench):
+def test_a_rate_that_overflows_is_refused_at_the_start(bench):
     ended = bench.run(2, "lr.base=1e308", "lr.scaling=linear", "batch.base=1", "batch.micro=1")
     assert ended.code == 2, ended.text
     assert "the rate is inf in stage 1 (global batch 2)" in ended.text
@@ -303,7 +294,7 @@ def test_48_a_rate_that_overflows_is_refused_at_the_start(bench):
 # --- I: data
 
 
-def test_67_every_sample_is_used_once_in_each_epoch(bench):
+def test_every_sample_is_used_once_in_each_epoch(bench):
     """Over uneven workers, a growth inside an epoch, a stop and another number of workers."""
     job = [
         "data={name: 'faulty:data'}",

@@ -15,14 +15,13 @@ LAUNCH = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", " ".join(MPIRUN)]
 
 
 @pytest.fixture
-def whole(bench):
-    """The weights of the undisturbed run."""
-    assert bench.run(2, "run_dir=runs/whole").code == 0
-    return bench.checkpoint("runs/whole")
+def whole(undisturbed):
+    """The last checkpoint of the undisturbed run."""
+    return undisturbed(2)
 
 
 @pytest.mark.parametrize("kind", ["usr1", "usr2", "term", "twice"])
-def test_60_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind):
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind):
     ended = bench.run(2, FAULT=f"{kind}@1:33")
     assert ended.fired
     assert ended.code == 75, ended.text
@@ -34,7 +33,7 @@ def test_60_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind)
 
 
 @short
-def test_60_a_model_without_statistics_stops_and_goes_on(bench):
+def test_a_model_without_statistics_stops_and_goes_on(bench):
     """A stop also keeps each rank's part of the running statistics; here there are none to keep."""
     model = "model={name: mlp}"
     process = bench.begin(2, model, "epochs=30")
@@ -49,7 +48,7 @@ def test_60_a_model_without_statistics_stops_and_goes_on(bench):
 
 @short
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_60_a_signal_to_mpirun_stops_all_with_a_checkpoint(bench, number):
+def test_a_signal_to_mpirun_stops_all_with_a_checkpoint(bench, number):
     process = bench.begin(2, "epochs=100")
     bench.until(bench.has_checkpoint)
     sent = time.monotonic()
@@ -60,13 +59,13 @@ def test_60_a_signal_to_mpirun_stops_all_with_a_checkpoint(bench, number):
     assert bench.run(2, "epochs=100", "stop_after_minutes=0.02").code == 75
 
 
-def test_60_a_signal_during_evaluation(bench):
+def test_a_signal_during_evaluation_stops_the_run(bench):
     ended = bench.run(2, "evaluate.every_epochs=0.5", FAULT="eval-usr1@1:23")
     assert ended.fired
     assert ended.code == 75, ended.text
 
 
-def test_60_a_signal_while_the_run_starts(bench):
+def test_a_signal_while_the_run_starts_stops_it_after_one_step(bench):
     process = bench.begin(2, FAULT="build-usr1@0:0")
     ended = bench.end(process)
     assert ended.fired
@@ -74,7 +73,7 @@ def test_60_a_signal_while_the_run_starts(bench):
     assert bench.checkpoint()["position"]["step"] == 1
 
 
-def test_61_sigterm_to_mpirun_leaves_a_checkpoint_that_goes_on(bench, whole):
+def test_sigterm_to_mpirun_leaves_a_checkpoint_that_goes_on(bench, whole):
     process = bench.begin(2)
     bench.until(bench.has_checkpoint)
     process.send_signal(signal.SIGTERM)
@@ -87,7 +86,7 @@ def test_61_sigterm_to_mpirun_leaves_a_checkpoint_that_goes_on(bench, whole):
 
 
 @short
-def test_62_the_file_stop(bench):
+def test_the_file_stop_stops_the_run(bench):
     process = bench.begin(2, "epochs=100")
     bench.until(bench.has_checkpoint)
     (bench.run_folder() / "STOP").touch()
@@ -97,7 +96,7 @@ def test_62_the_file_stop(bench):
     assert not (bench.run_folder() / "STOP").exists()
 
 
-def test_63_loader_processes_do_not_mind_the_signal(bench):
+def test_a_signal_with_loader_processes_stops_the_run(bench):
     process = bench.begin(2, "data={name: 'faulty:data', num_workers: 2}", "epochs=50")
     bench.until(bench.has_checkpoint)
     process.send_signal(signal.SIGUSR1)
@@ -105,7 +104,7 @@ def test_63_loader_processes_do_not_mind_the_signal(bench):
     assert ended.code == 75, ended.text
 
 
-def test_65_a_stop_is_asked_for_while_a_rank_is_stopped(bench):
+def test_a_stop_request_while_a_rank_hangs_ends_the_run(bench):
     process = bench.begin(2, "epochs=100", "timeouts.step_seconds=6")
     bench.until(bench.has_checkpoint)
     os.kill(max(bench.ranks()), signal.SIGSTOP)
@@ -114,13 +113,13 @@ def test_65_a_stop_is_asked_for_while_a_rank_is_stopped(bench):
     assert ended.code == 72, ended.text
 
 
-def test_a_time_limit(bench):
+def test_a_time_limit_stops_the_run(bench):
     ended = bench.run(2, "epochs=1000", "stop_after_minutes=0.1")
     assert ended.code == 75, ended.text
     assert "the time limit of 0.1 minutes" in ended.text
 
 
-def test_ctrl_c_without_a_launcher(bench):
+def test_ctrl_c_without_a_launcher_stops_the_run(bench):
     process = bench.begin(None, "epochs=100")
     bench.until(bench.has_checkpoint)
     process.send_signal(signal.SIGINT)
@@ -137,7 +136,7 @@ def begin_launch(bench, options, **environ):
 
 
 @short
-def test_64_a_lost_rank_is_started_again_until_the_end(bench, whole):
+def test_a_lost_rank_is_started_again_until_the_end(bench, whole):
     process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT="kill@1:25 segv@0:50")
     ended = bench.end(process, timeout=200)
     assert len(ended.fired) == 2
@@ -146,7 +145,7 @@ def test_64_a_lost_rank_is_started_again_until_the_end(bench, whole):
     assert same(bench.checkpoint(), whole)
 
 
-def test_64_a_hanging_rank_too(bench, whole):
+def test_a_hanging_rank_is_started_again_until_the_end(bench, whole):
     process = begin_launch(
         bench, ["-np", "2", "job.yaml", "timeouts.step_seconds=6"], FAULT="stop@1:25"
     )
@@ -156,7 +155,7 @@ def test_64_a_hanging_rank_too(bench, whole):
     assert same(bench.checkpoint(), whole)
 
 
-def test_64_a_run_that_comes_no_further_is_given_up(bench):
+def test_a_run_that_comes_no_further_is_given_up(bench):
     faults = " ".join(f"kill@1:{at}" for at in range(3, 9))
     process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT=faults)
     ended = bench.end(process, timeout=200)
@@ -164,7 +163,7 @@ def test_64_a_run_that_comes_no_further_is_given_up(bench):
     assert "the last 3 starts came no further" in ended.text
 
 
-def test_64_a_wrong_job_is_not_tried_again(bench):
+def test_a_wrong_job_is_not_tried_again(bench):
     process = begin_launch(bench, ["-np", "2", "job.yaml", "model.name=nothing:here"])
     ended = bench.end(process)
     assert ended.code == 2, ended.text
@@ -173,7 +172,7 @@ def test_64_a_wrong_job_is_not_tried_again(bench):
 
 @short
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_31_a_signal_to_the_launcher_stops_in_order(bench, number):
+def test_a_signal_to_the_launcher_stops_the_run_in_order(bench, number):
     process = begin_launch(bench, ["-np", "2", "job.yaml", "epochs=100"])
     bench.until(bench.has_checkpoint)
     process.send_signal(number)
@@ -182,7 +181,7 @@ def test_31_a_signal_to_the_launcher_stops_in_order(bench, number):
     assert "stopped after step" in ended.text
 
 
-def test_31_the_grace_time_ends(bench):
+def test_a_run_that_outlasts_the_grace_time_is_killed(bench):
     process = begin_launch(
         bench,
         ["-np", "2", "--grace-seconds", "1", "job.yaml", "epochs=100", "timeouts.step_seconds=100"],
@@ -195,7 +194,7 @@ def test_31_the_grace_time_ends(bench):
     assert "the grace time is over" in ended.text
 
 
-def test_hosts_that_shrink_from_3_to_2_slots(bench):
+def test_a_launch_on_hosts_that_shrink_goes_on_with_fewer_workers(bench):
     hosts = bench.folder / "hosts"
     hosts.write_text("localhost slots=3\n")
     arguments = ["job.yaml", "precision=fp64"]
@@ -217,7 +216,7 @@ def test_hosts_that_shrink_from_3_to_2_slots(bench):
     assert distance(bench.checkpoint(), bench.checkpoint("runs/whole")) < 1e-12
 
 
-def test_the_launcher_is_killed_and_the_run_stops_in_order(bench):
+def test_a_run_whose_launcher_is_killed_stops_in_order(bench):
     process = begin_launch(bench, ["-np", "2", "job.yaml", "epochs=100"])
     bench.until(bench.has_checkpoint)
     os.kill(process.pid, signal.SIGKILL)

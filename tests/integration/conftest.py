@@ -2,24 +2,9 @@
 
 import shutil
 import subprocess
-from dataclasses import dataclass
 
 import pytest
-from support.launching import MPIRUN, ROOT, TRAIN, environment
-
-
-@dataclass
-class Ended:
-    """A run that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self):
-        """The engine's own error lines."""
-        return [line for line in (self.out + self.err).splitlines() if "hvdlarge: error:" in line]
+from support.launching import MPIRUN, ROOT, TRAIN, EndedRun, environment
 
 
 @pytest.fixture
@@ -39,7 +24,7 @@ def start(folder):
             text=True,
             timeout=timeout,
         )
-        return Ended(done.returncode, done.stdout, done.stderr)
+        return EndedRun(done.returncode, done.stdout, done.stderr)
 
     return run
 

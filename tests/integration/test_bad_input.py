@@ -17,7 +17,7 @@ JOBS = {
 
 @pytest.mark.parametrize("workers", [None, 2, 3])
 @pytest.mark.parametrize("kind", JOBS)
-def test_a_wrong_job_file(train, folder, kind, workers):
+def test_a_wrong_job_file_ends_with_one_message(train, folder, kind, workers):
     text, message = JOBS[kind]
     if text is not None:
         (folder / "bad.yaml").write_text(text)
@@ -33,16 +33,12 @@ def test_a_wrong_job_file(train, folder, kind, workers):
     ("change", "message"),
     [
         ("model.name=convnt", "did you mean 'convnet'"),
-        ("model.args={widht: 3}", "do not fit"),
-        ("data.name=nowhere:thing", "there is no module 'nowhere'"),
-        ("optimizer.exclude=[encoder.*]", "matches no trainable parameter"),
         ("epochs=0.0001", "the warmup takes 0.5 epochs"),
         ("lr.bas=3", "unknown key 'lr.bas'"),
-        ("precision=tf32", "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64"),
         ("lr.base", "not of the form key.sub=value"),
     ],
 )
-def test_a_job_that_cannot_run(train, folder, change, message):
+def test_a_job_that_cannot_run_ends_with_one_message(train, folder, change, message):
     ended = train(2, "jobs/digits.yaml", change)
     assert ended.code == 2
     assert len(ended.errors) == 1
@@ -50,13 +46,13 @@ def test_a_job_that_cannot_run(train, folder, change, message):
     assert not (folder / "runs").exists()
 
 
-def test_a_command_line_without_a_job(train):
+def test_a_command_line_without_a_job_ends_with_one_message(train):
     ended = train(2)
     assert ended.code == 2
     assert ended.err.count("the following arguments are required") == 1
 
 
-def test_a_job_file_that_only_one_host_lacks(start, folder):
+def test_a_job_file_that_only_one_host_lacks_is_refused(start, folder):
     """Rank 1 runs in another folder, as on a host where the file was not copied."""
     (folder / "elsewhere").mkdir()
     ended = start(
@@ -102,7 +98,7 @@ def test_a_folder_of_something_else_is_not_touched(train, folder):
     assert (folder / "runs/digits/thesis.tex").read_text() == "years of work"
 
 
-def test_a_run_that_diverges_says_so_on_all_ranks(train):
+def test_a_run_that_diverges_ends_with_one_message(train):
     ended = train(
         2, "jobs/digits.yaml", "model={name: mlp}", "optimizer={name: sgd}", "lr.base=1e30"
     )
@@ -123,29 +119,14 @@ def data():  # a set whose targets are all left out of the mean, as those of pad
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-@pytest.mark.parametrize(
-    ("policy", "steps", "words"),
-    [
-        ("{policy: stop}", "log.every_steps=10", ["the loss is nan at step 9 "]),
-        ("{policy: stop}", "log.every_steps=1000", ["the loss is nan at step 44 "]),  # the last one
-        ("{policy: skip}", "log.every_steps=10", ["the loss is nan at step 9 "]),
-        (
-            "{policy: rollback, limit: 2}",
-            "log.every_steps=10",
-            ["back to step 0", "the run was rolled back 2 times already"],
-        ),
-    ],
-)
-def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
-    train, folder, workers, policy, steps, words
-):
+def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(train, folder, workers):
     (folder / "ignored_parts.py").write_text(IGNORED_PARTS)
     job = ["jobs/digits.yaml", "data.name=ignored_parts:data", "model={name: mlp}", "epochs=1"]
-    ended = train(workers, *job, f"on_nonfinite={policy}", steps)
+    ended = train(workers, *job, "on_nonfinite={policy: stop}", "log.every_steps=1000")
     assert ended.code == 73, ended.out + ended.err
     assert len(ended.errors) == 1
-    for word in ["most often all targets of a micro-batch are ignored", *words]:
-        assert word in ended.out + ended.err
+    assert "the loss is nan at step 44 " in ended.err  # the last one
+    assert "most often all targets of a micro-batch are ignored" in ended.err
 
 
 @pytest.mark.parametrize("package", ["horovod", "mpi4py"])
@@ -269,7 +250,7 @@ def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(
     assert not (folder / "runs").exists()
 
 
-def test_a_mistake_on_every_rank_is_told_once(train, folder):
+def test_a_mistake_on_every_rank_is_reported_once(train, folder):
     (folder / "everywhere.py").write_text(EVERYWHERE)
     ended = train(
         3,
@@ -280,25 +261,6 @@ def test_a_mistake_on_every_rank_is_told_once(train, folder):
     assert len(ended.errors) == 1
     assert "internal error on rank 1 of 3" in ended.err  # rank 0 has no micro-batch in these steps
     assert ended.err.count("Traceback") == 1
-
-
-OTHER_SIZES = """
-import torch
-from hvdlarge.data.in_memory import InMemory
-from mpi4py import MPI
-
-def data():
-    size = 1000 - 10 * MPI.COMM_WORLD.rank
-    return InMemory(torch.randn(size, 64), torch.randint(0, 10, (size,))), None
-"""
-
-
-def test_hosts_with_other_data_are_refused(train, folder):
-    (folder / "sizes.py").write_text(OTHER_SIZES)
-    ended = train(2, "jobs/digits.yaml", "model={name: mlp}", "data={name: 'sizes:data'}")
-    assert ended.code == 71
-    assert len(ended.errors) == 1
-    assert "training samples is 1000 on rank 0 and 990 on rank 1" in ended.err
 
 
 WORKERS = """

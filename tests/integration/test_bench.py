@@ -13,7 +13,7 @@ def figures(folder):
     return json.loads((folder / "found.json").read_text())
 
 
-def test_lars(start, folder):
+def test_the_lars_benchmark_writes_what_it_prints(start, folder):
     ended = start([*BENCH, "lars", "--rounds", "1", "--json", "found.json"])
     assert ended.code == 0, ended.err
     found = figures(folder)
@@ -26,7 +26,7 @@ def test_lars(start, folder):
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-def test_step(start, folder, workers):
+def test_the_step_benchmark_writes_what_it_prints(start, folder, workers):
     launch = [] if workers is None else [*MPIRUN, "-np", str(workers)]
     job = ["jobs/digits.yaml", "batch.base=64", "epochs=1", "lr.warmup.epochs=0.1"]
     ended = start(
@@ -62,7 +62,7 @@ def test_step_without_a_job_is_resnet20(start, folder):
     assert "resnet20" in ended.out
 
 
-def test_allreduce_and_what_a_plan_makes_of_it(start, train, folder):
+def test_an_allreduce_measurement_is_taken_up_by_a_plan(start, train, folder):
     ended = start(
         [*MPIRUN, "-np", "2", *BENCH, "allreduce", "--rounds", "1", "--json", "found.json"]
     )
@@ -95,7 +95,7 @@ def test_allreduce_and_what_a_plan_makes_of_it(start, train, folder):
     assert (wrong.code, "not what hvdlarge.bench allreduce --json writes" in wrong.err) == (2, True)
 
 
-def test_data(start, folder):
+def test_the_data_benchmark_writes_what_it_prints(start, folder):
     (folder / "slow.py").write_text(
         "import time, torch\n"
         "class Set(torch.utils.data.Dataset):\n"
@@ -130,7 +130,9 @@ def test_data(start, folder):
         (2, ["everything"], 2, "invalid choice"),
     ],
 )
-def test_what_cannot_be_measured_is_said_once(start, workers, arguments, code, message):
+def test_a_benchmark_that_cannot_run_ends_with_one_message(
+    start, workers, arguments, code, message
+):
     launch = [] if workers is None else [*MPIRUN, "-np", str(workers)]
     ended = start([*launch, *BENCH, *arguments])
     assert ended.code == code, ended.err

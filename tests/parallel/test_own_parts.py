@@ -3,16 +3,16 @@
 Whole runs through the door that `train` uses, with run folders and checkpoints, on this world and on one worker.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from support.comparing import distance, read_lines
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.exits import JobError, RanksDisagreeError, RunExit, Stopped
+from hvdlarge.exits import DIVERGED, JobError, RanksDisagreeError, RunExit, Stopped
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import run
@@ -74,22 +74,17 @@ def train(job, control, tensors, place, stop_after=None):
 
 
 def alone(job, control, place):
-    return train(job, SoloChannel(), SoloCollectives(), place / f"alone-{control.rank}")
+    """What the last checkpoint holds where rank 0 trains the job alone, on every rank."""
+    if control.rank == 0:
+        train(job, SoloChannel(), SoloCollectives(), place / "alone")
+    control.barrier()
+    return torch.load(place / "alone/checkpoints/last.pt", weights_only=True)
 
 
-def distance(ours, theirs):
-    """The largest relative distance of any tensor of two checkpoints, model and loss."""
-    away = 0.0
-    for part in ("model", "loss"):
-        here, there = ours.get(part, {}), theirs.get(part, {})
-        assert here.keys() == there.keys()
-        for name, value in there.items():
-            if isinstance(value, torch.Tensor):
-                assert here[name].dtype == value.dtype
-                wide = torch.complex128 if value.is_complex() else torch.float64
-                gap = (here[name].to(wide) - value.to(wide)).norm().item()
-                away = max(away, gap / max(1e-3, value.to(wide).norm().item()))
-    return away
+def worlds(control, tensors):
+    """The channels of a run by name: all ranks together, and on rank 0 that rank alone."""
+    many = {"many": (control, tensors)}
+    return many | ({"alone": (SoloChannel(), SoloCollectives())} if control.rank == 0 else {})
 
 
 SOUND = {
@@ -249,6 +244,11 @@ REFUSED = {
     "model.name=own_parts:Sparse": "'table.weight' has a sparse gradient",
     "model.name=own_parts:TrainedComplex": "'filter' is trained and complex128",
     "model.name=own_parts:Raising": r"ValueError: heads must divide the width \(.*own_parts.py, line \d+, in between\)",
+    "model.name=convnt": "did you mean 'convnet'",
+    "model.name=mlp model.args.widht=3": "do not fit",
+    "data.name=nowhere:thing": "there is no module 'nowhere'",
+    "optimizer.exclude=[encoder.*]": "matches no trainable parameter",
+    "precision=tf32": "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
 }
@@ -261,10 +261,7 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
     job = job_of(
         changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split()
     )
-    for where, wires in {
-        "many": (control, tensors),
-        f"alone-{control.rank}": (SoloChannel(), SoloCollectives()),
-    }.items():
+    for where, wires in worlds(control, tensors).items():
         with pytest.raises(RunExit, match=f"(?s){message}") as raised:
             train(job, *wires, folder / where)
         assert raised.value.code == JobError.code
@@ -272,21 +269,46 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
     control.barrier()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["on_nonfinite={policy: stop}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
+        (["on_nonfinite={policy: stop}", "log.every_steps=1000"], ["the loss is nan at step 6 "]),
+        (["on_nonfinite={policy: skip}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
+        (
+            ["on_nonfinite={policy: rollback, limit: 2}", "log.every_steps=3"],
+            ["back to step 0", "the run was rolled back 2 times already"],
+        ),
+    ],
+    ids=["stop", "stop in the last step", "skip", "rollback"],
+)
+def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
+    control, tensors, folder, capsys, changes, words
+):
+    job = job_of(["data.name=own_parts:ignored", "epochs=1", *changes])
+    for where, wires in worlds(control, tensors).items():
+        with pytest.raises(RunExit) as raised:
+            train(job, *wires, folder / where)
+        assert raised.value.code == DIVERGED
+        told = str(raised.value) + capsys.readouterr().out
+        if wires[0].rank == 0:  # which prints
+            for word in ["most often all targets of a micro-batch are ignored", *words]:
+                assert word in told
+    control.barrier()
+
+
 @pytest.mark.parametrize("every", [1, 1000])
 def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(
     control, tensors, folder, every
 ):
-    for where, wires in {
-        "many": (control, tensors),
-        f"alone-{control.rank}": (SoloChannel(), SoloCollectives()),
-    }.items():
+    for where, wires in worlds(control, tensors).items():
         with pytest.raises(RunExit, match="'scale'|disagree about the digest|scale is"):
             train(
                 job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]),
                 *wires,
                 folder / where,
             )
-        control.barrier()
+    control.barrier()
 
 
 def test_a_gradient_that_is_there_on_some_ranks_only_is_named(control, tensors, folder):
@@ -319,12 +341,23 @@ def test_every_rank_reads_the_same_samples_or_the_difference_is_told(
         train(job_of([]), control, tensors, folder / "run")
 
 
+def test_training_sets_of_other_sizes_are_refused(control, tensors, folder, monkeypatch):
+    if control.size == 1:
+        pytest.skip("one rank agrees with itself")
+    import own_parts
+
+    last = control.rank == control.size - 1
+    smaller = own_parts.plain(43 if last else 53)
+    monkeypatch.setattr(own_parts, "plain", lambda: smaller)
+    words = f"training samples is 53 on rank 0 and 43 on rank {control.size - 1}"
+    with pytest.raises(RanksDisagreeError, match=words):
+        train(job_of([]), control, tensors, folder / "run")
+    assert not (folder / "run").exists()
+
+
 def test_decisions_are_those_of_one_worker(control, tensors, folder):
     job = job_of([])
     alone(job, control, folder)
     train(job, control, tensors, folder / "many")
-    ours, theirs = (
-        [json.loads(line) for line in (folder / where / "decisions.jsonl").read_text().splitlines()]
-        for where in ("many", f"alone-{control.rank}")
-    )
+    ours, theirs = (read_lines(folder / where / "decisions.jsonl") for where in ("many", "alone"))
     assert ours == theirs

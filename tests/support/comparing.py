@@ -1,4 +1,4 @@
-"""What tests hold against each other: logs and weights of runs."""
+"""Logs, weights and checkpoints of runs, compared with each other."""
 
 import json
 
@@ -16,8 +16,23 @@ def same(ours, theirs):
 
 
 def distance(ours, theirs):
-    return max(
-        (ours["model"][name].double() - value.double()).norm().item()
-        / max(1e-3, value.double().norm().item())
-        for name, value in theirs["model"].items()
-    )
+    """The largest relative distance of any tensor of two checkpoints, model and loss."""
+
+    def tensors(checkpoint):
+        parts = ((part, checkpoint.get(part, {})) for part in ("model", "loss"))
+        return {f"{part}.{name}": value for part, held in parts for name, value in held.items()}
+
+    return weight_distance(tensors(ours), tensors(theirs))
+
+
+def weight_distance(ours, theirs):
+    """The largest distance of any tensor of two state dicts, relative to its norm or to 1e-3."""
+    assert ours.keys() == theirs.keys()
+    distances = [0.0]
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):  # and no extra state
+            assert ours[name].dtype == value.dtype
+            wide = torch.complex128 if value.is_complex() else torch.float64
+            gap = (ours[name].to(wide) - value.to(wide)).norm().item()
+            distances.append(gap / max(1e-3, value.to(wide).norm().item()))
+    return torch.tensor(distances, dtype=torch.float64).max().item()  # nan if any is

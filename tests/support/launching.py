@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,3 +28,22 @@ def environment(**changes):
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **changes,
     }
+
+
+@dataclass
+class EndedRun:
+    """A run that has ended, with what it printed."""
+
+    code: int
+    out: str
+    err: str = ""
+
+    @property
+    def text(self):
+        """Both streams."""
+        return self.out + self.err
+
+    @property
+    def errors(self):
+        """The engine's own error lines."""
+        return [line for line in self.text.splitlines() if "hvdlarge: error:" in line]
