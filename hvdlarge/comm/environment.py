@@ -70,7 +70,7 @@ def versions() -> dict[str, str | None]:
     return numbers
 
 
-def settle(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
+def set_environment(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
     """Set the environment variables for MPI and Horovod, before either starts; returns them."""
     if launch is None:
         return {}
