@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 from hvdlarge import __version__
 
-# What each verb does, and where its `main` is. Nothing is imported before the verb is known: plan
-# and doctor work without torch, Horovod and MPI.
+# Description and module, imported on use: plan and doctor work without torch, Horovod and MPI
 VERBS = {
     "train": ("train a job", "hvdlarge.train"),
     "launch": ("train a job on many workers, with restarts", "hvdlarge.launch"),
     "plan": ("show a run before it is started", "hvdlarge.plan"),
     "doctor": ("check this machine", "hvdlarge.doctor.__main__"),
-    "bench": ("measure what the engine costs here", "hvdlarge.bench.__main__"),
+    "bench": ("measure the engine's speed on this machine", "hvdlarge.bench.__main__"),
 }
 USAGE = "\n".join(
     [
@@ -23,7 +22,7 @@ USAGE = "\n".join(
         "",
         *(f"  {verb:8}{what}" for verb, (what, _) in VERBS.items()),
         "",
-        "`hvdlarge VERB --help` explains a verb.",
+        "`hvdlarge VERB --help` describes a verb.",
     ]
 )
 

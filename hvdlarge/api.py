@@ -26,23 +26,23 @@ def run_job(
 ) -> dict[str, Any]:
     """Train a job in this process, on one worker, and return its summary.
 
-    A run that was interrupted is continued; one that has finished is left alone, and its summary is
-    returned. torch's global settings (threads, TF32, deterministic algorithms) are set as the job
-    asks for them and stay so.
+    An interrupted run is resumed; a finished one is left alone, and its summary is returned.
+    torch's global settings (threads, TF32, deterministic algorithms) are set as the job requires
+    and are not restored.
 
     Args:
-        job: the keys of a job file, the path of one, or the name of a shipped job.
+        job: the keys of a job file as a mapping, its path, or the name of a shipped job.
         *overrides: `key.sub=value`, as on the command line.
-        fresh: set an earlier run of the folder aside and begin anew.
+        fresh: set an earlier run in the folder aside and start a new one.
 
     Returns:
         The content of summary.json: `loss`, `steps`, `epochs`, `train_seconds` and so on; with a
-        test set `test_loss` and the metrics, such as `accuracy`.
+        test set also `test_loss` and the metrics, such as `accuracy`.
 
     Raises:
-        JobError: if the job is wrong.
+        JobError: if the job is invalid.
         InvalidEnvironmentError: if a launcher started this process: use `hvdlarge train` there.
-        RunExit: however else the run ends (see exits.py).
+        RunExit: for every other end with an exit code (see exits.py).
 
     >>> run_job({"name": "oops"})
     Traceback (most recent call last):
@@ -67,7 +67,7 @@ def run_job(
 
 
 def _run(job: Job, path: Path, fresh: bool) -> dict[str, Any]:
-    # Not started: this process has its own ways to notice that it hangs
+    # Never started: it must not end the caller's process
     watchdog = Watchdog(0, job.timeouts.limits())
     rank = RankContext(None, {}, SoloChannel(), SoloCollectives(), watchdog, StopRequest())
     run(job, path, fresh, rank)

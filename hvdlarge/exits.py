@@ -1,8 +1,7 @@
-"""How a run ends: the exit codes, and the one way in which every rank leaves together.
+"""The exit codes of a run, and the exceptions with which all ranks end together.
 
-Source:   docs/design.md. Under MPI a rank that leaves alone makes the launcher's
-          code a race, so there are two ways only: all ranks raise the same `RunExit`, or one rank
-          aborts the whole run with a code.
+Source:   docs/design.md. Under MPI the launcher's exit code is a race if one rank exits alone, so a
+          run ends in one of two ways: all ranks raise the same `RunExit`, or one rank aborts all.
 """
 
 from __future__ import annotations
@@ -24,31 +23,31 @@ BAD_CHECKPOINT = 77
 
 
 class RunExit(Exception):
-    """The run ends here, on every rank; the message is for the user, in one piece."""
+    """Ends the run on every rank; the message is for the user."""
 
     code = INTERNAL_ERROR
 
 
 class JobError(RunExit):
-    """The job file or the command line is wrong."""
+    """The job file or the command line is invalid."""
 
     code = WRONG_JOB
 
 
 class InvalidEnvironmentError(RunExit):
-    """The machine cannot carry the run."""
+    """The machine or its installation does not support the run."""
 
     code = WRONG_ENVIRONMENT
 
 
 class RanksDisagreeError(RunExit):
-    """The ranks do not run the same thing."""
+    """The ranks differ in something that must be the same on all."""
 
     code = RANKS_DISAGREE
 
 
 class DivergedError(RunExit):
-    """Training is no longer finite."""
+    """Gradients, weights or a loss are not finite."""
 
     code = DIVERGED
 
@@ -59,15 +58,14 @@ class CheckpointWriteError(RunExit):
     code = CANNOT_SAVE
 
     @classmethod
-    def of(cls, what: str, folder: Path, error: BaseException, left: str) -> CheckpointWriteError:
-        """The end of a run that could not write `what` below `folder`.
+    def of(cls, what: str, folder: Path, error: BaseException, intact: str) -> CheckpointWriteError:
+        """The error with a message on `what`, the cause and the free space on the disk.
 
         Args:
-            what: with its path.
-            folder: whose disk is looked at.
-            error: an OSError, or torch's RuntimeError in the place of one, or whatever else came in
-                between.
-            left: what the user still has.
+            what: could not be written; includes its path.
+            folder: on the disk that is written to.
+            error: the cause: an OSError, torch's RuntimeError for one, or any other.
+            intact: what the user still has.
         """
         try:
             free = f"{shutil.disk_usage(folder).free:,}"
@@ -81,11 +79,11 @@ class CheckpointWriteError(RunExit):
         reason = getattr(error, "strerror", None) or ": ".join(
             filter(None, [kind, *str(error).splitlines()[:1]])
         )
-        return cls(f"{what} could not be written ({reason}); {free} bytes are free there; {left}")
+        return cls(f"{what} could not be written ({reason}); {free} bytes are free there; {intact}")
 
 
 class Stopped(RunExit):
-    """The run was asked to stop and left a checkpoint: the same command goes on with it."""
+    """The run was stopped on request, with a checkpoint from which the same command resumes."""
 
     code = STOPPED
 
@@ -97,7 +95,7 @@ class CheckpointError(RunExit):
 
 
 def run_exit(code: int, message: str) -> RunExit:
-    """The end of a run with an exit code, of the class that stands for it.
+    """The exception of the class that belongs to an exit code.
 
     >>> run_exit(STOPPED, "as asked")
     Stopped('as asked')
@@ -107,6 +105,6 @@ def run_exit(code: int, message: str) -> RunExit:
 
 
 class OutOfMemory(Exception):
-    """Memory ran out on one rank, which ends the run for all; the message says what to change. No
-    RunExit: it is raised alone.
+    """One rank ran out of memory; the message says what to change. Not a RunExit, since the other
+    ranks do not raise it.
     """

@@ -1,7 +1,7 @@
 """Trains a job: `python -m hvdlarge.train job.yaml [key.sub=value ...]`.
 
-Runs the job, alone or as one worker of a launch, and leaves with an exit code of `exits.py`.
-`world.py` opens and closes what the run needs around it; `run.py` puts the run itself together.
+Runs the job, alone or as one worker of a launch, and exits with a code of `exits.py`. `world.py`
+opens the channels between the ranks; `run.py` builds and trains the run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from hvdlarge.config.planning import UnknownSamples, plan_run, training_samples
 from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.world import RankContext, run_on_all_ranks
 
-# torch is imported inside the functions that need it: it takes a second, and a wrong job file
-# should be answered at once.
+# torch is imported inside functions: it takes a second, and errors in a job should appear at once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,13 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
-    """Print the job with every default written out; nothing is started, so every rank leaves with
-    the same code by itself.
-    """
+    """Print the job with every default and start nothing; every rank returns the same code."""
     is_reporter = launch is None or launch.rank == 0
     try:
         job = read_job(options.job, options.overrides)
-        with contextlib.suppress(UnknownSamples):  # then only the data could tell
+        with contextlib.suppress(UnknownSamples):  # the plan needs the size of the data set
             plan_run(job, training_samples(job), 1 if launch is None else launch.size)
     except exits.RunExit as end:
         if is_reporter:
@@ -80,10 +77,10 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
         help="set a key of the job, e.g. lr.base=0.2",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="begin anew; an earlier run of the folder is set aside"
+        "--fresh", action="store_true", help="start a new run; an earlier one is set aside"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the job with every default, and start nothing"
+        "--dry-run", action="store_true", help="print the job with every default and start nothing"
     )
     parser.add_argument(
         "--explain",
@@ -96,17 +93,17 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
     with contextlib.ExitStack() as stack:
         if not is_reporter:
-            # One copy of a usage message is enough; the other ranks leave with the same code.
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            # Usage messages are printed by one rank; the others exit with the same code
+            devnull = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
+            stack.enter_context(contextlib.redirect_stderr(devnull))
         options = parser.parse_intermixed_args(arguments)
     options.job = job_path(options.job)
     return options
 
 
 class _Explain(argparse.Action):
-    """Prints what a key of the job file means, and exits as `--help` does."""
+    """Prints the meaning of a key of the job file, and exits as `--help` does."""
 
     def __call__(
         self,

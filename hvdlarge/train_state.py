@@ -1,4 +1,4 @@
-"""What a run has come to, beside its weights and its position."""
+"""The state of a run besides weights, optimizer state and progress."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds beside weights, optimizer and position."""
+    """Results and counters, saved in checkpoints and the same on every rank."""
 
     results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation
-    # The best evaluation: by which result, its value and its step
+    # The best evaluation: the name of the result ("by"), "value" (higher is better) and "step"
     best: dict[str, Any] | None = None
-    skipped: int = 0  # steps left out as not finite
-    rolled_back: int = 0
-    # After which the job's cadence asked for the last checkpoint: what a rollback goes back to
-    scheduled_step: int | None = None
-    overflows: int = 0  # of those left out, the ones that only asked for a smaller loss scale
-    loss_scale: float | None = None  # the moving part, for fp16
+    skipped: int = 0  # steps skipped because of non-finite gradients, overflows included
+    rolled_back: int = 0  # rollbacks
+    scheduled_step: int | None = None  # of the last scheduled checkpoint, the target of a rollback
+    overflows: int = 0  # steps skipped only to lower the loss scale
+    loss_scale: float | None = None  # the dynamic part, for fp16
     steps_at_loss_scale: int = 0
-    train_seconds: float = 0.0  # of all parts of the run
-    # Samples that were found to fit at once, on so many workers
+    train_seconds: float = 0.0  # of all starts of the run
+    # With micro: auto, the samples that fit into memory on every one of `workers` workers
     largest_micro_batch: int | None = None
     workers: int | None = None

@@ -1,9 +1,8 @@
-"""One process of a launch, from before the other ranks can be reached until all have left: opens
-the channels between the ranks, and answers for how the work between them ends.
+"""Opens the channels between the ranks, runs a command on them, and ends all ranks together.
 
-Every command that works on all ranks goes through `run_on_all_ranks`: what every rank raises ends
-all of them with one message and one exit code; what a single rank raises ends the others too, who
-would wait for it for ever.
+Every command for several ranks goes through `run_on_all_ranks`: an error that all ranks raise ends
+them with one message and one exit code; an error on a single rank aborts the others too, which
+would otherwise wait for it forever.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from hvdlarge import exits
 from hvdlarge.comm.connect import open_control, open_tensors
-from hvdlarge.comm.environment import settle, shared_settings, versions
+from hvdlarge.comm.environment import set_environment, shared_settings, versions
 from hvdlarge.comm.interfaces import (
     CollectiveError,
     CollectiveMismatchError,
@@ -42,10 +41,10 @@ JobOrNone = TypeVar("JobOrNone", Job, None, Job | None)
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a rank works with, whatever its job."""
+    """The objects of a rank that do not depend on its job."""
 
     launch: Launch | None  # None without a launcher
-    settings: Mapping[str, str]  # what was set in the environment for MPI and Horovod
+    settings: Mapping[str, str]  # environment variables set for MPI and Horovod
     control: ControlChannel
     tensors: Collectives
     watchdog: Watchdog
@@ -59,20 +58,20 @@ def run_on_all_ranks(
     work: Callable[[RankContext, JobOrNone], None],
     watched: bool,
 ) -> int:
-    """Read the job, open the channels, do the work, close them again. Every rank of a launch calls
-    this together.
+    """Read the job, open the channels, call `work`, close the channels. Every rank of a launch
+    calls this together.
 
     Args:
-        launch: what the launcher said; None without one.
-        read: reads the job, where the work has one.
-        options: of the command line, which have to be the same on every rank.
-        work: what is done with everything open.
-        watched: whether a rank that hangs or is asked to stop is noticed.
+        launch: None without a launcher.
+        read: reads the job; returns None for work without one.
+        options: of the command line; must be the same on every rank.
+        work: called with the open channels and the job.
+        watched: whether to start the watchdog and to handle signals to stop.
 
     Returns:
-        The exit code: FINISHED, or that of a `RunExit` which every rank has raised, whose message
-        rank 0 has printed. A process whose rank alone fails ends here with its code, and takes the
-        others with it.
+        The exit code: FINISHED, or that of the `RunExit` that every rank raised, whose message
+        rank 0 has printed. If a single rank raises anything else, this does not return: all
+        processes are ended.
     """
     attempt = _attempt(read)
     timeouts, horovod = _before_the_ranks_agree(attempt)
@@ -81,24 +80,23 @@ def run_on_all_ranks(
     if watched:
         watchdog.start()
         stop.install_handlers()
-    settings = settle(launch, horovod)
+    settings = set_environment(launch, horovod)
     try:
         if os.environ.get("HOROVOD_ELASTIC") == "1":
             raise WorldMismatchError(
-                "elastic Horovod is not supported; hvdlarge.launch goes on with fewer or more "
-                "workers instead"
+                "elastic Horovod is not supported; hvdlarge.launch restarts a run with fewer or "
+                "more workers instead"
             )
         control = open_control(launch)
     except WorldMismatchError as error:
-        return _wrong_world(error, launch)
+        return _report_mismatch(error, launch)
     try:
         job = raise_on_all_ranks(control, attempt)
         _check_equal(control, options, job)
         tensors = open_tensors(launch, control)
         try:
             work(RankContext(launch, settings, control, tensors, watchdog, stop), job)
-        # Raised by every rank; what one rank raises alone must not wait for the others here
-        except exits.RunExit:
+        except exits.RunExit:  # not any error: closing waits for the ranks that did not raise it
             tensors.close()
             raise
         tensors.close()
@@ -108,7 +106,7 @@ def run_on_all_ranks(
             (print_status if end.code == exits.STOPPED else print_error)(str(end))
         code = end.code
     except BaseException as error:
-        _end_all(error, launch, control)
+        _abort_all(error, launch, control)
     control.close()
     watchdog.stop()
     return code
@@ -132,8 +130,8 @@ def _before_the_ranks_agree(read: Callable[[], Job | None]) -> tuple[Timeouts, H
 
 
 def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
-    """Run `action` now; the returned function gives its result, or raises its RunExit, as often as
-    it is called: it has to fail on all ranks together, which cannot be reached yet.
+    """Run `action` now; the returned function returns its result or raises its RunExit, to be
+    called once the other ranks can be reached and can fail too.
     """
     try:
         result = action()
@@ -147,29 +145,28 @@ def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
     return lambda: result
 
 
-def _wrong_world(error: WorldMismatchError, launch: Launch | None) -> int:
+def _report_mismatch(error: WorldMismatchError, launch: Launch | None) -> int:
     if launch is None or launch.is_local_leader:
         print_error(f"{error} (host {socket.gethostname()})")
     return exits.WRONG_ENVIRONMENT
 
 
-def _end_all(error: BaseException, launch: Launch | None, control: ControlChannel) -> NoReturn:
-    """End every rank for what this rank alone has raised."""
+def _abort_all(error: BaseException, launch: Launch | None, control: ControlChannel) -> NoReturn:
+    """Report an error that this rank raised alone, and end all ranks."""
     rank = f"rank {control.rank} of {control.size} ({socket.gethostname()})"
     if isinstance(error, WorldMismatchError):
-        code = _wrong_world(error, launch)
-        # Let the message out before the run ends
+        code = _report_mismatch(error, launch)
+        # Give the rank that prints the message time before the abort
         time.sleep(0 if launch is None or launch.is_local_leader else 2)
         control.abort(code)
     if isinstance(error, RankLostError):
-        # The rank that is gone, or the launcher, knows better why: it has some seconds to say so
-        # and to set the exit code.
+        # The lost rank or the launcher knows the cause: let it print that and set the exit code
         time.sleep(3.0)
         print_error(f"{rank} has lost another rank: {error}")
         os._exit(exits.LOST_RANK)
-    _let_lower_ranks_speak(control.rank)
+    _wait_for_lower_ranks(control.rank)
     if isinstance(error, CollectiveMismatchError):
-        print_error(f"the ranks disagree (seen by {rank}): {error}")
+        print_error(f"the ranks disagree (detected by {rank}): {error}")
         control.abort(exits.RANKS_DISAGREE)
     if isinstance(error, CollectiveError):
         print_error(f"communication failed on {rank}: {error}")
@@ -181,10 +178,10 @@ def _end_all(error: BaseException, launch: Launch | None, control: ControlChanne
     control.abort(exits.INTERNAL_ERROR)
 
 
-def _let_lower_ranks_speak(rank: int) -> None:
-    """Where many ranks fail in the same way, one message is enough: the lowest rank's. Its abort
-    ends this one while it waits here.
+def _wait_for_lower_ranks(rank: int) -> None:
+    """If many ranks fail in the same way, only the lowest prints a message: its abort ends the
+    others while they wait here.
     """
-    # mpirun's way to end a rank, about a second after another one's abort
+    # mpirun ends a rank by SIGTERM, about a second after the abort of another
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(min(5.0, 1.25 * rank))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, described once: the saver fills it in, a resume reads it."""
+"""The content of a checkpoint, defined once for the saver and for a resume."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hvdlarge.train_state import TrainState
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run must agree with to go on from a checkpoint, or what its user should know."""
+    """What identifies a run: on resume `job` and `data` must match, other changes are reported."""
 
-    job: Mapping[str, Any]  # what decides the weights: `Job.resume_signature()`
+    job: Mapping[str, Any]  # the keys that decide the weights: `Job.resume_signature()`
     data: Mapping[str, int | None]  # sizes of the data sets, in samples
     versions: Mapping[str, str | None]
     world_size: int  # workers
@@ -28,17 +28,17 @@ class CheckpointContent:
 
     facts: RunFacts
     model: Mapping[str, Any]  # its plain state_dict, on the CPU
-    loss: Mapping[str, Any]  # likewise, of a loss that is a module; else empty
-    optimizer: Mapping[str, Mapping[str, Any]]  # state by parameter name: tensors, numbers
+    loss: Mapping[str, Any]  # the state_dict of a loss that is a module, else empty
+    optimizer: Mapping[str, Mapping[str, Any]]  # state by parameter name: tensors and numbers
     progress: RunProgress
     truncated: bool  # whether the last step was cut short by the end of the run
     state: TrainState
-    # Each rank's own part of the running statistics, as bytes, where these are not the sum of all
+    # Each rank's partial running statistics, as bytes; empty in a scheduled checkpoint
     local_stats: tuple[torch.Tensor, ...]
-    log_offsets: Mapping[str, int]  # where each log ends, in bytes
+    log_offsets: Mapping[str, int]  # the length of each log, in bytes
 
     def to_plain(self) -> dict[str, Any]:
-        """As tensors and builtins, which `torch.load(weights_only=True)` accepts."""
+        """The content as tensors and builtins, which `torch.load(weights_only=True)` accepts."""
         return {
             **{field.name: _plain(getattr(self.facts, field.name)) for field in fields(RunFacts)},
             "model": dict(self.model),
@@ -53,10 +53,10 @@ class CheckpointContent:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> CheckpointContent:
-        """The content that `to_plain` wrote down.
+        """The inverse of `to_plain`.
 
         Raises:
-            KeyError, TypeError: for a part that is missing, or has another form.
+            KeyError, TypeError: if an entry is missing or malformed.
         """
         return cls(
             facts=RunFacts(**{field.name: plain[field.name] for field in fields(RunFacts)}),

@@ -1,12 +1,11 @@
-"""Checkpoints: written whole or not at all, listed with their SHA-256, verified before anything in
-them is read.
+"""Checkpoint files: written atomically, listed with their SHA-256, verified before they are loaded.
 
-A checkpoint is a dict of tensors and builtins, so that `torch.load(weights_only=True)` accepts it
-and none can run code; its `model` is the plain state_dict. It is written aside, flushed to disk,
-renamed, then listed in SHA256SUMS (which `sha256sum -c` reads), and only then older ones are
-removed. One that is written again under its name leaves the list before: until it is listed anew,
-the checksums inside the file stand for it. So at every moment the folder holds a complete one, and
-a damaged newest one falls back to the one before.
+A checkpoint is a dict of tensors and builtins, so `torch.load(weights_only=True)` accepts it and it
+cannot run code; its `model` is a plain state_dict. It is written to a temporary file, flushed to
+disk, renamed and listed in SHA256SUMS (the format of `sha256sum -c`); only then are older ones
+removed. Before a checkpoint is replaced by one of the same name, its entry leaves the list; until
+the new entry is written, the checksums inside the file are verified instead. So the folder holds a
+complete checkpoint at every moment, and if the newest is damaged, the one before it is used.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _LIST = "SHA256SUMS"
 
 
 class CheckpointWriter(Protocol):
-    """What a saver asks of a folder."""
+    """The interface through which a saver writes."""
 
     @property
     def failed(self) -> bool:
@@ -56,7 +55,7 @@ class CheckpointWriter(Protocol):
 
 
 class NoCheckpoints:
-    """Writes nothing: for the ranks that do not write, and for measurements."""
+    """Writes nothing: for ranks other than 0, and for benchmarks."""
 
     failed = False
 
@@ -71,15 +70,15 @@ class NoCheckpoints:
         """Write nothing."""
 
     def finish(self) -> None:
-        """Nothing to wait for."""
+        """Return at once."""
 
 
 class CheckpointFolder:
     """The checkpoints of one run. Rank 0 only.
 
     Args:
-        folder: where they are; made when the first one is written.
-        keep: how many of the newest are kept.
+        folder: their directory, created with the first of them.
+        keep: how many of the newest to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -87,7 +86,7 @@ class CheckpointFolder:
         self._keep = keep
         self._writer: threading.Thread | None = None
         self._failure: CheckpointWriteError | None = None
-        self._damaged: set[str] = set()  # names of those that `newest_good` passed over
+        self._damaged: set[str] = set()  # file names that `newest_good` skipped
 
     # --- writing
 
@@ -99,18 +98,18 @@ class CheckpointFolder:
         wait: bool,
         also_keep: int | None = None,
     ) -> None:
-        """Write a checkpoint; with `wait` False its writing goes on beside the training.
+        """Write a checkpoint, in a thread.
 
         Args:
-            content: tensors on the CPU that nobody changes any more, and builtins.
+            content: builtins, and tensors on the CPU that nothing else modifies.
             step: steps taken.
-            best: whether it is the best so far, and shall also be best.pt.
-            wait: return when it is on disk.
-            also_keep: the step of one that is kept though newer ones are enough.
+            best: whether to link it as best.pt too.
+            wait: whether to return only when it is on disk; else training continues meanwhile.
+            also_keep: the step of a checkpoint to keep in addition to the newest ones.
 
         Raises:
-            CheckpointWriteError: if it, or the one before it, cannot be written; what was there
-                before is left alone.
+            CheckpointWriteError: if this one (with `wait`) or the previous one could not be
+                written; existing checkpoints are untouched.
         """
         self.finish()
         self._writer = threading.Thread(
@@ -141,86 +140,88 @@ class CheckpointFolder:
     def _write(self, content: dict[str, Any], step: int, best: bool, also_keep: int | None) -> None:
         name = f"step_{step:09d}.pt"
         path = self.folder / name
-        aside = self.folder / f".{name}.part"
+        temporary = self.folder / f".{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.part"):  # of a writer that was killed
-                left.unlink()
-            with aside.open("wb") as file:
+            for leftover in self.folder.glob(".*.part"):  # of a writer that was killed
+                leftover.unlink()
+            with temporary.open("wb") as file:
                 torch.save({"format": FORMAT, **content}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            digest = _sha256(aside)
-            self._unlist({name})  # what is listed there is the sum of the one that goes now
-            os.replace(aside, path)
+            digest = _sha256(temporary)
+            self._remove_from_list({name})  # its checksum is that of the file replaced next
+            os.replace(temporary, path)
             self._damaged.discard(name)
-            self._point("last.pt", path)
+            self._link("last.pt", path)
             if best:
-                self._point("best.pt", path)
-            self._list({**self.listed(), name: digest})
+                self._link("best.pt", path)
+            self._write_list({**self.listed(), name: digest})
             self._remove_old(step, also_keep)
-        except BaseException as error:  # whatever it is: nobody else hears of what a thread raises
+        except BaseException as error:  # of any kind: it would be lost with this thread
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             self._failure = CheckpointWriteError.of(
                 f"the checkpoint {path}", self.folder, error, "the last good one is untouched"
             )
 
-    def _point(self, name: str, path: Path) -> None:
-        """Let `name` be another name of the file, without a moment in which it is missing."""
-        aside = self.folder / f".{name}.part"
-        aside.unlink(missing_ok=True)
+    def _link(self, name: str, path: Path) -> None:
+        """Make `name` a hard link to the file, atomically."""
+        temporary = self.folder / f".{name}.part"
+        temporary.unlink(missing_ok=True)
         try:
-            os.link(path, aside)
+            os.link(path, temporary)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, aside)
-        os.replace(aside, self.folder / name)
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, self.folder / name)
 
-    def _list(self, digests: dict[str, str]) -> None:
-        aside = self.folder / f".{_LIST}.part"
-        with aside.open("w", encoding="utf-8") as file:
+    def _write_list(self, digests: dict[str, str]) -> None:
+        temporary = self.folder / f".{_LIST}.part"
+        with temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{digests[name]}  {name}\n" for name in sorted(digests))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, self.folder / _LIST)
+        os.replace(temporary, self.folder / _LIST)
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _unlist(self, names: set[str]) -> None:
+    def _remove_from_list(self, names: set[str]) -> None:
         digests = self.listed()
         if names & digests.keys():
-            self._list({name: digests[name] for name in digests if name not in names})
+            self._write_list({name: digests[name] for name in digests if name not in names})
 
     def _remove_old(self, step: int, also_keep: int | None) -> None:
-        """Keep the newest up to `step`, and that of `also_keep`.
+        """Remove all up to `step` but the newest `keep` and that of `also_keep`.
 
-        Damaged ones are not counted; all above `step` are damaged, and are left alone.
+        Damaged ones do not count; those above `step` are all damaged and are left alone.
         """
-        behind = [path for path in self.newest_first() if _step_of(path) <= step]
-        kept = [path for path in behind if path.name not in self._damaged][: self._keep]
-        self._remove([path for path in behind if path not in kept and _step_of(path) != also_keep])
+        up_to_step = [path for path in self.newest_first() if _step_of(path) <= step]
+        newest = [path for path in up_to_step if path.name not in self._damaged][: self._keep]
+        self._remove(
+            [path for path in up_to_step if path not in newest and _step_of(path) != also_keep]
+        )
 
     def remove_above(self, step: int) -> None:
-        """Remove those of a way on which the run does not go any more."""
+        """Remove the checkpoints of later steps, which a rollback has discarded."""
         self._remove([path for path in self.newest_first() if _step_of(path) > step])
 
     def _remove(self, paths: list[Path]) -> None:
-        self._unlist({path.name for path in paths})
+        self._remove_from_list({path.name for path in paths})
         for path in paths:
             path.unlink(missing_ok=True)
 
     # --- reading
 
     def newest_first(self) -> list[Path]:
-        """The checkpoints by step, last.pt and best.pt (other names of some of them) left out."""
-        found = [path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_step_of, reverse=True)
+        """The checkpoints in descending order of step, without the links last.pt and best.pt."""
+        paths = [path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(paths, key=_step_of, reverse=True)
 
     def listed(self) -> dict[str, str]:
-        """SHA-256 by file name; empty where the list is missing or not readable."""
+        """SHA-256 by file name; empty if the list is missing or unreadable."""
         try:
             lines = (self.folder / _LIST).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
@@ -231,17 +232,17 @@ class CheckpointFolder:
     def newest_good(
         self, up_to: int | None = None
     ) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that is whole: its path, its content, and what is wrong with those
-        passed over.
+        """The newest checkpoint that can be read.
 
         Args:
-            up_to: a step; those above are not looked at.
+            up_to: ignore checkpoints of later steps; None: consider all.
 
         Returns:
-            None where there is no such checkpoint at all.
+            Its path, its content, and the problem of each newer one that was skipped; None if there
+            are no checkpoints.
 
         Raises:
-            CheckpointError: if there are some and none is whole.
+            CheckpointError: if there are checkpoints but none can be read.
         """
         problems: list[str] = []
         for path, content, problem in self._read_all(up_to):
@@ -253,7 +254,7 @@ class CheckpointFolder:
             raise CheckpointError(
                 "\n".join(
                     [
-                        "no checkpoint of this run is whole:",
+                        "no checkpoint of this run can be read:",
                         *(f"  {problem}" for problem in problems),
                     ]
                 )
@@ -272,31 +273,29 @@ class CheckpointFolder:
 
 
 def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Verify and load a checkpoint onto the CPU.
 
     Args:
         path: the file.
-        sha256: what it is listed with; None if it is not listed (it was renamed just before the run
-            was killed, or the list is lost): then the checksums inside the file are checked.
+        sha256: from the list; None if the file is not listed (the run was killed just after the
+            rename, or the list is lost): then the checksums inside the file are verified.
 
     Raises:
-        CheckpointError: if it is not whole, not a checkpoint, or of another format.
+        CheckpointError: if the file is damaged, not a checkpoint, or of another format.
     """
     try:
         if sha256 is not None:
             if _sha256(path) != sha256:
-                raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_LIST}")
+                raise CheckpointError(f"{path}: damaged: its SHA-256 differs from that in {_LIST}")
         else:
             with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise CheckpointError(
-                    f"{path}: damaged: the checksum of its part {broken} is wrong"
-                )
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    # torch answers damage with a dozen kinds of exception, KeyError among them
+    # torch raises a dozen kinds of exception for damaged files, KeyError among them
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else ""
         raise CheckpointError(

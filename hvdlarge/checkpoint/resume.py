@@ -1,6 +1,4 @@
-"""Finds where a run left off and brings every rank there: the same command goes on with a run that
-was stopped or killed.
-"""
+"""Resumes an interrupted run: finds its newest checkpoint and restores it on every rank."""
 
 from __future__ import annotations
 
@@ -24,24 +22,24 @@ from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_folder import FolderLock, holds_run, make_folder, set_aside
 from hvdlarge.train_state import TrainState
 
-# What a run may change on its way and still be the same run, beside what is not mathematics at all.
+# The one key of `Job.resume_signature()` that may change between starts, under conditions
 _LENGTH = "epochs"
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run that began earlier goes on, as rank 0 found it."""
+    """The checkpoint from which a run continues. On rank 0."""
 
-    path: Path  # the checkpoint
+    path: Path
     content: CheckpointContent
-    notes: list[str]  # what the user should know: damaged checkpoints passed over, what has changed
+    notes: list[str]  # for the user: checkpoints that were skipped, what has changed
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """How a run begins in its folder, as rank 0 decided; on the other ranks everything is None."""
+    """How a run starts in its folder, as rank 0 decided; empty on the other ranks."""
 
-    resumed: ResumePoint | None = None  # None for a run that begins with its first step
+    resumed: ResumePoint | None = None  # None: from the first step
     lock: FolderLock | None = None
     notes: Sequence[str] = ()
 
@@ -56,123 +54,120 @@ def enter(
     fresh: bool,
     checkpoints: CheckpointFolder,
     facts: RunFacts,
-    length_may_grow: bool,
+    length_may_change: bool,
     modules: Modules,
 ) -> RunStart:
-    """Take possession of a run folder and find out where the run in it stands. Rank 0 only.
+    """Lock a run folder and load its newest checkpoint, if there is one. Rank 0 only.
 
     Args:
-        folder: of the run; made where it is not there.
-        fresh: set an earlier run aside and begin anew.
+        folder: of the run; created if missing.
+        fresh: set an earlier run aside and start a new one.
         checkpoints: those in the folder.
-        facts: see `find`.
-        length_may_grow: see `find`.
-        modules: get the state of the checkpoint.
+        facts: see `find_resume_point`.
+        length_may_change: see `find_resume_point`.
+        modules: receive the state of the checkpoint.
 
     Raises:
-        JobError: if the folder cannot be used, or a run is going on in it.
-        CheckpointError: if it holds another job, or no checkpoint of it is whole.
+        JobError: if the folder cannot be used, or another process is using it.
+        CheckpointError: if it holds another job, or no checkpoint in it can be read.
     """
     notes = []
     if holds_run(folder) and fresh:
-        notes.append(f"the earlier run is now in {set_aside(folder)}")
+        notes.append(f"the earlier run was moved to {set_aside(folder)}")
     make_folder(folder)
     lock = FolderLock(folder)
     if not lock.held:
         notes.append(
-            f"the file system of {folder} has no locks: nothing keeps a second run out of this "
-            "folder"
+            f"the file system of {folder} has no locks: do not start a second run in this folder"
         )
     if not holds_run(folder):
         return RunStart(None, lock, notes)
     try:
-        resumed = find(folder, checkpoints, facts, length_may_grow)
+        resumed = find_resume_point(folder, checkpoints, facts, length_may_change)
         if resumed is None:
-            notes.append("the earlier start left no checkpoint: from the beginning")
+            notes.append("the earlier start left no checkpoint: starting from the first step")
             return RunStart(None, lock, notes)
         load_modules(modules, resumed.content, resumed.path)
     except CheckpointError:
         lock.release()
         raise
-    return RunStart(resumed, lock, [*notes, *resumed.notes, f"goes on from {resumed.path}"])
+    return RunStart(resumed, lock, [*notes, *resumed.notes, f"resuming from {resumed.path}"])
 
 
 def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> ResumePoint:
-    """Load a checkpoint of the run that is going on, and remove those above it. Rank 0 only.
+    """Roll back: load an earlier checkpoint of this run and remove the later ones. Rank 0 only.
 
     Args:
         checkpoints: of the run.
-        modules: get its state.
-        step: after which the job's cadence asked for the last one. Those that a stop or a clock
-            asked for are passed over: an interruption must not decide where a run goes back to.
-            None, or none there: the newest.
+        modules: receive its state.
+        step: of the last scheduled checkpoint. Later ones, due to a stop or the clock, are ignored:
+            an interruption must not decide how far a run rolls back. If None, or if no checkpoint
+            up to this step can be read, the newest is used.
 
     Raises:
-        CheckpointError: if none is whole.
-        CheckpointWriteError: if those above cannot be removed.
+        CheckpointError: if no checkpoint can be read.
+        CheckpointWriteError: if the later ones cannot be removed.
     """
-    good, damaged = None, []
+    newest, problems_before = None, []
     if step is not None:
         try:
-            good = checkpoints.newest_good(step)
-        except CheckpointError as error:  # then from a newer one, rather than not at all
-            damaged = str(error).splitlines()
-    good = good or checkpoints.newest_good()
-    if good is None:
+            newest = checkpoints.newest_good(step)
+        except CheckpointError as error:  # a later one is better than none
+            problems_before = str(error).splitlines()
+    newest = newest or checkpoints.newest_good()
+    if newest is None:
         raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")
-    path, plain, problems = good
+    path, plain, problems = newest
     content = _content(path, plain)
     load_modules(modules, content, path)
     try:
         checkpoints.remove_above(content.progress.step)
     except OSError as error:
-        left = "the checkpoint to go back to is untouched"
+        intact = "the checkpoint to go back to is untouched"
         what = f"the list of checkpoints in {checkpoints.folder}"
-        raise CheckpointWriteError.of(what, checkpoints.folder, error, left) from None
-    return ResumePoint(path, content, [*damaged, *problems])
+        raise CheckpointWriteError.of(what, checkpoints.folder, error, intact) from None
+    return ResumePoint(path, content, [*problems_before, *problems])
 
 
-def find(
-    folder: Path, checkpoints: CheckpointFolder, facts: RunFacts, length_may_grow: bool
+def find_resume_point(
+    folder: Path, checkpoints: CheckpointFolder, facts: RunFacts, length_may_change: bool
 ) -> ResumePoint | None:
-    """Where the run in `folder` goes on, if it is the one that `facts` describe; None where it was
-    killed before its first checkpoint. Rank 0 only.
+    """The newest checkpoint of the run in `folder`; None if it was killed before the first one.
+    Rank 0 only.
 
     Args:
         folder: holds a run.
-        checkpoints: those of the run.
-        facts: of the run that is being started.
-        length_may_grow: whether the schedule of the job does not depend on its length, so that more
-            epochs may be added.
+        checkpoints: of that run.
+        facts: of the run being started, which must be the same run.
+        length_may_change: whether the job's schedule is independent of its length, so that the
+            number of epochs may change.
 
     Raises:
-        CheckpointError: if the folder holds another job, or no checkpoint of it is whole.
+        CheckpointError: if the folder holds another job, or no checkpoint in it can be read.
     """
-    good = checkpoints.newest_good()
-    if good is None:
-        _refuse_another(folder, {"job": _written_job(folder)}, {"job": facts.job})
+    newest = checkpoints.newest_good()
+    if newest is None:
+        _check_same_run(folder, {"job": _read_written_job(folder)}, {"job": facts.job})
         return None
-    path, plain, problems = good
+    path, plain, problems = newest
     content = _content(path, plain)
-    before = content.facts
-    notes = [f"passed over: {problem}" for problem in problems]
-    there: dict[str, Any] = {"job": dict(before.job), "data": before.data}
-    here: dict[str, Any] = {"job": dict(facts.job), "data": facts.data}
-    length_there, length_here = there["job"].get(_LENGTH), here["job"][_LENGTH]
-    # Every job has had a training set
-    passed = content.progress.samples_seen / (before.data["training samples"] or 1)
-    may_change = length_may_grow and not content.truncated and length_here > passed
-    if length_there != length_here and may_change:
-        there["job"].pop(_LENGTH), here["job"].pop(_LENGTH)
-        notes.append(f"epochs changes from {length_there:g} to {length_here:g}")
-    _refuse_another(folder, there, here)
-    if before.world_size != facts.world_size:
-        notes.append(
-            f"the number of workers changes from {before.world_size} to {facts.world_size}"
-        )
+    saved = content.facts
+    notes = [f"skipped {problem}" for problem in problems]
+    saved_keys: dict[str, Any] = {"job": dict(saved.job), "data": saved.data}
+    keys: dict[str, Any] = {"job": dict(facts.job), "data": facts.data}
+    saved_epochs, epochs = saved_keys["job"].get(_LENGTH), keys["job"][_LENGTH]
+    # `or 1` is for the type checker: every run has a training set
+    epochs_done = content.progress.samples_seen / (saved.data["training samples"] or 1)
+    may_change = length_may_change and not content.truncated and epochs > epochs_done
+    if saved_epochs != epochs and may_change:
+        saved_keys["job"].pop(_LENGTH), keys["job"].pop(_LENGTH)
+        notes.append(f"epochs changes from {saved_epochs:g} to {epochs:g}")
+    _check_same_run(folder, saved_keys, keys)
+    if saved.world_size != facts.world_size:
+        notes.append(f"the number of workers changes from {saved.world_size} to {facts.world_size}")
     for name, version in sorted(facts.versions.items()):
-        if before.versions.get(name) != version:
-            notes.append(f"{name} changes from {before.versions.get(name)} to {version}")
+        if saved.versions.get(name) != version:
+            notes.append(f"{name} changes from {saved.versions.get(name)} to {version}")
     return ResumePoint(path, content, notes)
 
 
@@ -185,81 +180,78 @@ def _content(path: Path, plain: Mapping[str, Any]) -> CheckpointContent:
         ) from None
 
 
-def _written_job(folder: Path) -> dict[str, Any]:
-    """What decides the weights, of the job that an earlier start has written down as one to run."""
+def _read_written_job(folder: Path) -> dict[str, Any]:
+    """The resume signature of the job that an earlier start wrote to the run folder."""
     try:
         return read_job(str(folder / "job.resolved.yaml")).resume_signature()
     except JobError as error:
         raise CheckpointError(
-            f"{folder} holds a run whose job cannot be read; --fresh sets it aside and begins "
-            f"anew\n{error}"
+            f"{folder} holds a run whose job cannot be read; --fresh sets it aside and starts a "
+            f"new run\n{error}"
         ) from None
 
 
-def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    differing = list(_differences(there, here, ""))
-    if differing:
+def _check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    differences = _differences(saved, current, "")
+    if differences:
         lines = [
-            f"  {name} is {json.dumps(theirs)} there and {json.dumps(ours)} here"
-            for name, theirs, ours in differing
+            f"  {name} is {json.dumps(old)} in the folder, {json.dumps(new)} in this job"
+            for name, old, new in differences
         ]
         raise CheckpointError(
             "\n".join(
                 [
                     f"{folder} holds another job:",
                     *lines,
-                    "  --fresh sets it aside and begins anew; run_dir=… names another folder",
+                    "  --fresh sets it aside and starts a new run; run_dir=… names another folder",
                 ]
             )
         )
 
 
-def _differences(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(here, dict):
+def _differences(saved: Any, current: Any, name: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(saved, dict) and isinstance(current, dict):
         return [
-            found
-            for key in sorted(there.keys() | here.keys())
-            for found in _differences(
-                there.get(key), here.get(key), f"{name}.{key}" if name else key
+            difference
+            for key in sorted(saved.keys() | current.keys())
+            for difference in _differences(
+                saved.get(key), current.get(key), f"{name}.{key}" if name else key
             )
         ]
-    return [] if _alike(there, here) else [(name.removeprefix("job."), there, here)]
+    return [] if _equal(saved, current) else [(name.removeprefix("job."), saved, current)]
 
 
-def _alike(there: Any, here: Any) -> bool:
-    """Whether two values are the same, where one of them may be kept as its SHA-256: it came from
-    the environment.
-    """
-    return there == here or any(
-        isinstance(one, str) and sha256_of(one) == other
-        for one, other in [(there, here), (here, there)]
+def _equal(saved: Any, current: Any) -> bool:
+    """Whether two values are equal; one that came from the environment is stored as its SHA-256."""
+    return saved == current or any(
+        isinstance(text, str) and sha256_of(text) == digest
+        for text, digest in [(saved, current), (current, saved)]
     )
 
 
 def load_modules(modules: Modules, content: CheckpointContent, path: Path) -> None:
-    """Put a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0
+    """Load a checkpoint's parameters, buffers and extra state into the model and the loss. Rank 0
     only.
 
     Raises:
-        CheckpointError: if names, shapes or types are those of other modules; nothing has been
-            changed then.
+        CheckpointError: if names, shapes or dtypes differ; the modules are unchanged then.
     """
     states = {"": content.model, "loss.": content.loss}
     for prefix, module in modules.items():
-        there, here, what = states[prefix], module.state_dict(), "loss" if prefix else "model"
-        for name in sorted(there.keys() | here.keys()):
-            ours, theirs = (_shape(state, name) for state in (here, there))
-            if ours != theirs:
+        saved, current, what = states[prefix], module.state_dict(), "loss" if prefix else "model"
+        for name in sorted(saved.keys() | current.keys()):
+            saved_form, form = _describe_entry(saved, name), _describe_entry(current, name)
+            if saved_form != form:
                 raise CheckpointError(
-                    f"{path}: the {what} has {name!r} as {ours}, the checkpoint as {theirs}"
+                    f"{path}: {name!r} is {form} in the {what}, {saved_form} in the checkpoint"
                 )
     for prefix, module in modules.items():
         module.load_state_dict(states[prefix])
 
 
-def _shape(state: Mapping[str, Any], name: str) -> str:
+def _describe_entry(state: Mapping[str, Any], name: str) -> str:
     if name not in state:
-        return "nothing"
+        return "missing"
     value = state[name]
     if not isinstance(value, torch.Tensor):
         return "extra state"
@@ -269,31 +261,34 @@ def _shape(state: Mapping[str, Any], name: str) -> str:
 def share(
     resumed: ResumePoint | None, learner: Replica, control: ControlChannel, tensors: Collectives
 ) -> tuple[RunProgress, TrainState]:
-    """Bring every rank to rank 0's checkpoint; the weights have been shared already. Every rank
+    """Broadcast rank 0's checkpoint, except the weights, which are broadcast before. Every rank
     calls this together.
 
     Args:
-        resumed: on rank 0, None for a new run; None elsewhere.
-        learner: whose optimizer state and running statistics are set; these are scattered
+        resumed: on rank 0 the checkpoint, or None for a new run; None elsewhere.
+        learner: its optimizer state and running statistics are set; the latter are partial
             afterwards.
-        control: for what is small.
-        tensors: for what is large.
+        control: for everything but tensors.
+        tensors: for tensors.
+
+    Returns:
+        The run's progress and state, the same on every rank.
     """
     content = None if resumed is None else resumed.content
-    message = b"null" if content is None else json.dumps(_small(content)).encode()
-    small = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
-    if small is None:
+    message = b"null" if content is None else json.dumps(_without_tensors(content)).encode()
+    record = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
+    if record is None:
         learner.statistics.to_partial()
         return RunProgress(), TrainState()
-    _share_optimizer(small["optimizer"], content, learner, tensors)
+    _share_optimizer(record["optimizer"], content, learner, tensors)
     learner.statistics.to_partial()
-    if small["has_parts"] and small["world_size"] == control.size:
-        _share_parts(content, learner, tensors, control)
-    return RunProgress.from_plain(small["progress"]), TrainState(**small["state"])
+    if record["has_local_stats"] and record["world_size"] == control.size:
+        _share_local_stats(content, learner, tensors, control)
+    return RunProgress.from_plain(record["progress"]), TrainState(**record["state"])
 
 
-def _small(content: CheckpointContent) -> dict[str, Any]:
-    """All of a checkpoint but its tensors, and what the tensors of the optimizer are like."""
+def _without_tensors(content: CheckpointContent) -> dict[str, Any]:
+    """A checkpoint's progress and state, and shape and dtype of each tensor of the optimizer."""
     entries: list[Sequence[Any]] = []
     for name, state in content.optimizer.items():
         for key, value in state.items():
@@ -307,7 +302,7 @@ def _small(content: CheckpointContent) -> dict[str, Any]:
         "progress": content.progress.to_plain(),
         "state": vars(content.state),
         "world_size": content.facts.world_size,
-        "has_parts": bool(content.local_stats),
+        "has_local_stats": bool(content.local_stats),
         "optimizer": entries,
     }
 
@@ -318,43 +313,40 @@ def _share_optimizer(
     learner: Replica,
     tensors: Collectives,
 ) -> None:
-    # hvd.broadcast_optimizer_state would take a real step on empty state and move the weights;
-    # these are plain tensors.
+    # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which moves the weights
     weights = {name: weight for weight, name in learner.names.items()}
     learner.update.optimizer.state.clear()
-    shared = []
+    named_tensors = []
     for name, key, value, dtype in entries:
         weight = weights[name]
         if dtype is None:
             learner.update.optimizer.state[weight][key] = value
             continue
-        # A tensor with the shape of its weight lies beside it, also where neither has a dimension;
-        # torch keeps counts on the CPU.
-        beside = key != "step" and value == list(weight.shape)
+        # State of the weight's shape is on its device; torch keeps step counts on the CPU, also
+        # those of scalar weights, whose shape is the same.
+        on_device = key != "step" and value == list(weight.shape)
         tensor = torch.zeros(
-            value, dtype=getattr(torch, dtype), device=weight.device if beside else "cpu"
+            value, dtype=getattr(torch, dtype), device=weight.device if on_device else "cpu"
         )
         if content is not None:
             tensor.copy_(content.optimizer[name][key])
         learner.update.optimizer.state[weight][key] = tensor
-        shared.append((f"optimizer.{name}.{key}", tensor))
-    tensors.broadcast_(shared)
+        named_tensors.append((f"optimizer.{name}.{key}", tensor))
+    tensors.broadcast_(named_tensors)
 
 
-def _share_parts(
+def _share_local_stats(
     content: CheckpointContent | None,
     learner: Replica,
     tensors: Collectives,
     control: ControlChannel,
 ) -> None:
-    """Give each rank its own part of the running statistics back, so that not even their last bits
-    change.
-    """
-    own = learner.statistics.local_stats()
-    rows = torch.zeros(control.size, own.numel(), dtype=own.dtype)
+    """Restore each rank's partial running statistics, bit for bit."""
+    current = learner.statistics.local_stats()
+    rows = torch.zeros(control.size, current.numel(), dtype=current.dtype)
     if content is not None:
-        for rank, part in enumerate(content.local_stats):
-            rows[rank] = part.view(own.dtype)
-    if own.numel():
-        tensors.broadcast_([("statistics_parts", rows)])
-        learner.statistics.restore_local_stats(rows[control.rank].to(own.device))
+        for rank, saved in enumerate(content.local_stats):
+            rows[rank] = saved.view(current.dtype)
+    if current.numel():
+        tensors.broadcast_([("local_stats", rows)])
+        learner.statistics.restore_local_stats(rows[control.rank].to(current.device))

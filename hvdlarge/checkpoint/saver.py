@@ -1,10 +1,9 @@
-"""When and what is saved: the state of a run between two steps, from which it goes on as if it had
-never stopped.
+"""Decides when to save, and collects the state of a run between two steps.
 
-A checkpoint that the job's cadence asks for is part of the run: an undisturbed run writes it too,
-so gathering and scattering the running statistics there changes nothing between the two. One that a
-clock or a stop asks for is not: there every rank's part is kept beside the sum and put back, so
-that the last bits stay the same.
+Saving must not change the weights. A scheduled checkpoint, required by the job, is also written by
+an uninterrupted run, so it may all-reduce the running statistics and continue from the sum. One
+that is due to the clock or to a stop may not: there each rank's partial statistics are saved beside
+the sum and restored, so that the run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -28,22 +27,21 @@ from hvdlarge.train_state import TrainState
 
 
 class CheckpointSaver:
-    """Writes checkpoints when they are due. All methods but `wants_save` and `failed` are called by
-    every rank together.
+    """Saves the state of a run. Every rank calls each method together, except `wants_save` and
+    `failed`.
 
     Args:
-        control: the channel on which parts of the running statistics are collected.
-        tensors: the collectives with which they are summed.
-        learner: what is saved.
-        folder: rank 0's; on the other ranks one that writes nothing.
+        control: gathers the partial running statistics.
+        tensors: sums them.
+        learner: the replica to save.
+        folder: rank 0's folder; on other ranks `NoCheckpoints`.
         clock: of the run.
-        cadence: the job's section.
-        rankings: the results that may decide on the best evaluation, the first that is there before
-            the others, and whether a higher value of each is better.
-        facts: what every checkpoint carries.
-        log_offsets: where rank 0's logs end, so that a resumed run can cut off what came after.
-        goes_back: whether the run may go back to the last checkpoint of its cadence, which is kept
-            then.
+        cadence: the job's section `checkpoint`.
+        rankings: names of results, in order of preference for the choice of the best evaluation,
+            and whether a higher value is better.
+        facts: recorded in every checkpoint.
+        log_offsets: returns the lengths of rank 0's logs, to which a resumed run truncates them.
+        goes_back: whether rollbacks are possible, so that the last scheduled checkpoint is kept.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class CheckpointSaver:
         self._last_save = time.monotonic()
 
     def wants_save(self) -> bool:
-        """Whether rank 0's clock asks for a checkpoint; the other ranks' never do."""
+        """Whether `checkpoint.every_minutes` have passed since the last save; False off rank 0."""
         minutes = self._cadence.every_minutes
         return (
             minutes is not None
@@ -83,9 +81,7 @@ class CheckpointSaver:
         return self._folder.failed
 
     def is_scheduled(self, decision: Decision) -> bool:
-        """Whether the job's cadence asks for a checkpoint after this step; a function of the
-        decision alone.
-        """
+        """Whether the job requires a checkpoint after this step; depends on the decision alone."""
         cadence = self._cadence
         if decision.is_last:
             return True
@@ -99,15 +95,15 @@ class CheckpointSaver:
         )
 
     def is_best(self, state: TrainState, decision: Decision, results: Mapping[str, float]) -> bool:
-        """Take an evaluation into account; whether it is the best so far. The same on every
-        rank.
+        """Whether an evaluation is the best so far; if so, `state.best` is updated. The same on
+        every rank.
         """
         by = next((name for name in self._rankings if name in results), None)
         if by is None:
             return False
         value = results[by] if self._rankings[by] else -results[by]
         best = state.best
-        # Where a resume goes by another result, the best so far says nothing: it is begun anew.
+        # After a change of `checkpoint.best` the values cannot be compared: start over
         if best is not None and best.get("by", by) == by and value <= best["value"]:
             return False
         state.best = {"by": by, "value": value, "step": float(decision.step + 1)}
@@ -125,26 +121,25 @@ class CheckpointSaver:
         """Save the state of the run. Every rank calls this together; only rank 0 writes.
 
         Args:
-            progress: where the run stands; needed on rank 0 alone.
-            state: what else the checkpoint holds.
-            best: whether it is the best so far.
-            scheduled: whether an undisturbed run saves here too.
-            wait: return when it is on disk; else the writing goes on beside the training.
-            truncated: whether the last step was cut short by the end of the run.
+            progress: of the run; needed on rank 0 only.
+            state: of the run.
+            best: whether the last evaluation is the best so far.
+            scheduled: whether an uninterrupted run saves here too.
+            wait: whether to return only when it is on disk; else training continues meanwhile.
+            truncated: whether the end of the run cut the last step short.
 
         Raises:
-            CheckpointWriteError: on rank 0 alone; the caller raises it on the others.
+            CheckpointWriteError: on rank 0 only; the caller raises it on the others.
         """
         statistics = self._learner.statistics
         snapshot = statistics.snapshot()
-        # Where an undisturbed run saves too, the sum stands for all parts
-        parts = [] if scheduled else self._gather(snapshot.local_stats)
+        local_stats = [] if scheduled else self._gather(snapshot.local_stats)
         statistics.all_reduce(self._tensors.sum)
         try:
             if self._control.rank == 0:
                 assert progress is not None  # rank 0 has the controller
                 self._last_save = time.monotonic()
-                content = self._content(progress, truncated, state, parts)
+                content = self._content(progress, truncated, state, local_stats)
                 also_keep = state.scheduled_step if self._goes_back else None
                 self._folder.save(content.to_plain(), progress.step, best, wait, also_keep)
         finally:
@@ -158,37 +153,35 @@ class CheckpointSaver:
         progress: RunProgress,
         truncated: bool,
         state: TrainState,
-        parts: Sequence[torch.Tensor],
+        local_stats: Sequence[torch.Tensor],
     ) -> CheckpointContent:
         loss = self._learner.loss
         return CheckpointContent(
             facts=self._facts,
-            model=_copied(self._learner.model.state_dict()),
-            loss=_copied(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
+            model=_copy_to_cpu(self._learner.model.state_dict()),
+            loss=_copy_to_cpu(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
             optimizer=optimizer_state(self._learner),
             progress=progress,
             truncated=truncated,
             state=state,
-            local_stats=tuple(parts),
+            local_stats=tuple(local_stats),
             log_offsets=self._log_offsets(),
         )
 
     def _gather(self, local_stats: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's part, as tensors of bytes: a checkpoint holds nothing that
-        torch.load(weights_only=True) does not know. Empty where no rank has any.
-        """
-        parts = self._control.allgather(local_stats.cpu().contiguous().numpy().tobytes())
-        if not any(parts):
+        """Every rank's partial statistics as uint8 tensors; empty if no rank has any."""
+        messages = self._control.allgather(local_stats.cpu().contiguous().numpy().tobytes())
+        if not any(messages):
             return []
-        return [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+        return [torch.frombuffer(bytearray(message), dtype=torch.uint8) for message in messages]
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises CheckpointWriteError on rank 0 alone."""
+        """Wait for the checkpoint being written. Raises CheckpointWriteError on rank 0 only."""
         self._folder.finish()
 
 
 def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name: tensors, copied to the CPU, and numbers."""
+    """The optimizer's state by parameter name: numbers, and tensors copied to the CPU."""
     return {
         learner.names[weight]: {  # type: ignore[index]
             key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
@@ -198,8 +191,8 @@ def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
     }
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict that nobody changes any more; an entry that is no tensor is extra state."""
+def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy of a state_dict; entries that are not tensors are extra state."""
     return {
         name: value.detach().cpu().clone()
         if isinstance(value, torch.Tensor)

@@ -1,6 +1,4 @@
-"""Opens the connections to the other workers: over MPI and Horovod, or the solo forms where no
-launcher started this process.
-"""
+"""Opens the channels between ranks: over MPI and Horovod, or solo forms without a launcher."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from hvdlarge.comm.launcher import Launch
 
 
 def open_control(launch: Launch | None) -> ControlChannel:
-    """Open the channel for decisions. Every rank calls this together; it needs no torch.
+    """Open the control channel. Every rank calls this together; it needs no torch.
 
     Raises:
         WorldMismatchError: if a launcher started this process and MPI is missing or sees another
@@ -21,7 +19,7 @@ def open_control(launch: Launch | None) -> ControlChannel:
         return SoloChannel()
     try:
         from hvdlarge.comm.mpi_backend import MpiChannel
-    # RuntimeError: mpi4py is there, but finds no MPI library
+    # RuntimeError: mpi4py is installed, but finds no MPI library
     except (ImportError, RuntimeError) as error:
         raise WorldMismatchError(
             f"started by {launch.launcher} with {launch.size} workers, but mpi4py does not load "

@@ -1,4 +1,4 @@
-"""Which device a worker computes on, and whether each has a GPU of its own."""
+"""Chooses the device of a worker, and checks that no two workers share a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvdlarge.exits import InvalidEnvironmentError
 
 
 def choose_device(tensors: Collectives) -> torch.device:
-    """The GPU of this worker's number on its host, or the CPU of a host without GPUs.
+    """The GPU with the worker's local rank, or the CPU on a host without GPUs.
 
     Raises:
         InvalidEnvironmentError: if Horovod cannot use the GPUs, or there are fewer of them than
@@ -23,16 +23,15 @@ def choose_device(tensors: Collectives) -> torch.device:
     gpus = torch.cuda.device_count()
     if not tensors.carries_gpu_tensors:
         raise InvalidEnvironmentError(
-            f"this host has {gpus} GPUs, but its Horovod was built without CUDA: build it again "
-            "with CUDA_HOME set (and "
-            "HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"this host has {gpus} GPUs, but its Horovod was built without CUDA: rebuild it with "
+            "CUDA_HOME set (and HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU"
         )
-    # A launcher that gives each worker a GPU of its own shows it that one alone; whether it did,
-    # `check_gpus` finds out.
+    # One visible GPU may mean that the launcher shows each worker its own; `check_gpus` verifies it
     if 1 < gpus < tensors.local_size and tensors.needs_own_gpus:
         raise InvalidEnvironmentError(
             f"{tensors.local_size} workers on a host with {gpus} GPUs: start at most one worker "
-            "for each GPU"
+            "per GPU"
         )
     device = torch.device("cuda", tensors.local_rank % gpus)
     torch.cuda.set_device(device)
@@ -40,47 +39,47 @@ def choose_device(tensors: Collectives) -> torch.device:
 
 
 def check_gpus(device: torch.device, control: ControlChannel, tensors: Collectives) -> list[str]:
-    """See whether each worker has a GPU of its own; what the user may not expect. Every rank calls
-    this together.
+    """Check whether workers share a GPU. Every rank calls this together.
+
+    Returns:
+        Notes for the user.
 
     Raises:
-        InvalidEnvironmentError: on every rank, if workers share a GPU and their sums go over
-            NCCL, which cannot serve that.
+        InvalidEnvironmentError: on every rank, if workers share a GPU and all-reduce over NCCL,
+            which does not support that.
     """
-    own = (
+    uuid = (
         str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
         if device.type == "cuda"
         else ""
     )
-    places = [
-        message.decode()
-        for message in control.allgather(f"{socket.gethostname()} {own}".encode() if own else b"")
-    ]
-    shared = shared_gpu(places)
+    message = f"{socket.gethostname()} {uuid}" if uuid else ""
+    gpus = [answer.decode() for answer in control.allgather(message.encode())]
+    shared = shared_gpu(gpus)
     if shared is None:
         return []
-    ranks = f"ranks {shared[0]} and {shared[1]} have the same GPU ({places[shared[0]]})"
+    ranks = f"ranks {shared[0]} and {shared[1]} have the same GPU ({gpus[shared[0]]})"
     if tensors.needs_own_gpus:
         raise InvalidEnvironmentError(
-            f"{ranks}, and NCCL needs one for each worker: start at most one worker for each GPU, "
-            "and let the launcher show each "
-            "worker its own one, or all of them to all (CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES)"
+            f"{ranks}, but NCCL needs one for each worker: start at most one worker per GPU, and "
+            "let the launcher make visible to each worker either its own GPU or all of them "
+            "(CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES)"
         )
     return [f"{ranks}; they take turns on it"]
 
 
-def shared_gpu(places: Sequence[str]) -> tuple[int, int] | None:
-    """The first two ranks with the same GPU; None if each has its own.
+def shared_gpu(gpus: Sequence[str]) -> tuple[int, int] | None:
+    """The first two ranks with the same GPU; None if there are none.
 
     Args:
-        places: host and identity of each rank's GPU; empty for a rank without one.
+        gpus: host and UUID of each rank's GPU; empty for a rank without one.
 
     >>> shared_gpu(["a GPU-1", "a GPU-2", "b GPU-1", "a GPU-2"])
     (1, 3)
     >>> shared_gpu(["", ""]) is None
     True
     """
-    for rank, place in enumerate(places):
-        if place and place in places[:rank]:
-            return places.index(place), rank
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpu in gpus[:rank]:
+            return gpus.index(gpu), rank
     return None

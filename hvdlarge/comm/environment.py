@@ -1,5 +1,6 @@
-"""What surrounds a run: versions, the host, and the variables that MPI and Horovod read. Needs none
-of them.
+"""The environment of a run: versions, the host, and the variables that MPI and Horovod read.
+
+Imports neither MPI nor Horovod.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ class HorovodSettings(Protocol):
 
     @property
     def fusion_mib(self) -> float:
-        """Size of the buffers in which gradients are sent together, in MiB."""
+        """Size of the fusion buffer, in MiB."""
         ...
 
     @property
     def cycle_ms(self) -> float | None:
-        """How often Horovod looks for work, in milliseconds."""
+        """Length of Horovod's cycle, in milliseconds; None: its default."""
         ...
 
     @property
     def yield_when_idle(self) -> bool | None:
-        """Whether a waiting rank gives its core away."""
+        """Whether a waiting rank yields its core; None: by the number of cores."""
         ...
 
 
 _PACKAGES = ("torch", "horovod", "mpi4py", "numpy", "triton")
-# Horovod's variables that differ from rank to rank, or from host to host, by their nature.
-_OF_A_RANK = (
+# Prefixes of Horovod's variables that may differ between ranks or hosts
+_PER_RANK = (
     "HOROVOD_RANK",
     "HOROVOD_SIZE",
     "HOROVOD_LOCAL_",
@@ -54,23 +55,23 @@ _OF_A_RANK = (
 
 
 def versions() -> dict[str, str | None]:
-    """Of the engine, Python and the packages whose versions may change results; None for one that
-    is not installed.
+    """Versions of the engine, Python and the packages that may change results; None if not
+    installed.
     """
-    found: dict[str, str | None] = {
+    numbers: dict[str, str | None] = {
         "hvdlarge": __version__,
         "python": ".".join(map(str, sys.version_info[:3])),
     }
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            numbers[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            numbers[package] = None
+    return numbers
 
 
-def settle(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
-    """Set what MPI and Horovod read when they start, before either does; returns what was set."""
+def set_environment(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
+    """Set the environment variables for MPI and Horovod, before either starts; returns them."""
     if launch is None:
         return {}
     cores = len(bound_cores())
@@ -87,15 +88,12 @@ def settle(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
 
 
 def host() -> dict[str, Any]:
-    """What the run folder keeps about each worker; `cores` are the numbers of those it may run
-    on.
-    """
+    """Host name, process id and usable cores of this worker, for the run folder."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "cores": bound_cores()}
 
 
 def shared_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Horovod's variables that must be the same on every rank: they decide in which order sums are
-    added up, and when.
+    """Horovod's variables that must be the same on every rank, as they affect the order of sums.
 
     >>> shared_settings({"HOROVOD_RANK": "1", "HOROVOD_CYCLE_TIME": "2", "HOME": "/home/ada"})
     {'HOROVOD_CYCLE_TIME': '2'}
@@ -103,5 +101,5 @@ def shared_settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environ.items())
-        if name.startswith("HOROVOD_") and not name.startswith(_OF_A_RANK)
+        if name.startswith("HOROVOD_") and not name.startswith(_PER_RANK)
     }

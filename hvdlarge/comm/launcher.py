@@ -1,10 +1,8 @@
-"""What a launcher told this process through its environment, and what the process sets in it before
-MPI starts.
+"""Reads a launcher's environment variables, and chooses those to set before MPI starts.
 
 Source:   the variables that Open MPI, MPICH's and Intel's Hydra, PMIx under Slurm, Slurm itself and
           Horovod's own launcher set for each process.
-Contract: reads the environment only; needs neither Horovod nor MPI, so it also works where both are
-          missing.
+Contract: reads the environment only; works without Horovod and MPI.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """One process of a launch, as its launcher described it."""
+    """The place of this process in a launch, as described by its launcher."""
 
     launcher: str
     rank: int
@@ -26,13 +24,12 @@ class Launch:
 
     @property
     def is_local_leader(self) -> bool:
-        """Whether this is the one process of its host that reports what is wrong with the host."""
+        """Whether this process reports for its host."""
         return self.local_rank == 0
 
 
-# (launcher, rank, size, local rank, local size); the first whose rank and size are both there
-# counts.
-_FAMILIES = (
+# (launcher, rank, size, local rank, local size); the first whose rank and size are both set counts
+_VARIABLES = (
     (
         "Open MPI",
         "OMPI_COMM_WORLD_RANK",
@@ -55,17 +52,16 @@ _STALL_CHECK_SECONDS = 60  # Horovod's default
 
 
 def detect(environ: Mapping[str, str]) -> Launch | None:
-    """The launch that this process belongs to, or None for a plain `python -m hvdlarge.train`.
+    """The launch of this process; None for a plain `python -m hvdlarge.train`.
 
     >>> detect({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"})
     Launch(launcher='Open MPI', rank=3, size=8, local_rank=3, local_size=8)
     >>> detect({"HOME": "/home/ada"}) is None
     True
     """
-    for launcher, rank_name, size_name, local_rank_name, local_size_name in _FAMILIES:
+    for launcher, rank_name, size_name, local_rank_name, local_size_name in _VARIABLES:
         if rank_name in environ and size_name in environ:
-            # A Slurm batch script carries such variables too; only a step of more than one task is
-            # a launch.
+            # A Slurm batch script has these variables too; only a step of several tasks is a launch
             if launcher == "srun" and int(environ[size_name]) < 2:
                 continue
             rank, size = int(environ[rank_name]), int(environ[size_name])
@@ -76,7 +72,7 @@ def detect(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _leading_number(text: str, default: int) -> int:
-    """The 4 of '4(x2)', Slurm's way of writing tasks per node."""
+    """4 for '4(x2)', Slurm's notation of tasks per node."""
     digits = text.split("(")[0].split(",")[0]
     return int(digits) if digits.isdigit() else default
 
@@ -91,12 +87,11 @@ def bound_cores() -> list[int]:
 
 
 def cores_per_worker(bindings: Sequence[tuple[str, Sequence[int]]], rank: int) -> int:
-    """Cores that a worker has for itself: those it is bound to, shared with the workers bound to
-    the same ones.
+    """A worker's share of the cores it is bound to, at least 1.
 
     Args:
-        bindings: the host and the cores of each worker, in the order of the ranks.
-        rank: the worker asked about.
+        bindings: host and cores of each worker, in rank order.
+        rank: of the worker.
 
     >>> cores_per_worker([("a", (0, 1)), ("a", (0, 1)), ("b", (0, 1))], rank=0)
     1
@@ -118,21 +113,19 @@ def starting_settings(
     cycle_ms: float | None = None,
     yield_when_idle: bool | None = None,
 ) -> dict[str, str]:
-    """Environment variables to set before MPI and Horovod start; those that the user has set
-    already are left alone.
+    """Environment variables to set before MPI and Horovod start, except those already set.
 
-    HOROVOD_FUSION_THRESHOLD=0: fused buffers change from run to run with the timing, and with them
-    the order of the sums. OMPI_MCA_mpi_yield_when_idle=1, where there may be less than two cores
-    for each worker: a waiting rank, or Horovod's own thread, otherwise keeps a core from a rank
-    that computes. HOROVOD_STALL_CHECK_TIME_SECONDS, where HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is
-    below it: Horovod would ignore the latter.
+    HOROVOD_FUSION_THRESHOLD=0: what is fused depends on timing, and with it the order of sums.
+    OMPI_MCA_mpi_yield_when_idle=1 with less than two cores per worker: otherwise a waiting rank, or
+    Horovod's thread, takes a core from a rank that computes. HOROVOD_STALL_CHECK_TIME_SECONDS is
+    lowered to HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, which Horovod ignores if it is the smaller one.
 
     Args:
-        environ: the environment as it is.
+        environ: the current environment.
         local_size: workers on this host.
-        cores: that this process may run on.
+        cores: number of cores that this process may run on.
         fusion_mib: HOROVOD_FUSION_THRESHOLD, in MiB.
-        cycle_ms: HOROVOD_CYCLE_TIME, in milliseconds; None leaves it at Horovod's own.
+        cycle_ms: HOROVOD_CYCLE_TIME, in milliseconds; None: Horovod's default.
         yield_when_idle: OMPI_MCA_mpi_yield_when_idle; None: by the number of cores.
     """
     settings = {"HOROVOD_FUSION_THRESHOLD": str(round(fusion_mib * 2**20))}

@@ -1,11 +1,10 @@
-"""The control channel over MPI: the only file that knows mpi4py.
+"""The control channel over MPI: the only file that imports mpi4py.
 
-An mpi4py broadcast of a fixed record costs 0.002 to 0.04 ms where a Horovod broadcast waits one
-cycle (1 to 2 ms).
+An mpi4py broadcast of a small record takes 0.002 to 0.04 ms; one by Horovod waits for a cycle of 1
+to 2 ms.
 
-Every collective is begun without waiting and then asked after until it is done. A rank that waits
-inside MPI would wait in C: no signal would reach Python, and two threads of one process, this one
-and Horovod's, would block in the same MPI at once.
+Every collective is non-blocking and polled until it completes. A blocking call would wait in C,
+where Python handles no signals, while Horovod's thread blocks in the same MPI.
 """
 
 from __future__ import annotations
@@ -23,29 +22,26 @@ import mpi4py
 from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.launcher import Launch
 
-# MPI starts when the channel is opened, after the environment has been settled
+# MPI starts when the channel is opened, after its environment variables have been set
 mpi4py.rc.initialize = False
-# Nor may it ever start in a loader process whose data set's module imports mpi4py: such a process
-# is no rank.
+# It must not start in a loader process whose data set's module imports mpi4py: that is not a rank
 os.environ.setdefault("MPI4PY_RC_INITIALIZE", "0")
 from mpi4py import MPI  # noqa: E402
 
-# Most answers are there within microseconds. Who has waited longer gives the core away between two
-# questions, and who has waited long sleeps: more ranks than cores must not take turns at asking.
-_GIVE_WAY_AFTER, _SLEEP_AFTER, _SLEEP_SECONDS = 20e-6, 2e-3, 100e-6
+# Most collectives complete within microseconds. After longer waits a rank yields its core between
+# polls, then sleeps: with more ranks than cores, polling would take time from ranks that compute.
+_YIELD_AFTER_SECONDS, _SLEEP_AFTER_SECONDS, _SLEEP_SECONDS = 20e-6, 2e-3, 100e-6
 
 
 class MpiChannel:
-    """Decisions and verdicts over a communicator of their own, so that Horovod's messages never
-    meet them.
-    """
+    """Small messages over a communicator separate from Horovod's."""
 
     def __init__(self, launch: Launch) -> None:
         """Start MPI. Every rank calls this together.
 
         Raises:
             WorldMismatchError: if MPI sees another number of workers than the launcher started, or
-                cannot serve two threads.
+                does not support MPI_THREAD_MULTIPLE.
         """
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         if MPI.COMM_WORLD.size != launch.size:
@@ -67,6 +63,9 @@ class MpiChannel:
     def broadcast(self, record: bytes | None, length: int) -> bytes:
         """Rank 0's `record` of exactly `length` bytes, on every rank. Every rank calls this
         together.
+
+        Raises:
+            ValueError: on rank 0, for a record of another length.
         """
         buffer = bytearray(length)
         if self.rank == 0:
@@ -77,7 +76,7 @@ class MpiChannel:
         return bytes(buffer)
 
     def allgather(self, message: bytes) -> list[bytes]:
-        """Every rank's message, in the order of the ranks. Every rank calls this together."""
+        """Every rank's message, in rank order. Every rank calls this together."""
         lengths = bytearray(8 * self.size)
         _wait(
             self._comm.Iallgather(
@@ -91,46 +90,44 @@ class MpiChannel:
         return [bytes(gathered[start:stop]) for start, stop in itertools.pairwise(limits)]
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin to find the largest of each value over all ranks. Every rank calls this together,
-        and later the result.
+        """Start a Max-allreduce of each value. Every rank calls this together, and later the
+        returned function, which waits and returns the maxima.
         """
-        mine, largest = array("d", values), array("d", bytes(8 * len(values)))
-        request = self._comm.Iallreduce([mine, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
-        # MPI reads and writes both until it is done, and the request does not hold an array
-        held = (mine, largest)
+        local, largest = array("d", values), array("d", bytes(8 * len(values)))
+        request = self._comm.Iallreduce([local, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
+        # `wait` refers to both: MPI uses them until it is done, and the request keeps neither alive
+        buffers = (local, largest)
 
         def wait() -> list[float]:
             _wait(request)
-            return held[1].tolist()
+            return buffers[1].tolist()
 
         return wait
 
     def barrier(self) -> None:
-        """Wait until every rank has come here. Every rank calls this together."""
+        """Wait for every rank. Every rank calls this together."""
         _wait(self._comm.Ibarrier())
 
     def close(self) -> None:
-        """Leave MPI in order, after the collectives are closed. Every rank calls this together."""
+        """Finalize MPI, after the collectives are closed. Every rank calls this together."""
         self.barrier()
         self._comm.Free()
         MPI.Finalize()
 
     def abort(self, code: int) -> NoReturn:
-        """End every process of the run with this exit code, at once. Any single rank may call
-        it.
-        """
+        """End every process of the run with this exit code, at once. One rank suffices."""
         sys.stdout.flush()
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)
-        os._exit(code)  # MPI's abort does not return; this is for the reader and the type checker
+        os._exit(code)  # for the type checker: Abort does not return
 
 
 def _wait(request: MPI.Request) -> None:
-    """Return when a collective is done. Python's signal handlers run meanwhile."""
-    began = time.monotonic()
+    """Wait for a collective. Python's signal handlers run meanwhile."""
+    start = time.monotonic()
     while not request.Test():
-        waited = time.monotonic() - began
-        if waited > _SLEEP_AFTER:
+        waited = time.monotonic() - start
+        if waited > _SLEEP_AFTER_SECONDS:
             time.sleep(_SLEEP_SECONDS)
-        elif waited > _GIVE_WAY_AFTER:
+        elif waited > _YIELD_AFTER_SECONDS:
             os.sched_yield()

@@ -1,8 +1,8 @@
-"""What this machine has and lacks for a run: each finding with the one command that mends it.
+"""Checks what this machine has and lacks for a run; each finding names the command that fixes it.
 
-Everything that may crash, hang or be missing is looked at in a process of its own, so an
-examination always comes to its end. What is looked for is what users of Horovod and MPI report
-most; the messages are those of Horovod 0.28.1 and Open MPI 4 and 5.
+Whatever may crash, hang or be missing is tried in a subprocess, so the checks always finish. They
+cover what users of Horovod and MPI report most; the error messages that they recognize are those of
+Horovod 0.28.1 and Open MPI 4 and 5.
 """
 
 from __future__ import annotations
@@ -23,104 +23,103 @@ from hvdlarge.comm.launcher import Launch
 Level = Literal["ok", "warning", "error"]
 _BUILD = "docker/install-horovod.sh python"
 _SYSTEM = "docker/install-system.sh python"
-_PATIENCE_SECONDS = 60
+_TIMEOUT_SECONDS = 60
 _SMALL_SHARED_MEMORY = 512 * 2**20
 
-# Imports one module and says what its named functions return and which MPI libraries the process
-# has loaded.
-_LOOK = """
+# Imports a module; reports the values of its named functions or attributes and the loaded MPI
+# libraries
+_MODULE_SCRIPT = """
 import importlib, json, os, sys
-found = {}
+report = {}
 try:
     module = importlib.import_module(sys.argv[1])
     for name in sys.argv[2:]:
         value = getattr(module, name)
-        found[name] = value() if callable(value) else value
+        report[name] = value() if callable(value) else value
     if os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps") as maps:
             paths = [line.split()[-1] for line in maps]
-            found["libraries"] = sorted({path for path in paths if "libmpi" in path.split("/")[-1]})
+            libraries = {path for path in paths if "libmpi" in path.split("/")[-1]}
+            report["libraries"] = sorted(libraries)
 except BaseException as error:
-    found["error"] = f"{type(error).__name__}: {error}"
-print("FOUND" + json.dumps(found, default=str))
+    report["error"] = f"{type(error).__name__}: {error}"
+print("REPORT" + json.dumps(report, default=str))
 """
 
-# Opens both channels as a run does, and says what each side sees.
-_WORLD = """
+# Opens both channels as a run does; reports the workers that this one sees
+_LAUNCH_SCRIPT = """
 import json, os, socket
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
 from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.connect import open_control, open_tensors
 launch = detect(os.environ)
 os.environ.update(starting_settings(os.environ, launch.local_size, len(bound_cores())))
-found = {"host": socket.gethostname(), "cores": bound_cores()}
+report = {"host": socket.gethostname(), "cores": bound_cores()}
 try:
     control = open_control(launch)
     tensors = open_tensors(launch, control)
-    found["size"] = control.size
-    found["workers"] = [json.loads(text) for text in control.allgather(json.dumps(found).encode())]
+    report["size"] = control.size
+    answers = control.allgather(json.dumps(report).encode())
+    report["workers"] = [json.loads(answer) for answer in answers]
     tensors.close()
     control.close()
 except (WorldMismatchError, OSError) as error:
-    found["error"] = str(error)
+    report["error"] = str(error)
 if launch.is_local_leader:
-    print("FOUND" + json.dumps(found))
+    print("REPORT" + json.dumps(report))
 """
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     level: Level
     text: str
-    fix: str = ""  # the command that mends it; empty where nothing needs mending
+    fix: str = ""  # the command that fixes it; empty if there is nothing to fix
 
 
 def run_checks(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Finding]:
-    """Look at everything, in the order in which it is needed.
+    """Run all checks, each after those that it depends on.
 
     Args:
         environ: the environment of this process.
-        launch: the launch that this process belongs to; None without a launcher, then a launch of
-            two workers is tried.
+        launch: of this process; None without a launcher: then two workers are started on trial.
     """
     yield _python()
-    torch = _look("torch", "__version__")
+    torch = _try_module("torch", "__version__")
     yield _torch(torch)
-    mpi4py = _look("mpi4py.MPI", "Get_library_version", MPI4PY_RC_INITIALIZE="0")
+    mpi4py = _try_module("mpi4py.MPI", "Get_library_version", MPI4PY_RC_INITIALIZE="0")
     yield from _mpi(mpi4py)
     horovod = (
-        _look("horovod.torch", "mpi_built", "nccl_built", "cuda_built", "rocm_built")
+        _try_module("horovod.torch", "mpi_built", "nccl_built", "cuda_built", "rocm_built")
         if "error" not in torch
         else None
     )
     yield from _horovod(horovod, torch, mpi4py)
     yield from _variables(environ)
     if "error" not in mpi4py and horovod is not None and "error" not in horovod:
-        yield from _world(launch)
+        yield from _launch(launch)
     yield from _gpus(torch, horovod)
     yield from _system()
 
 
-def observe(launch: Launch) -> None:
-    """What the ranks do that do not report: take part in the trial of the world. Every such rank
-    calls this together.
-    """
-    # The one that reports looks at other things first
-    _ask(_WORLD, environ={}, patience=3 * _PATIENCE_SECONDS)
+def join_launch_check() -> None:
+    """Take part in the check of the launch, on the ranks that do not report."""
+    # Longer than the reporting rank's timeout, as that runs other checks first
+    _run_script(_LAUNCH_SCRIPT, environ={}, timeout=3 * _TIMEOUT_SECONDS)
 
 
 def _python() -> Finding:
     return Finding("Python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})")
 
 
-def _torch(found: Mapping[str, Any]) -> Finding:
-    if "error" in found:
+def _torch(torch: Mapping[str, Any]) -> Finding:
+    if "error" in torch:
         return Finding(
-            "torch", "error", f"does not load: {found['error']}", "python -m pip install torch"
+            "torch", "error", f"does not load: {torch['error']}", "python -m pip install torch"
         )
-    version = found["__version__"]
+    version = torch["__version__"]
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 10):
         return Finding(
             "torch",
@@ -139,21 +138,21 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
             "MPI launcher", "warning", text, f"{_SYSTEM}  (on a cluster: module load openmpi)"
         )
     else:
-        said = _output(["mpirun", "--version"])
-        launcher = _vendor_of(said)
+        output = _output(["mpirun", "--version"])
+        launcher = _vendor_and_version(output)
         yield Finding(
             "MPI launcher",
             "ok",
-            f"{' '.join(launcher) or said.strip()[:80]} ({shutil.which('mpirun')})",
+            f"{' '.join(launcher) or output.strip()[:80]} ({shutil.which('mpirun')})",
         )
     if "error" in mpi4py:
         yield Finding("mpi4py", "error", f"does not load: {mpi4py['error']}", _BUILD)
         return
-    library = _vendor_of(mpi4py["Get_library_version"])
+    library = _vendor_and_version(mpi4py["Get_library_version"])
     if launcher and library and launcher != library:
         text = (
             f"uses {' '.join(library)}, but mpirun is that of {' '.join(launcher)}: every worker "
-            "would be alone in its world"
+            "would see a world size of 1"
         )
         yield Finding(
             "mpi4py", "error", text, f"{_BUILD}  (with the MPI that you launch with first on PATH)"
@@ -165,18 +164,20 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
 def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
+            command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not answer ({type(error).__name__})"
 
 
-def _vendor_of(text: str) -> tuple[str, ...]:
-    """Vendor and version of an MPI from what it says about itself.
+def _vendor_and_version(text: str) -> tuple[str, ...]:
+    """Vendor and version of an MPI from its version message; empty if it is not recognized.
 
-    >>> _vendor_of("mpirun (Open MPI) 4.1.4"), _vendor_of("Open MPI v4.1.4, ident: 4.1.4")
-    (('Open MPI', '4.1.4'), ('Open MPI', '4.1.4'))
-    >>> _vendor_of("HYDRA build details: Version: 4.2.0 Release Date")
+    >>> _vendor_and_version("mpirun (Open MPI) 4.1.4")
+    ('Open MPI', '4.1.4')
+    >>> _vendor_and_version("Open MPI v4.1.4, ident: 4.1.4")
+    ('Open MPI', '4.1.4')
+    >>> _vendor_and_version("HYDRA build details: Version: 4.2.0 Release Date")
     ('MPICH', '4.2.0')
     """
     for vendor, pattern in (
@@ -191,50 +192,52 @@ def _vendor_of(text: str) -> tuple[str, ...]:
 
 
 def _horovod(
-    found: Mapping[str, Any] | None, torch: Mapping[str, Any], mpi4py: Mapping[str, Any]
+    horovod: Mapping[str, Any] | None, torch: Mapping[str, Any], mpi4py: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    if found is None:
-        return  # without torch there is nothing to see
-    if "error" in found:
-        yield Finding("Horovod", "error", *_why_horovod_does_not_load(found["error"]))
+    if horovod is None:
+        return  # horovod.torch cannot be imported without torch
+    if "error" in horovod:
+        yield Finding("Horovod", "error", *_explain_horovod_error(horovod["error"]))
         return
-    built_with = _torch_that_horovod_was_built_with()
+    built_with = _horovods_torch_version()
     if built_with is not None and built_with != torch["__version__"]:
         yield Finding(
             "Horovod",
             "error",
-            f"was built with torch {built_with}, here is {torch['__version__']}",
+            f"was built with torch {built_with}, but torch {torch['__version__']} is installed",
             _BUILD,
         )
-    elif not found["mpi_built"]:
+    elif not horovod["mpi_built"]:
         yield Finding("Horovod", "error", "was built without MPI", _BUILD)
     else:
         flags = ", ".join(
-            name.removesuffix("_built") for name in found if name.endswith("_built") and found[name]
+            name.removesuffix("_built")
+            for name in horovod
+            if name.endswith("_built") and horovod[name]
         )
         yield Finding(
             "Horovod",
             "ok",
             f"built with {flags}" + (f" against torch {built_with}" if built_with else ""),
         )
-    theirs, ours = (
+    of_horovod, of_mpi4py = (
         {
             library
-            for library in maps.get("libraries", ())
+            for library in module.get("libraries", ())
             if re.match(r"libmpi\.so", Path(library).name)
         }
-        for maps in (found, mpi4py)
+        for module in (horovod, mpi4py)
     )
-    if theirs and ours and theirs != ours:
+    if of_horovod and of_mpi4py and of_horovod != of_mpi4py:
         text = (
-            f"Horovod loads {', '.join(sorted(theirs))}, mpi4py {', '.join(sorted(ours))}: they "
-            "would not meet"
+            f"Horovod loads {', '.join(sorted(of_horovod))}, mpi4py "
+            f"{', '.join(sorted(of_mpi4py))}: both must load the same MPI"
         )
         yield Finding("one MPI", "error", text, _BUILD)
 
 
-def _why_horovod_does_not_load(error: str) -> tuple[str, str]:
-    """What is wrong, and the command that mends it."""
+def _explain_horovod_error(error: str) -> tuple[str, str]:
+    """What is wrong, and the command that fixes it."""
     if error.startswith("ModuleNotFoundError: No module named 'horovod"):
         return "is not installed: only runs on one worker are possible", _BUILD
     if (
@@ -250,18 +253,19 @@ def _why_horovod_does_not_load(error: str) -> tuple[str, str]:
         )
     if "libmpi" in error:
         return (
-            f"does not find its MPI: {error}",
+            f"cannot find its MPI: {error}",
             "module load openmpi  (or LD_LIBRARY_PATH of the MPI that it was built with)",
         )
     if "packaging" in error or "distutils" in error:
         return (
-            f"misses a part of Python's packaging: {error}",
+            f"needs a missing packaging module of Python: {error}",
             "python -m pip install setuptools packaging",
         )
     return f"does not load: {error}", _BUILD
 
 
-def _torch_that_horovod_was_built_with() -> str | None:
+def _horovods_torch_version() -> str | None:
+    """The torch that Horovod was built with; None if Horovod does not record it."""
     for folder in sys.path:
         record = Path(folder or ".") / "horovod" / "metadata.json"
         if record.is_file():
@@ -291,55 +295,55 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def _world(launch: Launch | None) -> Iterator[Finding]:
-    """Workers that see each other, and the cores they have."""
+def _launch(launch: Launch | None) -> Iterator[Finding]:
+    """Whether workers see each other, and how many cores they have."""
     if launch is not None:
-        workers, found = launch.size, _ask(_WORLD, environ={})
+        workers, report = launch.size, _run_script(_LAUNCH_SCRIPT, environ={})
         name = f"{workers} workers by {launch.launcher}"
     elif shutil.which("mpirun") is None:
         return
     else:
         name = "a trial of 2 workers"
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        workers, found = 2, _ask(_WORLD, environ=root, before=("mpirun", "-np", "2"))
-        if "slots" in found.get("error", ""):
-            slots = found["error"]
-            found = _ask(_WORLD, environ=root, before=("mpirun", "--oversubscribe", "-np", "2"))
-            if "error" not in found:
+        workers, report = 2, _run_script(_LAUNCH_SCRIPT, root, ("mpirun", "-np", "2"))
+        if "slots" in report.get("error", ""):
+            error = report["error"]
+            command = ("mpirun", "--oversubscribe", "-np", "2")
+            report = _run_script(_LAUNCH_SCRIPT, root, command)
+            if "error" not in report:
                 yield Finding(
                     name,
                     "warning",
-                    f"mpirun finds too few slots here ({slots})",
+                    f"mpirun finds too few slots on this host ({error})",
                     "mpirun --oversubscribe -np 2 …",
                 )
-    if "error" in found:
-        yield Finding(name, "error", found["error"], _cure_of_a_world(found["error"]))
+    if "error" in report:
+        yield Finding(name, "error", report["error"], _fix_for_launch(report["error"]))
         return
-    if found["size"] != workers:
-        yield Finding(name, "error", f"MPI sees {found['size']} of {workers} workers", _BUILD)
+    if report["size"] != workers:
+        yield Finding(name, "error", f"MPI sees {report['size']} of {workers} workers", _BUILD)
         return
     yield Finding(name, "ok", f"Horovod and MPI both see {workers}")
-    yield from _cores(found["workers"], launch)
+    yield from _cores(report["workers"], launch)
 
 
 def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Iterator[Finding]:
-    by_binding: dict[tuple[int, ...], int] = {}
-    here = [worker for worker in workers if worker["host"] == socket.gethostname()]
-    for worker in here:
-        by_binding[tuple(worker["cores"])] = by_binding.get(tuple(worker["cores"]), 0) + 1
-    cores, sharing = min(by_binding.items(), key=lambda entry: len(entry[0]) / entry[1])
-    one = "1 core" if len(cores) == 1 else f"{len(cores)} cores"
+    workers_of: dict[tuple[int, ...], int] = {}  # number of workers by the cores they are bound to
+    local = [worker for worker in workers if worker["host"] == socket.gethostname()]
+    for worker in local:
+        workers_of[tuple(worker["cores"])] = workers_of.get(tuple(worker["cores"]), 0) + 1
+    cores, sharing = min(workers_of.items(), key=lambda entry: len(entry[0]) / entry[1])
+    count = "1 core" if len(cores) == 1 else f"{len(cores)} cores"
     if sharing > len(cores):
-        enough = os.cpu_count() or 1
-        fix = "mpirun --bind-to none …" if enough >= len(here) else f"mpirun -np {enough} …"
-        yield Finding(
-            "cores", "warning", f"{sharing} workers share {one}: each waits for the other", fix
-        )
+        available = os.cpu_count() or 1
+        enough = available >= len(local)
+        fix = "mpirun --bind-to none …" if enough else f"mpirun -np {available} …"
+        yield Finding("cores", "warning", f"{sharing} workers share {count}", fix)
         return
-    yield Finding("cores", "ok", f"{one} for {sharing} {'worker' if sharing == 1 else 'workers'}")
+    yield Finding("cores", "ok", f"{count} for {sharing} {'worker' if sharing == 1 else 'workers'}")
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if launch is not None and threads.isdigit() and int(threads) * sharing > len(cores):
-        text = f"OMP_NUM_THREADS={threads} for {sharing} workers on {one}"
+        text = f"OMP_NUM_THREADS={threads} for {sharing} workers on {count}"
         yield Finding(
             "threads",
             "warning",
@@ -348,25 +352,25 @@ def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Itera
         )
 
 
-def _cure_of_a_world(error: str) -> str:
+def _fix_for_launch(error: str) -> str:
     if "root" in error:
         return "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     if "did not answer" in error:
-        return "mpirun --mca btl_tcp_if_include lo …  (or the interface that your hosts share)"
+        return "mpirun --mca btl_tcp_if_include lo …  (or the interface that the hosts share)"
     return _BUILD
 
 
 def _gpus(torch: Mapping[str, Any], horovod: Mapping[str, Any] | None) -> Iterator[Finding]:
-    there = list(Path("/dev").glob("nvidia[0-9]*"))
-    if not there:
-        yield Finding("GPUs", "ok", "none on this host: runs are on the CPU")
+    devices = list(Path("/dev").glob("nvidia[0-9]*"))
+    if not devices:
+        yield Finding("GPUs", "ok", "none on this host: runs use the CPU")
         return
     if "error" in torch:
         return
-    seen = _look("torch.cuda", "is_available", "device_count")
-    gpus = f"{len(there)} {'GPU' if len(there) == 1 else 'GPUs'}"
-    if not seen.get("is_available"):
-        text = f"{gpus} on this host, but this torch does not use them"
+    cuda = _try_module("torch.cuda", "is_available")
+    gpus = f"{len(devices)} {'GPU' if len(devices) == 1 else 'GPUs'}"
+    if not cuda.get("is_available"):
+        text = f"{gpus} on this host, but this torch cannot use them"
         yield Finding(
             "GPUs",
             "warning",
@@ -383,7 +387,7 @@ def _gpus(torch: Mapping[str, Any], horovod: Mapping[str, Any] | None) -> Iterat
             "GPUs", "error", text, f"CUDA_HOME=/usr/local/cuda HOROVOD_GPU_OPERATIONS=NCCL {_BUILD}"
         )
     elif horovod is not None and "error" not in horovod and not horovod["nccl_built"]:
-        text = f"{gpus}, but Horovod was built without NCCL: gradients go by way of the host"
+        text = f"{gpus}, but Horovod was built without NCCL: gradients go through the host"
         yield Finding(
             "GPUs",
             "warning",
@@ -426,7 +430,7 @@ def _system() -> Iterator[Finding]:
         socket.gethostbyname(socket.gethostname())
         yield Finding("host name", "ok", socket.gethostname())
     except OSError:
-        text = f"{socket.gethostname()} has no address: launchers look this host up by its name"
+        text = f"{socket.gethostname()} has no address: launchers resolve the host by its name"
         yield Finding(
             "host name", "warning", text, f"echo 127.0.1.1 {socket.gethostname()} >> /etc/hosts"
         )
@@ -441,32 +445,33 @@ def _system() -> Iterator[Finding]:
         yield Finding("ssh", "ok", str(shutil.which("ssh")))
 
 
-def _look(module: str, *names: str, **environ: str) -> dict[str, Any]:
-    return _ask(_LOOK, environ, arguments=(module, *names))
+def _try_module(module: str, *names: str, **environ: str) -> dict[str, Any]:
+    return _run_script(_MODULE_SCRIPT, environ, arguments=(module, *names))
 
 
-def _ask(
+def _run_script(
     script: str,
     environ: Mapping[str, str],
-    before: Sequence[str] = (),
+    launcher: Sequence[str] = (),
     arguments: Sequence[str] = (),
-    patience: float = _PATIENCE_SECONDS,
+    timeout: float = _TIMEOUT_SECONDS,
 ) -> dict[str, Any]:
-    """What a script finds in a process of its own; `error` where it finds nothing."""
-    command = [*before, sys.executable, "-c", script, *arguments]
+    """The report of a script run in a subprocess; its key `error` if the script fails."""
+    command = [*launcher, sys.executable, "-c", script, *arguments]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command,
             env={**os.environ, **environ},
             capture_output=True,
             text=True,
-            timeout=patience,
+            timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"did not answer within {patience:g} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith("FOUND"):
-            return json.loads(line.removeprefix("FOUND"))
-    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip(" -=*")]
-    return {"error": " ".join(said)[:300] or f"ended with exit code {done.returncode}"}
+        return {"error": f"did not answer within {timeout:g} s"}
+    for line in result.stdout.splitlines():
+        if line.startswith("REPORT"):
+            return json.loads(line.removeprefix("REPORT"))
+    output = (result.stderr + result.stdout).splitlines()
+    lines = [line.strip() for line in output if line.strip(" -=*")]
+    return {"error": " ".join(lines)[:300] or f"ended with exit code {result.returncode}"}

@@ -1,8 +1,7 @@
-"""Sees to it that nothing changes the saved buffers and extra state of a model while it trains, but
-batch normalisation its own.
+"""Checks that training changes no saved buffers and extra state, except those of batch norm.
 
-The rehearsal refuses a model whose forward pass changes them at once; one that does so later, after
-some steps or beyond a value, is seen here, before a result of it is kept.
+The rehearsal refuses a model whose first forward pass changes them; this detects a model that does
+so later, before anything is saved.
 """
 
 from __future__ import annotations
@@ -18,31 +17,29 @@ from hvdlarge.resilience.digest import tensor_digests
 
 
 class BufferGuard:
-    """What must not change, by digests."""
+    """Digests of the buffers and extra state that must not change."""
 
     def __init__(self) -> None:
         self._before: dict[str, int] = {}
 
     def begin(self, learner: Replica) -> None:
-        """Take the state as it is when training begins; the running statistics are scattered
-        already.
-        """
+        """Record the digests at the start of training; running statistics are partial by then."""
         self._before = _digests(learner)
 
     def refuse_changes(self, control: ControlChannel, learner: Replica) -> None:
-        """Compare the state with what it was. Every rank calls this together.
+        """Compare the digests with those at the start. Every rank calls this together.
 
         Raises:
             JobError: on every rank, naming a buffer or extra state that has changed.
         """
-        now = _digests(learner)
-        changed = [name for name, digest in self._before.items() if now.get(name) != digest]
+        after = _digests(learner)
+        changed = [name for name, digest in self._before.items() if after.get(name) != digest]
 
         def refuse() -> None:
             if changed:
                 raise JobError(
-                    f"model.name: {changed[0]!r}, which is saved with the model, is changed while "
-                    "it trains; what it becomes would depend on how many micro-batches a worker "
+                    f"model.name: {changed[0]!r}, which is saved with the model, changes during "
+                    "training; its value would depend on how many micro-batches a worker "
                     "processes (a cache may be a buffer with persistent=False)"
                 )
 
@@ -50,13 +47,12 @@ class BufferGuard:
 
 
 def _digests(learner: Replica) -> dict[str, int]:
-    followed = learner.statistics.followed_buffers()
-    saved = saved_tensors(learner.modules).items()
-    resting = {
+    running_statistics = learner.statistics.followed_buffers()
+    constant = {
         name: value
-        for name, value in saved
-        if not isinstance(value, torch.nn.Parameter) and id(value) not in followed
+        for name, value in saved_tensors(learner.modules).items()
+        if not isinstance(value, torch.nn.Parameter) and id(value) not in running_statistics
     }
     for name, value in extra_states(learner.modules).items():
-        resting[name] = torch.frombuffer(bytearray(pack({name: value})), dtype=torch.uint8)
-    return tensor_digests(resting)
+        constant[name] = torch.frombuffer(bytearray(pack({name: value})), dtype=torch.uint8)
+    return tensor_digests(constant)

@@ -1,4 +1,4 @@
-"""What a user is told when memory runs out on a rank."""
+"""Explains out-of-memory errors: what ran out of memory, and what to change."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 from hvdlarge.exits import OutOfMemory
 
-_WORDS = (
+_MESSAGES = (
     "can't allocate memory",  # torch's, on a CPU
     "not enough memory",
-    "CUDA error: out of memory",  # outside torch's own store of memory
+    "CUDA error: out of memory",  # outside torch's caching allocator
     "[CUDA]: out of memory",
     "_STATUS_ALLOC_FAILED",
 )
@@ -20,14 +20,14 @@ _WORDS = (
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, advice: str) -> Iterator[None]:
-    """Replace an error of a memory that ran out by one for the user.
+    """Replace out-of-memory errors in the `with` block by one that says what to change.
 
     Args:
-        where: the work of the `with` block, and its sizes.
-        advice: what would make it fit.
+        where: what the block does, with its sizes.
+        advice: what would need less memory.
 
     Raises:
-        OutOfMemory: in the place of torch's or Python's own error.
+        OutOfMemory: instead of torch's or Python's own error.
     """
     try:
         yield
@@ -39,18 +39,20 @@ def explain_out_of_memory(where: str, advice: str) -> Iterator[None]:
 
 
 def oom_hint(micro_batch: int, global_batch: int) -> str:
-    """What would take less memory than micro-batches of so many samples."""
+    """Advice on what needs less memory than micro-batches of `micro_batch` samples."""
     if micro_batch == 1:
         return (
-            "a micro-batch has one sample already: use a larger device, fewer bits (precision: "
-            "bf16) or a smaller model"
+            "a micro-batch has one sample already: use a device with more memory, precision: bf16 "
+            "or a smaller model"
         )
-    lower = f"set batch.micro lower, e.g. to {micro_batch // 2}"
-    return f"{lower}; the global batch of {global_batch:,} stays, in more accumulation steps"
+    return (
+        f"set batch.micro lower, e.g. to {micro_batch // 2}; the global batch of {global_batch:,} "
+        "stays the same, with more accumulation steps"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that no memory was left, on a GPU or on the host."""
+    """Whether an error means that a GPU or the host ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)

@@ -1,11 +1,11 @@
-"""Ends a run in which this rank makes no progress: a rank that hangs, is stopped or holds the
-interpreter lock holds up all.
+"""Ends a run that makes no progress, because some rank hangs, is stopped or holds the interpreter
+lock.
 
-Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not see a
-rank that is frozen as a whole. A thread on every rank does: when a phase lasts longer than its
-limit it prints where this rank stands, who is behind, and all stacks, and leaves with exit code 72;
-the launcher then ends the others. A second line stands behind it that needs no interpreter lock
-(hard_exit.py): MPI waits inside its own start for a rank that never comes, and holds that lock.
+Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not notice
+a rank that is frozen as a whole. So a thread on every rank watches it: when a phase exceeds its
+time limit, the thread prints where this rank is, which ranks lag behind, and all stacks, and exits
+with code 72; the launcher then ends the others. MPI holds the interpreter lock while it waits, in
+its own start, for a rank that never comes; hard_exit.py is the fallback that does not need it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pathlib import Path
 from hvdlarge.exits import HUNG
 from hvdlarge.resilience.hard_exit import HardExit
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _NOTE_SECONDS = 2.0
-_SECOND_LINE_SECONDS, _SECOND_LINE_AT_THE_START_SECONDS = 30.0, 2.0
+# After the limit of a phase, for the thread to end the process first
+_HARD_EXIT_DELAY_SECONDS, _HARD_EXIT_DELAY_AT_START_SECONDS = 30.0, 2.0
 
 
 class Watchdog:
-    """Watches the progress of one rank, between `start` and `stop`; before and after them nothing
-    is armed.
+    """Watches the progress of this rank, from `start` to `stop`.
 
     Args:
-        rank: this worker.
-        limits: seconds allowed for each phase by its name.
+        rank: this rank.
+        limits: seconds allowed for each phase, by name; other phases have the limit of `step`.
     """
 
     def __init__(self, rank: int, limits: Mapping[str, float]) -> None:
@@ -44,39 +44,39 @@ class Watchdog:
         self._phase, self._step = "start", -1
         self._since = self._armed = time.monotonic()
         self._notes: Path | None = None
-        self._last_line = HardExit(HUNG)
+        self._hard_exit = HardExit(HUNG)
         self._watching = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch, before Horovod or MPI can hang."""
+        """Start watching. To be called before Horovod and MPI are initialized."""
         self._watching = True
         self._rearm()
         self._thread.start()
 
     def take_notes(self, folder: Path) -> None:
-        """From now on note this rank's place in `folder` every few seconds, for the others and for
-        an operator to read.
+        """Write this rank's progress to a file in `folder` every 2 s, for the other ranks and for
+        users.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:  # a note is a help, not a duty: a full disk must not end the run here
+        except OSError:  # the notes are optional: a full disk must not end the run here
             return
         self._notes = folder
 
     def progress(self, phase: str, step: int | None = None) -> None:
-        """Note that this rank has come to `phase` (of step `step`); its time starts now."""
+        """Report that this rank enters `phase` (of step `step`); the time limit starts anew."""
         self._phase, self._since = phase, time.monotonic()
         if step is not None:
             self._step = step
-        if self._since - self._armed > 1.0:  # arming starts a thread in C: not in every step
+        if self._since - self._armed > 1.0:  # not in every step: arming starts a thread in C
             self._rearm()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Count the `with` block as `phase`, then go back to the phase before it with a fresh
-        start.
+        """Count the `with` block as `phase`, then return to the previous phase; the time limit
+        starts anew at both.
         """
         before = self._phase
         self.progress(phase)
@@ -88,10 +88,10 @@ class Watchdog:
             self._rearm()
 
     def stop(self) -> None:
-        """The run has ended; watch no longer."""
+        """Stop watching."""
         self._watching = False
         self._ended.set()
-        self._last_line.disarm()
+        self._hard_exit.disarm()
 
     def _limit(self) -> float:
         return self._limits.get(self._phase, self._limits["step"])
@@ -100,25 +100,27 @@ class Watchdog:
         if not self._watching:
             return
         self._armed = time.monotonic()
-        after = (
-            _SECOND_LINE_AT_THE_START_SECONDS if self._phase == "start" else _SECOND_LINE_SECONDS
+        delay = (
+            _HARD_EXIT_DELAY_AT_START_SECONDS
+            if self._phase == "start"
+            else _HARD_EXIT_DELAY_SECONDS
         )
-        self._last_line.arm(
-            self._limit() + after,
-            f"rank {self._rank} ({socket.gethostname()}) has not moved for {self._limit():g} s in "
-            f"phase {self._phase}: something holds its interpreter, MPI that waits for another "
-            "rank or a call into C (timeouts in the job). Stacks:",
+        self._hard_exit.arm(
+            self._limit() + delay,
+            f"rank {self._rank} ({socket.gethostname()}) has made no progress for "
+            f"{self._limit():g} s in phase {self._phase}, and its interpreter lock is held: by MPI "
+            "waiting for another rank, or by other C code (timeouts in the job). Stacks:",
         )
 
     def _watch(self) -> None:
         noted = 0.0
-        while not self._ended.wait(_LOOK_SECONDS):
+        while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()
             if self._notes is not None and now - noted >= _NOTE_SECONDS:
                 noted = now
                 self._note()
             if now - self._since > self._limit():
-                self._leave(now - self._since)
+                self._exit(now - self._since)
 
     def _note(self) -> None:
         note = {
@@ -130,18 +132,18 @@ class Watchdog:
         }
         assert self._notes is not None
         try:
-            aside = self._notes / f".rank_{self._rank}"
-            aside.write_text(json.dumps(note))
-            aside.replace(self._notes / f"rank_{self._rank}.json")
+            temporary = self._notes / f".rank_{self._rank}"
+            temporary.write_text(json.dumps(note))
+            temporary.replace(self._notes / f"rank_{self._rank}.json")
         except OSError:
-            pass  # likewise
+            pass  # optional, as above
 
-    def _leave(self, seconds: float) -> None:
+    def _exit(self, seconds: float) -> None:
         lines = [
             f"hvdlarge: error: rank {self._rank} ({socket.gethostname()}) has waited {seconds:.0f} "
             f"s in phase {self._phase} of step {self._step}; the limit is {self._limit():g} s "
             "(timeouts in the job). A rank hangs or is stopped.",
-            *self._behind(),
+            *self._lagging_ranks(),
             "the stacks of this rank:",
         ]
         sys.stderr.write("\n".join(lines) + "\n")
@@ -149,9 +151,9 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         os._exit(HUNG)
 
-    def _behind(self) -> list[str]:
-        """The ranks whose last note is old or of an earlier step, where the run folder is
-        shared.
+    def _lagging_ranks(self) -> list[str]:
+        """A line for each rank whose last note is old or of an earlier step, if the run folder is
+        shared between hosts.
         """
         if self._notes is None:
             return []

@@ -1,4 +1,4 @@
-"""Prints for the user: each text at once and in one piece."""
+"""Prints messages for the user, each in one write, flushed at once."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import sys
 
 
 def print_status(text: str) -> None:
-    """Print for the user, at once, and in one piece: a launcher tags every piece that it reads with
-    the rank.
-    """
+    """Print a message in one write: a launcher tags each piece that it reads with the rank."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def print_error(text: str) -> None:
-    """Print an error for the user, at once and in one piece."""
+    """Print an error message in one write."""
     sys.stderr.write(f"hvdlarge: error: {text}\n")
     sys.stderr.flush()

@@ -1,5 +1,4 @@
-"""The folder of a run: who may use it, and the files that say what runs and what came of it. Rank 0
-only.
+"""The folder of a run: its lock, and the files that describe the run and its results. Rank 0 only.
 
 In runs/<name>: job.yaml (as given), job.resolved.yaml, environment.json, starts.jsonl, the logs
 (run_log.py), summary.json and checkpoints/.
@@ -23,17 +22,18 @@ from hvdlarge.train_state import TrainState
 
 
 class FolderLock:
-    """Keeps a second run out of a run folder for as long as this process lives; the system frees it
-    with the process.
+    """A lock on a run folder, released at the latest when this process ends.
+
+    Args:
+        folder: an existing folder.
 
     Raises:
-        JobError: if another run holds it, naming host and process.
-        CheckpointWriteError: if it cannot be written down whose it is.
+        JobError: if another run holds the lock, naming host and process.
+        CheckpointWriteError: if the lock file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        # False on a file system without locks, where nothing keeps a second run out
-        self.held = True
+        self.held = True  # False on a file system without locks
         self._file = (folder / ".lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,15 +56,15 @@ class FolderLock:
             ) from None
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         self._file.close()
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether an earlier run is in this folder.
+    """Whether the folder holds an earlier run; False if it is missing or empty.
 
     Raises:
-        JobError: if something else is.
+        JobError: if it holds something else, or cannot be read.
     """
     try:
         if not folder.is_dir() or not any(
@@ -79,30 +79,28 @@ def holds_run(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give an earlier run's folder a new name; returns it.
+    """Rename the folder of an earlier run to the first free `<name>.1`, `.2`, …; returns it.
 
     Raises:
-        JobError: if a run is going on in it, or it cannot be renamed.
+        JobError: if a process is using the folder, or it cannot be renamed.
     """
     number = 1
     while folder.with_name(f"{folder.name}.{number}").exists():
         number += 1
-    aside = folder.with_name(f"{folder.name}.{number}")
+    new = folder.with_name(f"{folder.name}.{number}")
     FolderLock(folder).release()
     try:
-        folder.rename(aside)
+        folder.rename(new)
     except OSError as error:
-        raise JobError(
-            f"run_dir: {folder} cannot be set aside as {aside}: {error.strerror}"
-        ) from None
-    return aside
+        raise JobError(f"run_dir: {folder} cannot be renamed to {new}: {error.strerror}") from None
+    return new
 
 
 def make_folder(folder: Path) -> None:
-    """Make a run folder.
+    """Create a run folder if it is missing.
 
     Raises:
-        JobError: if it cannot be made, or not be written to.
+        JobError: if it cannot be created, or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +109,7 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise JobError(
-            f"run_dir: {folder} cannot be made or written to: {error.strerror}"
+            f"run_dir: {folder} cannot be created or written to: {error.strerror}"
         ) from None
 
 
@@ -123,45 +121,54 @@ def write_documents(
     progress: RunProgress,
     notes: Sequence[str],
 ) -> None:
-    """Write down what runs, and that it has been started (again); the summary of an end that it
-    goes on from is removed.
+    """Write the files that describe a run, and record this start; a summary of an earlier end is
+    removed.
+
+    Args:
+        folder: of the run.
+        job_file: as given by the user.
+        resolved: the job as YAML, with every default and override.
+        environment: the content of environment.json.
+        progress: where the run starts or resumes.
+        notes: on this start, for starts.jsonl.
 
     Raises:
-        CheckpointWriteError: if that cannot be written.
+        CheckpointWriteError: if a file cannot be written.
     """
-    started = {
+    start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": progress.step,
         "world_size": environment["world_size"],
     }
     try:
-        # First and whole: a folder with this file in it is a run, whatever else a sudden end has
-        # left out.
-        _write_whole(folder / "job.resolved.yaml", resolved)
-        if not (folder / "job.yaml").exists():  # as it was first given
-            _write_whole(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
+        # Written first: a folder with this file holds a run, even if the process is killed here
+        _write_atomically(folder / "job.resolved.yaml", resolved)
+        if not (folder / "job.yaml").exists():  # keep that of the first start
+            _write_atomically(folder / "job.yaml", job_file.read_text(encoding="utf-8"))
         write_json(folder / "environment.json", environment)
         (folder / "summary.json").unlink(missing_ok=True)
         with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(
-                json.dumps({**started, "versions": environment["versions"], "notes": list(notes)})
+                json.dumps({**start, "versions": environment["versions"], "notes": list(notes)})
                 + "\n"
             )
     except OSError as error:
         raise CheckpointWriteError.of(
-            f"the files in {folder} that say what runs", folder, error, "no step was taken"
+            f"the files in {folder} that describe the run", folder, error, "no step was taken"
         ) from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON file, whole or not at all."""
-    _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON file atomically."""
+    _write_atomically(
+        path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def summary_of(
@@ -172,16 +179,15 @@ def summary_of(
     peak_memory: int | None,
     gradient_bytes: int,
 ) -> dict[str, Any]:
-    """What a run has come to, under the words of its other files.
+    """The content of summary.json.
 
     Args:
-        plan: what it followed.
-        state: its results.
+        plan: of the run.
+        state: of the run.
         progress: after the last step.
         seconds: of training.
-        peak_memory: of the worker that needed most, in bytes; None where that is not known any
-            more.
-        gradient_bytes: that a worker sends in each step.
+        peak_memory: the largest of all workers, in bytes; None if no longer known.
+        gradient_bytes: sent by each worker in each step.
     """
     return {
         **state.results,
@@ -201,7 +207,7 @@ def summary_of(
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary of a run. Raises CheckpointWriteError if that cannot be written."""
+    """Write summary.json. Raises CheckpointWriteError if it cannot be written."""
     try:
         write_json(folder / "summary.json", without_nonfinite(summary))
     except OSError as error:
@@ -211,7 +217,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def without_nonfinite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with what is not finite as a word: JSON has no such numbers."""
+    """The record with non-finite floats as strings, since JSON has no such numbers."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()

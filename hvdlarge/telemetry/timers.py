@@ -1,7 +1,7 @@
-"""Where the time of a step goes: seconds by phase, under the names that code, log and report share.
+"""Measures the seconds of a step by phase, under the names that code, log and report share.
 
-Contract: pure; counts this worker's own seconds. Work that a GPU does later is counted where the
-          host waits for it.
+Contract: pure; counts this worker's own seconds. Asynchronous work of a GPU is counted in the phase
+          in which the host waits for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PHASES = ("decide", "fetch", "forward", "backward", "allreduce", "update", "meas
 
 
 class PhaseTimers:
-    """Seconds spent in each phase since the last reading.
+    """Seconds spent in each phase since the last `read`.
 
     >>> timers = PhaseTimers()
     >>> with timers("forward"):
@@ -28,16 +28,20 @@ class PhaseTimers:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time of the `with` block under `phase`, one of PHASES."""
+        """Add the time of the `with` block to `phase`, one of PHASES.
+
+        Raises:
+            ValueError: if there is no such phase.
+        """
         if phase not in PHASES:
             raise ValueError(f"unknown phase {phase!r}; the phases are {', '.join(PHASES)}")
-        begin = time.perf_counter()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begin
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase as `<phase>_seconds`, in the order of PHASES; counting begins again."""
+        """Seconds by phase as `<phase>_seconds`, in the order of PHASES; resets the timers."""
         seconds, self._seconds = self._seconds, {}
         return {f"{phase}_seconds": seconds[phase] for phase in PHASES if phase in seconds}

@@ -153,8 +153,8 @@ def said(text):
         "stopped after",
         "back to step",
         "already finished",
-        "passed over",
-        "goes on from",
+        "skipped runs/",
+        "resuming from",
         "done:",
     )
     lines = text.splitlines()

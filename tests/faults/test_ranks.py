@@ -143,7 +143,7 @@ def test_a_rank_that_never_starts_ends_the_run(bench):
     assert ended.fired
     assert ended.code == 72, ended.text
     assert len(ended.errors) == 1, ended.text
-    assert "has not moved for 8 s in phase start" in ended.text
+    assert "has made no progress for 8 s in phase start" in ended.text
     assert ended.seconds < 30
 
 

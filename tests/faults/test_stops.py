@@ -160,7 +160,7 @@ def test_a_run_that_comes_no_further_is_given_up(bench):
     process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT=faults)
     ended = bench.end(process, timeout=200)
     assert ended.code == 137, ended.text
-    assert "the last 3 starts came no further" in ended.text
+    assert "the last 3 starts made no progress" in ended.text
 
 
 def test_a_wrong_job_is_not_tried_again(bench):

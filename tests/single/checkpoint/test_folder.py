@@ -271,6 +271,6 @@ def test_no_whole_checkpoint_is_an_error_with_every_reason(folder):
     save(folder, 2)
     for path in folder.newest_first():
         path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole") as raised:
+    with pytest.raises(CheckpointError, match="no checkpoint of this run can be read") as raised:
         folder.newest_good()
     assert str(raised.value).count("damaged") == 2

@@ -63,7 +63,7 @@ def test_go_back_with_a_damaged_scheduled_checkpoint_takes_the_newest_and_says_s
 def test_go_back_without_any_whole_checkpoint_is_an_error(folder):
     damage(folder, 10)
     damage(folder, 17)
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint of this run can be read"):
         resume.go_back(folder, {"": model_at(99)}, 10)
 
 

@@ -32,8 +32,8 @@ def begin(folder, job):
 
 def find(folder, job):
     facts = RunFacts(job.resume_signature(), {"training samples": 1437}, {}, 1)
-    return resume.find(
-        folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_grow=True
+    return resume.find_resume_point(
+        folder, CheckpointFolder(folder / "checkpoints", keep=3), facts, length_may_change=True
     )
 
 
@@ -42,7 +42,9 @@ def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_t
 ):
     begin(tmp_path / "run", parse_job(JOB, "job", [WORDS]))
     assert find(tmp_path / "run", parse_job(JOB, "job", [WORDS])) is None
-    with pytest.raises(CheckpointError, match='model.args.mode is "on" there and "off" here'):
+    with pytest.raises(
+        CheckpointError, match='model.args.mode is "on" in the folder, "off" in this job'
+    ):
         find(tmp_path / "run", parse_job(JOB, "job", [WORDS, "model.args.mode=off"]))
 
 
@@ -61,7 +63,7 @@ def test_a_text_from_the_environment_is_compared_whether_it_was_written_out_or_n
     assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: '${TOKEN}'}"])) is None
     assert find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: s3cret}"])) is None
     with pytest.raises(
-        CheckpointError, match='model.args.token is "sha256:.*" there and "other" here'
+        CheckpointError, match='model.args.token is "sha256:.*" in the folder, "other" in this job'
     ) as raised:
         find(tmp_path / "run", parse_job(JOB, "job", ["model.args={token: other}"]))
     assert "s3cret" not in str(raised.value)

@@ -75,7 +75,7 @@ def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatc
     learner = learner_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
     learner.model(torch.ones(4, 3)).sum().backward()
     learner.update.optimizer.step()
-    entries = resume._small(content(optimizer=optimizer_state(learner)))
+    entries = resume._without_tensors(content(optimizer=optimizer_state(learner)))
     there = {
         torch.nn.Parameter(weight.detach().to("meta")): name
         for weight, name in learner.names.items()
@@ -104,7 +104,7 @@ def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
     )
     with pytest.raises(
         CheckpointError,
-        match=r"the loss has 'temperature' as float32\[\], the checkpoint as nothing",
+        match=r"'temperature' is float32\[\] in the loss, missing in the checkpoint",
     ):
         resume.load_modules(modules, content(moved, {"_extra_state": {}}), tmp_path)
     assert loss.temperature.item() == 3.0

@@ -37,7 +37,7 @@ def test_the_file_and_the_clock(tmp_path, monkeypatch):
     assert not stop.requested()  # one from before does not count, and is gone
     assert not (tmp_path / "STOP").exists()
     (tmp_path / "STOP").touch()
-    stop._next_look = 0.0
+    stop._next_poll = 0.0
     assert stop.requested()
     stop.consume_file()
     assert not (tmp_path / "STOP").exists()

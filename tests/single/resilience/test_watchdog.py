@@ -75,11 +75,11 @@ def test_a_watchdog_that_is_not_watching_leaves_nothing_armed_behind(how):
 HOLDS_THE_LOCK = """
 import ctypes, sys, time
 from hvdlarge.resilience.hard_exit import HardExit
-line = HardExit(72)
-line.arm(60, "put off")
-line.arm(1.0, "100% stuck %s")
+hard_exit = HardExit(72)
+hard_exit.arm(60, "put off")
+hard_exit.arm(1.0, "100% stuck %s")
 if sys.argv[1] == "disarmed":
-    line.disarm()
+    hard_exit.disarm()
     time.sleep(2.5)
     sys.exit("left by itself")
 ctypes.PyDLL(None).sleep(20)  # a call into C that keeps the interpreter lock
@@ -87,7 +87,7 @@ ctypes.PyDLL(None).sleep(20)  # a call into C that keeps the interpreter lock
 
 
 @pytest.mark.parametrize("how", ["armed", "disarmed"])
-def test_the_last_line_needs_no_interpreter_lock(how):
+def test_the_hard_exit_needs_no_interpreter_lock(how):
     done = subprocess.run(
         [sys.executable, "-c", HOLDS_THE_LOCK, how], capture_output=True, text=True, timeout=15
     )

@@ -169,9 +169,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         holds_run(tmp_path / "run")
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
     (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match="cannot be made"):
+    with pytest.raises(JobError, match="cannot be created"):
         make_folder(tmp_path / "file")
-    with pytest.raises(JobError, match="cannot be made"):
+    with pytest.raises(JobError, match="cannot be created"):
         make_folder(tmp_path / "file" / "below")
 
 
