@@ -1,5 +1,5 @@
-"""How many training samples the built-in data sets have, for a run on paper. A test holds this
-against the data.
+"""Sizes of the built-in training sets, known without loading them. A test compares them with the
+data.
 
 Contract: pure.
 """
@@ -11,7 +11,8 @@ from typing import Any
 
 
 def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
-    """Samples of a built-in data set's training set; None for any other, or wrong arguments.
+    """Samples in the training set of a built-in data set; None for other data sets or wrong
+    arguments.
 
     >>> training_samples("digits", {})
     1437
