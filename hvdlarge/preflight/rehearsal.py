@@ -577,7 +577,7 @@ def _shift(layers: list[NormLayer]) -> list[torch.Tensor]:
 def describe(error: BaseException) -> str:
     """An error of user code as text: type, message, its line in user code, and the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))] or frames
     place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
     full = "".join(traceback.format_exception(error)).rstrip()
