@@ -1,6 +1,6 @@
-"""Measures what the engine costs here: `python -m hvdlarge.bench lars | step | allreduce | data`.
+"""Benchmarks of the engine: `python -m hvdlarge.bench lars | step | allreduce | data`.
 
-Each measurement runs the engine, the limit and the alternatives in turn, within one run.
+Each benchmark runs its variants, such as the engine and a bare loop, interleaved in one process.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from hvdlarge.reporting.describe import columns
 from hvdlarge.telemetry.console import print_status
 from hvdlarge.world import RankContext, run_on_all_ranks
 
-# torch is imported inside the functions that need it: it takes a second, and a wrong command line
-# should be answered at once.
+# torch is imported where it is needed: its import takes a second, and a wrong command line should
+# fail at once.
 
 DEFAULT_JOB = """\
 name: bench
@@ -42,7 +42,7 @@ _SIZES = [4 * 4**power for power in range(13)]  # 4 bytes to 64 MiB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; returns the exit code. Every rank of a launch calls this together."""
+    """Run a benchmark; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
     with contextlib.nullcontext() if launch is None or launch.rank == 0 else _silence():
         options = _parser().parse_intermixed_args(arguments)
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import torch
 
         torch.set_num_threads(options.threads)
-        figures = _MEASURES[options.what](context, job, options)
+        figures = _BENCHMARKS[options.what](context, job, options)
         on_rank_0(context.control, lambda: _report(figures, options, context))
 
-    # Not watched: a measurement may take as long as it needs
+    # Not watched: a benchmark has no time limit
     return run_on_all_ranks(launch, lambda: _job(options, size), vars(options), work, watched=False)
 
 
@@ -63,46 +63,45 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.bench",
         description=(
-            "Measure what the engine costs here: all sides in turn in one run, medians and the "
-            "range of all rounds."
+            "Benchmarks of the engine on this machine: variants run interleaved; reports the "
+            "median and the range over all rounds."
         ),
         epilog=(
-            "Under mpirun or horovodrun: with so many workers. Exit codes: 0; 2 for a wrong "
-            "command line or job; 3 for a wrong environment."
+            "Start it under mpirun or horovodrun to measure several workers. Exit codes: 0; 2 for "
+            "a wrong command line or job; 3 for a wrong environment."
         ),
     )
-    what = "lars: the update of ResNet-50's tensors; step: the engine's steps against a bare loop; "
-    what += (
-        "allreduce: latency and bandwidth, for hvdlarge.plan; data: whether a step waits for its "
-        "samples"
+    what = (
+        "lars: the update of ResNet-50's parameters; step: the engine's steps against a bare loop; "
+        "allreduce: latency and bandwidth, for hvdlarge.plan; data: how long steps wait for samples"
     )
     parser.add_argument("what", choices=["lars", "step", "allreduce", "data"], help=what)
-    parser.add_argument("job", nargs="?", help="of step and data (default: ResNet-20 on noise)")
+    parser.add_argument("job", nargs="?", help="for step and data (default: ResNet-20 on noise)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
     )
     parser.add_argument(
-        "--rounds", type=_count, default=7, metavar="N", help="turns of each side (default: 7)"
+        "--rounds", type=_count, default=7, metavar="N", help="turns of each variant (default: 7)"
     )
     parser.add_argument(
         "--steps",
         type=_count,
         default=30,
         metavar="N",
-        help="for step: steps in a turn; for data: steps at most",
+        help="for step: steps per turn; for data: maximum number of steps (default: 30)",
     )
-    parser.add_argument("--only", metavar="SIDE", help="for step: this side alone")
+    parser.add_argument("--only", metavar="VARIANT", help="for step: measure this variant only")
     parser.add_argument(
         "--threads",
         type=_count,
         default=1,
         metavar="N",
-        help="torch's threads on each worker (default: 1)",
+        help="torch threads of each worker (default: 1)",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write all figures; hvdlarge.plan --allreduce reads allreduce's",
+        help="write the results; hvdlarge.plan --allreduce reads those of allreduce",
     )
     return parser
 
@@ -117,9 +116,9 @@ def _count(text: str) -> int:
 @contextlib.contextmanager
 def _silence() -> Any:
     with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
     ):
         yield
 
@@ -141,7 +140,7 @@ def _lars(context: RankContext, job: Job | None, options: argparse.Namespace) ->
     seconds = measure_lars(device, options.rounds)
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     return _figures(
-        "lars", "seconds of one update of ResNet-50's 161 tensors, float32", device, timings, "LARS"
+        "lars", "seconds per update of ResNet-50's 161 tensors, float32", device, timings, "LARS"
     )
 
 
@@ -149,7 +148,7 @@ def _step(context: RankContext, job: Job | None, options: argparse.Namespace) ->
     from hvdlarge.bench.step import StepClock, measure_step
     from hvdlarge.build import build_components
 
-    assert job is not None  # `_job` gave one
+    assert job is not None  # see _job
     clock = StepClock(context.control.rank, job.timeouts.limits())
     context = replace(context, watchdog=clock)
     components = build_components(job, context)
@@ -158,7 +157,7 @@ def _step(context: RankContext, job: Job | None, options: argparse.Namespace) ->
     )
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     what = (
-        f"seconds of a step of {job.model.name}, global batch {components.plan.initial_batch}, on "
+        f"seconds per step of {job.model.name}, global batch {components.plan.initial_batch}, on "
         f"{context.control.size} workers"
     )
     return _figures("step", what, components.precision.device, timings, "bare loop")
@@ -173,7 +172,7 @@ def _allreduce(
 
     if context.control.size < 2:
         raise exits.JobError(
-            "an allreduce needs two workers at least: mpirun -np 2 python -m hvdlarge.bench "
+            "an allreduce needs at least two workers: mpirun -np 2 python -m hvdlarge.bench "
             "allreduce"
         )
     device = raise_on_all_ranks(context.control, lambda: choose_device(context.tensors))
@@ -186,7 +185,7 @@ def _allreduce(
     )
     figures = _figures(
         "allreduce",
-        f"seconds of a sum over {context.control.size} workers, float32",
+        f"seconds per sum over {context.control.size} workers, float32",
         device,
         timings,
         None,
@@ -204,18 +203,18 @@ def _data(context: RankContext, job: Job | None, options: argparse.Namespace) ->
     from hvdlarge.build import load_data
     from hvdlarge.config.planning import plan_run
 
-    assert job is not None  # `_job` gave one
+    assert job is not None  # see _job
     training_set, _ = raise_on_all_ranks(context.control, lambda: load_data(job.data, job.seed))
     plan = raise_on_all_ranks(
         context.control, lambda: plan_run(job, len(training_set), context.control.size)
     )
-    numbers = [0] if loads_in_place(training_set) else sorted({0, 1, 2, job.data.num_workers})
-    alone = replace(plan, world_size=1)
+    counts = [0] if loads_in_place(training_set) else sorted({0, 1, 2, job.data.num_workers})
+    one_worker = replace(plan, world_size=1)
     speeds = {
-        str(n): loading_speed(job.data, alone, training_set, job.seed, n, seconds=1.0)
-        for n in numbers
+        str(n): loading_speed(job.data, one_worker, training_set, job.seed, n, seconds=1.0)
+        for n in counts
     }
-    # A worker that computes twice as long as its samples take to load.
+    # Simulate compute that takes twice as long as loading.
     sample_seconds = 2 / speeds[str(0 if loads_in_place(training_set) else job.data.num_workers)]
     waits = measure_waits(
         job.data, plan, training_set, job.seed, context.control, sample_seconds, options.steps
@@ -224,34 +223,39 @@ def _data(context: RankContext, job: Job | None, options: argparse.Namespace) ->
         "what": "data",
         "of": (
             f"loading {job.data.name}: samples/s of one worker by loader processes; waits of steps "
-            "that compute twice as long"
+            "whose compute takes twice as long as loading"
         ),
         "samples_per_second": speeds,
         "waits": waits._asdict(),
     }
 
 
-_MEASURES = {"lars": _lars, "step": _step, "allreduce": _allreduce, "data": _data}
+_BENCHMARKS = {"lars": _lars, "step": _step, "allreduce": _allreduce, "data": _data}
 
 
 def _figures(
     what: str, of: str, device: Any, timings: Mapping[str, Timing], reference: str | None
 ) -> dict[str, Any]:
-    sides = {name: timing._asdict() for name, timing in timings.items()}
+    variants = {name: timing._asdict() for name, timing in timings.items()}
     if reference is not None and reference in timings:
-        unit = timings[reference].median
-        for side in sides.values():
-            side["ratio"] = side["median"] / unit
-    return {"what": what, "of": of, "device": str(device), "reference": reference, "sides": sides}
+        for variant in variants.values():
+            variant["ratio"] = variant["median"] / timings[reference].median
+    return {
+        "what": what,
+        "of": of,
+        "device": str(device),
+        "reference": reference,
+        "sides": variants,
+    }
 
 
 def _report(figures: dict[str, Any], options: argparse.Namespace, context: RankContext) -> None:
-    """Print what was measured, and write it down where that was asked for. Rank 0 alone.
+    """Print the results, and write them to the file of --json. Called on rank 0.
 
     Raises:
         JobError: if the file of --json cannot be written.
     """
-    print_status("\n".join(in_words(figures)))
+    print_status("\n".join(_lines(figures)))
     if options.json is None:
         return
     launch = context.launch
@@ -271,40 +275,38 @@ def _report(figures: dict[str, Any], options: argparse.Namespace, context: RankC
         ) from None
 
 
-def in_words(figures: Mapping[str, Any]) -> list[str]:
-    """What was measured, as lines for a reader."""
+def _lines(figures: Mapping[str, Any]) -> list[str]:
+    """The results as lines of text."""
     lines = [
         f"bench    {figures['of']}" + (f" ({figures['device']})" if "device" in figures else "")
     ]
     if figures["what"] == "data":
         waits = figures["waits"]
         speeds = [
-            (number, f"{speed:,.0f}") for number, speed in figures["samples_per_second"].items()
+            (count, f"{speed:,.0f}") for count, speed in figures["samples_per_second"].items()
         ]
         return [
             *lines,
             *columns([("loader processes", "samples/s"), *speeds]),
-            f"waits    {waits['steps']} steps, the first batch's of {waits['step_seconds']:.4g} s: "
-            f"median {waits['median']:.2g} s, longest {waits['longest']:.2g} s; at "
-            f"{waits['borders']} growths and epoch ends: longest {waits['longest_at_border']:.2g} "
-            "s",
+            f"waits    {waits['steps']} steps, the first of {waits['step_seconds']:.4g} s: median "
+            f"{waits['median']:.2g} s, longest {waits['longest']:.2g} s; after {waits['borders']} "
+            f"growths and epoch ends: longest {waits['longest_at_border']:.2g} s",
         ]
-    head: tuple[str, ...] = ("", "median ms", "lowest", "highest")
     last = "fitted" if figures["what"] == "allreduce" else f"× {figures['reference']}"
-    rows = [(*head, last)]
-    for name, side in figures["sides"].items():
-        ratio = f"{side['ratio']:.3f}" if "ratio" in side else ""
+    rows: list[tuple[str, ...]] = [("", "median ms", "lowest", "highest", last)]
+    for name, variant in figures["sides"].items():
+        cell = f"{variant['ratio']:.3f}" if "ratio" in variant else ""
         if figures["what"] == "allreduce":
-            ratio = f"{1e3 * figures['fitted'][name.split()[0].replace(',', '')]:.3f}"
-        rows.append(
-            (name, *(f"{1e3 * side[key]:.3f}" for key in ("median", "lowest", "highest")), ratio)
-        )
+            cell = f"{1e3 * figures['fitted'][name.split()[0].replace(',', '')]:.3f}"
+        times = [f"{1e3 * variant[key]:.3f}" for key in ("median", "lowest", "highest")]
+        rows.append((name, *times, cell))
     lines += columns(rows)
     if figures["what"] == "allreduce":
-        rate = 1e-9 / figures["seconds_per_byte"] if figures["seconds_per_byte"] else float("inf")
+        seconds = figures["seconds_per_byte"]
+        bandwidth = 1e-9 / seconds if seconds else float("inf")
         lines.append(
-            f"fit      {1e6 * figures['latency_seconds']:.1f} µs a message, {rate:.3g} GB/s along "
-            "the ring"
+            f"fit      latency {1e6 * figures['latency_seconds']:.1f} µs per message, bandwidth "
+            f"{bandwidth:.3g} GB/s along the ring"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""How long an allreduce of each size takes on the workers that are there."""
+"""Measures the time of an all-reduce by message size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hvdlarge.bench.interleave import run_interleaved, stopwatch
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 
-_REPEATS = 5  # in a row, so that Horovod's cycle is met at every phase
+_REPEATS = 5  # back to back, to average over the phase of Horovod's cycle
 
 
 def measure_allreduce(
@@ -19,36 +19,40 @@ def measure_allreduce(
     sizes: list[int],
     rounds: int,
 ) -> dict[int, list[float]]:
-    """Seconds of a sum of float32 over all workers. Every rank calls this together.
+    """Time the sum of a float32 tensor over all ranks. Every rank calls this together.
 
     Args:
-        tensors: what is measured.
-        control: brings the ranks together before each measurement.
-        device: where the tensors are.
-        sizes: bytes, multiples of 4.
+        tensors: the collectives to measure.
+        control: for a barrier before each measurement.
+        device: of the tensors.
+        sizes: in bytes, multiples of 4.
         rounds: measurements of each size.
+
+    Returns:
+        Seconds on this rank by size, one for each round.
     """
-    settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    turns = {
-        str(size): _turn(tensors, control, torch.ones(size // 4, device=device), settle)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    variants = {
+        str(size): _variant(tensors, control, torch.ones(size // 4, device=device), synchronize)
         for size in sizes
     }
-    run_interleaved(turns, 1)  # buffers and connections are made
-    return {int(size): seconds for size, seconds in run_interleaved(turns, rounds).items()}
+    run_interleaved(variants, 1)  # warm-up: allocates buffers and opens connections
+    return {int(size): seconds for size, seconds in run_interleaved(variants, rounds).items()}
 
 
-def _turn(
+def _variant(
     tensors: Collectives,
     control: ControlChannel,
     values: torch.Tensor,
-    settle: Callable[[], object],
+    synchronize: Callable[[], object],
 ) -> Callable[[], float]:
-    watch = stopwatch(
-        lambda: [tensors.sum(values, f"bench.{values.numel()}") for _ in range(_REPEATS)], settle
+    timed = stopwatch(
+        lambda: [tensors.sum(values, f"bench.{values.numel()}") for _ in range(_REPEATS)],
+        synchronize,
     )
 
-    def turn() -> float:
+    def measure() -> float:
         control.barrier()
-        return watch() / _REPEATS
+        return timed() / _REPEATS
 
-    return turn
+    return measure

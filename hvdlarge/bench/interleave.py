@@ -1,8 +1,8 @@
-"""Timing by turns: what is compared runs alternately in one process, so that a machine's moods fall
-on all alike.
+"""Interleaved timing: variants run alternately in one process, so that drifts in the speed of the
+machine affect all of them.
 
-Contract: pure. The order is turned round in every second round, so that none always runs after the
-          same one.
+Contract: the order is reversed in every second round, so that no variant always follows the same
+          one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Timing(NamedTuple):
-    """Seconds of one side over all rounds."""
+    """Seconds of one variant over all rounds."""
 
     median: float
     lowest: float
@@ -22,41 +22,42 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """The figures of some measurements, at least one."""
+        """Summarise at least one measurement."""
         return cls(statistics.median(seconds), min(seconds), max(seconds))
 
 
 def run_interleaved(
-    sides: Mapping[str, Callable[[], float]], rounds: int
+    variants: Mapping[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-    """Let every side measure itself once in each round.
+    """Run every variant once per round.
 
     Args:
-        sides: each returns the seconds that it measured.
+        variants: by name; each returns the seconds it measured.
         rounds: at least 1.
+
+    Returns:
+        Seconds by variant, one for each round.
 
     >>> run_interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, rounds=2)
     {'a': [1.0, 1.0], 'b': [2.0, 2.0]}
     """
-    measured: dict[str, list[float]] = {name: [] for name in sides}
+    measured: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            measured[name].append(sides[name]())
+        for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+            measured[name].append(variants[name]())
     return measured
 
 
 def stopwatch(
-    work: Callable[[], object], settle: Callable[[], object] = lambda: None
+    work: Callable[[], object], synchronize: Callable[[], object] = lambda: None
 ) -> Callable[[], float]:
-    """A side that runs `work` once and measures its seconds; `settle` waits for a device, before
-    and after.
-    """
+    """A variant that times one call of `work`; `synchronize` waits for the device around it."""
 
     def measure() -> float:
-        settle()
-        begin = time.perf_counter()
+        synchronize()
+        start = time.perf_counter()
         work()
-        settle()
-        return time.perf_counter() - begin
+        synchronize()
+        return time.perf_counter() - start
 
     return measure

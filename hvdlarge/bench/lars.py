@@ -1,6 +1,6 @@
-"""How long the LARS update of ResNet-50's tensors takes, beside what else could be done with them.
+"""Times the LARS update of the parameters of ResNet-50 against alternatives.
 
-Source:   the tensors of He et al. (2016); the floor of seven passes: docs/design.md.
+Source:   ResNet-50: He et al. (2016); the lower bound of seven passes over memory: docs/design.md.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from hvdlarge.bench.interleave import run_interleaved, stopwatch
 from hvdlarge.models.resnet import ResNet50
 from hvdlarge.optim.lars import LARS
 
-_MOMENTUM, _DECAY, _TRUST, _RATE = 0.9, 1e-4, 0.001, 0.1
+_MOMENTUM, _DECAY, _TRUST, _LR = 0.9, 1e-4, 0.001, 0.1
 PASSES = 7  # norms read g and w; the update reads g, w, v and writes w, v
 
 
 def measure_lars(device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one update on `device`, each way of it in turn; every way moves tensors of its
-    own.
+    """Time one update on `device`; each variant has its own tensors.
 
     Returns:
-        By the name of the way: `LARS`, this engine's; `fused SGD`, torch's with momentum and weight
-        decay, which has no norms; `loop` and `foreach`, LARS as it is written down tensor by tensor
-        and in torch's lists; `copy`, seven passes over as much memory as one tensor list, at the
-        speed at which it can be copied.
+        Seconds by variant, one for each round: `LARS`, this engine's; `fused SGD`, torch's with
+        momentum and weight decay, without norms; `loop` and `foreach`, LARS written with one
+        operation per tensor and with torch's foreach operations; `copy`, copies of the parameters
+        that read and write as much memory as seven passes over them.
     """
-    ways = {
+    updates = {
         "LARS": _engine(_tensors(device)),
         "fused SGD": _fused_sgd(_tensors(device)),
         "loop": _loop(_tensors(device)),
         "foreach": _foreach(_tensors(device)),
         "copy": _copy(_tensors(device)),
     }
-    settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    sides = {name: stopwatch(way, settle) for name, way in ways.items()}
-    run_interleaved(sides, 2)  # momentum buffers are made, caches filled
-    return run_interleaved(sides, rounds)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    variants = {name: stopwatch(update, synchronize) for name, update in updates.items()}
+    run_interleaved(variants, 2)  # warm-up: allocates momentum buffers, fills caches
+    return run_interleaved(variants, rounds)
 
 
 def _tensors(device: torch.device) -> list[torch.nn.Parameter]:
@@ -60,12 +59,12 @@ def _engine(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
         {"params": adapted, "adapt": True, "weight_decay": _DECAY},
         {"params": others, "adapt": False, "weight_decay": 0.0},
     ]
-    return LARS(groups, lr=_RATE, momentum=_MOMENTUM, trust_coefficient=_TRUST).step
+    return LARS(groups, lr=_LR, momentum=_MOMENTUM, trust_coefficient=_TRUST).step
 
 
 def _fused_sgd(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
     return torch.optim.SGD(
-        weights, lr=_RATE, momentum=_MOMENTUM, weight_decay=_DECAY, fused=True
+        weights, lr=_LR, momentum=_MOMENTUM, weight_decay=_DECAY, fused=True
     ).step
 
 
@@ -81,7 +80,7 @@ def _loop(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
                 weight_norm, grad_norm = weight.norm(), direction.norm()
                 ratio = _TRUST * weight_norm / (grad_norm + _DECAY * weight_norm)
                 direction = direction.add(weight, alpha=_DECAY).mul_(ratio)
-            velocity.mul_(_MOMENTUM).add_(direction, alpha=_RATE)
+            velocity.mul_(_MOMENTUM).add_(direction, alpha=_LR)
             weight.sub_(velocity)
 
     return update
@@ -96,30 +95,28 @@ def _foreach(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
     def update() -> None:
         grads = [weight.grad for weight in adapted if weight.grad is not None]
         weight_norms, grad_norms = torch._foreach_norm(adapted), torch._foreach_norm(grads)
-        sizes = torch._foreach_add(grad_norms, torch._foreach_mul(weight_norms, _DECAY))
-        ratios = torch._foreach_div(torch._foreach_mul(weight_norms, _TRUST), sizes)
+        denominators = torch._foreach_add(grad_norms, torch._foreach_mul(weight_norms, _DECAY))
+        ratios = torch._foreach_div(torch._foreach_mul(weight_norms, _TRUST), denominators)
         directions = torch._foreach_add(grads, adapted, alpha=_DECAY)
         torch._foreach_mul_(directions, ratios)
-        for members, moved in (
-            (adapted, directions),
-            (others, [w.grad for w in others if w.grad is not None]),
-        ):
-            held = [velocities[weight] for weight in members]
-            torch._foreach_mul_(held, _MOMENTUM)
-            torch._foreach_add_(held, moved, alpha=_RATE)
-            torch._foreach_sub_(members, held)
+        other_grads = [weight.grad for weight in others if weight.grad is not None]
+        for group, group_directions in ((adapted, directions), (others, other_grads)):
+            group_velocities = [velocities[weight] for weight in group]
+            torch._foreach_mul_(group_velocities, _MOMENTUM)
+            torch._foreach_add_(group_velocities, group_directions, alpha=_LR)
+            torch._foreach_sub_(group, group_velocities)
 
     return update
 
 
 def _copy(weights: list[torch.nn.Parameter]) -> Callable[[], object]:
-    """As many reads and writes as seven passes: three and a half copies."""
-    whole = torch.cat([weight.detach().reshape(-1) for weight in weights])
-    half, target = whole[: len(whole) // 2], torch.empty_like(whole)
+    """Three and a half copies: as many reads and writes as seven passes."""
+    source = torch.cat([weight.detach().reshape(-1) for weight in weights])
+    half, target = source[: len(source) // 2], torch.empty_like(source)
 
     def copies() -> None:
         for _ in range(PASSES // 2):
-            target.copy_(whole)
+            target.copy_(source)
         target[: len(half)].copy_(half)
 
     return copies

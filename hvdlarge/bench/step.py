@@ -1,8 +1,8 @@
-"""Times the engine's steps beside a bare loop of the same mathematics, by turns in one process.
+"""Times the engine's steps against a hand-written loop of the same computation.
 
-The bare loop is what one would write by hand: the same model, data, optimizer and Horovod wrapper,
-and no engine. The engine's side is the loop of a run as it is, decisions, agreement, logs and all,
-on a schedule of one stage and without checkpoints.
+The bare loop has the same model, data, optimizer and Horovod wrapper, but no engine. The engine
+runs its own training loop, with decisions, consistency checks and logs, on a schedule of one stage
+and without checkpoints.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.train_state import TrainState
 from hvdlarge.world import RankContext
 
-_WARM_UP = 5  # steps of each turn that are not counted
+_WARM_UP = 5  # steps of each turn that are not timed
 
 
 class StepClock(Watchdog):
-    """A watchdog that also keeps the moment at which each step began."""
+    """A watchdog that also records the start time of each step."""
 
     def __init__(self, rank: int, limits: dict[str, float]) -> None:
         super().__init__(rank, limits)
-        self.moments: list[float] = []
+        self.starts: list[float] = []  # time.perf_counter()
 
     def progress(self, phase: str, step: int | None = None) -> None:
-        """As a watchdog's."""
+        """See Watchdog; records the time when a step starts."""
         if step is not None:
-            self.moments.append(time.perf_counter())
+            self.starts.append(time.perf_counter())
         super().progress(phase, step)
 
 
@@ -69,27 +69,27 @@ def measure_step(
     rounds: int,
     only: str | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of a step on this rank, for each variant in turn. Every rank calls this together.
+    """Time a step on this rank. Every rank calls this together.
 
     Args:
-        job: whose model, data, first batch, optimizer and precision are used.
-        components: what it names.
+        job: defines model, data, first batch, optimizer and precision.
+        components: of the job.
         context: of this rank; its watchdog is `clock`.
-        clock: keeps the moments of the engine's steps.
-        steps: counted in each turn.
+        clock: records the engine's steps.
+        steps: timed steps per turn.
         rounds: turns of each variant.
-        only: the one variant to be measured; None for all.
+        only: the variant to measure; None for all.
 
     Returns:
-        By the name of the variant: `engine`; `bare loop`; `one worker alone`, the bare loop without
-        any other worker; `control`, the decision and the consistency check of a step, without any
-        training around them.
+        Seconds per step by variant, one for each round: `engine`; `bare loop`; `one worker alone`,
+        the bare loop without communication; `control`, only the decision and the consistency check
+        of a step.
 
     Raises:
         JobError: on every rank, for an unknown variant.
     """
     plan = _one_stage(components.plan, _WARM_UP + steps + 1)
-    # Steps are timed, not what comes between them
+    # No checkpoints between the timed steps
     job = job.model_copy(update={"checkpoint": Checkpoint(every_epochs=1e9)})
     control, tensors = context.control, context.tensors
     with tempfile.TemporaryDirectory(prefix="hvdlarge-bench-") as folder:
@@ -107,7 +107,7 @@ def measure_step(
             raise JobError(f"command line: --only {only}: the variants are {', '.join(variants)}")
         variants = variants if only is None else {only: variants[only]}
 
-        def together(variant: Callable[[], float]) -> Callable[[], float]:
+        def synchronized(variant: Callable[[], float]) -> Callable[[], float]:
             def turn() -> float:
                 control.barrier()
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -115,13 +115,13 @@ def measure_step(
 
             return turn
 
-        turns = {name: together(variant) for name, variant in variants.items()}
-        run_interleaved(turns, 1)  # memory is taken, caches and connections are made
+        turns = {name: synchronized(variant) for name, variant in variants.items()}
+        run_interleaved(turns, 1)  # warm-up: allocates memory, fills caches, opens connections
         return run_interleaved(turns, rounds)
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:
-    """The plan of so many steps of the first batch."""
+    """A plan of `steps` steps with the first batch."""
     size = plan.clock.dataset_size
     return replace(plan, clock=Clock(size, steps * plan.initial_batch / size), growth=NoGrowth())
 
@@ -129,7 +129,7 @@ def _one_stage(plan: Plan, steps: int) -> Plan:
 def _one_stage_run(
     job: Job, components: Components, context: RankContext, replica: Replica, plan: Plan
 ) -> Run:
-    """The engine's side: a run that evaluates and saves nothing."""
+    """A run without evaluations and checkpoints."""
     facts = RunFacts({}, components.sizes, {}, context.control.size)
     components = replace(components, plan=plan, test_set=None)
     return Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
@@ -142,33 +142,31 @@ def _engine_turn(run: Run, clock: StepClock, folder: Path) -> float:
     loader = build_loader(run.job.data, run.components.training_set, run.job.seed)
     parts = run.build_loop(loader, RunProgress(), state)
     run.replica.statistics.to_partial()
-    clock.moments.clear()
+    clock.starts.clear()
     try:
         train(parts, state)
     finally:
         parts.loader.close()
     run.replica.statistics.all_reduce(run.context.tensors.sum)
     run.log.close()
-    return _per_step(clock.moments)
+    return _seconds_per_step(clock.starts)
 
 
 def _control(plan: Plan, context: RankContext, names: list[str]) -> float:
-    """A turn of what the engine says in a step: one decision received, one consistency check sent
-    and received.
-    """
+    """One turn of the engine's control messages: a decision and a consistency check per step."""
     controller = Controller(plan) if context.control.rank == 0 else None
     feed = DecisionFeed(context.control, controller, 1, lambda decision: None)
     check = ConsistencyCheck(context.control, 0, dict)
-    moments = []
+    starts = []
     while (decision := feed.next()) is not None:
-        moments.append(time.perf_counter())
+        starts.append(time.perf_counter())
         check.start(decision, names, None)
         check.finish()
-    return _per_step(moments)
+    return _seconds_per_step(starts)
 
 
-def _anew(job: Job, components: Components) -> Components:
-    """The components with a model, a loss and an optimizer of their own."""
+def _rebuilt(job: Job, components: Components) -> Components:
+    """The components with a new model, loss and optimizer."""
     model, loss, optimizer, _ = build_learning(job, components.precision)
     return replace(components, model=model, loss=loss, optimizer=optimizer)
 
@@ -180,8 +178,8 @@ def _bare(
     tensors: Collectives,
     plan: Plan,
 ) -> Callable[[], float]:
-    """A turn of a loop written by hand, on a model of its own."""
-    components = _anew(job, components)
+    """A hand-written training loop, on its own model."""
+    components = _rebuilt(job, components)
     model, loss, precision = components.model, components.loss, components.precision
     replica = build_replica(job, components, control, tensors)
     layout = plan.layout(_first(plan))
@@ -190,24 +188,24 @@ def _bare(
     batches = _batches(job, components.training_set)
     optimizer = replica.update.optimizer
     steps = round(plan.clock.total_samples / plan.initial_batch)
-    settle = torch.cuda.synchronize if precision.device.type == "cuda" else (lambda: None)
+    synchronize = torch.cuda.synchronize if precision.device.type == "cuda" else (lambda: None)
 
     def turn() -> float:
-        # Horovod counts the passes of a step
+        # Tells Horovod the backward passes per step
         replica.update.zero_grad(numbers, layout.num_micro_batches)
         set_lr(optimizer, _first(plan).lr)
-        moments = []
+        starts = []
         for _ in range(steps):
-            moments.append(time.perf_counter())
+            starts.append(time.perf_counter())
             optimizer.zero_grad()
             for size in sizes:
                 inputs, targets = (replica.to_device(part) for part in batches(size))
                 with precision.autocast():
-                    share = loss(model(inputs), targets) * (size / plan.initial_batch)
-                share.backward()
+                    scaled_loss = loss(model(inputs), targets) * (size / plan.initial_batch)
+                scaled_loss.backward()
             optimizer.step()
-        settle()
-        return _per_step(moments)
+        synchronize()
+        return _seconds_per_step(starts)
 
     return turn
 
@@ -219,31 +217,31 @@ def _first(plan: Plan) -> Any:
 
 
 def _batches(job: Job, training_set: Any) -> Callable[[int], Any]:
-    """Random batches of a size: by an index for tensors, by torch's own DataLoader for any other
-    set.
+    """A function that loads a random batch of a given size: by indexing a set of tensors, otherwise
+    by torch's DataLoader.
     """
     if reads_batches(training_set):
         return lambda size: training_set.batch(torch.randint(len(training_set), (size,)))
-    waiting: dict[int, Iterator[Any]] = {}
+    iterators: dict[int, Iterator[Any]] = {}
 
-    def loaded(size: int) -> Any:
-        if size not in waiting:
-            processes = job.data.num_workers
+    def load(size: int) -> Any:
+        if size not in iterators:
+            num_workers = job.data.num_workers
             loader: Any = DataLoader(
                 training_set,
                 batch_size=size,
                 shuffle=True,
                 drop_last=True,
-                num_workers=processes,
-                prefetch_factor=job.data.prefetch_factor if processes else None,
-                multiprocessing_context="forkserver" if processes else None,
+                num_workers=num_workers,
+                prefetch_factor=job.data.prefetch_factor if num_workers else None,
+                multiprocessing_context="forkserver" if num_workers else None,
             )
-            waiting[size] = itertools.chain.from_iterable(itertools.repeat(loader))
-        return next(waiting[size])
+            iterators[size] = itertools.chain.from_iterable(itertools.repeat(loader))
+        return next(iterators[size])
 
-    return loaded
+    return load
 
 
-def _per_step(moments: list[float]) -> float:
-    """Seconds from the first counted step to the beginning of the last one."""
-    return (moments[-1] - moments[_WARM_UP]) / (len(moments) - 1 - _WARM_UP)
+def _seconds_per_step(starts: list[float]) -> float:
+    """Mean seconds from the start of a step to that of the next, after the warm-up."""
+    return (starts[-1] - starts[_WARM_UP]) / (len(starts) - 1 - _WARM_UP)

@@ -1,4 +1,4 @@
-"""Explains the keys of the job file, in the words of the JSON Schema and the documentation."""
+"""Explains the keys of the job file from its JSON Schema, as text and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ _WIDTH = 88
 
 
 def explain(key: str) -> str:
-    """What a key of the job file means: its type, default and description, and its own keys.
+    """The type, default and description of a key of the job file, and of the keys in its section.
 
     Args:
         key: dotted, such as `lr.warmup`; empty for the whole job file.
 
     Raises:
-        JobError: for a key that does not exist, naming the nearest one.
+        JobError: for an unknown key, naming the nearest one.
 
     >>> print(explain("lr.base"))
     lr.base: number > 0, required
         Learning rate tuned for a global batch of `batch.base`.
     """
     schema = job_schema()
-    entries: list[tuple[Schema, str]] = [(schema, "")]  # each with the choice that it belongs to
+    entries: list[tuple[Schema, str]] = [(schema, "")]  # each with its choice, see _choice
     required = False
-    walked: list[str] = []
+    path: list[str] = []
     for part in key.split(".") if key else []:
         sections = [section for entry, _ in entries for section in _sections(entry, schema)]
         known = list(dict.fromkeys(name for section in sections for name in section["properties"]))
         if part not in known:
-            raise JobError(_unknown(".".join([*walked, part]), part, walked, known))
+            raise JobError(_unknown(part, path, known))
         holders = [section for section in sections if part in section["properties"]]
         entries = [(section["properties"][part], _choice(section)) for section in holders]
         required = all(part in _required(section) for section in holders)
-        walked.append(part)
+        path.append(part)
     if not key:
         return "\n\n".join(_keys(schema, schema, ""))
     return "\n\n".join(_lines(key, entries, schema, required))
 
 
 def reference() -> str:
-    """Every key of the job file as Markdown, one table for each section and each choice of it."""
+    """Every key of the job file as Markdown: one table per section, or per choice of a section."""
     schema = job_schema()
     plain = {
         key: entry
@@ -93,9 +93,9 @@ def _lines(
 ) -> Iterator[str]:
     entry, _ = entries[0]
     if not list(_sections(entry, schema)):
-        same = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
-        for entry, choice in entries[:1] if same else entries:
-            yield _described(key if same else f"{key} ({choice})", entry, schema, required)
+        is_same = len({json.dumps(entry, sort_keys=True) for entry, _ in entries}) == 1
+        for entry, choice in entries[:1] if is_same else entries:
+            yield _described(key if is_same else f"{key} ({choice})", entry, schema, required)
         return
     yield _described(key, entry, schema, required)
     for section in _sections(entry, schema):
@@ -110,7 +110,7 @@ def _tag(section: Schema) -> str:
 
 
 def _choice(section: Schema) -> str:
-    """The policy or name that a section stands for; empty for one without alternatives."""
+    """The policy or name that selects a section; empty for a section without alternatives."""
     return str(section["properties"].get(_tag(section), {}).get("const", ""))
 
 
@@ -151,17 +151,17 @@ def _choices(entry: Schema) -> list[Schema]:
 
 
 def _sections(entry: Schema, schema: Schema) -> Iterator[Schema]:
-    """Every section that an entry may be, each once."""
+    """The distinct sections that an entry may hold."""
     if "properties" in entry:
         yield entry
         return
     seen: list[Schema] = []
     for choice in _choices(entry):
         if "$ref" in choice:
-            inner = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
+            candidates = [schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]]
         else:
-            inner = [] if choice is entry else list(_sections(choice, schema))
-        for section in inner:
+            candidates = [] if choice is entry else list(_sections(choice, schema))
+        for section in candidates:
             if "properties" in section and section not in seen:
                 seen.append(section)
                 yield section
@@ -178,7 +178,7 @@ def _kind(entry: Schema, schema: Schema) -> str:
     kinds = []
     for choice in _choices(entry):
         if choice.get("type") == "null" or ("pattern" in choice and choice is not entry):
-            continue  # no value, or a variable of the environment
+            continue  # null, or an environment variable
         kinds.append(_kind(choice, schema) if choice is not entry else _plain_kind(entry))
     return " | ".join(dict.fromkeys(kinds))
 
@@ -186,15 +186,16 @@ def _kind(entry: Schema, schema: Schema) -> str:
 def _plain_kind(entry: Schema) -> str:
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     limits = [f"{sign} {entry[name]}" for name, sign in bounds.items() if name in entry]
-    kind = {"object": "mapping", "array": "list", "string": "text", "boolean": "true | false"}
-    named = str(entry.get("type", "value"))
-    return " ".join([kind.get(named, named), ", ".join(limits)]).strip()
+    kinds = {"object": "mapping", "array": "list", "string": "text", "boolean": "true | false"}
+    name = str(entry.get("type", "value"))
+    return " ".join([kinds.get(name, name), ", ".join(limits)]).strip()
 
 
-def _unknown(key: str, part: str, walked: list[str], known: list[str]) -> str:
+def _unknown(part: str, path: list[str], known: list[str]) -> str:
     if not known:
-        return f"--explain: {'.'.join(walked)} has no keys of its own"
+        return f"--explain: {'.'.join(path)} is not a section: it has no keys"
+    key = ".".join([*path, part])
     close = difflib.get_close_matches(part, known, n=1)
     if close:
-        return f"--explain: unknown key {key!r}; did you mean {'.'.join([*walked, close[0]])}?"
-    return f"--explain: unknown key {key!r}; the keys here are {', '.join(known)}"
+        return f"--explain: unknown key {key!r}; did you mean {'.'.join([*path, close[0]])}?"
+    return f"--explain: unknown key {key!r}; known keys: {', '.join(known)}"

@@ -1,8 +1,7 @@
-"""Reads a job: the file, the file that it extends, the environment's variables, the command line;
-and says what is wrong with it.
+"""Reads a job from its file, the files it extends, environment variables and the command line.
 
-Every problem is told, all at once, each with its place (file and line, or the command line), the
-key as written, the value, the rule, and the nearest known key.
+All problems are reported at once, each with its place (file and line, or the command line), the key
+as written, the value, the rule and the nearest known key.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ from hvdlarge.exits import JobError
 from hvdlarge.optim.presets import PRESETS
 
 _EXTENDS = "extends"
-# The keys that say what kind a section is of; another kind has other keys, so the section it
-# extends counts for nothing then.
-_KINDS = ("policy", "name")
-# Of sections that need not name theirs
-_USUAL_KINDS = {("optimizer",): "lars", ("loss",): "cross_entropy"}
+# The keys that select what a section configures. If an extending file changes one, the keys of the
+# section it extends do not apply.
+_SELECTORS = ("policy", "name")
+_DEFAULT_NAMES = {("optimizer",): "lars", ("loss",): "cross_entropy"}
 
 
 class Place(NamedTuple):
@@ -38,7 +36,7 @@ class Place(NamedTuple):
 
     file: str
     line: int | None = None
-    variable: str | None = None  # a text that the environment gave, as it was written
+    variable: str | None = None  # the original text, if variables were replaced in it
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
@@ -48,36 +46,40 @@ _COMMAND_LINE = Place("command line")
 
 
 class Written(NamedTuple):
-    """Values as they were written, and where."""
+    """Values before validation, and where they were written."""
 
     values: dict[str, Any]
     places: dict[yaml_source.Path, Place]
 
     def place(self, path: yaml_source.Path) -> Place:
-        """Of the longest part of `path` that was written."""
+        """The place of the longest prefix of `path` that was written."""
         while path not in self.places:
             path = path[:-1]
         return self.places[path]
 
 
 def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
-    """The job of a YAML file, with `key.sub=value` overrides from the command line.
+    """Read and validate a job.
+
+    Args:
+        path: of the YAML file.
+        overrides: `key.sub=value`, from the command line.
 
     Raises:
-        JobError: with one message that holds every problem, each with its place.
+        JobError: with one message that lists every problem with its place.
     """
-    return _accepted(_read_file(path, ()), overrides)
+    return _validated(_read_file(path, ()), overrides)
 
 
 def job_path(name: str) -> str:
-    """The path of a job file: `name` itself, or the shipped job of that name, such as `digits`."""
+    """The path of a job: `name` itself, or the shipped job of that name, such as `digits`."""
     if not _is_bare(name) or Path(name).exists():
         return name
     return str(shipped_jobs().get(name, name))
 
 
 def shipped_jobs() -> dict[str, Path]:
-    """The jobs that come with the package, by name: those of the checkout, or as installed."""
+    """Paths of the jobs that come with the package, by name, in the checkout or as installed."""
     checkout = Path(__file__).parents[2] / "jobs"
     installed = Path(sysconfig.get_path("data")) / "share" / "hvdlarge" / "jobs"
     folder = checkout if (checkout / "job.schema.json").is_file() else installed
@@ -89,10 +91,17 @@ def _is_bare(name: str) -> bool:
 
 
 def parse_job(text: bytes | str, path: str, overrides: Sequence[str] = ()) -> Job:
-    """The job in a YAML text; `path` is for messages and for what it extends. Raises JobError as
-    `read_job` does.
+    """Validate a job from YAML text.
+
+    Args:
+        text: the YAML document.
+        path: for messages, and for relative paths in `extends`.
+        overrides: `key.sub=value`.
+
+    Raises:
+        JobError: see `read_job`.
     """
-    return _accepted(_read_text(text, path, ()), overrides)
+    return _validated(_read_text(text, path, ()), overrides)
 
 
 def _read_file(path: str, extended_by: tuple[Place, ...]) -> Written:
@@ -100,14 +109,13 @@ def _read_file(path: str, extended_by: tuple[Place, ...]) -> Written:
     where = f"{extended_by[-1]}: extends: " if extended_by else ""
     try:
         with Path(path).open("rb") as file:
-            # Whatever is longer is no job file and need not be read to its end
-            text = file.read(yaml_source.MAX_BYTES + 1)
+            text = file.read(yaml_source.MAX_BYTES + 1)  # one byte too long is enough for an error
     except FileNotFoundError:
         hint = ""
         if not extended_by and _is_bare(path):
             hint = f"; shipped jobs are {', '.join(shipped_jobs())}"
         raise JobError(f"{where}{path}: no such {what} (looked in {Path.cwd()}){hint}") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise JobError(
             f"{where}{path}: the {what} cannot be read: {getattr(error, 'strerror', error)}"
         ) from None
@@ -137,14 +145,12 @@ def _read_text(text: bytes | str, path: str, extended_by: tuple[Place, ...]) -> 
         return written
     other, place = written.values.pop(_EXTENDS), places.pop((_EXTENDS,))
     if not isinstance(other, str):
-        raise JobError(f"{place}: extends is {_show(other)}: it names another job file, as text")
+        raise JobError(f"{place}: extends is {_show(other)}: it must name another job file")
     chain = (*extended_by, place)
     file = str(Path(path).parent / other)
-    if any(_same_file(file, before.file) for before in chain):
-        raise JobError(
-            f"{place}: extends: {' → '.join([*(before.file for before in chain), file])} comes "
-            "back to itself"
-        )
+    if any(_same_file(file, previous.file) for previous in chain):
+        cycle = " → ".join([*(previous.file for previous in chain), file])
+        raise JobError(f"{place}: extends: {cycle} is circular")
     base = _read_file(file, chain)
     places = dict(base.places)
     _extend(base.values, written.values, (), places, written.places)
@@ -165,38 +171,38 @@ def _extend(
     places: dict[yaml_source.Path, Place],
     own_places: Mapping[yaml_source.Path, Place],
 ) -> None:
-    """Put `own` over `base`, section by section; lists and sections of another kind replace what
-    was there.
+    """Merge `own` into `base` section by section; other values, lists, and sections that select
+    another policy or name are replaced as a whole.
     """
     for key, value in own.items():
-        here, before = (*path, key), base.get(key)
-        places[here] = own_places[here]
+        key_path, base_value = (*path, key), base.get(key)
+        places[key_path] = own_places[key_path]
         if (
             isinstance(value, dict)
-            and isinstance(before, dict)
-            and not _of_another_kind(before, value, here)
+            and isinstance(base_value, dict)
+            and not _selects_another(base_value, value, key_path)
         ):
-            _extend(before, value, here, places, own_places)
+            _extend(base_value, value, key_path, places, own_places)
             continue
-        for other in [
-            other for other in places if len(other) > len(here) and other[: len(here)] == here
-        ]:
+        for other in [other for other in places if _is_in(other, key_path)]:
             del places[other]
-        places.update(
-            {other: place for other, place in own_places.items() if other[: len(here)] == here}
-        )
+        places |= {other: place for other, place in own_places.items() if _is_in(other, key_path)}
         base[key] = value
 
 
-def _of_another_kind(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: yaml_source.Path
+def _is_in(path: yaml_source.Path, section: yaml_source.Path) -> bool:
+    return path[: len(section)] == section
+
+
+def _selects_another(
+    base: Mapping[str, Any], own: Mapping[str, Any], path: yaml_source.Path
 ) -> bool:
-    usual = {"name": _USUAL_KINDS[path]} if path in _USUAL_KINDS else {}
-    before = {**usual, **before}
-    return any(kind in after and kind in before and after[kind] != before[kind] for kind in _KINDS)
+    default = {"name": _DEFAULT_NAMES[path]} if path in _DEFAULT_NAMES else {}
+    base = {**default, **base}
+    return any(key in own and key in base and own[key] != base[key] for key in _SELECTORS)
 
 
-def _accepted(written: Written, overrides: Sequence[str]) -> Job:
+def _validated(written: Written, overrides: Sequence[str]) -> Job:
     path = written.places[()].file
     for override in overrides:
         _override(written, override)
@@ -207,11 +213,11 @@ def _accepted(written: Written, overrides: Sequence[str]) -> Job:
         if optimizer["name"] == "lars" and isinstance(preset, str):
             written.values["optimizer"] = {**PRESETS.get(preset, {}), **optimizer}
     try:
-        # JSON is the strict mode in which a list may become a tuple and a mapping a section, but
-        # "3" never a number.
+        # From JSON, since strict mode then accepts a list for a tuple and a mapping for a section,
+        # but not "3" for a number.
         job = Job.model_validate_json(json.dumps(written.values), strict=True)
     except ValidationError as error:
-        raise _refused(
+        raise _job_error(
             path, [_describe(problem, written) for problem in error.errors(include_url=False)]
         ) from None
     problems = [
@@ -219,14 +225,14 @@ def _accepted(written: Written, overrides: Sequence[str]) -> Job:
         for key, message in cross_field_errors(job)
     ]
     if problems:
-        raise _refused(path, problems)
+        raise _job_error(path, problems)
     variables = {
         key: place.variable for key, place in written.places.items() if place.variable is not None
     }
     return job.keeping_variables(variables)
 
 
-def _refused(path: str, problems: Sequence[str]) -> JobError:
+def _job_error(path: str, problems: Sequence[str]) -> JobError:
     heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return JobError("\n".join([f"{path}: {heading} in the job file", *problems]))
 
@@ -237,7 +243,7 @@ def _override(written: Written, override: str) -> None:
     if not equals or not all(parts):
         raise JobError(f"command line: {override!r} is not of the form key.sub=value")
     try:
-        new = yaml_source.read(value, os.environ)
+        source = yaml_source.read(value, os.environ)
     except yaml_source.SourceError as error:
         raise JobError(f"command line: {override!r}: {error}") from None
     section = written.values
@@ -247,19 +253,19 @@ def _override(written: Written, override: str) -> None:
             raise JobError(
                 f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section"
             )
-    section[parts[-1]] = new.values
-    for other in [other for other in written.places if other[: len(parts)] == parts]:
+    section[parts[-1]] = source.values
+    for other in [other for other in written.places if _is_in(other, parts)]:
         del written.places[other]
     written.places[parts] = _COMMAND_LINE
     written.places.update(
         {
             (*parts, *path): _COMMAND_LINE._replace(variable=text)
-            for path, text in new.variables.items()
+            for path, text in source.variables.items()
         }
     )
 
 
-# --- words for what is wrong
+# --- error messages
 
 
 def _describe(problem: Any, written: Written) -> str:
@@ -284,10 +290,10 @@ def _describe(problem: Any, written: Written) -> str:
             f"{problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
         )
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
-        keys_there, policies = _known_keys((*problem["loc"], "")), _known_policies(problem["loc"])
-        inside = f" with the keys {', '.join(keys_there)}" if keys_there else ""
-        inside = f" with a policy or name, one of {', '.join(policies)}" if policies else inside
-        return f"  {place}: {name} is {_show(value)}: it must be a section{inside}"
+        known, policies = _known_keys((*problem["loc"], "")), _known_policies(problem["loc"])
+        hint = f" with the keys {', '.join(known)}" if known else ""
+        hint = f" with a policy or name, one of {', '.join(policies)}" if policies else hint
+        return f"  {place}: {name} is {_show(value)}: it must be a section{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(value, (dict, list)) and kind == "value_error":
         return f"  {place}: {name}: {message}"
@@ -298,7 +304,7 @@ def _describe(problem: Any, written: Written) -> str:
 
 
 def _hint(kind: str, value: Any) -> str:
-    """What a value was perhaps meant to be."""
+    """A suggestion for a value of the wrong type."""
     if (
         kind == "bool_type"
         and isinstance(value, str)
@@ -306,7 +312,7 @@ def _hint(kind: str, value: Any) -> str:
     ):
         return (
             f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'} (in YAML 1.2 "
-            f"{value!r} is a word)"
+            f"{value!r} is a string)"
         )
     if kind in ("int_type", "float_type") and isinstance(value, str):
         plain = value.replace("_", "").replace(",", "")
@@ -337,13 +343,11 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known here: {', '.join(sorted(known))}" if known else ""
+    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
-    """Where a problem stands in the YAML: pydantic's location without its names of union
-    members.
-    """
+    """The path of a problem in the YAML: pydantic's location without the tags of unions."""
     path: list[str | int] = []
     for number, part in enumerate(location):
         is_last = number == len(location) - 1
@@ -363,19 +367,17 @@ def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys that the section of a problem may have, from the schema of the job file."""
+    """The keys of the section that contains `location`."""
     return list(_schema_of(location[:-1]).get("properties", {}))
 
 
 def _known_policies(location: Sequence[str | int]) -> list[str]:
-    """The policies that a section may follow, from the schema of the job file."""
+    """The policies or names that the section at `location` may select."""
     return list(_schema_of(location).get("discriminator", {}).get("mapping", {}))
 
 
 def _schema_of(location: Sequence[str | int]) -> dict[str, Any]:
-    """The part of the job file's JSON Schema that describes the section at pydantic's
-    `location`.
-    """
+    """The part of the job file's JSON Schema for the section at pydantic's `location`."""
     schema = _schema()
     node: dict[str, Any] = schema
     for part in location:

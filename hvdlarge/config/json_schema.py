@@ -1,7 +1,7 @@
-"""The JSON Schema of the job file, for editors: completion and checking while a job is written.
+"""The JSON Schema of the job file, for completion and validation in editors.
 
-jobs/job.schema.json is what this gives; a test keeps the two in step. A job points at it in its
-first line: `# yaml-language-server: $schema=job.schema.json`.
+jobs/job.schema.json is generated from it, and a test compares the two. A job file refers to it in
+its first line: `# yaml-language-server: $schema=job.schema.json`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ _VARIABLE = {"type": "string", "pattern": r"\$\{", "description": "filled in fro
 
 
 def job_schema() -> dict[str, Any]:
-    """The schema, JSON Schema 2020-12."""
+    """The schema of the job file, JSON Schema 2020-12."""
     schema = Job.model_json_schema()
     for definition in [schema, *schema["$defs"].values()]:
         definition.pop("title", None)
         for name, entry in definition.get("properties", {}).items():
-            if isinstance(entry.get("default"), dict):  # a section's defaults stand with its keys
+            if isinstance(
+                entry.get("default"), dict
+            ):  # the defaults of a section are given at its keys
                 del entry["default"]
             entry.pop("title", None)
             definition["properties"][name] = _with_variables(entry)
@@ -33,7 +35,7 @@ def job_schema() -> dict[str, Any]:
             "anyOf": [optimizer, {"$ref": "#/$defs/Lars"}],
             "description": optimizer.pop("description"),
         }
-    # A file that extends another one has the rest of its keys there.
+    # A file that extends another one may leave the required keys to it.
     required = schema.pop("required")
     schema["if"] = {"not": {"required": ["extends"]}}
     schema["then"] = {"required": required}
@@ -45,7 +47,7 @@ def job_schema() -> dict[str, Any]:
 
 
 def _with_variables(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry for a number or a switch may also be a variable of the environment."""
+    """Allow `${NAME}` as the value of an entry for numbers or booleans."""
     if entry.get("type") in ("integer", "number", "boolean") or any(
         kind.get("type") in ("integer", "number", "boolean") for kind in entry.get("anyOf", [])
     ):

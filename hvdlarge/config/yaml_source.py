@@ -1,12 +1,12 @@
-"""Reads a YAML text into plain values and remembers where each key stands.
+"""Parses YAML into plain values and records the line of each key.
 
-Numbers and booleans follow YAML 1.2: `1e-3` is a number, `on` and `no` are words, a date is text. A
-key that stands twice, an alias, a tag, a second document and a number with a leading zero are
-errors, because each of them is a mistake in a job file.
+Scalars follow YAML 1.2: `1e-3` is a number, `on` and `no` are strings, a date is a string.
+Duplicate keys, aliases, tags, further documents and numbers with a leading zero are errors, because
+in a job file each of them is a mistake.
 
-`${NAME}` and `${NAME:-default}` in a value stand for a variable of the environment, `$${` for `${`
-itself. A value without quotes then has the type of what stands there (`epochs: ${EPOCHS:-30}` is a
-number), one in quotes stays text.
+In a value, `${NAME}` and `${NAME:-default}` are replaced by an environment variable, `$${` by `${`.
+An unquoted value is typed after the replacement (`epochs: ${EPOCHS:-30}` is a number), a quoted one
+is a string.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ _VARIABLE = re.compile(r"\$(\$\{)|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\
 
 
 class SourceError(Exception):
-    """The text is not what a job file may be; the message says why, `line` where (from 1, or
-    None).
-    """
+    """The text is not a valid job file; `line`, from 1, is where (None if unknown)."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -37,37 +35,42 @@ class SourceError(Exception):
 
 @dataclass
 class Source:
-    """Values and the lines they stand on."""
+    """Values, with the lines of their keys.
+
+    Attributes:
+        values: plain values.
+        lines: line of each key, from 1, by path.
+        variables: by path, the original text of strings in which variables were replaced.
+    """
 
     values: Any
     lines: dict[Path, int] = field(default_factory=dict)
-    # Texts that the environment gave, as they were written
     variables: dict[Path, str] = field(default_factory=dict)
 
     def line(self, path: Path) -> int | None:
-        """The line (from 1) of the longest part of `path` that stands in the text."""
+        """The line, from 1, of the longest prefix of `path` that is in the text."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path)
 
 
 class AsWritten(str):
-    """A text with variables in it, which `write` leaves for the next reader to fill in."""
+    """A string with variables that `write` does not escape."""
 
 
 def read(
     text: bytes | str, environ: Mapping[str, str] | None = None, fill_in: bool = True
 ) -> Source:
-    """The values of one YAML document, with the line of each key.
+    """Parse one YAML document.
 
     Args:
         text: the document.
-        environ: what `${NAME}` stands for.
-        fill_in: put that in; else such values stay as they are written.
+        environ: environment variables.
+        fill_in: whether to replace variables.
 
     Raises:
-        SourceError: for anything that is not one plain document, and for a variable that is not set
-            and has no default.
+        SourceError: for anything but one plain document, and for a variable that is neither set nor
+            has a default.
 
     >>> read("lr: 1e-3").values
     {'lr': 0.001}
@@ -82,7 +85,7 @@ def read(
         except UnicodeDecodeError as error:
             raise SourceError(f"the file is not UTF-8 text (byte {error.start})") from None
     try:
-        _refuse_what_is_not_plain(text)
+        _check_plain(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -98,18 +101,18 @@ def read(
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = " ".join(part for part in (error.context, error.problem) if part)
+        problem = " ".join(part for part in (error.context, error.problem) if part)
         if mark and re.search(
             r"\{.*\$\{", (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
         ):
-            what += "; inside { } a variable stands in quotes, or its key on a line of its own"
-        raise SourceError(f"not valid YAML: {what}", mark.line + 1 if mark else None) from None
+            problem += "; inside { }, put the variable in quotes"
+        raise SourceError(f"not valid YAML: {problem}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise SourceError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _refuse_what_is_not_plain(text: str) -> None:
-    # Over the token stream, because PyYAML's composer would recurse as deep as the text does.
+def _check_plain(text: str) -> None:
+    """Reject aliases, tags and deep nesting, from the events: PyYAML's composer is recursive."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
@@ -140,15 +143,13 @@ def _record(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise SourceError("a key must be a word", line)
+                raise SourceError("a key must be a string", line)
             if key_node.tag != _TEXT:
                 raise SourceError(
-                    f"the key {key!r} is read as a number or the like: put it in quotes", line
+                    f"the key {key!r} is not read as a string: put it in quotes", line
                 )
             if key in seen:
-                raise SourceError(
-                    f"the key {key!r} stands twice, on lines {seen[key]} and {line}", line
-                )
+                raise SourceError(f"duplicate key {key!r}, on lines {seen[key]} and {line}", line)
             seen[key] = line
             lines[path + (key,)] = line
             _record(value_node, path + (key,), lines)
@@ -165,9 +166,7 @@ def _fill_in(
     environ: Mapping[str, str],
     variables: dict[Path, str],
 ) -> None:
-    """Put the environment's values into the nodes of a document, and keep in `variables` how such
-    texts were written.
-    """
+    """Replace variables in the nodes of a document; record the original texts in `variables`."""
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             _fill_in(value_node, (*path, key_node.value), loader, environ, variables)
@@ -175,42 +174,41 @@ def _fill_in(
         for number, item in enumerate(node.value):
             _fill_in(item, (*path, number), loader, environ, variables)
     elif isinstance(node, yaml.ScalarNode) and "${" in node.value:
-        written = node.value
+        original = node.value
         try:
-            node.value = _VARIABLE.sub(lambda found: _value_of(found, environ), node.value)
+            node.value = _VARIABLE.sub(lambda match: _value_of(match, environ), node.value)
         except LookupError as error:
             where = ".".join(map(str, path))
             raise SourceError(
                 f"{where}: {error.args[0]}" if where else error.args[0], node.start_mark.line + 1
             ) from None
-        # Not quoted: of the type that it would have had if it had been written here
-        if node.style is None:
+        if node.style is None:  # not quoted
             node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
-        if node.tag == _TEXT and any(name for _, name, _ in _VARIABLE.findall(written)):
-            variables[path] = written
+        if node.tag == _TEXT and any(name for _, name, _ in _VARIABLE.findall(original)):
+            variables[path] = original
 
 
-def _value_of(found: re.Match[str], environ: Mapping[str, str]) -> str:
-    escaped, name, default = found.groups()
+def _value_of(match: re.Match[str], environ: Mapping[str, str]) -> str:
+    escaped, name, default = match.groups()
     if escaped:
         return "${"
     if name is None:
         raise LookupError(
-            "a variable is written ${NAME} or ${NAME:-default}, and $${ stands for ${ itself"
+            "a variable is written ${NAME} or ${NAME:-default}, and a literal ${ as $${"
         )
-    # As in a shell, :- also stands in for one that is set to nothing
+    # As in a shell, the default of :- also replaces an empty variable
     value = environ.get(name) or default
     if value is None:
         value = environ.get(name)
     if value is None:
         raise LookupError(
-            f"the variable {name} is not set; ${{{name}:-default}} would give it a default"
+            f"the variable {name} is not set; ${{{name}:-default}} gives it a default"
         )
     return value
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the plain types of YAML 1.2 and no tags."""
+    """PyYAML's safe loader with the scalar types of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -238,13 +236,13 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     if re.match("-?0[0-9]", text):
         raise SourceError(
             f"{node.value} begins with a zero: YAML 1.1 reads it as octal, YAML 1.2 as decimal; "
-            "write it without the zero",
+            "remove the zero",
             node.start_mark.line + 1,
         )
     base = 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10
     try:
         return int(text, base)
-    except ValueError as error:  # Python refuses numbers of thousands of digits
+    except ValueError as error:  # Python limits integers to 4300 digits
         raise SourceError(str(error), node.start_mark.line + 1) from None
 
 
@@ -252,19 +250,19 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes whatever `read` would not take for text."""
+    """Quotes strings that `read` would not read as strings."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-# In quotes, so that it is a text whatever the variable holds.
+# In quotes, so that it is read as a string whatever the value of the variable.
 _Dumper.add_representer(
     AsWritten, lambda dumper, text: dumper.represent_scalar(_TEXT, str(text), style="'")
 )
 
 
 def write(values: Any) -> str:
-    """Plain values as a text that `read` gives back as they are, whatever the environment.
+    """Serialise plain values; `read` gives equal values back, whatever the environment.
 
     >>> write({"name": "1e3", "place": "${HOME}", "on": True}).splitlines()
     ["name: '1e3'", 'place: $${HOME}', 'on: true']

@@ -1,13 +1,12 @@
-"""What a data set is to the engine, and the one that holds its samples as tensors.
+"""The interface of a data set, and `InMemory`, a data set held as tensors.
 
-A job's `data.name` names a callable that returns a pair (training set, test set or None). A set is
-map-style: it has a length and gives the pair (input, target) of an index; `__getitems__(indices)`,
-where its class has one, gives the pairs of many indices at once. A set that holds its samples as
-tensors is an `InMemory` and is indexed without any loader process.
+A job's `data.name` names a callable that returns the pair (training set, test set or None). A data
+set is map-style: it has a length, and indexing it gives the pair (input, target). It may also
+define `__getitems__(indices)`, which gives the pairs of many indices at once. An `InMemory` set is
+indexed in the training process, without loader processes.
 
-However a set is read, it is read as its own class says: a way to many samples that a base class has
-is not taken where a class below it reads a single sample in a way of its own, which would be passed
-over.
+A subclass that overrides `__getitem__` disables the batched methods it inherits (`batch`,
+`__getitems__`): they would bypass the override.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch.utils.data import Dataset
 
 
 class InMemory(Dataset):
-    """Samples kept as tensors.
+    """A data set held as tensors.
 
     Args:
         inputs: shape (n, …).
         targets: shape (n, …).
 
     Raises:
-        ValueError: if the two differ in length.
+        ValueError: if the lengths differ.
     """
 
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -47,26 +46,24 @@ class InMemory(Dataset):
 
 
 def reads_batches(dataset: Any) -> bool:
-    """Whether micro-batches of a set are read by `InMemory.batch`, and no class below it reads
-    samples in another way.
+    """Whether micro-batches are read by `batch`: the set is an `InMemory` and no subclass overrides
+    the access to single samples.
     """
-    return isinstance(dataset, InMemory) and _comes_first(
+    return isinstance(dataset, InMemory) and _takes_precedence(
         type(dataset), "batch", ("__getitem__", "__getitems__")
     )
 
 
 def reads_many(dataset: Any) -> bool:
-    """Whether many samples of a set are read by its class's `__getitems__`, and no class below it
-    reads one in another way.
+    """Whether micro-batches are read by `__getitems__`: the class has it and no subclass overrides
+    `__getitem__`.
     """
-    return _comes_first(type(dataset), "__getitems__", ("__getitem__",))
+    return _takes_precedence(type(dataset), "__getitems__", ("__getitem__",))
 
 
-def _comes_first(kind: type, method: str, others: tuple[str, ...]) -> bool:
-    """Whether a class or the nearest of its bases that defines any of these methods defines
-    `method`.
-    """
-    for base in kind.__mro__:
+def _takes_precedence(cls: type, method: str, others: tuple[str, ...]) -> bool:
+    """Whether `method` is defined no later in the class's resolution order than any of `others`."""
+    for base in cls.__mro__:
         if method in vars(base):
             return vars(base)[method] is not None
         if any(other in vars(base) for other in others):

@@ -1,14 +1,14 @@
-"""The order of the data: one stream of shuffled epochs, of which a step takes the next
+"""The order of the data: a stream of shuffled epochs, from which each step takes the next
 `global_batch` samples.
 
-Formula:  sample s of a run (s = 0, 1, 2, …) is data-set index permute(seed, s // N, s % N) of a set
-          of N samples; permute = a Feistel network of `_ROUNDS` rounds on the numbers of max(6,
-          ⌈log2 N⌉) bits, walked until below N
+Formula:  sample s of a run (s = 0, 1, 2, …) has the data-set index permute(seed, s // N, s % N),
+          N being the size of the data set; permute is a Feistel network of `_ROUNDS` rounds on
+          integers of max(6, ⌈log2 N⌉) bits, iterated until the result is below N
 Source:   docs/design.md; Feistel with cycle walking: Black, Rogaway, "Ciphers with Arbitrary Finite
           Domains" (2002), section 4.
-Contract: pure; for every seed, epoch and N a bijection on 0 … N − 1; time and memory grow with the
-          indices asked for and not with N. Every epoch shows every sample once, whatever the
-          batches, and the data position is one integer.
+Contract: pure; a bijection on 0 … N − 1 for every seed, epoch and N. Time and memory are
+          proportional to the number of indices requested, not to N. Every epoch visits every sample
+          exactly once, whatever the batch sizes, and the data position is one integer.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from numpy.typing import NDArray
 from hvdlarge.data import seeds
 
 _ROUNDS = 8
-# Fewer would shuffle very small sets unevenly; their places are found among 64 numbers instead
-_LEAST_BITS = 6
+_MIN_BITS = 6  # with fewer, the permutations of very small data sets are not uniform
+_LOOK_AHEAD = 2048  # samples
 
 
 def permute(
     seed: int, epoch: int | NDArray[np.int64], offset: int | NDArray[np.int64], size: int
 ) -> NDArray[np.int64]:
-    """Where each place of a shuffled epoch lies in the data set.
+    """Data-set index of each position in a shuffled epoch.
 
     Args:
         seed: the run's seed.
-        epoch: whole epochs passed, one for all places or one for each.
-        offset: places in the epoch, 0 … size − 1, shape (n,) or a single one.
+        epoch: number of the epoch from 0, scalar or shape (n,).
+        offset: positions in the epoch, 0 … size − 1, scalar or shape (n,).
         size: N, samples in the data set, 1 … 2^62.
 
     Returns:
         Data-set indices, shape (n,).
 
     Raises:
-        ValueError: if the size or an offset is out of range.
+        ValueError: if `size` or an offset is out of range.
 
     >>> sorted(permute(0, 0, np.arange(10), 10).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -53,20 +53,20 @@ def permute(
     if size == 1:
         return np.zeros(offset.shape, dtype=np.int64)
 
-    bits = max(_LEAST_BITS, (size - 1).bit_length())
+    bits = max(_MIN_BITS, (size - 1).bit_length())
     round_keys = seeds.keys(seed, seeds.ORDER, epoch)
-    places = _feistel(offset.astype(np.uint64), round_keys, bits)
-    outside = np.flatnonzero(places >= np.uint64(size))
-    while outside.size:  # from 33 samples on, on average less than one more walk for each place
-        places[outside] = _feistel(places[outside], round_keys[outside], bits)
-        outside = outside[places[outside] >= np.uint64(size)]
-    return places.astype(np.int64)
+    indices = _feistel(offset.astype(np.uint64), round_keys, bits)
+    outside = np.flatnonzero(indices >= np.uint64(size))
+    while outside.size:  # fewer than one extra iteration per index on average if size > 32
+        indices[outside] = _feistel(indices[outside], round_keys[outside], bits)
+        outside = outside[indices[outside] >= np.uint64(size)]
+    return indices.astype(np.int64)
 
 
 def _feistel(
     values: NDArray[np.uint64], round_keys: NDArray[np.uint64], bits: int
 ) -> NDArray[np.uint64]:
-    """A keyed bijection on the numbers of `bits` bits: the two halves change each other in turn."""
+    """A keyed bijection on integers of `bits` bits."""
     low_bits, high_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     low_mask, high_mask = (
         (np.uint64(1) << low_bits) - np.uint64(1),
@@ -80,14 +80,19 @@ def _feistel(
 
 
 def _round_key(round_keys: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-    # Far apart: keys that lie closer than 2^bits would let the rounds share values, and small sets
-    # would shuffle badly.
+    # Far apart: with keys closer than 2^bits the rounds would share values, and small data sets
+    # would not be shuffled uniformly.
     return round_keys + np.uint64(number * 0xD1B54A32D192ED03 % 2**64)
 
 
 def samples(seed: int, size: int, start: int, stop: int) -> NDArray[np.int64]:
-    """Data-set indices of the samples `start` … `stop` − 1 of a run over a set of `size` samples,
-    in stream order.
+    """Data-set indices of the samples `start` … `stop` − 1 of a run, shape (stop − start,).
+
+    Args:
+        seed: the run's seed.
+        size: N, samples in the data set.
+        start: number of the first sample, counted over the whole run.
+        stop: number after the last one.
 
     >>> len(set(samples(seed=7, size=5, start=10, stop=15).tolist()))
     5
@@ -97,8 +102,8 @@ def samples(seed: int, size: int, start: int, stop: int) -> NDArray[np.int64]:
 
 
 class Stream:
-    """`samples` for one who reads on through the stream: looks ahead, since a look costs little
-    more for many than for few.
+    """`samples` with look-ahead for sequential reads, since the cost of a call hardly depends on
+    how many indices it computes.
 
     Args:
         seed: of the run.
@@ -112,20 +117,16 @@ class Stream:
 
     def __init__(self, seed: int, size: int) -> None:
         self._seed, self._size = seed, size
-        self._begin = self._end = 0  # of what was looked up
-        self._found: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        self._last = 0  # where the last reading ended
+        self._start = self._stop = 0  # of the cached window
+        self._window: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._last_stop = 0  # of the previous read
 
     def samples(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Data-set indices of the samples `start` … `stop` − 1 of the run."""
-        if not self._begin <= start <= stop <= self._end:
-            # Who jumps far, as a worker among many does, would throw away most of what was looked
-            # up ahead.
-            reads_on = 0 <= start - self._last <= _AHEAD // 4
-            self._begin, self._end = start, max(stop, start + _AHEAD) if reads_on else stop
-            self._found = samples(self._seed, self._size, self._begin, self._end)
-        self._last = stop
-        return self._found[start - self._begin : stop - self._begin]
-
-
-_AHEAD = 2048  # samples
+        """Data-set indices of samples `start` … `stop` − 1 of the run, shape (stop − start,)."""
+        if not self._start <= start <= stop <= self._stop:
+            # After a long jump, usual for one worker among many, most of it would go unused.
+            sequential = 0 <= start - self._last_stop <= _LOOK_AHEAD // 4
+            self._start, self._stop = start, max(stop, start + _LOOK_AHEAD) if sequential else stop
+            self._window = samples(self._seed, self._size, self._start, self._stop)
+        self._last_stop = stop
+        return self._window[start - self._start : stop - self._start]

@@ -1,11 +1,11 @@
-"""Keys for everything random: a seed for what it is used for, never for who uses it.
+"""Seeds for every random draw of a run, derived from what the draw is for and never from the rank.
 
 Formula:  mix(x) = the SplitMix64 finalizer;  key(seed, purpose, a, b, …) = mix(… mix(mix(seed) + a)
           + b …), all modulo 2^64
 Source:   Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014), with the
           constants of its reference implementation.
-Contract: pure. Augmentation is keyed by sample and dropout by micro-batch, never by rank: that is
-          why the number of workers does not change a run (docs/design.md).
+Contract: pure. Augmentation is keyed by sample and dropout by micro-batch, so the results do not
+          depend on the number of workers (docs/design.md).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ALL = 2**64 - 1
 
-# What a key is for; the numbers are part of every run's result and must never change.
+# Purposes of keys. The numbers determine the results of every run and must never change.
 ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA, EVALUATION = 1, 2, 3, 4, 5, 6
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit values, one to one. `values` is an array (numpy warns of the wanted overflow
-    on scalars).
+    """Apply the SplitMix64 finalizer, a bijection on 64-bit integers, to each value.
+
+    Takes arrays only: numpy warns of the intended overflow for scalars.
     """
     values = values + np.uint64(_GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
@@ -31,7 +32,7 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _mix(value: int) -> int:
-    """`mix` of one value: numpy would take twenty times as long for it."""
+    """`mix` of one value, twenty times as fast as with numpy."""
     value = value + _GOLDEN & _ALL
     value = (value ^ value >> 30) * _FIRST & _ALL
     value = (value ^ value >> 27) * _SECOND & _ALL
@@ -39,7 +40,7 @@ def _mix(value: int) -> int:
 
 
 def keys(seed: int, purpose: int, *parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One 64-bit key for each combination of `parts` (integers, or integer arrays of one shape).
+    """One 64-bit key per element of the broadcast `parts` (integers or integer arrays).
 
     >>> keys(0, ORDER, np.arange(3)).shape
     (3,)
@@ -52,8 +53,7 @@ def keys(seed: int, purpose: int, *parts: int | NDArray[np.int64]) -> NDArray[np
 
 
 def key(seed: int, purpose: int, *parts: int) -> int:
-    """One key as a non-negative Python integer below 2^63, which every random generator accepts as
-    its seed.
+    """One key as a Python integer, 0 … 2^63 − 1, which torch's and Python's generators accept.
 
     >>> key(7, MICRO_BATCH, 3) == int(keys(7, MICRO_BATCH, 3)[0]) >> 1
     True

@@ -1,4 +1,4 @@
-"""Images of noise, for measuring: of any size and number, out of a small pool in memory."""
+"""Synthetic images for benchmarks: any number of them, repeated from a small pool in memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 
 from hvdlarge.data.in_memory import InMemory
 
-_POOL = 512
+_POOL = 512  # distinct samples
 
 
 class Repeated(InMemory):
-    """Few samples, counted as many: sample i is sample i modulo the pool.
+    """A pool of samples repeated: sample i is sample i modulo n of the pool.
 
     Args:
-        inputs: the pool's, shape (n, …).
-        targets: the pool's, shape (n, …).
-        samples: how many the set is to have.
+        inputs: of the pool, shape (n, …).
+        targets: of the pool, shape (n, …).
+        samples: length of the data set.
     """
 
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor, samples: int) -> None:
@@ -36,21 +36,20 @@ class Repeated(InMemory):
 def synthetic_images(
     samples: int, size: int = 32, channels: int = 3, classes: int = 10
 ) -> tuple[Repeated, None]:
-    """Noise with labels drawn at random: nothing can be learnt from it, everything can be timed
-    with it.
+    """Gaussian noise with random labels, for benchmarks.
 
     Args:
-        samples: of the set; at most 512 are different.
+        samples: length of the data set; at most 512 are distinct.
         size: height and width, in pixels.
-        channels: colours.
-        classes: different labels.
+        channels: of each image.
+        classes: distinct labels.
 
     Returns:
-        A training set, inputs (n, channels, size, size) float32 of mean 0 and variance 1, targets
-        (n,) int64; no test set.
+        A training set with inputs of shape (channels, size, size), float32, mean 0, variance 1,
+        and scalar int64 targets; no test set.
 
     Raises:
-        ValueError: unless all four are at least 1.
+        ValueError: if an argument is below 1.
     """
     if min(samples, size, channels, classes) < 1:
         raise ValueError(

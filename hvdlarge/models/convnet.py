@@ -1,4 +1,4 @@
-"""A small convolutional net with batch normalisation, for images of 8×8 pixels and up."""
+"""A small convolutional network with batch normalisation, for images of at least 8×8 pixels."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import nn
 
 
 class ConvNet(nn.Module):
-    """Three 3×3 convolutions with batch normalisation, one halving, global mean, one linear layer.
+    """Three 3×3 convolutions, one 2×2 max pooling, global average pooling and a linear layer.
 
     Args:
-        in_channels: colours of the image.
+        in_channels: channels of the images.
         width: channels of the first convolution; the other two have twice as many.
-        classes: outputs.
-        dropout: probability before the last layer.
+        classes: number of classes.
+        dropout: probability before the linear layer.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class ConvNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(2 * width, classes)
 
-    # (n, in_channels, height, width) -> (n, classes)
+    # images: (n, in_channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores."""
+        """Logits, shape (n, classes)."""
         features = self.features(images).mean(dim=(2, 3))  # (n, 2·width)
         return self.classifier(self.dropout(features))
 
 
 def _block(in_channels: int, out_channels: int) -> list[nn.Module]:
-    # No bias: the normalisation that follows would take it out again.
+    # No bias: the batch normalisation that follows would cancel it.
     return [
         nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),

@@ -13,9 +13,9 @@ class MLP(nn.Module):
     """Flattens its input and applies linear layers with ReLU between them.
 
     Args:
-        inputs: values of one sample.
+        inputs: values per sample.
         hidden: widths of the hidden layers.
-        classes: outputs.
+        classes: number of classes.
         dropout: probability after each hidden layer.
     """
 
@@ -29,11 +29,15 @@ class MLP(nn.Module):
         super().__init__()
         widths = [inputs, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        for in_features, out_features in pairwise(widths):
+            layers += [
+                nn.Linear(in_features, out_features),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+            ]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
-    # (n, …) of `inputs` values -> (n, classes)
+    # samples: (n, …), `inputs` values each
     def forward(self, samples: torch.Tensor) -> torch.Tensor:
-        """Class scores."""
+        """Logits, shape (n, classes)."""
         return self.layers(samples)

@@ -1,9 +1,9 @@
 """Residual networks: ResNet-20 for images of 32×32 pixels, ResNet-50 for ImageNet.
 
 Source:   He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2016): section 4.2
-          for the small one (shortcuts without parameters), table 1 for the large one, with the
-          stride in the 3×3 convolution as every later reference has it. Weights as in He et al.,
-          "Delving Deep into Rectifiers" (2015), by the fan-out.
+          for ResNet-20 (shortcuts without parameters), table 1 for ResNet-50, with the stride in
+          the 3×3 convolution (ResNet v1.5). Initialisation: He et al., "Delving Deep into
+          Rectifiers" (2015), fan-out mode.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.nn import functional
 
 
 class ResNet20(nn.Module):
-    """6·3 + 2 layers for small images: 269,722 weights at width 16 and 10 classes.
+    """6·3 + 2 layers for small images: 269,722 parameters at width 16 and 10 classes.
 
     Args:
-        in_channels: colours of the image.
+        in_channels: channels of the images.
         width: channels of the first stage; the other two have twice and four times as many.
-        classes: outputs.
+        classes: number of classes.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 16, classes: int = 10) -> None:
@@ -28,26 +28,26 @@ class ResNet20(nn.Module):
             _convolution(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
         widths = [width] * 3 + [2 * width] * 3 + [4 * width] * 3
-        before = [width, *widths[:-1]]
+        in_widths = [width, *widths[:-1]]
         self.blocks = nn.Sequential(
-            *(_Basic(a, b, stride=b // a) for a, b in zip(before, widths, strict=True))
+            *(_Basic(a, b, stride=b // a) for a, b in zip(in_widths, widths, strict=True))
         )
         self.classifier = nn.Linear(4 * width, classes)
         _initialise(self)
 
-    # (n, in_channels, height, width) -> (n, classes)
+    # images: (n, in_channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores."""
+        """Logits, shape (n, classes)."""
         return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 
 class ResNet50(nn.Module):
-    """50 layers of bottlenecks: 25,557,032 weights in 161 tensors for 1000 classes.
+    """Bottleneck blocks, 50 layers: 25,557,032 parameters in 161 tensors for 1000 classes.
 
     Args:
-        classes: outputs.
-        zero_last: begin with each block as the identity, its last normalisation's scale at zero
-            (Goyal et al. 2017).
+        classes: number of classes.
+        zero_last: initialise the scale of the last normalisation of each block to zero, so that
+            each block starts as the identity (Goyal et al. 2017).
     """
 
     def __init__(self, classes: int = 1000, zero_last: bool = True) -> None:
@@ -72,68 +72,65 @@ class ResNet50(nn.Module):
             for block in blocks:
                 nn.init.zeros_(block.last.weight)  # type: ignore[union-attr, arg-type]
 
-    # (n, 3, height, width) -> (n, classes)
+    # images: (n, 3, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores."""
+        """Logits, shape (n, classes)."""
         return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 
 class _Basic(nn.Module):
-    """Two 3×3 convolutions beside a shortcut without parameters: every other pixel, and zeros for
-    the new channels.
+    """Two 3×3 convolutions and a shortcut without parameters: subsampling, and zero padding of the
+    channels.
     """
 
-    def __init__(self, before: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _convolution(before, width, 3, stride),
+            _convolution(in_channels, width, 3, stride),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             _convolution(width, width, 3),
             nn.BatchNorm2d(width),
         )
-        self._stride, self._new = stride, width - before
+        self._stride, self._added_channels = stride, width - in_channels
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         shortcut = images
-        if self._new or self._stride > 1:
-            padding = (0, 0, 0, 0, self._new // 2, self._new - self._new // 2)
+        if self._added_channels or self._stride > 1:
+            front = self._added_channels // 2
+            padding = (0, 0, 0, 0, front, self._added_channels - front)
             shortcut = functional.pad(images[:, :, :: self._stride, :: self._stride], padding)
         return functional.relu(self.body(images) + shortcut, inplace=True)
 
 
 class _Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions beside a shortcut, which is a 1×1 convolution where shapes
-    change.
-    """
+    """1×1, 3×3 and 1×1 convolutions and a shortcut, a 1×1 convolution if the shape changes."""
 
-    def __init__(self, before: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        after = 4 * width
-        self.last = nn.BatchNorm2d(after)
+        out_channels = 4 * width
+        self.last = nn.BatchNorm2d(out_channels)
         self.body = nn.Sequential(
-            _convolution(before, width, 1),
+            _convolution(in_channels, width, 1),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             _convolution(width, width, 3, stride),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
-            _convolution(width, after, 1),
+            _convolution(width, out_channels, 1),
         )
-        changes = stride > 1 or before != after
-        self.shortcut = (
-            nn.Sequential(_convolution(before, after, 1, stride), nn.BatchNorm2d(after))
-            if changes
-            else nn.Identity()
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            projection = _convolution(in_channels, out_channels, 1, stride)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return functional.relu(self.last(self.body(images)) + self.shortcut(images), inplace=True)
 
 
-def _convolution(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
-    # No bias: the normalisation that follows would take it out again.
-    return nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
+def _convolution(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+    # No bias: the batch normalisation that follows would cancel it.
+    return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
 
 
 def _initialise(model: nn.Module) -> None:

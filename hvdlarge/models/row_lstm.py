@@ -1,4 +1,4 @@
-"""An LSTM that reads an image row by row, the task of LEGW's MNIST experiment (You et al. 2019,
+"""An LSTM that reads an image row by row, as in the MNIST experiment of LEGW (You et al. 2019,
 section 5).
 """
 
@@ -9,12 +9,12 @@ from torch import nn
 
 
 class RowLSTM(nn.Module):
-    """One LSTM layer over the rows of an image; the last state is classified.
+    """One LSTM layer over the rows of an image, and a linear layer on its last hidden state.
 
     Args:
-        row: values of one row, colours included.
-        hidden: width of the LSTM's state.
-        classes: outputs.
+        row: values per row, channels × width.
+        hidden: size of the hidden state.
+        classes: number of classes.
     """
 
     def __init__(self, row: int = 8, hidden: int = 64, classes: int = 10) -> None:
@@ -22,9 +22,9 @@ class RowLSTM(nn.Module):
         self.lstm = nn.LSTM(row, hidden, batch_first=True)
         self.classifier = nn.Linear(hidden, classes)
 
-    # (n, channels, height, width) -> (n, classes)
+    # images: (n, channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores."""
+        """Logits, shape (n, classes)."""
         rows = images.movedim(1, 2).flatten(start_dim=2)  # (n, height, channels · width)
         _, (state, _) = self.lstm(rows)  # state: (1, n, hidden)
         return self.classifier(state[-1])

@@ -1,7 +1,6 @@
-"""`batch.micro: auto` on GPUs: how many samples fit at once, tried out before the first step.
+"""`batch.micro: auto` on GPUs: finds the largest micro-batch that fits in memory on every worker.
 
-One idea in one file: the trial on this worker's GPU, the least of all workers, and what becomes of
-it where a run goes on. On a CPU nothing is tried; a step is then shared evenly over the workers.
+On CPUs nothing is searched; the samples of a step are split evenly over the workers.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.train_state import TrainState
 
-# Of the size of the weights: kept free for the optimizer's state (two of them for LAMB and Adam)
-# and the sum over workers.
-_KEPT_FREE = 3
-# Of a GPU: for what does not come out of torch's store, such as NCCL's and Horovod's buffers, which
-# come with the first sum.
-_PART_KEPT_FREE, _LEAST_KEPT_FREE = 20, 2**30
+# Memory reserved for the optimizer state (two copies of the weights for LAMB and Adam) and for the
+# all-reduced gradients, in copies of the weights.
+_RESERVED_COPIES = 3
+# GPU memory reserved for allocations outside torch's caching allocator, such as the buffers that
+# NCCL and Horovod allocate at the first all-reduce: 1/20 of the GPU, at least 1 GiB.
+_RESERVED_PART, _RESERVED_MIN_BYTES = 20, 2**30
 
 
 def with_largest_micro_batch(
@@ -52,22 +51,31 @@ def with_largest_micro_batch(
     channels_last: bool,
     control: ControlChannel,
 ) -> Plan:
-    """The plan with as many samples at once as fit on every worker's GPU, tried out with the set's
-    first one. Every rank calls this together.
+    """The plan with the largest micro-batch that fits on every worker's GPU. Every rank calls this
+    together.
+
+    Args:
+        plan: of the run.
+        model: on the device.
+        loss: a mean over samples.
+        precision: of this worker.
+        training_set: its first sample is repeated to fill the micro-batches that are tried.
+        data: the job's section.
+        channels_last: whether images use this memory format.
+        control: the channel between the ranks.
 
     Raises:
-        OutOfMemory: on every rank, if not even one sample fits somewhere.
+        OutOfMemory: on every rank, if a single sample does not fit on some rank.
     """
-    share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
+    largest_share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 
-    def try_out() -> int:
-        # From a loader process where there are some: a set that opens its files late must not do so
-        # in this one.
-        processes = 0 if reads_batches(training_set) else min(1, data.num_workers)
-        fetch = MicroBatchDataset(training_set, 0, shuffled=False)
-        _, *sample = next(
-            iter(make_dataloader(fetch, [MicroBatch(0, 0, 1)], processes, data.prefetch_factor))
-        )
+    def find_largest() -> int:
+        # In a loader process if there are any: a data set that opens files lazily must not open
+        # them in this process.
+        num_workers = 0 if reads_batches(training_set) else min(1, data.num_workers)
+        dataset = MicroBatchDataset(training_set, 0, shuffled=False)
+        first = [MicroBatch(0, 0, 1)]
+        _, *sample = next(iter(make_dataloader(dataset, first, num_workers, data.prefetch_factor)))
         inputs, targets = (
             to_device(part, precision.device, precision.weights, channels_last) for part in sample
         )
@@ -75,26 +83,26 @@ def with_largest_micro_batch(
         def samples(size: int) -> tuple[Any, Any]:
             return repeat(inputs, size), repeat(targets, size)
 
-        return largest_micro_batch(model, loss, precision, samples, share)
+        return largest_micro_batch(model, loss, precision, samples, largest_share)
 
-    local_largest = raise_on_all_ranks(control, try_out)
-    largest = min(int(answer) for answer in control.allgather(b"%d" % local_largest))
+    local_largest = raise_on_all_ranks(control, find_largest)
+    largest = min(int(message) for message in control.allgather(b"%d" % local_largest))
     if largest == 0:
         raise OutOfMemory(
-            "out of memory: not even one sample fits on every GPU; use fewer bits (precision: "
-            "bf16) or a smaller model"
+            "out of memory: a micro-batch of one sample does not fit on every GPU; use fewer bits "
+            "(precision: bf16) or a smaller model"
         )
-    if precision.device.type == "cuda":  # what the trial took is not what the run needs
+    if precision.device.type == "cuda":  # exclude the search from the run's peak
         torch.cuda.reset_peak_memory_stats(precision.device)
     return replace(plan, largest_micro_batch=largest)
 
 
 def keep_micro_batches(plan: Plan, state: TrainState) -> tuple[Plan, list[str]]:
-    """On as many workers as before, cut steps as before an interruption, if that still fits.
+    """Keep the micro-batch size when a run resumes on as many workers as before, if it still fits.
 
     Args:
-        plan: with what was tried out at this start.
-        state: of the run; remembers the size for the next start.
+        plan: with the size found at this start.
+        state: of the run; the size in it is updated for the next start.
 
     Returns:
         The plan to follow, and notes for the user.
@@ -105,8 +113,8 @@ def keep_micro_batches(plan: Plan, state: TrainState) -> tuple[Plan, list[str]]:
     before = state.largest_micro_batch if state.workers == plan.world_size else None
     if before is not None and largest < before:
         notes.append(
-            f"only {largest:,} samples fit at once now, not {before:,}: batch statistics and "
-            "dropout follow that"
+            f"batch.micro: auto is {largest:,} now, not {before:,}, which no longer fits: batch "
+            "statistics and dropout change with it"
         )
     elif before is not None:
         largest = before
@@ -121,21 +129,23 @@ def largest_micro_batch(
     samples: Callable[[int], tuple[Any, Any]],
     most: int,
 ) -> int:
-    """How many samples a forward and backward pass can take at once on this worker's device, by
-    trying it out.
+    """The largest micro-batch whose forward and backward pass fit in this worker's memory.
 
-    Leaves nothing behind: no gradient, no change of a buffer, of a module's mode or of torch's
-    random generators.
+    Gradients, buffers, module modes and torch's random generators are left as they were.
 
     Args:
-        model: on the device, not yet joined with other workers.
+        model: on the device, without the hooks of a distributed optimizer.
         loss: a mean over samples.
         precision: of this worker.
-        samples: gives so many samples' inputs and targets, on the device.
-        most: never tried beyond.
+        samples: number of samples -> inputs and targets on the device.
+        most: upper limit, in samples.
 
     Returns:
-        From 1 to `most`, to within a sixteenth of it; 0 if not even one sample fits.
+        Samples, 1 … `most`, at most a sixteenth below the largest size that fits; 0 if one sample
+        does not fit.
+
+    Raises:
+        RuntimeError: an error of the model or the loss that is not about memory.
     """
     modules = trained_modules(model, loss)
     weights = [weight for _, weight in named_parameters(modules) if weight.requires_grad]
@@ -143,7 +153,7 @@ def largest_micro_batch(
 
     def fits(size: int) -> bool:
         try:
-            _kept_free = _reserve(weights, precision.device)
+            _reserved = _reserve(weights, precision.device)
             inputs, targets = samples(size)
             with precision.autocast():
                 value = loss(model(inputs), targets)
@@ -153,8 +163,7 @@ def largest_micro_batch(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) and size <= 2:
                 raise
-            # A larger size also fails where a library has no way for it, or cannot number its
-            # values
+            # Large sizes may also fail for other reasons, such as no kernel or 32-bit indices
             return False
         finally:
             for weight in weights:
@@ -162,50 +171,52 @@ def largest_micro_batch(
         return True
 
     def fits_alone(size: int) -> bool:
-        answer = fits(size)
+        result = fits(size)
         if is_gpu:
-            torch.cuda.empty_cache()  # what was cut for one size does not always serve another
-        return answer
+            torch.cuda.empty_cache()  # cached blocks of one size may not fit the next
+        return result
 
-    with _unchanged(modules, [precision.device] if is_gpu else []):
+    with _preserved(modules, [precision.device] if is_gpu else []):
         return largest_that_fits(fits_alone, most)
 
 
 def _reserve(weights: list[torch.nn.Parameter], device: torch.device) -> list[torch.Tensor]:
-    """Memory that a run needs beside its passes."""
-    reserved = [torch.empty_like(weight) for weight in weights for _ in range(_KEPT_FREE)]
+    """Allocate what a run needs beside its forward and backward passes."""
+    reserved = [torch.empty_like(weight) for weight in weights for _ in range(_RESERVED_COPIES)]
     if device.type == "cuda":
-        size = max(torch.cuda.mem_get_info(device)[1] // _PART_KEPT_FREE, _LEAST_KEPT_FREE)
+        size = max(torch.cuda.mem_get_info(device)[1] // _RESERVED_PART, _RESERVED_MIN_BYTES)
         reserved.append(torch.empty(size, dtype=torch.uint8, device=device))
     return reserved
 
 
 @contextmanager
-def _unchanged(modules: Modules, gpus: list[torch.device]) -> Iterator[None]:
-    """Train uncompiled for a while; modes, buffers and torch's random generators are put back."""
+def _preserved(modules: Modules, gpus: list[torch.device]) -> Iterator[None]:
+    """Training mode, uncompiled; restores modes, buffers and torch's random generators."""
     modes = [(module, module.training) for _, module in named_modules(modules)]
     buffers = [(buffer, buffer.clone()) for _, buffer in named_buffers(modules)]
     for module in modules.values():
         module.train()
-    # Compiling each size takes minutes
+    # Uncompiled: compiling for each size takes minutes
     with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):
         try:
             yield
         finally:
-            for part, mode in modes:
-                part.training = mode
+            for module, mode in modes:
+                module.training = mode
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest size from 1 to `most` that fits, to within a sixteenth of it; 0 if not even one
-    does.
+    """The largest size from 1 to `most` that fits, by doubling and bisection.
 
     Args:
-        fits: tries a size out; what fits once also fits when it is smaller.
-        most: never tried beyond.
+        fits: whether a size fits; must be monotonic.
+        most: largest size to try.
+
+    Returns:
+        A size that fits, at most a sixteenth below the largest that does; 0 if 1 does not fit.
 
     >>> largest_that_fits(lambda size: size <= 100, 1000)
     100
@@ -213,7 +224,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
     64
     """
     good, bad = 0, most + 1
-    size = min(2, most)  # not 1: batch normalisation may refuse it
+    size = min(2, most)  # not 1, for which batch normalisation may raise
     while bad - good > max(1, good // 16):
         if fits(size):
             good = size

@@ -1,21 +1,20 @@
-"""The rehearsal: the first micro-batch goes through data, model and loss before the first step, and
-whatever could not give the same result on another number of workers, or after an interruption, is
-refused by its name.
+"""The rehearsal: runs the first micro-batch through data, model and loss before the first step and
+rejects, by name, whatever would make results depend on the number of workers or on interruptions.
 
-Formula:  pass A: forward and backward with everything as it is;  pass B: the same micro-batch and
-          seeds, every saved tensor put back, the running statistics of batch normalisation moved by
-          δ, their counts by a million, gradients added to A's. With
-              loss of B = loss of A;    gradients after B = 2 · those after A;
-              running after B − running after A = (1 − m)^u · δ  for u uses in A
-          the model is sound, if no saved tensor but those statistics changes. Where the run
-          evaluates, a forward pass in evaluation mode follows each of the two: they must agree and
-          change nothing.
-Source:   the contract of reduction/batch_norm.py (the average is linear, nothing reads it while
-          training), and docs/design.md: a result belongs to the samples, the
-          seeds and the saved state, and to nothing else.
-Contract: leaves nothing behind but caches of the model's own: gradients, saved tensors and counts
-          are as before. On the model as it was built, before any other worker is joined; every rank
-          rehearses the same samples.
+Formula:  pass A: forward and backward on the initial state;  pass B: the same micro-batch and
+          seeds on the restored state, but with the running statistics of batch normalisation
+          shifted by δ, their counts by a million, and gradients accumulated onto those of A. A
+          model is accepted if no other saved tensor changes and
+              loss of B = loss of A;    gradients after B = 2 · gradients after A;
+              running after B − running after A = (1 − m)^u · δ  for u uses in A.
+          If the run evaluates, a forward pass in evaluation mode follows each of the two: their
+          losses must be equal, and they must not change any state.
+Source:   the contract of reduction/batch_norm.py (running statistics are linear, and not read in
+          training), and docs/design.md: results depend on the samples, the seeds and the saved
+          state only.
+Contract: restores gradients, saved tensors and counts; only caches that the model keeps itself
+          remain. Runs on the model as built, before its optimizer is distributed; every rank uses
+          the same samples.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_m
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
-# Relative; a GPU may add up in any order
-_CLOSE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
-_COUNTS = 1_000_000
+# Relative tolerance: the order of summation may vary on a GPU
+_TOLERANCE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+_COUNT_SHIFT = 1_000_000
 
 
 def rehearse(
@@ -77,25 +76,26 @@ def rehearse(
     decision is announced.
 
     Args:
-        plan: whose sizes of micro-batches are tried, the first and the smallest.
+        plan: of the run; its first and its smallest micro-batch are tried.
         model: see Rehearsal.
         loss: see Rehearsal.
         arithmetic: see Rehearsal.
         metrics: tried on the first micro-batch of the test set.
         to_device: see Rehearsal.
-        loader: of the training set, unused so far.
-        test_samples: reads the first micro-batch of the test set twice; None for a run that
-            evaluates nothing.
+        loader: of the training set, not used before.
+        test_samples: yields the first micro-batch of the test set twice; None if the run does not
+            evaluate.
         seed: of the run.
         control: the channel between the ranks.
 
     Returns:
-        Whether the ranks round differently, as unlike CPUs or GPUs do; the same on every rank.
+        Whether the ranks round differently, as different CPUs or GPUs do; the same on every rank.
 
     Raises:
-        JobError: on every rank, for what Rehearsal refuses, for samples that cannot be read,
-            and for samples that differ when they are read again.
+        JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
+            differ when read again.
         RanksDisagreeError: on every rank, if the ranks read different samples.
+        OutOfMemory: on every rank, if a pass runs out of memory.
     """
     sizes = _sizes(plan)
     loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))
@@ -105,12 +105,14 @@ def rehearse(
     _compare_samples(control, loaded[0])
 
     def passes() -> Outcome:
-        trial = Rehearsal(model, loss, arithmetic, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0))
-        outcome = trial.run(loaded[0].inputs, loaded[0].targets, evaluates=test_samples is not None)
+        key = seeds.key(seed, seeds.MICRO_BATCH, 0)
+        rehearsal = Rehearsal(model, loss, arithmetic, to_device, key)
+        inputs, targets = loaded[0].inputs, loaded[0].targets
+        outcome = rehearsal.run(inputs, targets, evaluates=test_samples is not None)
         if len(loaded) > 1:
-            trial.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
+            rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
-            trial.try_metrics(metrics, batch)
+            rehearsal.try_metrics(metrics, batch)
         return outcome
 
     advice = oom_hint(sizes.first, plan.initial_batch)
@@ -134,23 +136,23 @@ def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:
 
 
 def _rounding(outcome: Outcome, device: torch.device) -> bytes:
-    """What two workers that round alike have in common."""
-    # On a GPU the order of sums within a backward pass may differ from time to time.
+    """A value that is equal on ranks that round in the same way."""
+    # On a GPU the order of summation may differ from one backward pass to the next.
     if device.type == "cuda":
         return torch.cuda.get_device_name(device).encode()
     return struct.pack("<dd", outcome.loss, outcome.gradient)
 
 
 class _Sizes(NamedTuple):
-    """Micro-batches to try, in samples."""
+    """Sizes of micro-batches to try, in samples."""
 
     first: int  # of the run
-    smallest: int  # of all
-    where: str  # the smallest comes up
+    smallest: int  # of the run
+    where: str  # describes the smallest one, for messages
 
 
 def _sizes(plan: Plan) -> _Sizes:
-    found = []
+    candidates = []
     for stage in stages_of(plan):
         for batch in ([stage.global_batch] if stage.steps > 1 else []) + [stage.last_batch]:
             micro = min(batch, plan.micro_batch_of(batch))
@@ -158,25 +160,26 @@ def _sizes(plan: Plan) -> _Sizes:
                 f"a micro-batch of {batch % micro or micro}, with which a step of {batch:,} "
                 "samples ends,"
             )
-            found.append(_Sizes(micro, batch % micro or micro, where))
-    return min(found, key=lambda sizes: sizes.smallest)._replace(first=found[0].first)
+            candidates.append(_Sizes(micro, batch % micro or micro, where))
+    smallest = min(candidates, key=lambda sizes: sizes.smallest)
+    return smallest._replace(first=candidates[0].first)
 
 
 def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
-    """The run's first micro-batch, and one of the smallest size where that is smaller.
+    """The run's first micro-batch, and one of the smallest size if that is smaller.
 
     Raises:
-        JobError: if they cannot be read, or are not the same when they are read again.
+        JobError: if they cannot be read, or differ when read again.
     """
-    wanted = [sizes.first, sizes.first, *([sizes.smallest] if sizes.smallest < sizes.first else [])]
-    loader.enqueue([MicroBatch(0, 0, size) for size in wanted], is_last=False)
-    return _read_again(lambda: loader.fetch(len(wanted)), "training set")
+    counts = [sizes.first, sizes.first, *([sizes.smallest] if sizes.smallest < sizes.first else [])]
+    loader.enqueue([MicroBatch(0, 0, count) for count in counts], is_last=False)
+    return _read_again(lambda: loader.fetch(len(counts)), "training set")
 
 
 def _read_again(
     read: Callable[[], Iterable[LoadedMicroBatch]], what: str
 ) -> list[LoadedMicroBatch]:
-    """What `read` gives, but for the second, which must be like the first."""
+    """All that `read` gives except the second micro-batch, which must equal the first."""
     try:
         first, again, *others = read()
     except Exception as error:
@@ -188,25 +191,25 @@ def _read_again(
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
             f"data.name: the {what} gives other samples when it is read again with the same seeds: "
-            "it draws from a generator of its own (draw from torch, numpy.random or random, which "
-            "are seeded for each sample), or changes as it is read"
+            "it draws from its own random generator (use torch, numpy.random or random, which are "
+            "seeded for each sample), or changes when it is read"
         )
     return [first, *others]
 
 
 class Outcome(NamedTuple):
-    """What a pass comes to."""
+    """The result of a forward and backward pass."""
 
     loss: float
     gradient: float  # L2 norm of all gradients together
-    uses: tuple[int, ...]  # of each layer with running statistics that trains
+    uses: tuple[int, ...]  # of each layer with running statistics in training mode
 
 
 class Rehearsal:
-    """A model and a loss, tried on one micro-batch.
+    """Checks a model and a loss on one micro-batch.
 
     Args:
-        model: on the device, in the mode and the types in which it trains.
+        model: on the device, in training mode, with the dtypes of the run.
         loss: a mean over samples.
         arithmetic: of this worker.
         to_device: moves inputs or targets.
@@ -227,43 +230,52 @@ class Rehearsal:
         self._layers = [layer for layer in tracking_layers(self._modules) if layer.module.training]
 
     def run(self, inputs: Any, targets: Any, evaluates: bool = False) -> Outcome:
-        """Both passes; what A came to.
+        """Run both passes; returns the outcome of A.
 
         Args:
             inputs: of the micro-batch, as the loader gives them.
             targets: likewise.
-            evaluates: whether passes in evaluation mode are tried too.
+            evaluates: whether to try passes in evaluation mode too.
 
         Raises:
-            JobError: naming the layer, parameter or buffer because of which the job cannot have one
-                result, or what the user's own code raised, with its line.
+            JobError: naming the layer, parameter or buffer that would make results depend on the
+                number of workers, or the error that user code raised, with its line.
         """
-        with _kept(self._modules, self._layers) as restore, _eager(self._model):
+        with _restored(self._modules, self._layers) as restore, _eager(self._model):
             before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
-            now = self._versions()
-            written = [name for name, version in versions.items() if now.get(name) != version]
+            after = self._versions()
+            written = [name for name, version in versions.items() if after.get(name) != version]
             restore()
             evaluated = self._evaluate(inputs, targets) if evaluates else None
             before.refuse_changes(self._modules, [])
-            moved = _move(self._layers)
+            shifts = _shift(self._layers)
             second = self._pass(inputs, targets, add=True)
             if not self._same(first, second._replace(gradient=second.gradient / 2)):
                 restore()
                 self._explain(first, inputs, targets, restore)
-            self._refuse_other_rules(first, averages, moved)
+            self._refuse_other_rules(first, averages, shifts)
             restore()
             if evaluates and evaluated is not None:
-                self._refuse_other_evaluation(evaluated, self._evaluate(inputs, targets))
+                self._refuse_other_loss(evaluated, self._evaluate(inputs, targets))
             for sign in (1.0, -1.0) if written else ():
                 restore()
-                self._refuse_steps_of_its_own(written, sign, inputs, targets)
+                self._refuse_dependent_writes(written, sign, inputs, targets)
             return first
 
     def run_once(self, inputs: Any, targets: Any, what: str) -> None:
-        """One pass of another size, for what it raises."""
-        with _kept(self._modules, self._layers), _eager(self._model):
+        """One pass with a micro-batch of another size, for the errors it may raise.
+
+        Args:
+            inputs: of the micro-batch, as the loader gives them.
+            targets: likewise.
+            what: describes the micro-batch, for messages.
+
+        Raises:
+            JobError: if user code raises.
+        """
+        with _restored(self._modules, self._layers), _eager(self._model):
             self._pass(inputs, targets, what)
 
     @torch.no_grad()
@@ -278,13 +290,13 @@ class Rehearsal:
             return
         size = batch.micro_batch.size
         with (
-            _kept(self._modules, self._layers),
+            _restored(self._modules, self._layers),
             _eager(self._model),
             self._evaluating(),
             explain_out_of_memory(
                 f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
             ),
-            _users("the first micro-batch of the test set"),
+            _user_code("the first micro-batch of the test set"),
         ):
             seed_all(self._key)
             targets = self._to_device(batch.targets)
@@ -292,7 +304,7 @@ class Rehearsal:
                 outputs = self._model(self._to_device(batch.inputs))
             for name, metric in metrics.items():
                 first, again = (self._totals(name, metric, outputs, targets) for _ in range(2))
-                close = _CLOSE[self._arithmetic.precision]
+                close = _TOLERANCE[self._arithmetic.precision]
                 if not torch.allclose(first, again, rtol=close, equal_nan=True):
                     raise JobError(
                         f"evaluate.metrics: {name} gives totals {first.tolist()}, then "
@@ -314,13 +326,11 @@ class Rehearsal:
     def _pass(
         self, inputs: Any, targets: Any, what: str = "the first micro-batch", add: bool = False
     ) -> Outcome:
-        """Forward and backward; the gradients are added to those of the pass before where `add`
-        says so.
-        """
+        """Forward and backward; gradients are accumulated if `add`, and replaced otherwise."""
         if not add:
-            _clear(self._modules)
+            _clear_gradients(self._modules)
         counts = [int(layer.uses) for layer in self._layers]
-        with _users(what):
+        with _user_code(what):
             value = self._forward(inputs, targets)
             value.backward()
         grads = {
@@ -332,8 +342,8 @@ class Rehearsal:
             if grad.is_sparse:
                 raise JobError(
                     f"model.name: the parameter {name!r} has a sparse gradient, which cannot be "
-                    "averaged with the dense ones of "
-                    "other workers: build the embedding with sparse=False"
+                    "averaged with the dense ones of other workers: build the embedding with "
+                    "sparse=False"
                 )
         norms = [float(torch.linalg.vector_norm(grad)) for grad in grads.values()]
         uses = tuple(
@@ -360,7 +370,7 @@ class Rehearsal:
     @torch.no_grad()
     def _evaluate(self, inputs: Any, targets: Any) -> float:
         """The loss in evaluation mode."""
-        with self._evaluating(), _users("the first micro-batch, in evaluation mode,"):
+        with self._evaluating(), _user_code("the first micro-batch, in evaluation mode,"):
             return self._forward(inputs, targets).item()
 
     @contextmanager
@@ -374,7 +384,7 @@ class Rehearsal:
             for module in self._modules.values():
                 module.train()
 
-    def _refuse_other_evaluation(self, first: float, again: float) -> None:
+    def _refuse_other_loss(self, first: float, again: float) -> None:
         if not self._same(Outcome(first, 0.0, ()), Outcome(again, 0.0, ())):
             raise JobError(
                 "model.name: in evaluation mode the model or the loss gives another result for "
@@ -382,65 +392,66 @@ class Rehearsal:
             )
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        """For each saved tensor of floats but the running statistics, what changes whenever it is
-        written to (but through `.data`).
+        """Identity and version of each saved floating-point tensor except the running statistics.
+
+        The version counts writes, except those through `.data`.
         """
-        moving = {id(buffer) for layer in self._layers for buffer in layer.averages}
+        running = {id(buffer) for layer in self._layers for buffer in layer.averages}
         return {
             name: (id(value), value._version)
             for name, value in saved_tensors(self._modules).items()
             if (value.is_floating_point() or value.is_complex())
-            and id(value) not in moving
-            and not value.is_inference()  # nobody can write to it here
+            and id(value) not in running
+            and not value.is_inference()  # read-only here, and without a version
         }
 
-    def _refuse_steps_of_its_own(
+    def _refuse_dependent_writes(
         self, written: list[str], sign: float, inputs: Any, targets: Any
     ) -> None:
-        """Refuse tensors that a pass moves on from where they are, though it did not move them from
-        where they began.
+        """Reject tensors that a pass updates depending on their values, even if it left the initial
+        values unchanged.
 
-        Spectral normalisation that has converged, an embedding all of whose rows are within its
-        max_norm, or weights that are clamped in place: moved away, up or down, they do not stay
-        there. Whatever of a buffer each pass computes anew comes back to what it was.
+        Examples: converged spectral normalisation, an embedding with all rows within its max_norm,
+        weights clamped in place. Shifted far up or down, such a tensor does not keep its values. A
+        buffer that each pass recomputes returns to its previous values, which is allowed.
 
         Args:
             written: names of the tensors that a pass writes to.
-            sign: 1 or −1, the direction in which they are moved.
+            sign: 1 or −1, the direction of the shift.
             inputs: of the micro-batch.
             targets: likewise.
         """
-        held = saved_tensors(self._modules)
-        kept = {name: held[name].detach().clone() for name in written if name in held}
-        moved: dict[str, torch.Tensor] = {}
+        tensors = saved_tensors(self._modules)
+        before = {name: tensors[name].detach().clone() for name in written if name in tensors}
+        shifted: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            for name, value in kept.items():
-                with contextlib.suppress(RuntimeError):  # elements that share their memory
-                    held[name].add_(sign * 1000 * (1 + value.abs()))
-                    moved[name] = held[name].detach().clone()
-        # A pass that reads such a tensor before it writes it may raise; not the question here.
+            for name, value in before.items():
+                with contextlib.suppress(RuntimeError):  # elements that share memory
+                    tensors[name].add_(sign * 1000 * (1 + value.abs()))
+                    shifted[name] = tensors[name].detach().clone()
+        # It may raise if it reads such a tensor before writing it, which is allowed
         with contextlib.suppress(JobError):
             self._pass(inputs, targets)
-        now = saved_tensors(self._modules)  # a pass may put another tensor in the place of one
-        depends = [
+        after = saved_tensors(self._modules)  # a pass may have replaced a tensor
+        dependent = [
             name
-            for name, value in moved.items()
-            if name in now and not _stays(now[name], value, kept[name])
+            for name, value in shifted.items()
+            if name in after and not _keeps_values(after[name], value, before[name])
         ]
         with torch.no_grad():
-            for name in moved.keys() & now.keys():
-                if now[name].shape == kept[name].shape:
-                    now[name].copy_(kept[name])
-        if depends:
-            raise JobError(_changed(min(depends)))
+            for name in shifted.keys() & after.keys():
+                if after[name].shape == before[name].shape:
+                    after[name].copy_(before[name])
+        if dependent:
+            raise JobError(_changed_message(min(dependent)))
 
     def _same(self, one: Outcome, other: Outcome) -> bool:
-        close = _CLOSE[self._arithmetic.precision]
+        tolerance = _TOLERANCE[self._arithmetic.precision]
 
         def near(a: float, b: float) -> bool:
             return (
                 a == b
-                or math.isclose(a, b, rel_tol=close)
+                or math.isclose(a, b, rel_tol=tolerance)
                 or (not math.isfinite(a) and not math.isfinite(b))
             )
 
@@ -456,24 +467,23 @@ class Rehearsal:
     def _explain(
         self, first: Outcome, inputs: Any, targets: Any, restore: Callable[[], None]
     ) -> None:
-        """Raise JobError for a second pass that was not like the first."""
+        """Raise JobError with the reason why the outcomes of the two passes differ."""
         again = self._pass(inputs, targets)
         if not self._same(first, again):
             raise JobError(
                 "model.name: the model or the loss gives another result for the same samples, "
-                f"seeds and state: loss {first.loss!r}, then {again.loss!r}. It draws from a "
-                "generator of its own (draw from torch, numpy.random or random, which are seeded "
-                "for each micro-batch), or changes something in its forward pass that is not "
-                "saved"
+                f"seeds and state: loss {first.loss!r}, then {again.loss!r}. It draws from its own "
+                "random generator (use torch, numpy.random or random, which are seeded for each "
+                "micro-batch), or its forward pass changes state that is not saved"
             )
         for layer in self._layers:
             restore()
-            _move([layer])
+            _shift([layer])
             if not self._same(first, self._pass(inputs, targets)):
                 raise JobError(
                     f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) reads "
-                    "its running statistics while it trains; a worker has only a part of them "
-                    "then, so the result would depend on the number of workers"
+                    "its running statistics while it trains; each worker then holds only its "
+                    "part of them, so the result would depend on the number of workers"
                 )
         restore()
         self._pass(inputs, targets)
@@ -490,26 +500,27 @@ class Rehearsal:
         )
 
     def _refuse_other_rules(
-        self, first: Outcome, averages: list[torch.Tensor], moved: list[torch.Tensor]
+        self, first: Outcome, averages: list[torch.Tensor], shifts: list[torch.Tensor]
     ) -> None:
+        """Reject layers whose running statistics follow another update rule."""
         for number, layer in enumerate(self._layers):
-            kept = (1 - layer.momentum) ** first.uses[number]
-            for buffer, before, delta in zip(
-                layer.averages, averages[2 * number :], moved[2 * number :], strict=False
+            factor = (1 - layer.momentum) ** first.uses[number]
+            for buffer, before, shift in zip(
+                layer.averages, averages[2 * number :], shifts[2 * number :], strict=False
             ):
-                close = 1e-3 * delta.abs() + 1e-5 * before.abs()
-                away = (buffer - before - kept * delta).abs()
-                if not bool((away <= close).logical_or(~before.isfinite()).all()):
+                tolerance = 1e-3 * shift.abs() + 1e-5 * before.abs()
+                error = (buffer - before - factor * shift).abs()
+                if not bool((error <= tolerance).logical_or(~before.isfinite()).all()):
                     raise JobError(
                         f"model.name: the layer {layer.name!r} ({type(layer.module).__name__}) "
-                        "does not follow the micro-batches by (1 − momentum)·running + "
+                        "does not follow the rule running = (1 − momentum)·running + "
                         "momentum·batch, so the workers' parts of its running statistics would "
                         "not add up"
                     )
 
 
 class _State(NamedTuple):
-    """Saved state that a forward and backward pass must leave as it is."""
+    """Digests of the saved state that a forward and backward pass must not change."""
 
     digests: Mapping[str, int]
     extra: Mapping[str, bytes]
@@ -517,27 +528,27 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, modules: Modules, layers: list[NormLayer]) -> _State:
-        moving = {id(buffer) for layer in layers for buffer in (*layer.averages, layer.uses)}
-        resting = {
+        running = {id(buffer) for layer in layers for buffer in (*layer.averages, layer.uses)}
+        tensors = {
             name: value.detach()
             for name, value in saved_tensors(modules).items()
-            if id(value) not in moving
+            if id(value) not in running
         }
         extra = {name: pack({name: value}) for name, value in extra_states(modules).items()}
         return cls(
-            tensor_digests(resting),
+            tensor_digests(tensors),
             extra,
             {name: module.training for name, module in named_modules(modules)},
         )
 
     def refuse_changes(self, modules: Modules, layers: list[NormLayer]) -> None:
-        now = _State.of(modules, layers)
-        changed = [name for name in self.digests if now.digests.get(name) != self.digests[name]]
-        changed += [name for name in self.extra if now.extra.get(name) != self.extra[name]]
+        after = _State.of(modules, layers)
+        changed = [name for name in self.digests if after.digests.get(name) != self.digests[name]]
+        changed += [name for name in self.extra if after.extra.get(name) != self.extra[name]]
         if changed:
-            raise JobError(_changed(changed[0]))
+            raise JobError(_changed_message(changed[0]))
         if switched := [
-            name for name, mode in now.modes.items() if self.modes.get(name, mode) != mode
+            name for name, mode in after.modes.items() if self.modes.get(name, mode) != mode
         ]:
             raise JobError(
                 "model.name: the forward pass changes the mode (training or evaluation) of "
@@ -545,37 +556,35 @@ class _State(NamedTuple):
             )
 
 
-def _stays(now: torch.Tensor, moved: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether each element is as it was moved or, in a buffer, as it was before."""
-    if now.shape != moved.shape:
+def _keeps_values(after: torch.Tensor, shifted: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether each element has its shifted value or, in a buffer, its value before the shift."""
+    if after.shape != shifted.shape:
         return False
-    stays = (now == moved) | (now.isnan() & moved.isnan())
-    if not isinstance(now, torch.nn.Parameter):
-        stays |= now == before
-    return bool(stays.all())
+    kept = (after == shifted) | (after.isnan() & shifted.isnan())
+    if not isinstance(after, torch.nn.Parameter):
+        kept |= after == before
+    return bool(kept.all())
 
 
-def _changed(name: str) -> str:
+def _changed_message(name: str) -> str:
     return (
         f"model.name: the forward or backward pass changes {name!r}, which is saved with the "
-        "model: what it becomes would depend on how many micro-batches a worker processes (a "
-        "cache may be a buffer with persistent=False)"
+        "model: its value would depend on how many micro-batches a worker processes (a cache may "
+        "be a buffer with persistent=False)"
     )
 
 
 def _eager(model: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Run a compiled model as it was written: compiling takes minutes, and the steps to come may
-    have other sizes.
-    """
-    if model._compiled_call_impl is None:  # the compiler is not even imported for it
+    """Run a compiled model eagerly: compiling takes minutes, and steps may have other sizes."""
+    if model._compiled_call_impl is None:  # avoids importing the compiler
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
-def _kept(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], None]]:
-    """Put buffers and counts back at the end of the `with` block, and whenever what it gives is
-    called.
+def _restored(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], None]]:
+    """Restore buffers and counts, and clear gradients, at the end of the `with` block; yields a
+    function that restores the buffers and counts at once.
     """
     buffers = {
         id(value): value
@@ -594,17 +603,17 @@ def _kept(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], No
         yield restore
     finally:
         restore()
-        _clear(modules)
+        _clear_gradients(modules)
 
 
-def _clear(modules: Modules) -> None:
+def _clear_gradients(modules: Modules) -> None:
     for _, weight in named_parameters(modules):
         weight.grad = None
 
 
 @contextmanager
-def _users(what: str) -> Iterator[None]:
-    """Tell what the user's own code raises in the `with` block as the user's."""
+def _user_code(what: str) -> Iterator[None]:
+    """Turn errors of user code in the `with` block into JobError."""
     try:
         yield
     except Exception as error:
@@ -616,33 +625,31 @@ def _users(what: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _move(layers: list[NormLayer]) -> list[torch.Tensor]:
-    """Move the running statistics and the counts; δ of each mean and variance."""
-    moved = []
+def _shift(layers: list[NormLayer]) -> list[torch.Tensor]:
+    """Shift the running statistics and the counts; returns δ of each mean and variance."""
+    shifts = []
     for layer in layers:
         mean, var = layer.averages
-        moved += [1 + mean.abs(), 1 + 3 * var.abs()]
-        mean.add_(moved[-2])
-        var.add_(moved[-1])
-        layer.uses.add_(_COUNTS)
-    return moved
+        shifts += [1 + mean.abs(), 1 + 3 * var.abs()]
+        mean.add_(shifts[-2])
+        var.add_(shifts[-1])
+        layer.uses.add_(_COUNT_SHIFT)
+    return shifts
 
 
 def describe(error: BaseException) -> str:
-    """An error of the user's code: its kind and message, the user's own line, and the whole
-    traceback below.
-    """
+    """An error of user code as text: type, message, its line in user code, and the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    packages = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    own = [frame for frame in frames if not frame.filename.startswith((*packages, "<"))] or frames
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))] or frames
     place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
-    told = "".join(traceback.format_exception(error)).rstrip()
-    return f"{type(error).__name__}: {error}{place}\n{told}"
+    full = "".join(traceback.format_exception(error)).rstrip()
+    return f"{type(error).__name__}: {error}{place}\n{full}"
 
 
 def fingerprint(batch: Any) -> int:
-    """A number for what a batch holds, 0 … 2^32 − 1: tensors by their bytes, inside lists, tuples
-    and dicts too.
+    """CRC-32 of the contents of a batch: tensors, also nested in lists, tuples and dicts, and
+    plain values.
     """
     if isinstance(batch, torch.Tensor):
         batch = batch.detach() if batch.layout == torch.strided else batch.detach().to_dense()

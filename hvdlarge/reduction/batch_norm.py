@@ -1,19 +1,17 @@
-"""Running statistics of batch normalisation, the same on any number of workers.
+"""Running statistics of batch normalisation that do not depend on the number of workers.
 
 Formula:  running ← (1 − m)·running + m·batch, once for each use of the layer, in the order of the
-          step's micro-batches. This is linear. So with rank 0 holding the running buffers as its
-          part P and the other ranks zero, each rank starts a step from zero and finds the
-          contribution A of its own block of micro-batches; with u uses of the layer in the
-          step, of which a come after the block,  P ← (1 − m)^u · P + (1 − m)^a · A.  The sum over
-          ranks is exactly what one worker would have.
+          step's micro-batches. This is linear, so the running statistics are the sum over ranks of
+          partial statistics P: before training, P is the buffers on rank 0 and zero on the other
+          ranks. In a step each rank starts from zero and accumulates the contribution A of its own
+          micro-batches. With u uses of the layer in the step, a of them after this rank's
+          micro-batches,  P ← (1 − m)^u · P + (1 − m)^a · A.
 Source:   docs/design.md.
-Contract: costs no message in a step in which each layer is used once for each micro-batch; where
-          one is used more or less often (a layer used twice, recomputed, or skipped by chance) the
-          ranks tell each other their counts. `all_reduce` (a sum over ranks) is called by every
-          rank together, whenever somebody wants to read the buffers, and `to_partial` before
-          training goes on. Layers in evaluation mode keep their statistics. That no layer reads its
-          running statistics while it trains is checked before the first step
-          (preflight/rehearsal.py).
+Contract: a step needs no communication if each layer is used once per micro-batch; otherwise (a
+          layer used twice, recomputed or skipped) the ranks gather their counts. Every rank calls
+          `all_reduce` together before the buffers are read, and `to_partial` before training
+          continues. Layers in evaluation mode keep their statistics. Layers must not read their
+          running statistics during training, which preflight/rehearsal.py checks.
 """
 
 from __future__ import annotations
@@ -28,12 +26,12 @@ from hvdlarge.models.state import Modules, named_modules
 from hvdlarge.schedule.batch import BatchLayout
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-# Every worker's tensor, stacked in the order of the ranks
+# (tensor, name) -> every rank's tensor, stacked in the order of the ranks
 GatherRanks = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 class NormLayer(NamedTuple):
-    """A layer that keeps running statistics."""
+    """A batch normalisation layer with running statistics."""
 
     name: str
     module: _BatchNorm
@@ -42,40 +40,40 @@ class NormLayer(NamedTuple):
     @property
     def averages(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Running mean and variance, shape (features,) each."""
-        assert self.module.running_mean is not None  # tracking_layers takes layers that track them
+        assert self.module.running_mean is not None  # ensured by tracking_layers
         assert self.module.running_var is not None
         return self.module.running_mean, self.module.running_var
 
     @property
     def uses(self) -> torch.Tensor:
-        """How often it was used in training mode, shape ()."""
+        """Number of forward passes in training mode, shape (), int64."""
         assert self.module.num_batches_tracked is not None  # likewise
         return self.module.num_batches_tracked
 
 
 class ModeChangedError(ValueError):
-    """A layer went from training to evaluation mode, or back, where nobody looked; raised on every
+    """A layer switched between training and evaluation mode in a forward pass; raised on every
     rank.
     """
 
 
 class Snapshot(NamedTuple):
-    """What RunningStatistics can go back to."""
+    """A state of RunningStatistics, see `RunningStatistics.snapshot`."""
 
     local_stats: torch.Tensor
     counts: list[int]
-    scattered: bool
+    partial: bool
 
 
 def tracking_layers(modules: Modules) -> list[NormLayer]:
-    """Every layer that keeps running statistics, in training mode or not.
+    """Every layer with running statistics, in training mode or not.
 
     Raises:
-        ValueError: for a layer whose statistics the engine cannot keep: with momentum=None, whose
-            cumulative average depends on counts that one worker lacks; without a count; that shares
-            its statistics with another; instance normalisation.
+        ValueError: for an unsupported layer: momentum=None (its cumulative average depends on the
+            counts of all ranks), no num_batches_tracked, statistics shared with another layer, or
+            instance normalisation.
     """
-    found: list[NormLayer] = []
+    layers: list[NormLayer] = []
     owners: dict[int, str] = {}
     for name, module in named_modules(modules):
         if isinstance(module, _BatchNorm) and module.track_running_stats:
@@ -85,8 +83,9 @@ def tracking_layers(modules: Modules) -> list[NormLayer]:
                 )
             if module.num_batches_tracked is None:
                 raise ValueError(f"batch normalisation {name!r} does not count its batches")
-            found.append(NormLayer(name, module, module.momentum))
-            for buffer in (*found[-1].averages, found[-1].uses):
+            layer = NormLayer(name, module, module.momentum)
+            layers.append(layer)
+            for buffer in (*layer.averages, layer.uses):
                 if owners.setdefault(id(buffer), name) != name:
                     raise ValueError(
                         f"batch normalisation {owners[id(buffer)]!r} and {name!r} share their "
@@ -98,21 +97,21 @@ def tracking_layers(modules: Modules) -> list[NormLayer]:
             raise ValueError(
                 f"{name!r}: instance normalisation with running statistics is not supported"
             )
-    return found
+    return layers
 
 
 class RunningStatistics:
     """The running means and variances of batch normalisation layers.
 
     Args:
-        modules: what learns; its buffers are changed in place. In the mode in which it trains when
-            `to_partial` is called.
-        rank: this worker.
-        world_size: workers.
+        modules: the trained modules, whose buffers are changed in place; must be in training mode
+            when `to_partial` is called.
+        rank: of this worker.
+        world_size: number of workers.
         gather_ranks: see GatherRanks.
 
     Raises:
-        ValueError: as `tracking_layers`.
+        ValueError: see `tracking_layers`.
     """
 
     def __init__(
@@ -121,98 +120,87 @@ class RunningStatistics:
         self._rank, self._world_size = rank, world_size
         self._gather_ranks = gather_ranks
         self._tracking = tracking_layers(modules)
-        self._layers: list[NormLayer] = []  # of those, the ones that train
-        self._partial = False
-        self._parts: list[torch.Tensor] = []  # P of each buffer, while a step is under way
-        self._counts: list[int] = []  # uses of each layer when the step began
-        self._used: list[int] = []  # in the step, on this rank
-        # Whether each of _tracking trains, when the statistics were scattered
-        self._modes: list[bool] = []
-        self._first_counts: list[int] = []  # when the statistics were scattered
+        self._layers: list[NormLayer] = []  # those of _tracking that are in training mode
+        self._partial = False  # whether the buffers hold this rank's partial statistics
+        self._parts: list[torch.Tensor] = []  # P of each buffer, during a step
+        self._counts: list[int] = []  # uses of each layer at the start of the step
+        self._used: list[int] = []  # uses of each layer in the step, on this rank
+        self._modes: list[bool] = []  # training mode of each of _tracking, at to_partial
+        self._first_counts: list[int] = []  # uses of each layer, at to_partial
 
     def partial_buffers(self) -> set[int]:
-        """The identities of the buffers of which each rank holds a part of its own while a run
-        trains.
-        """
+        """The ids of the buffers that differ between ranks during training."""
         return self.followed_buffers() if self._world_size > 1 else set()
 
     def followed_buffers(self) -> set[int]:
-        """The identities of the buffers that change while a run trains."""
+        """The ids of the buffers that change during training."""
         return {id(buffer) for layer in self._layers for buffer in (*layer.averages, layer.uses)}
 
     # --- in a step
 
     def begin_step(self) -> None:
-        """Let the layers begin the step from zero."""
+        """Set the buffers to zero, keeping this rank's partial statistics aside."""
         if self._world_size > 1 and self._layers:
             buffers = self._buffers()
             self._parts = [buffer.clone() for buffer in buffers]
             torch._foreach_zero_(buffers)
 
     def count_uses(self, micro_batches: int) -> bool:
-        """Look up how often each layer was used in this rank's part of the step; whether that was
-        not once for each micro-batch.
+        """Count the uses of each layer in the step on this rank.
 
-        Waits for a GPU, which the sum over workers that follows does too.
+        Synchronises with the GPU, as does the all-reduce that follows.
+
+        Returns:
+            Whether a layer was not used once per micro-batch, or changed its mode.
         """
         if not self._tracking:
             return False
         if self._world_size > 1 and self._layers:
             counts = self._read_counts()
-            self._used = [now - before for now, before in zip(counts, self._counts, strict=True)]
+            self._used = [
+                count - before for count, before in zip(counts, self._counts, strict=True)
+            ]
             self._counts = counts
         changed = [layer.module.training for layer in self._tracking] != self._modes
         return changed or any(used != micro_batches for used in self._used)
 
     def end_step(self, layout: BatchLayout, uneven: bool) -> None:
-        """Make this rank's part follow the whole step. Every rank calls this together, after
-        `count_uses`.
+        """Update this rank's partial statistics for the whole step. Every rank calls this together,
+        after `count_uses`.
 
         Args:
             layout: of the step.
             uneven: whether `count_uses` returned True on any rank.
 
         Raises:
-            ModeChangedError: on every rank, if a layer has changed its mode on any since the
-                statistics were scattered.
+            ModeChangedError: on every rank, if a layer has changed its mode on any rank since
+                `to_partial`.
         """
         if uneven:
             self._refuse_changed_modes()
         if self._world_size == 1 or not self._layers:
             return
-        after, everyone = self._uses_in_step(layout, uneven)
+        after, total = self._uses_in_step(layout, uneven)
         for number, layer in enumerate(self._layers):
-            kept, before = (
-                (1 - layer.momentum) ** after[number],
-                (1 - layer.momentum) ** everyone[number],
-            )
-            for buffer, part in zip(
-                layer.averages, self._parts[2 * number : 2 * number + 2], strict=True
-            ):
-                buffer.mul_(kept).add_(part, alpha=before)
+            parts = self._parts[2 * number : 2 * number + 2]
+            for buffer, part in zip(layer.averages, parts, strict=True):
+                buffer.mul_((1 - layer.momentum) ** after[number])
+                buffer.add_(part, alpha=(1 - layer.momentum) ** total[number])
 
     def _refuse_changed_modes(self) -> None:
-        changed = torch.tensor([layer.module.training for layer in self._tracking]) != torch.tensor(
-            self._modes
-        )
-        numbers = (
-            self._gather_ranks(changed.long(), "running_statistics.modes")
-            .sum(dim=0)
-            .nonzero()
-            .flatten()
-            .tolist()
-        )
-        if numbers:
+        modes = torch.tensor([layer.module.training for layer in self._tracking])
+        changed = (modes != torch.tensor(self._modes)).long()
+        changes = self._gather_ranks(changed, "running_statistics.modes").sum(dim=0)
+        if changes.any():
+            layer = self._tracking[int(changes.nonzero()[0])]
             raise ModeChangedError(
-                f"batch normalisation {self._tracking[numbers[0]].name!r} changed between training "
-                "and evaluation mode in a forward pass; its mode may change only in the model's "
-                "own train(), which is called before training and after evaluations"
+                f"batch normalisation {layer.name!r} changed between training and evaluation mode "
+                "in a forward pass; its mode may change only in the model's "
+                "train(), which is called before training and after evaluations"
             )
 
     def _uses_in_step(self, layout: BatchLayout, uneven: bool) -> tuple[list[int], list[int]]:
-        """How often each layer was used after this rank's block of micro-batches, and in all of the
-        step.
-        """
+        """Uses of each layer after this rank's micro-batches, and in the whole step."""
         if uneven:
             uses = self._gather_ranks(
                 torch.tensor(self._used, dtype=torch.int64), "running_statistics.uses"
@@ -224,20 +212,20 @@ class RunningStatistics:
     # --- between steps
 
     def to_partial(self) -> None:
-        """Before training: rank 0 keeps the running statistics, the others go on from zero."""
-        self._choose_layers()
+        """Before training: rank 0 keeps the running statistics, other ranks set them to zero."""
+        self._record_modes()
         if self._rank != 0:
             for buffer in self._buffers():
                 buffer.zero_()
         self._partial = True
 
-    def _choose_layers(self) -> None:
+    def _record_modes(self) -> None:
         self._modes = [layer.module.training for layer in self._tracking]
         self._layers = [layer for layer in self._tracking if layer.module.training]
         self._first_counts = self._counts = self._read_counts()
 
     def local_stats(self) -> torch.Tensor:
-        """A copy of this rank's part of the running statistics, as one vector."""
+        """A copy of this rank's partial statistics, concatenated, shape (values,)."""
         return (
             torch.cat([buffer.reshape(-1) for buffer in self._buffers()])
             if self._layers
@@ -245,7 +233,7 @@ class RunningStatistics:
         )
 
     def restore_local_stats(self, local_stats: torch.Tensor) -> None:
-        """Put `local_stats`, of an earlier moment, back in place."""
+        """Copy what `local_stats` returned back into the buffers."""
         parts = (
             local_stats.split([buffer.numel() for buffer in self._buffers()])
             if self._layers
@@ -255,41 +243,37 @@ class RunningStatistics:
             buffer.copy_(part)
 
     def snapshot(self) -> Snapshot:
-        """All that changes in a step, to come back to with `restore`."""
+        """A copy of everything that changes in a step, for `restore`."""
         return Snapshot(self.local_stats(), self._read_counts(), self._partial)
 
-    def restore(self, kept: Snapshot) -> None:
-        """Go back to what `snapshot` has kept."""
-        self.restore_local_stats(kept.local_stats)
-        self._set_counts(kept.counts)
-        self._partial = kept.scattered
+    def restore(self, snapshot: Snapshot) -> None:
+        """Return to the state of `snapshot`."""
+        self.restore_local_stats(snapshot.local_stats)
+        self._set_counts(snapshot.counts)
+        self._partial = snapshot.partial
 
-    def all_reduce(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+    def all_reduce(self, sum_ranks: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
         """Give every rank the full running statistics. Every rank calls this together.
 
         Args:
-            total: the sum of a tensor over all ranks, given a name for it.
+            sum_ranks: (tensor, name) -> the sum of the tensor over all ranks.
         """
         if not self._partial:
             return
         self._partial = False
         if not self._layers or self._world_size == 1:
             return
-        self._gather_counts(total)
+        self._sum_counts(sum_ranks)
         for number, buffer in enumerate(self._buffers()):
-            buffer.copy_(total(buffer, f"running_statistics.{number}"))
+            buffer.copy_(sum_ranks(buffer, f"running_statistics.{number}"))
 
-    def _gather_counts(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-        own = [
-            now - first for now, first in zip(self._read_counts(), self._first_counts, strict=True)
-        ]
-        used = total(torch.tensor(own, dtype=torch.int64), "running_statistics.used").tolist()
-        self._set_counts(
-            [first + times for first, times in zip(self._first_counts, used, strict=True)]
-        )
+    def _sum_counts(self, sum_ranks: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+        first = torch.tensor(self._first_counts, dtype=torch.int64)
+        local_uses = torch.tensor(self._read_counts(), dtype=torch.int64) - first
+        self._set_counts((first + sum_ranks(local_uses, "running_statistics.used")).tolist())
 
     def _read_counts(self) -> list[int]:
-        """The uses of each layer so far: one wait for a GPU in all."""
+        """The uses of each layer so far; synchronises with the GPU once."""
         return torch.stack([layer.uses for layer in self._layers]).tolist() if self._layers else []
 
     def _set_counts(self, counts: Sequence[int]) -> None:

@@ -1,10 +1,10 @@
-"""Running statistics of batch normalisation, bit for bit the same on 1, 2, 4, … workers.
+"""Running statistics of batch normalisation, bit-identical on 1, 2, 4, … workers.
 
 Formula:  running ← (1 − m)·running + m·batch for each use of a layer, in the order of the step's
           micro-batches, on every worker
-Contract: the statistics of each use are gathered at the end of a step and followed by all workers
-          in one order, at the price of two messages for each step. The fast form, and what it
-          promises, is in batch_norm.py.
+Contract: the batch statistics of each use are gathered at the end of a step, and every worker
+          applies them in the same order. This costs two gathers per step; the fast form is in
+          batch_norm.py.
 """
 
 from __future__ import annotations
@@ -20,45 +20,53 @@ from hvdlarge.schedule.batch import BatchLayout
 
 
 class ExactStatistics(RunningStatistics):
-    """As RunningStatistics, with the same calls; every rank has the whole statistics always, so
-    `all_reduce` only adds up counts.
+    """RunningStatistics of which every rank holds the full values; `all_reduce` sums only the
+    counts.
     """
 
     def __init__(
         self, modules: Modules, rank: int, world_size: int, gather_ranks: GatherRanks
     ) -> None:
         super().__init__(modules, rank, world_size, gather_ranks)
-        # The statistics of each use in the step, by layer: mean and variance in one
-        self._seen: list[list[torch.Tensor]] = []
+        # Of each layer, the batch statistics of its uses: mean and variance, shape (2 · features,)
+        self._batch_stats: list[list[torch.Tensor]] = []
         self._hooks: list[Any] = []
 
     def partial_buffers(self) -> set[int]:
-        """Only the counts differ."""
+        """The ids of the counts, the only buffers that differ between ranks during training."""
         return {id(layer.uses) for layer in self._layers} if self._world_size > 1 else set()
 
     def to_partial(self) -> None:
-        """Before training: see which layers train."""
-        self._choose_layers()
+        """Record which layers are in training mode; the buffers are full on every rank."""
+        self._record_modes()
         self._partial = True
 
     def begin_step(self) -> None:
-        """Keep the running statistics and let each use write the batch's own in their place."""
+        """Set the running statistics aside, and record the batch statistics of each use."""
         self._parts = [buffer.clone() for buffer in self._buffers()]
-        self._seen = [[] for _ in self._layers]
+        self._batch_stats = [[] for _ in self._layers]
         for number, layer in enumerate(self._layers):
-            # running ← 0·running + 1·batch: the batch's statistics as they are
-            layer.module.momentum = 1.0
-            self._hooks.append(layer.module.register_forward_hook(self._note(number)))
+            layer.module.momentum = 1.0  # the buffers then hold the batch statistics
+            self._hooks.append(layer.module.register_forward_hook(self._recorder(number)))
 
-    def _note(self, number: int) -> Callable[..., None]:
-        def note(module: Any, *_: Any) -> None:
+    def _recorder(self, number: int) -> Callable[..., None]:
+        def record(module: Any, *_: Any) -> None:
             if module.training:
-                self._seen[number].append(torch.cat(self._layers[number].averages))
+                self._batch_stats[number].append(torch.cat(self._layers[number].averages))
 
-        return note
+        return record
 
     def end_step(self, layout: BatchLayout, uneven: bool) -> None:
-        """Follow all uses of the step in their order. Every rank calls this together."""
+        """Apply the batch statistics of all uses in the step, in their order. Every rank calls this
+        together.
+
+        Args:
+            layout: of the step.
+            uneven: see RunningStatistics.
+
+        Raises:
+            ModeChangedError: see RunningStatistics.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -68,35 +76,37 @@ class ExactStatistics(RunningStatistics):
             self._refuse_changed_modes()
         if not self._layers:
             return
-        own = torch.tensor([len(seen) for seen in self._seen])
-        uses = self._gather_ranks(own, "statistics_uses")  # (ranks, layers)
-        most = int(uses.max())
-        rows = [self._rows(number, most) for number in range(len(self._layers))]
-        gathered = self._gather_ranks(torch.cat(rows, dim=1), "statistics")  # (ranks, most, values)
-        gathered = gathered.split([row.shape[1] for row in rows], dim=2)
+        local_uses = torch.tensor([len(recorded) for recorded in self._batch_stats])
+        uses = self._gather_ranks(local_uses, "statistics_uses")  # (ranks, layers)
+        max_uses = int(uses.max())
+        rows = [self._padded(number, max_uses) for number in range(len(self._layers))]
+        # (ranks, max_uses, values), split by layer
+        gathered = self._gather_ranks(torch.cat(rows, dim=1), "statistics").split(
+            [row.shape[1] for row in rows], dim=2
+        )
         for number, layer in enumerate(self._layers):
             running = torch.cat(self._parts[2 * number : 2 * number + 2])
             m = torch.full_like(running, layer.momentum)
-            for rank, times in enumerate(uses[:, number].tolist()):
-                for use in range(times):
+            for rank, count in enumerate(uses[:, number].tolist()):
+                for use in range(count):
                     running = (1 - m) * running + m * gathered[number][rank, use]
-            for buffer, part in zip(layer.averages, running.chunk(2), strict=True):
-                buffer.copy_(part)
+            for buffer, value in zip(layer.averages, running.chunk(2), strict=True):
+                buffer.copy_(value)
 
-    def _rows(self, number: int, most: int) -> torch.Tensor:
-        """The statistics of a layer's uses on this rank, filled up with zeros, shape (most, 2 ·
+    def _padded(self, number: int, max_uses: int) -> torch.Tensor:
+        """A layer's batch statistics on this rank, padded with zeros, shape (max_uses, 2 ·
         features).
         """
         mean, _ = self._layers[number].averages
-        rows = mean.new_zeros(most, 2 * mean.numel())
-        for use, seen in enumerate(self._seen[number]):
-            rows[use] = seen
+        rows = mean.new_zeros(max_uses, 2 * mean.numel())
+        for use, recorded in enumerate(self._batch_stats[number]):
+            rows[use] = recorded
         return rows
 
-    def all_reduce(self, total: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-        """Add up the counts; the statistics themselves are everywhere. Every rank calls this
-        together.
+    def all_reduce(self, sum_ranks: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+        """Sum the counts over ranks; the statistics are complete on every rank. Every rank calls
+        this together.
         """
         if self._partial and self._layers and self._world_size > 1:
-            self._gather_counts(total)
+            self._sum_counts(sum_ranks)
         self._partial = False

@@ -1,10 +1,10 @@
-"""The fixed tree in which exact mode adds up micro-batches, whatever the number of workers.
+"""The binary tree in which exact mode sums micro-batches, the same on any number of workers.
 
-Formula:  node (j, i) of a step of M micro-batches holds those from ⌊i·M/2^j⌋ to ⌊(i+1)·M/2^j⌋ − 1,
-          and its value is the value of (j+1, 2i) plus the value of (j+1, 2i+1); an empty node has
-          none, and a node of one micro-batch is that one
-Source:   docs/design.md. With 2^k workers the block of worker r is node (k, r): so each worker adds
-          up its own node, and the tree above it is the same for 1, 2, 4, … workers.
+Formula:  node (j, i) of a step of M micro-batches covers those from ⌊i·M/2^j⌋ to
+          ⌊(i+1)·M/2^j⌋ − 1. Its value is that of (j+1, 2i) plus that of (j+1, 2i+1); a node of one
+          micro-batch has that micro-batch's value, an empty node has none
+Source:   docs/design.md. With 2^k workers, the micro-batches of worker r are node (k, r), so each
+          worker sums its own node, and the tree above is the same for 1, 2, 4, … workers.
 Contract: pure; the order of every addition depends on M alone.
 """
 
@@ -17,16 +17,16 @@ Value = TypeVar("Value")
 
 
 def depth_of(world_size: int) -> int | None:
-    """K for 2^k workers; None for another number."""
+    """The depth k of the workers' nodes for 2^k workers; None for other numbers."""
     depth = world_size.bit_length() - 1
     return depth if world_size == 1 << depth else None
 
 
 def additions(num_micro_batches: int, depth: int, index: int) -> list[int]:
-    """How many additions follow each micro-batch of node (`depth`, `index`), in their order.
+    """The number of additions after each micro-batch of node (`depth`, `index`), in order.
 
-    Keep a stack: push a micro-batch's value, then that many times add the topmost to the one below
-    it. What is left is the value of the node, in memory for about log2(M) values.
+    To evaluate the node, keep a stack: push the value of each micro-batch, then replace the top two
+    values by their sum that many times. The stack holds about log2(M) values at most.
 
     >>> additions(4, 0, 0)
     [0, 1, 0, 2]
@@ -44,9 +44,7 @@ def additions(num_micro_batches: int, depth: int, index: int) -> list[int]:
 
 
 def combine(values: Sequence[Value | None], add: Callable[[Value, Value], Value]) -> Value | None:
-    """The value of the root from those of the 2^k nodes at depth k, None standing for an empty
-    node.
-    """
+    """The value of the root, given those of the 2^k nodes at depth k; None for an empty node."""
     level = list(values)
     while len(level) > 1:
         level = [_sum(level[number], level[number + 1], add) for number in range(0, len(level), 2)]

@@ -46,8 +46,8 @@ def test_a_key_that_means_the_same_everywhere_is_explained_once():
     ("key", "problem"),
     [
         ("lr.warmpu", "unknown key 'lr.warmpu'; did you mean lr.warmup"),
-        ("zzz", "unknown key 'zzz'; the keys here are name, run_dir"),
-        ("lr.base.x", "lr.base has no keys of its own"),
+        ("zzz", "unknown key 'zzz'; known keys: name, run_dir"),
+        ("lr.base.x", "lr.base is not a section: it has no keys"),
         ("lr..base", "unknown key 'lr.'"),
     ],
 )

@@ -321,8 +321,8 @@ def test_a_problem_is_told_with_the_file_that_it_stands_in(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: job.yaml\n", "comes back to itself"), ("extends: a.yaml\n", "comes back to itself"),
-        ("extends: none.yaml\n", "no such file to extend"), ("extends: 3\n", "extends is 3: it names another job file"),
+        ("extends: job.yaml\n", "is circular"), ("extends: a.yaml\n", "is circular"),
+        ("extends: none.yaml\n", "no such file to extend"), ("extends: 3\n", "extends is 3: it must name another job file"),
         ("extends: ~\n", "extends is null"), ("extends: empty.yaml\n", "empty.yaml: the job file is empty"),
         ("extends: .\n", "cannot be read"),
     ],
