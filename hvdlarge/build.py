@@ -274,8 +274,8 @@ def build_replica(
         modules=modules,
         update=update,
         statistics=statistics,
-        arithmetic=components.precision,
-        scale=LossScaler(scale_for_compression(compression, control.size)),
+        precision=components.precision,
+        loss_scaler=LossScaler(scale_for_compression(compression, control.size)),
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
         to_device=device_mover(components.precision, job.model.channels_last),
@@ -392,7 +392,7 @@ def build_feed(
     return DecisionFeed(control, controller, ahead, enqueue, plan.waits_after)
 
 
-def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFinitePolicy:
+def build_policy(not_finite: Any, state: TrainState, replica: Replica) -> NonFinitePolicy:
     """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
     policy: StopPolicy | SkipPolicy | RollbackPolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
@@ -401,10 +401,10 @@ def build_policy(not_finite: Any, state: TrainState, learner: Replica) -> NonFin
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:
         policy = StopPolicy()
-    if learner.arithmetic.scales_losses:
-        return LossScalingPolicy(policy, learner.scale, state)
+    if replica.precision.scales_losses:
+        return LossScalingPolicy(policy, replica.loss_scaler, state)
     return policy
 
 
-def _kind(found: Any) -> str:
-    return f"a {type(found).__name__}"
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"

@@ -219,6 +219,32 @@ def checkpointed_steps(folder: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Launch a job; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.np < 1:
+            raise exits.JobError("-np must be at least 1")
+        if options.hosts_file and options.hosts_command:
+            raise exits.JobError("give either --hosts-file or --hosts-command")
+        folder = read_job(job_path(options.job), options.overrides).run_folder
+        hosts = _hosts_source(options.hosts_file, options.hosts_command)
+        command = [sys.executable, "-m", "hvdlarge.train", options.job, *options.overrides]
+        launcher = Launcher(
+            command,
+            options.np,
+            hosts,
+            shlex.split(options.mpirun),
+            options.grace_seconds,
+            options.max_restarts,
+            options.restart_stopped,
+            lambda: checkpointed_steps(folder),
+        )
+        return launcher.run()
+    except exits.RunExit as end:
+        print_error(str(end))
+        return end.code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.launch",
         description=(
@@ -258,29 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
     )
-    options = parser.parse_args(arguments)
-    try:
-        if options.np < 1:
-            raise exits.JobError("-np must be at least 1")
-        if options.hosts_file and options.hosts_command:
-            raise exits.JobError("give either --hosts-file or --hosts-command")
-        folder = read_job(job_path(options.job), options.overrides).run_folder
-        hosts = _hosts_source(options.hosts_file, options.hosts_command)
-        command = [sys.executable, "-m", "hvdlarge.train", options.job, *options.overrides]
-        launcher = Launcher(
-            command,
-            options.np,
-            hosts,
-            shlex.split(options.mpirun),
-            options.grace_seconds,
-            options.max_restarts,
-            options.restart_stopped,
-            lambda: checkpointed_steps(folder),
-        )
-        return launcher.run()
-    except exits.RunExit as end:
-        print_error(str(end))
-        return end.code
+    return parser
 
 
 def _hosts_source(file: str | None, command: str | None) -> Callable[[], Hosts] | None:

@@ -52,9 +52,9 @@ class LoopComponents:
     plan: Plan
     feed: DecisionFeed
     loader: Loader
-    learner: Replica
+    replica: Replica
     evaluation: Evaluation | None
-    agreement: ConsistencyCheck
+    consistency: ConsistencyCheck
     policy: NonFinitePolicy
     saver: CheckpointSaver
     stop: StopRequest
@@ -77,30 +77,30 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         DivergedError, RanksDisagreeError, CheckpointWriteError, JobError: on every rank.
         RollBack: on every rank, by the job's policy.
     """
-    timed = PhaseTimers()
-    parts.learner.set_mode(training=True)
-    parts.buffer_guard.begin(parts.learner)
+    timers = PhaseTimers()
+    parts.replica.set_mode(training=True)
+    parts.buffer_guard.begin(parts.replica)
     while True:
-        with timed("decide"):
+        with timers("decide"):
             decision = parts.feed.next()
         if decision is None:
             return
         parts.watchdog.progress("step", decision.step)
         parts.log.decision(decision)
-        outcome = take_step(parts, decision, timed)
-        if outcome.verdict.failed:  # rank 0 knows what could not be written, and why
+        outcome = take_step(parts, decision, timers)
+        if outcome.flags.failed:  # rank 0 knows what could not be written, and why
             raise_on_all_ranks(parts.control, lambda: check_files(parts), name_ranks=False)
         if not outcome.applied:
             state.skipped += 1
-        observe(parts, decision, outcome, timed)
-        record(parts, state, decision, outcome, timed)
-        best = evaluate(parts, state, decision, timed)
-        save_if_due(parts, state, decision, outcome.verdict, best, timed)
-        if outcome.verdict.stop and not decision.is_last:
+        observe(parts, decision, outcome, timers)
+        record(parts, state, decision, outcome, timers)
+        best = evaluate(parts, state, decision, timers)
+        save_if_due(parts, state, decision, outcome.flags, best, timers)
+        if outcome.flags.stop and not decision.is_last:
             raise Stopped(_stopped(parts, decision))
 
 
-def take_step(parts: LoopComponents, decision: Decision, timed: PhaseTimers) -> StepOutcome:
+def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) -> StepOutcome:
     """Take the decided step, and compare the ranks' states where that is due. Every rank calls this
     together.
 
@@ -109,23 +109,23 @@ def take_step(parts: LoopComponents, decision: Decision, timed: PhaseTimers) -> 
         RanksDisagreeError: on every rank.
     """
     layout = parts.plan.layout(decision)
-    fetched = timed_fetch(parts, len(layout.numbers_of_rank(parts.learner.rank)), timed)
+    fetched = fetch_timed(parts, len(layout.numbers_of_rank(parts.replica.rank)), timers)
     compare = decision.step % parts.cadence.compare_every_steps == 0
     if compare and parts.rounds_differently:
-        take_over(parts.learner, parts.tensors)
-    digest = combined(digests(parts.learner)) if compare and not parts.rounds_differently else None
+        take_over(parts.replica, parts.tensors)
+    digest = combined(digests(parts.replica)) if compare and not parts.rounds_differently else None
     where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
     hint = oom_hint(decision.micro_batch, decision.global_batch)
-    learner, agreement, policy = parts.learner, parts.agreement, parts.policy
+    replica, consistency, policy = parts.replica, parts.consistency, parts.policy
     try:
         with explain_out_of_memory(where, hint):
             outcome = train_step(
-                decision, layout, fetched, learner, agreement, digest, policy, timed
+                decision, layout, fetched, replica, consistency, digest, policy, timers
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
     if compare:
-        parts.buffer_guard.refuse_changes(parts.control, parts.learner)
+        parts.buffer_guard.refuse_changes(parts.control, parts.replica)
     return outcome
 
 
@@ -135,7 +135,7 @@ def save_if_due(
     decision: Decision,
     flags: StepFlags,
     best: bool,
-    timed: PhaseTimers,
+    timers: PhaseTimers,
 ) -> None:
     """Write a checkpoint where the cadence, the clock or a stop asks for it, or for the best
     evaluation so far. Every rank calls this together; errors are those of `save`.
@@ -148,7 +148,7 @@ def save_if_due(
     progress = parts.feed.progress_after(decision)
     truncated = decision.global_batch < decision.stage_batch
     wait = flags.stop or decision.is_last
-    with timed("save"), parts.watchdog.during("save"):
+    with timers("save"), parts.watchdog.during("save"):
         save(parts, state, progress, best, scheduled, wait, truncated)
 
 
@@ -163,7 +163,7 @@ def _stopped(parts: LoopComponents, decision: Decision) -> str:
 
 
 def observe(
-    parts: LoopComponents, decision: Decision, outcome: StepOutcome, timed: PhaseTimers
+    parts: LoopComponents, decision: Decision, outcome: StepOutcome, timers: PhaseTimers
 ) -> None:
     """Give the controller what was measured in a step, where the growth depends on it. Every rank
     calls this together.
@@ -175,7 +175,7 @@ def observe(
         return
     measured = {}
     if outcome.applied:
-        with timed("measure"):
+        with timers("measure"):
             own = [share.item() for share in outcome.micro_batch_shares]
             messages = parts.control.allgather(struct.pack(f"<{len(own)}d", *own))
         shares = [share for message in messages for (share,) in struct.iter_unpack("<d", message)]
@@ -189,7 +189,7 @@ def record(
     state: TrainState,
     decision: Decision,
     outcome: StepOutcome,
-    timed: PhaseTimers,
+    timers: PhaseTimers,
 ) -> None:
     """Measure and write down the step's loss where the cadence asks for it. Every rank calls this
     together.
@@ -200,13 +200,13 @@ def record(
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
-    with timed("measure"):
+    with timers("measure"):
         # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
         shares = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
         loss = sum(struct.unpack("<d", share)[0] for share in shares)
     samples_seen = decision.samples_seen + decision.global_batch
     # Those of a step that was left out would be an earlier step's.
-    ratios = trust_ratios(parts.learner.update.optimizer) if outcome.applied else {}
+    ratios = trust_ratios(parts.replica.update.optimizer) if outcome.applied else {}
     measured = {
         "step": decision.step,
         "epoch": parts.plan.clock.epoch(samples_seen),
@@ -215,7 +215,7 @@ def record(
         "lr": decision.lr,
         "loss": loss,
     }
-    parts.log.metrics(measured | ratios | timed.read())
+    parts.log.metrics(measured | ratios | timers.read())
     parts.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
     if outcome.applied and not math.isfinite(loss):
@@ -223,7 +223,7 @@ def record(
 
 
 def evaluate(
-    parts: LoopComponents, state: TrainState, decision: Decision, timed: PhaseTimers
+    parts: LoopComponents, state: TrainState, decision: Decision, timers: PhaseTimers
 ) -> bool:
     """Evaluate where the cadence asks for it. Every rank calls this together.
 
@@ -237,10 +237,10 @@ def evaluate(
     )
     if parts.evaluation is None or not (passed or decision.is_last):
         return False
-    with timed("measure"), parts.watchdog.during("evaluate"):
-        parts.learner.statistics.all_reduce(parts.tensors.sum)
-        results = parts.evaluation.run(parts.learner, parts.tensors)
-        parts.learner.statistics.to_partial()
+    with timers("measure"), parts.watchdog.during("evaluate"):
+        parts.replica.statistics.all_reduce(parts.tensors.sum)
+        results = parts.evaluation.run(parts.replica, parts.tensors)
+        parts.replica.statistics.to_partial()
     # Metrics of an earlier evaluation that are not taken, or do not apply, any more
     for name in state.results.keys() - results.keys() - {"loss"}:
         del state.results[name]
@@ -274,12 +274,12 @@ def save(
         RanksDisagreeError, DivergedError: on every rank.
     """
     if parts.rounds_differently:
-        take_over(parts.learner, parts.tensors)
+        take_over(parts.replica, parts.tensors)
     else:
-        compare_states(parts.control, parts.learner)
-    parts.buffer_guard.refuse_changes(parts.control, parts.learner)
+        compare_states(parts.control, parts.replica)
+    parts.buffer_guard.refuse_changes(parts.control, parts.replica)
     not_finite = [
-        name for weight, name in parts.learner.names.items() if not torch.isfinite(weight).all()
+        name for weight, name in parts.replica.names.items() if not torch.isfinite(weight).all()
     ]
     if not_finite:
         raise DivergedError(
@@ -302,37 +302,37 @@ def check_files(parts: LoopComponents) -> None:
     parts.log.check()
 
 
-def shared_state(learner: Replica) -> dict[str, torch.Tensor]:
+def shared_state(replica: Replica) -> dict[str, torch.Tensor]:
     """Each tensor that must be the same on every rank, by name."""
-    partial = learner.statistics.partial_buffers()
-    return named_state(learner.modules, learner.update.optimizer, learner.names, partial)
+    partial = replica.statistics.partial_buffers()
+    return named_state(replica.modules, replica.update.optimizer, replica.names, partial)
 
 
-def digests(learner: Replica) -> dict[str, int]:
+def digests(replica: Replica) -> dict[str, int]:
     """A digest of each tensor that must be the same on every rank."""
-    return tensor_digests(shared_state(learner))
+    return tensor_digests(shared_state(replica))
 
 
-def take_over(learner: Replica, tensors: Collectives) -> None:
+def take_over(replica: Replica, tensors: Collectives) -> None:
     """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every
     rank calls this together.
     """
-    tensors.broadcast_(list(shared_state(learner).items()))
+    tensors.broadcast_(list(shared_state(replica).items()))
 
 
-def compare_states(control: ControlChannel, learner: Replica) -> None:
+def compare_states(control: ControlChannel, replica: Replica) -> None:
     """Compare the states of all ranks. Every rank calls this together.
 
     Raises:
         RanksDisagreeError: on every rank, naming the first differing tensor.
     """
-    local = digests(learner)
+    local = digests(replica)
     if len(set(control.allgather(combined(local).to_bytes(8, "little")))) > 1:
         check_equal_across_ranks(control, local, "weights, buffers and optimizer state (by digest)")
 
 
-def timed_fetch(
-    parts: LoopComponents, count: int, timed: PhaseTimers
+def fetch_timed(
+    parts: LoopComponents, count: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
     """The loader's next `count` micro-batches; the time spent waiting for them counts as the phase
     fetch.
@@ -340,7 +340,7 @@ def timed_fetch(
     fetched = parts.loader.fetch(count)
     for _ in range(count):
         parts.watchdog.progress("fetch")
-        with timed("fetch"):
+        with timers("fetch"):
             loaded = next(fetched)
         parts.watchdog.progress("step")
         yield loaded

@@ -24,8 +24,8 @@ class Replica:
     modules: Modules  # both, the loss where it is a module
     update: DistributedOptimizer
     statistics: RunningStatistics
-    arithmetic: Precision
-    scale: LossScaler
+    precision: Precision
+    loss_scaler: LossScaler
     clip_norm: float | None  # of all mean gradients together
     # Moves a micro-batch's inputs or targets, and gives floats the type of the weights
     to_device: Callable[[Any], Any]

@@ -241,7 +241,7 @@ class Run:
             plan=plan,
             feed=build_feed(job.data, plan, control, controller, loader),
             loader=loader,
-            learner=self.replica,
+            replica=self.replica,
             evaluation=build_evaluation(
                 job.data,
                 job.evaluate,
@@ -250,7 +250,7 @@ class Run:
                 control.rank,
                 control.size,
             ),
-            agreement=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), flags),
+            consistency=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), flags),
             policy=build_policy(job.on_nonfinite, state, self.replica),
             saver=saver,
             stop=context.stop,

@@ -27,60 +27,60 @@ class StepOutcome(NamedTuple):
     loss_share: torch.Tensor
     # Those of its micro-batches, in their order, each of shape ()
     micro_batch_shares: list[torch.Tensor]
-    verdict: StepFlags  # the same on every rank
+    flags: StepFlags  # the same on every rank
     applied: bool  # whether the weights have moved; the same on every rank
 
 
 def train_step(
     decision: Decision,
     layout: BatchLayout,
-    fetched: Iterable[LoadedMicroBatch],
-    learner: Replica,
-    agreement: ConsistencyCheck,
+    micro_batches: Iterable[LoadedMicroBatch],
+    replica: Replica,
+    consistency: ConsistencyCheck,
     digest: int | None,
     policy: NonFinitePolicy,
-    timed: PhaseTimers,
+    timers: PhaseTimers,
 ) -> StepOutcome:
     """Take the decided step. Every rank calls this together, with its own micro-batches in
-    `fetched`.
+    `micro_batches`.
     """
-    mine = layout.numbers_of_rank(learner.rank)
-    loss_share = torch.zeros((), dtype=torch.float64, device=learner.arithmetic.device)
-    policy.before_step(learner)
-    learner.update.zero_grad(mine, layout.num_micro_batches)
-    learner.statistics.begin_step()
+    numbers = layout.numbers_of_rank(replica.rank)
+    loss_share = torch.zeros((), dtype=torch.float64, device=replica.precision.device)
+    policy.before_step(replica)
+    replica.update.zero_grad(numbers, layout.num_micro_batches)
+    replica.statistics.begin_step()
     micro_batch_shares: list[torch.Tensor] = []
     got_gradient: list[str] | None = None  # an idle worker has no view of it
-    for micro_batch, inputs, targets in fetched:
+    for micro_batch, inputs, targets in micro_batches:
         # What model and loss draw belongs to the micro-batch, named by its first sample: not to the
         # worker that processes it.
-        seed_all(seeds.key(learner.seed, seeds.MICRO_BATCH, micro_batch.start))
-        with timed("forward"), learner.arithmetic.autocast():
-            outputs = learner.model(learner.to_device(inputs))
-            share = learner.loss(outputs, learner.to_device(targets)) * (
+        seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
+        with timers("forward"), replica.precision.autocast():
+            outputs = replica.model(replica.to_device(inputs))
+            share = replica.loss(outputs, replica.to_device(targets)) * (
                 micro_batch.size / decision.global_batch
             )
-        with timed("backward"):
-            learner.update.backward(learner.scale.scaled(share))
+        with timers("backward"):
+            replica.update.backward(replica.loss_scaler.scaled(share))
             micro_batch_shares.append(share.detach())
             loss_share += micro_batch_shares[-1]
-            if micro_batch.number == mine.stop - 1 and not learner.zero_if_missing:
+            if micro_batch.number == numbers.stop - 1 and not replica.zero_if_missing:
                 got_gradient = [
-                    name for weight, name in learner.names.items() if weight.grad is not None
+                    name for weight, name in replica.names.items() if weight.grad is not None
                 ]
-            learner.update.backward_done()
-    with timed("allreduce"):
-        agreement.start(
-            decision, got_gradient, digest, uneven=learner.statistics.count_uses(len(mine))
+            replica.update.backward_done()
+    with timers("allreduce"):
+        consistency.start(
+            decision, got_gradient, digest, uneven=replica.statistics.count_uses(len(numbers))
         )
-        learner.update.synchronize()
-        verdict = agreement.finish()
-        learner.statistics.end_step(layout, verdict.uneven)
+        replica.update.synchronize()
+        flags = consistency.finish()
+        replica.statistics.end_step(layout, flags.uneven)
     # Only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
-    with timed("update"):
-        learner.scale.unscale(learner.names)
-        norms = learner.update.optimizer.measure()
-        applied = policy.check(decision, learner, norms)
+    with timers("update"):
+        replica.loss_scaler.unscale(replica.names)
+        norms = replica.update.optimizer.measure()
+        applied = policy.check(decision, replica, norms)
         if applied:
-            learner.update.apply(norms.clipped(learner.clip_norm), decision.lr)
-    return StepOutcome(loss_share, micro_batch_shares, verdict, applied)
+            replica.update.apply(norms.clipped(replica.clip_norm), decision.lr)
+    return StepOutcome(loss_share, micro_batch_shares, flags, applied)

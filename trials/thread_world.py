@@ -231,9 +231,9 @@ class ThreadChannel:
         """Begin to find the largest of each value. Every rank calls this together, and later the
         result.
         """
-        mine = [float(value) for value in values]
+        numbers = [float(value) for value in values]
         meeting = self._world.begin(
-            self.rank, "decisions", ("start_max", len(mine)), mine, _largest
+            self.rank, "decisions", ("start_max", len(numbers)), numbers, _largest
         )
         return lambda: list(self._world.wait(self.rank, meeting))
 
@@ -347,12 +347,12 @@ class ThreadOptimizer:
         for _, weight in named_parameters:
             weight.register_post_accumulate_grad_hook(self._passed)
 
-    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, numbers: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this rank's
         micro-batches.
         """
         self.optimizer.zero_grad()
-        self._left = {weight: max(1, len(mine)) for _, weight in self._named}
+        self._left = {weight: max(1, len(numbers)) for _, weight in self._named}
         self._sent = {}
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -364,12 +364,12 @@ class ThreadOptimizer:
 
     def synchronize(self) -> None:
         """Let each gradient be the sum over all ranks. Every rank calls this together."""
-        mine = [self._travels(weight) for _, weight in self._named]
+        numbers = [self._travels(weight) for _, weight in self._named]
         described = [
-            _described(name, grad) for (name, _), grad in zip(self._named, mine, strict=True)
+            _described(name, grad) for (name, _), grad in zip(self._named, numbers, strict=True)
         ]
         sums = self._tensors.meet(
-            ("reduce", self._groups, self._compressed, *described), mine, _added_each
+            ("reduce", self._groups, self._compressed, *described), numbers, _added_each
         )
         for (_, weight), total in zip(self._named, sums, strict=True):
             weight.grad = total.to(weight.dtype).clone()

@@ -259,14 +259,14 @@ def _describe_entry(state: Mapping[str, Any], name: str) -> str:
 
 
 def share(
-    resumed: ResumePoint | None, learner: Replica, control: ControlChannel, tensors: Collectives
+    resumed: ResumePoint | None, replica: Replica, control: ControlChannel, tensors: Collectives
 ) -> tuple[RunProgress, TrainState]:
     """Broadcast rank 0's checkpoint, except the weights, which are broadcast before. Every rank
     calls this together.
 
     Args:
         resumed: on rank 0 the checkpoint, or None for a new run; None elsewhere.
-        learner: its optimizer state and running statistics are set; the latter are partial
+        replica: its optimizer state and running statistics are set; the latter are partial
             afterwards.
         control: for everything but tensors.
         tensors: for tensors.
@@ -278,12 +278,12 @@ def share(
     message = b"null" if content is None else json.dumps(_without_tensors(content)).encode()
     record = json.loads(control.allgather(message if control.rank == 0 else b"")[0])
     if record is None:
-        learner.statistics.to_partial()
+        replica.statistics.to_partial()
         return RunProgress(), TrainState()
-    _share_optimizer(record["optimizer"], content, learner, tensors)
-    learner.statistics.to_partial()
+    _share_optimizer(record["optimizer"], content, replica, tensors)
+    replica.statistics.to_partial()
     if record["has_local_stats"] and record["world_size"] == control.size:
-        _share_local_stats(content, learner, tensors, control)
+        _share_local_stats(content, replica, tensors, control)
     return RunProgress.from_plain(record["progress"]), TrainState(**record["state"])
 
 
@@ -310,17 +310,17 @@ def _without_tensors(content: CheckpointContent) -> dict[str, Any]:
 def _share_optimizer(
     entries: Sequence[Sequence[Any]],
     content: CheckpointContent | None,
-    learner: Replica,
+    replica: Replica,
     tensors: Collectives,
 ) -> None:
     # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which moves the weights
-    weights = {name: weight for weight, name in learner.names.items()}
-    learner.update.optimizer.state.clear()
+    weights = {name: weight for weight, name in replica.names.items()}
+    replica.update.optimizer.state.clear()
     named_tensors = []
     for name, key, value, dtype in entries:
         weight = weights[name]
         if dtype is None:
-            learner.update.optimizer.state[weight][key] = value
+            replica.update.optimizer.state[weight][key] = value
             continue
         # State of the weight's shape is on its device; torch keeps step counts on the CPU, also
         # those of scalar weights, whose shape is the same.
@@ -330,23 +330,23 @@ def _share_optimizer(
         )
         if content is not None:
             tensor.copy_(content.optimizer[name][key])
-        learner.update.optimizer.state[weight][key] = tensor
+        replica.update.optimizer.state[weight][key] = tensor
         named_tensors.append((f"optimizer.{name}.{key}", tensor))
     tensors.broadcast_(named_tensors)
 
 
 def _share_local_stats(
     content: CheckpointContent | None,
-    learner: Replica,
+    replica: Replica,
     tensors: Collectives,
     control: ControlChannel,
 ) -> None:
     """Restore each rank's partial running statistics, bit for bit."""
-    current = learner.statistics.local_stats()
+    current = replica.statistics.local_stats()
     rows = torch.zeros(control.size, current.numel(), dtype=current.dtype)
     if content is not None:
         for rank, saved in enumerate(content.local_stats):
             rows[rank] = saved.view(current.dtype)
     if current.numel():
         tensors.broadcast_([("local_stats", rows)])
-        learner.statistics.restore_local_stats(rows[control.rank].to(current.device))
+        replica.statistics.restore_local_stats(rows[control.rank].to(current.device))

@@ -33,7 +33,7 @@ class CheckpointSaver:
     Args:
         control: gathers the partial running statistics.
         tensors: sums them.
-        learner: the replica to save.
+        replica: the replica to save.
         folder: rank 0's folder; on other ranks `NoCheckpoints`.
         clock: of the run.
         cadence: the job's section `checkpoint`.
@@ -48,7 +48,7 @@ class CheckpointSaver:
         self,
         control: ControlChannel,
         tensors: Collectives,
-        learner: Replica,
+        replica: Replica,
         folder: CheckpointWriter,
         clock: Clock,
         cadence: Checkpoint,
@@ -57,7 +57,7 @@ class CheckpointSaver:
         log_offsets: Callable[[], Mapping[str, int]],
         goes_back: bool = False,
     ) -> None:
-        self._control, self._tensors, self._learner = control, tensors, learner
+        self._control, self._tensors, self._replica = control, tensors, replica
         self._folder = folder
         self._clock = clock
         self._cadence = cadence
@@ -131,7 +131,7 @@ class CheckpointSaver:
         Raises:
             CheckpointWriteError: on rank 0 only; the caller raises it on the others.
         """
-        statistics = self._learner.statistics
+        statistics = self._replica.statistics
         snapshot = statistics.snapshot()
         local_stats = [] if scheduled else self._gather(snapshot.local_stats)
         statistics.all_reduce(self._tensors.sum)
@@ -155,12 +155,12 @@ class CheckpointSaver:
         state: TrainState,
         local_stats: Sequence[torch.Tensor],
     ) -> CheckpointContent:
-        loss = self._learner.loss
+        loss = self._replica.loss
         return CheckpointContent(
             facts=self._facts,
-            model=_copy_to_cpu(self._learner.model.state_dict()),
+            model=_copy_to_cpu(self._replica.model.state_dict()),
             loss=_copy_to_cpu(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
-            optimizer=optimizer_state(self._learner),
+            optimizer=optimizer_state(self._replica),
             progress=progress,
             truncated=truncated,
             state=state,
@@ -180,14 +180,14 @@ class CheckpointSaver:
         self._folder.finish()
 
 
-def optimizer_state(learner: Replica) -> dict[str, dict[str, Any]]:
+def optimizer_state(replica: Replica) -> dict[str, dict[str, Any]]:
     """The optimizer's state by parameter name: numbers, and tensors copied to the CPU."""
     return {
-        learner.names[weight]: {  # type: ignore[index]
+        replica.names[weight]: {  # type: ignore[index]
             key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
             for key, value in state.items()
         }
-        for weight, state in learner.update.optimizer.state.items()
+        for weight, state in replica.update.optimizer.state.items()
     }
 
 

@@ -155,14 +155,14 @@ class HorovodOptimizer:
             groups=None if groups is None else min(groups, len(named_parameters)),
         )
 
-    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, numbers: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this worker's
         micro-batches.
         """
         self.optimizer.zero_grad()
         # Each worker counts its own passes: the allreduce of a tensor starts after its last one. A
         # worker without any takes part all the same, with zeros that `synchronize` submits for it.
-        passes = max(1, len(mine))
+        passes = max(1, len(numbers))
         if passes != self.optimizer.backward_passes_per_step:
             self.optimizer.set_backward_passes_per_step(passes)
 
@@ -185,7 +185,7 @@ class HorovodOptimizer:
     def _complete_groups(self) -> None:
         # `synchronize` would submit the tensors of an incomplete group one by one, while the other
         # ranks wait for the group: an idle worker's, and one whose gradients are not all there
-        # (which the agreement of the step then tells).
+        # (which the consistency check of the step then reports).
         handles = self.optimizer._handles
         for group in self.optimizer._group_counts:
             if group not in handles:

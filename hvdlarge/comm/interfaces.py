@@ -80,14 +80,14 @@ class DistributedOptimizer(Protocol):
 
     optimizer: MeanGradientOptimizer
 
-    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, numbers: range, num_micro_batches: int) -> None:
         """Drop the old gradients and expect a backward pass for each of this worker's
         micro-batches.
 
         Called before the first backward pass of each step.
 
         Args:
-            mine: their numbers; empty for an idle worker.
+            numbers: their numbers; empty for an idle worker.
             num_micro_batches: of all workers together.
         """
         ...

@@ -85,7 +85,7 @@ class SoloOptimizer:
     def __init__(self, optimizer: MeanGradientOptimizer) -> None:
         self.optimizer = optimizer
 
-    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, numbers: range, num_micro_batches: int) -> None:
         """Drop the old gradients."""
         self.optimizer.zero_grad()
 

@@ -53,7 +53,7 @@ class Evaluation:
         )
 
     @torch.no_grad()
-    def run(self, learner: Replica, tensors: Collectives) -> dict[str, float]:
+    def run(self, replica: Replica, tensors: Collectives) -> dict[str, float]:
         """Evaluate the model as it stands. Every rank calls this together, with the running
         statistics gathered.
 
@@ -65,9 +65,9 @@ class Evaluation:
             JobError: on every rank, if a metric of a finite loss is not a number.
             MetricError: on one rank, if a metric's totals have another shape than it promised.
         """
-        learner.set_mode(training=False)
-        totals = self._local_totals(learner)
-        learner.set_mode(training=True)
+        replica.set_mode(training=False)
+        totals = self._local_totals(replica)
+        replica.set_mode(training=True)
         total_loss, *others = tensors.sum(totals, "evaluation").tolist()
         results = {"test_loss": total_loss / self._size}
         for name, metric in self._metrics.items():
@@ -82,25 +82,25 @@ class Evaluation:
                 results[name] = result
         return results
 
-    def _local_totals(self, learner: Replica) -> torch.Tensor:
+    def _local_totals(self, replica: Replica) -> torch.Tensor:
         """Sums over this rank's samples, float64: the loss, then each metric's totals."""
         sizes = [metric.num_totals for metric in self._metrics.values()]
-        totals = torch.zeros(1 + sum(sizes), dtype=torch.float64, device=learner.arithmetic.device)
+        totals = torch.zeros(1 + sum(sizes), dtype=torch.float64, device=replica.precision.device)
         total_loss, *parts = totals.split([1, *sizes])  # views
         for micro_batch, inputs, targets in self._loader:
-            targets = learner.to_device(targets)
+            targets = replica.to_device(targets)
             size = micro_batch.size
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same
             # in every evaluation.
-            seed_all(seeds.key(learner.seed, seeds.EVALUATION, micro_batch.start))
+            seed_all(seeds.key(replica.seed, seeds.EVALUATION, micro_batch.start))
             with (
                 explain_out_of_memory(
                     f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
                 ),
-                learner.arithmetic.autocast(),
+                replica.precision.autocast(),
             ):
-                outputs = learner.model(learner.to_device(inputs))
-                loss = learner.loss(outputs, targets)
+                outputs = replica.model(replica.to_device(inputs))
+                loss = replica.loss(outputs, targets)
             total_loss += loss.double() * size
             for part, (name, metric) in zip(parts, self._metrics.items(), strict=True):
                 part += totals_of(name, metric, outputs, targets).to(totals)

@@ -51,7 +51,7 @@ def momentum_update(
     velocities: Sequence[torch.Tensor],
     move: MomentumStep,
 ) -> None:
-    """Move tensors of a CPU in place and alike, the fastest way that gives the formula.
+    """Move tensors of a CPU in place, all in the same way, the fastest way that gives the formula.
 
     Args:
         weights: w of each.
@@ -170,6 +170,6 @@ def _fused_works() -> bool:
     weight, grad, velocity = reference
     reference_update(weight, grad, velocity, move)
     return all(
-        torch.allclose(ours, theirs, rtol=1e-12, atol=0)
-        for ours, theirs in zip(fused, reference, strict=True)
+        torch.allclose(actual, expected, rtol=1e-12, atol=0)
+        for actual, expected in zip(fused, reference, strict=True)
     )

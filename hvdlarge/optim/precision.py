@@ -85,7 +85,7 @@ class Precision:
                 f"precision: {precision} is not there on {_named(device)}; it has "
                 f"{', '.join(known)}"
             )
-        self.precision, self.device = precision, device
+        self.name, self.device = precision, device
         self.weights = _WEIGHTS.get(precision, torch.float32)
         self.scales_losses = precision == "fp16"
 
@@ -103,21 +103,21 @@ class Precision:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes and losses are computed."""
-        if self.precision not in _AUTOCAST:
+        if self.name not in _AUTOCAST:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.name])
 
 
 def precisions_of(device: torch.device) -> list[str]:
     """The precisions that a device has."""
     if device.type == "cpu":
         return ["fp32", "bf16", "fp16", "fp64"]
-    found = ["fp32", "fp16", "fp64"]
+    known = ["fp32", "fp16", "fp64"]
     if torch.cuda.get_device_capability(device) >= (8, 0):
-        found.insert(1, "tf32")
+        known.insert(1, "tf32")
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        found.insert(-2, "bf16")
-    return found
+        known.insert(-2, "bf16")
+    return known
 
 
 def scale_for_compression(compression: str, world_size: int) -> float:

@@ -64,7 +64,7 @@ def rehearse(
     plan: Plan,
     model: torch.nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
-    arithmetic: Precision,
+    precision: Precision,
     metrics: Metrics,
     to_device: Callable[[Any], Any],
     loader: Loader,
@@ -79,7 +79,7 @@ def rehearse(
         plan: of the run; its first and its smallest micro-batch are tried.
         model: see Rehearsal.
         loss: see Rehearsal.
-        arithmetic: see Rehearsal.
+        precision: see Rehearsal.
         metrics: tried on the first micro-batch of the test set.
         to_device: see Rehearsal.
         loader: of the training set, not used before.
@@ -105,22 +105,20 @@ def rehearse(
     _compare_samples(control, loaded[0])
 
     def passes() -> Outcome:
-        key = seeds.key(seed, seeds.MICRO_BATCH, 0)
-        rehearsal = Rehearsal(model, loss, arithmetic, to_device, key)
-        inputs, targets = loaded[0].inputs, loaded[0].targets
-        outcome = rehearsal.run(inputs, targets, evaluates=test_samples is not None)
+        rehearsal = Rehearsal(
+            model, loss, precision, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0)
+        )
+        outcome = rehearsal.run(loaded[0].inputs, loaded[0].targets, test_samples is not None)
         if len(loaded) > 1:
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
             rehearsal.try_metrics(metrics, batch)
         return outcome
 
-    advice = oom_hint(sizes.first, plan.initial_batch)
-    with explain_out_of_memory(
-        f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice
-    ):
+    where = f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,"
+    with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
-    return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
+    return len(set(control.allgather(_rounding(outcome, precision.device)))) > 1
 
 
 def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:
@@ -211,7 +209,7 @@ class Rehearsal:
     Args:
         model: on the device, in training mode, with the dtypes of the run.
         loss: a mean over samples.
-        arithmetic: of this worker.
+        precision: of this worker.
         to_device: moves inputs or targets.
         key: the seed of the micro-batch.
     """
@@ -220,12 +218,12 @@ class Rehearsal:
         self,
         model: torch.nn.Module,
         loss: Callable[[Any, Any], torch.Tensor],
-        arithmetic: Precision,
+        precision: Precision,
         to_device: Callable[[Any], Any],
         key: int,
     ) -> None:
         self._model, self._loss = model, loss
-        self._arithmetic, self._to_device, self._key = arithmetic, to_device, key
+        self._precision, self._to_device, self._key = precision, to_device, key
         self._modules = trained_modules(model, loss)
         self._layers = [layer for layer in tracking_layers(self._modules) if layer.module.training]
 
@@ -300,11 +298,11 @@ class Rehearsal:
         ):
             seed_all(self._key)
             targets = self._to_device(batch.targets)
-            with self._arithmetic.autocast():
+            with self._precision.autocast():
                 outputs = self._model(self._to_device(batch.inputs))
             for name, metric in metrics.items():
                 first, again = (self._totals(name, metric, outputs, targets) for _ in range(2))
-                close = _TOLERANCE[self._arithmetic.precision]
+                close = _TOLERANCE[self._precision.name]
                 if not torch.allclose(first, again, rtol=close, equal_nan=True):
                     raise JobError(
                         f"evaluate.metrics: {name} gives totals {first.tolist()}, then "
@@ -353,7 +351,7 @@ class Rehearsal:
 
     def _forward(self, inputs: Any, targets: Any) -> torch.Tensor:
         seed_all(self._key)
-        with self._arithmetic.autocast():
+        with self._precision.autocast():
             value: Any = self._loss(self._model(self._to_device(inputs)), self._to_device(targets))
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             shape = (
@@ -446,7 +444,7 @@ class Rehearsal:
             raise JobError(_changed_message(min(dependent)))
 
     def _same(self, one: Outcome, other: Outcome) -> bool:
-        tolerance = _TOLERANCE[self._arithmetic.precision]
+        tolerance = _TOLERANCE[self._precision.name]
 
         def near(a: float, b: float) -> bool:
             return (

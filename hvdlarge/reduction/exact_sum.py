@@ -50,15 +50,15 @@ class ExactOptimizer:
         self._additions: list[int] = []
         self._num_micro_batches = 0
 
-    def zero_grad(self, mine: range, num_micro_batches: int) -> None:
+    def zero_grad(self, numbers: range, num_micro_batches: int) -> None:
         """Drop the old gradients and look up this worker's part of the tree."""
         self.optimizer.zero_grad()
         self._stack = []
         self._additions = tree.additions(num_micro_batches, self._depth, self._rank)[::-1]
         self._num_micro_batches = num_micro_batches
-        if len(self._additions) != len(mine):
+        if len(self._additions) != len(numbers):
             raise ValueError(
-                f"{len(mine)} micro-batches were dealt, the tree has {len(self._additions)}"
+                f"{len(numbers)} micro-batches were dealt, the tree has {len(self._additions)}"
             )
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -83,13 +83,15 @@ class ExactOptimizer:
         """Give each parameter its gradient's sum over all micro-batches. Every rank calls this
         together.
         """
-        mine = self._stack.pop() if self._stack else [None] * len(self._kinds)
-        for number, (weights, part) in enumerate(zip(self._kinds, mine, strict=True)):
+        numbers = self._stack.pop() if self._stack else [None] * len(self._kinds)
+        for number, (weights, part) in enumerate(zip(self._kinds, numbers, strict=True)):
             self._reduce(weights, part, f"exact.{number}")
 
-    def _reduce(self, weights: list[torch.Tensor], mine: torch.Tensor | None, name: str) -> None:
+    def _reduce(self, weights: list[torch.Tensor], numbers: torch.Tensor | None, name: str) -> None:
         sizes = [weight.numel() for weight in weights]
-        gathered = self._gather(weights[0].new_zeros(sum(sizes)) if mine is None else mine, name)
+        gathered = self._gather(
+            weights[0].new_zeros(sum(sizes)) if numbers is None else numbers, name
+        )
         # An idle worker's zeros are left out: -0.0 + 0.0 would change a bit.
         nodes = [
             gathered[rank] if tree.additions(self._num_micro_batches, self._depth, rank) else None

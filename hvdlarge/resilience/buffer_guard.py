@@ -22,17 +22,17 @@ class BufferGuard:
     def __init__(self) -> None:
         self._before: dict[str, int] = {}
 
-    def begin(self, learner: Replica) -> None:
+    def begin(self, replica: Replica) -> None:
         """Record the digests at the start of training; running statistics are partial by then."""
-        self._before = _digests(learner)
+        self._before = _digests(replica)
 
-    def refuse_changes(self, control: ControlChannel, learner: Replica) -> None:
+    def refuse_changes(self, control: ControlChannel, replica: Replica) -> None:
         """Compare the digests with those at the start. Every rank calls this together.
 
         Raises:
             JobError: on every rank, naming a buffer or extra state that has changed.
         """
-        after = _digests(learner)
+        after = _digests(replica)
         changed = [name for name, digest in self._before.items() if after.get(name) != digest]
 
         def refuse() -> None:
@@ -46,13 +46,13 @@ class BufferGuard:
         raise_on_all_ranks(control, refuse, name_ranks=False)
 
 
-def _digests(learner: Replica) -> dict[str, int]:
-    running_statistics = learner.statistics.followed_buffers()
+def _digests(replica: Replica) -> dict[str, int]:
+    running_statistics = replica.statistics.followed_buffers()
     constant = {
         name: value
-        for name, value in saved_tensors(learner.modules).items()
+        for name, value in saved_tensors(replica.modules).items()
         if not isinstance(value, torch.nn.Parameter) and id(value) not in running_statistics
     }
-    for name, value in extra_states(learner.modules).items():
+    for name, value in extra_states(replica.modules).items():
         constant[name] = torch.frombuffer(bytearray(pack({name: value})), dtype=torch.uint8)
     return tensor_digests(constant)

@@ -22,11 +22,11 @@ from hvdlarge.train_state import TrainState
 class NonFinitePolicy(Protocol):
     """What becomes of a step whose mean gradients are not finite."""
 
-    def before_step(self, learner: Replica) -> None:
+    def before_step(self, replica: Replica) -> None:
         """Keep what a step that is left out must leave as it was."""
         ...
 
-    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
 
         Raises:
@@ -62,12 +62,12 @@ class _StopAtLoss:
 class StopPolicy(_StopAtLoss):
     """The first such step ends the run."""
 
-    def before_step(self, learner: Replica) -> None:
+    def before_step(self, replica: Replica) -> None:
         """Nothing to keep."""
 
-    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Apply, or raise DivergedError."""
-        if not_finite := norms.not_finite(learner.names):
+        if not_finite := norms.not_finite(replica.names):
             raise DivergedError(_describe(decision, not_finite))
         return True
 
@@ -85,13 +85,13 @@ class SkipPolicy(_StopAtLoss):
         self._limit = limit
         self._kept: Snapshot | None = None
 
-    def before_step(self, learner: Replica) -> None:
+    def before_step(self, replica: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
-        self._kept = learner.statistics.snapshot()
+        self._kept = replica.statistics.snapshot()
 
-    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Leave the step out, or raise DivergedError when too many have been."""
-        if not (not_finite := norms.not_finite(learner.names)):
+        if not (not_finite := norms.not_finite(replica.names)):
             return True
         self.skipped += 1
         if self.skipped > self._limit:
@@ -100,7 +100,7 @@ class SkipPolicy(_StopAtLoss):
                 "already"
             )
         assert self._kept is not None
-        learner.statistics.restore(self._kept)
+        replica.statistics.restore(self._kept)
         return False
 
 
@@ -118,12 +118,12 @@ class RollbackPolicy:
         self._lr_factor = lr_factor
         self._rolled_back = rolled_back
 
-    def before_step(self, learner: Replica) -> None:
+    def before_step(self, replica: Replica) -> None:
         """The checkpoint has everything."""
 
-    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Raise RollBack, or DivergedError when it has been done too often."""
-        if not_finite := norms.not_finite(learner.names):
+        if not_finite := norms.not_finite(replica.names):
             self._go_back(_describe(decision, not_finite))
         return True
 
@@ -154,21 +154,21 @@ class LossScalingPolicy:
         self._kept: Snapshot | None = None
         scale.moving = state.loss_scale or LossScaler.FIRST
 
-    def before_step(self, learner: Replica) -> None:
+    def before_step(self, replica: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
-        self._kept = learner.statistics.snapshot()
-        self._then.before_step(learner)
+        self._kept = replica.statistics.snapshot()
+        self._then.before_step(replica)
 
-    def check(self, decision: Decision, learner: Replica, norms: GradientNorms) -> bool:
+    def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Leave the step out with half the scale, or let the other policy check."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
-        if scale.moving > 1 and norms.not_finite(learner.names):
+        if scale.moving > 1 and norms.not_finite(replica.names):
             assert self._kept is not None
-            learner.statistics.restore(self._kept)
+            replica.statistics.restore(self._kept)
             clean, scale.moving, applied = 0, scale.moving / 2, False
             self._state.overflows += 1
         else:
-            applied = self._then.check(decision, learner, norms)
+            applied = self._then.check(decision, replica, norms)
             if clean == LossScaler.STEPS_BEFORE_GROWTH:
                 clean, scale.moving = 0, min(2 * scale.moving, LossScaler.LARGEST)
         self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean

@@ -15,10 +15,10 @@ DECISION = Decision(20, 5120, 3.5, 1, 256, 256, 16, 0.1, False)
 def exchange(
     control, tensors, decision=DECISION, gradients=("a", "b"), job=5, digest=None, **wishes
 ):
-    agreement = ConsistencyCheck(control, job, lambda: wishes)
+    consistency = ConsistencyCheck(control, job, lambda: wishes)
     uneven = wishes.pop("uneven", False)
-    agreement.start(decision, None if gradients is None else list(gradients), digest, uneven)
-    return agreement.finish()
+    consistency.start(decision, None if gradients is None else list(gradients), digest, uneven)
+    return consistency.finish()
 
 
 def test_ranks_that_agree_hear_what_any_of_them_asks_for(control, tensors):

@@ -27,13 +27,13 @@ def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_b
     precision = Precision(job.precision, torch.device("cpu"))
     model, loss, optimizer, _ = build.build_learning(job, precision)
     components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
-    learner = build.build_replica(job, components, SoloChannel(), SoloCollectives())
+    replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
     _, test_set = build.load_data(job.data, job.seed)
 
     def results(rank, size, collectives):
         metrics = build.build_metrics(job.evaluate)
         evaluation = build.build_evaluation(job.data, job.evaluate, metrics, test_set, rank, size)
-        return evaluation.run(learner, collectives)
+        return evaluation.run(replica, collectives)
 
     together, alone = results(control.rank, control.size, tensors), results(0, 1, SoloCollectives())
     assert list(together) == ["test_loss", "Squares", "accuracy", "Wrong"]

@@ -29,8 +29,8 @@ def built(*changes):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_channels_last_lays_out_images_and_nothing_else(wanted):
-    _, learner = built(f"model.channels_last={str(wanted).lower()}")
-    moved = learner.to_device(
+    _, replica = built(f"model.channels_last={str(wanted).lower()}")
+    moved = replica.to_device(
         {"images": torch.rand(2, 3, 5, 5), "rows": (torch.rand(4, 6), torch.arange(3))}
     )
     assert moved["images"].is_contiguous(memory_format=torch.channels_last) == wanted
@@ -43,19 +43,19 @@ def test_channels_last_lays_out_images_and_nothing_else(wanted):
 )  # torch's own, at the import of its compiler
 @pytest.mark.parametrize("wanted", [False, True])
 def test_compile_prepares_the_model_and_keeps_its_names(wanted):
-    _, learner = built(f"model.compile={str(wanted).lower()}")
-    assert (learner.model._compiled_call_impl is not None) == wanted
-    assert all(not name.startswith("_orig_mod") for name in learner.model.state_dict())
+    _, replica = built(f"model.compile={str(wanted).lower()}")
+    assert (replica.model._compiled_call_impl is not None) == wanted
+    assert all(not name.startswith("_orig_mod") for name in replica.model.state_dict())
 
 
 def test_floats_take_the_type_of_the_weights():
-    _, learner = built("precision=fp64")
-    assert learner.to_device(torch.rand(2, 1, 8, 8)).dtype == torch.float64
+    _, replica = built("precision=fp64")
+    assert replica.to_device(torch.rand(2, 1, 8, 8)).dtype == torch.float64
 
 
 def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_ones():
-    job, learner = built("precision=fp16", "on_nonfinite={policy: skip, limit: 2}")
+    job, replica = built("precision=fp16", "on_nonfinite={policy: skip, limit: 2}")
     policy = build.build_policy(
-        job.on_nonfinite, TrainState(skipped=7, overflows=6, loss_scale=1.0), learner
+        job.on_nonfinite, TrainState(skipped=7, overflows=6, loss_scale=1.0), replica
     )
     assert policy._then.skipped == 1

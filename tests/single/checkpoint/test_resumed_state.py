@@ -51,7 +51,7 @@ class Learnt(torch.nn.Module):
         self.history = state
 
 
-def learner_of(monkeypatch, *changes):
+def replica_of(monkeypatch, *changes):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     job = parse_job(JOB, "job", changes)
     precision = Precision("fp32", torch.device("cpu"))
@@ -72,17 +72,17 @@ def content(model=None, loss=None, optimizer=None):
 )
 def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatch, optimizer):
     """The device "meta" stands for a GPU."""
-    learner = learner_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
-    learner.model(torch.ones(4, 3)).sum().backward()
-    learner.update.optimizer.step()
-    entries = resume._without_tensors(content(optimizer=optimizer_state(learner)))
+    replica = replica_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
+    replica.model(torch.ones(4, 3)).sum().backward()
+    replica.update.optimizer.step()
+    entries = resume._without_tensors(content(optimizer=optimizer_state(replica)))
     there = {
         torch.nn.Parameter(weight.detach().to("meta")): name
-        for weight, name in learner.names.items()
+        for weight, name in replica.names.items()
     }
-    learner = replace(learner, names=there)
-    resume._share_optimizer(entries["optimizer"], None, learner, SoloCollectives())
-    restored = learner.update.optimizer.state
+    replica = replace(replica, names=there)
+    resume._share_optimizer(entries["optimizer"], None, replica, SoloCollectives())
+    restored = replica.update.optimizer.state
     assert {there[weight] for weight in restored} == {"weight", "bias", "logit_scale"}
     for weight, values in restored.items():
         for key, value in values.items():

@@ -70,12 +70,12 @@ def evaluate(*metrics, prepare=lambda model: None):
     precision = Precision(job.precision, torch.device("cpu"))
     model, loss, optimizer, _ = build.build_learning(job, precision)
     components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
-    learner = build.build_replica(job, components, SoloChannel(), SoloCollectives())
-    prepare(learner.model)
+    replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
+    prepare(replica.model)
     _, test_set = build.load_data(job.data, job.seed)
     found, tensors = build.build_metrics(job.evaluate), CountedSums()
     evaluation = build.build_evaluation(job.data, job.evaluate, found, test_set, 0, 1)
-    return evaluation.run(learner, tensors), tensors.sums, learner.model, test_set
+    return evaluation.run(replica, tensors), tensors.sums, replica.model, test_set
 
 
 def test_results_are_those_of_a_plain_loop_in_one_sum():

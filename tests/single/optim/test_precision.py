@@ -97,43 +97,43 @@ class Replica:
         self.names = {"w": "w", "another": "another"}
 
 
-def follow(policy, learner, steps):
+def follow(policy, replica, steps):
     """What becomes of steps, each given as the gradients that are not finite in it."""
     applied = []
     for not_finite in steps:
-        policy.before_step(learner)
+        policy.before_step(replica)
         norms = GradientNorms(dict.fromkeys(not_finite, math.inf) | {"another": 1.0})
-        applied.append(policy.check(DECISION, learner, norms))
+        applied.append(policy.check(DECISION, replica, norms))
     return applied
 
 
 def test_an_overflow_leaves_the_step_out_and_halves_the_scale():
-    scale, state, learner = LossScaler(fixed=4.0), TrainState(), Replica()
+    scale, state, replica = LossScaler(fixed=4.0), TrainState(), Replica()
     policy = LossScalingPolicy(StopPolicy(), scale, state)
     assert scale.value == 4 * 2**16
-    assert follow(policy, learner, [["w"], ["w"], [], []]) == [False, False, True, True]
-    assert (scale.moving, learner.statistics.restored) == (2**14, 2)
+    assert follow(policy, replica, [["w"], ["w"], [], []]) == [False, False, True, True]
+    assert (scale.moving, replica.statistics.restored) == (2**14, 2)
     assert (state.loss_scale, state.steps_at_loss_scale, state.overflows) == (2**14, 2, 2)
 
 
 def test_two_thousand_clean_steps_double_the_scale_up_to_its_limit():
-    scale, state, learner = (
+    scale, state, replica = (
         LossScaler(),
         TrainState(loss_scale=2.0**23, steps_at_loss_scale=1990),
         Replica(),
     )
     policy = LossScalingPolicy(StopPolicy(), scale, state)
-    follow(policy, learner, [[]] * 9)
+    follow(policy, replica, [[]] * 9)
     assert scale.moving == 2**23
-    follow(policy, learner, [[]])
+    follow(policy, replica, [[]])
     assert (scale.moving, state.steps_at_loss_scale) == (2**24, 0)
-    follow(policy, learner, [[]] * 2000)
+    follow(policy, replica, [[]] * 2000)
     assert scale.moving == 2**24
 
 
 def test_without_any_scaling_left_the_jobs_own_policy_judges():
-    scale, learner = LossScaler(), Replica()
+    scale, replica = LossScaler(), Replica()
     policy = LossScalingPolicy(StopPolicy(), scale, TrainState(loss_scale=2.0))
-    assert follow(policy, learner, [["w"]]) == [False]
+    assert follow(policy, replica, [["w"]]) == [False]
     with pytest.raises(DivergedError, match="gradient of w is not finite at step 3"):
-        follow(policy, learner, [["w"]])
+        follow(policy, replica, [["w"]])

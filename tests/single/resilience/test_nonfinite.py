@@ -43,9 +43,9 @@ class Replica:
 
 
 def check(policy, gradients):
-    learner = Replica()
-    policy.before_step(learner)
-    return policy.check(DECISION, learner, GradientNorms(gradients)), learner.statistics.restored
+    replica = Replica()
+    policy.before_step(replica)
+    return policy.check(DECISION, replica, GradientNorms(gradients)), replica.statistics.restored
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_gradients_that_are_weighed_by_worker_are_seen(judged, monkeypatch):
 
 
 def test_a_momentum_that_is_not_saved_is_seen(judged, monkeypatch):
-    monkeypatch.setattr("hvdlarge.checkpoint.saver.optimizer_state", lambda learner: {})
+    monkeypatch.setattr("hvdlarge.checkpoint.saver.optimizer_state", lambda replica: {})
     stopped = [{"how": "stop", "at": 0.5, "by_rank": 1, "workers": 2}]
     assert "law 2" in judged(interruptions=stopped).reason
 
@@ -250,7 +250,7 @@ def test_a_rank_that_calls_less_is_seen(judged, monkeypatch):
     monkeypatch.setattr(
         loop,
         "compare_states",
-        lambda control, learner: control.rank == 1 or plain(control, learner),
+        lambda control, replica: control.rank == 1 or plain(control, replica),
     )
     verdict = judged()  # its next message meets another of the same kind: the ranks fall apart, or one cannot read what it hears
     assert verdict.kind == "violation"
@@ -278,9 +278,9 @@ def test_an_error_of_one_rank_is_seen(judged, monkeypatch):
 
     plain = step.train_step
 
-    def train_step(decision, layout, fetched, learner, *rest):
-        assert not (learner.rank == 2 and decision.step == 1)
-        return plain(decision, layout, fetched, learner, *rest)
+    def train_step(decision, layout, fetched, replica, *rest):
+        assert not (replica.rank == 2 and decision.step == 1)
+        return plain(decision, layout, fetched, replica, *rest)
 
     monkeypatch.setattr("hvdlarge.loop.train_step", train_step)
     assert judged().reason.startswith("exit code 70 on 3 workers: AssertionError")
