@@ -125,8 +125,10 @@ class LARS(MeanGradientOptimizer):
         velocities: Sequence[torch.Tensor],
         norms: GradientNorms,
     ) -> None:
+        # Backwards: of the gradients, which `measure` has read, the last are still in the cache
+        weights = weights[::-1]
         for weight, weight_norm, velocity in zip(
-            weights, _weight_norms(weights), velocities, strict=True
+            weights, _weight_norms(weights), velocities[::-1], strict=True
         ):
             grad, grad_norm = weight.grad, norms.gradients[weight]
             assert grad is not None  # it has a norm
