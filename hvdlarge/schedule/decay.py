@@ -43,9 +43,8 @@ class Decay(Policy, ABC):
 
     # Whether `factor` depends on `epochs`; if it does not, a run may be made longer or shorter
     depends_on_length: ClassVar[bool] = True
-    includes_warmup: ClassVar[bool] = (
-        False  # whether it is its own warmup, so that the job has none
-    )
+    # Whether it is its own warmup, so that the job must have none
+    includes_warmup: ClassVar[bool] = False
 
     @abstractmethod
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
