@@ -101,15 +101,15 @@ def train(parts: LoopComponents, state: TrainState) -> None:
 
 
 def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) -> StepOutcome:
-    """Take the decided step, and compare the ranks' states where that is due. Every rank calls this
-    together.
+    """Take the decided step; every `compare_every_steps` steps, compare the ranks' states first.
+    Every rank calls this together.
 
     Raises:
-        JobError: on every rank, naming what the model changes in a forward pass.
+        JobError: on every rank, if a forward pass changed a module's mode.
         RanksDisagreeError: on every rank.
     """
     layout = parts.plan.layout(decision)
-    fetched = fetch_timed(parts, len(layout.numbers_of_rank(parts.replica.rank)), timers)
+    micro_batches = fetch_timed(parts, len(layout.numbers_of_rank(parts.replica.rank)), timers)
     compare = decision.step % parts.cadence.compare_every_steps == 0
     if compare and parts.rounds_differently:
         take_over(parts.replica, parts.tensors)
@@ -120,7 +120,7 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
     try:
         with explain_out_of_memory(where, hint):
             outcome = train_step(
-                decision, layout, fetched, replica, consistency, digest, policy, timers
+                decision, layout, micro_batches, replica, consistency, digest, policy, timers
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
@@ -137,8 +137,8 @@ def save_if_due(
     best: bool,
     timers: PhaseTimers,
 ) -> None:
-    """Write a checkpoint where the cadence, the clock or a stop asks for it, or for the best
-    evaluation so far. Every rank calls this together; errors are those of `save`.
+    """Write a checkpoint if the cadence, the clock or a stop request asks for one, or after the
+    best evaluation so far. Every rank calls this together; errors are those of `save`.
     """
     scheduled = best or parts.saver.is_scheduled(decision)
     if not (scheduled or flags.save or flags.stop):
@@ -165,11 +165,11 @@ def _stopped(parts: LoopComponents, decision: Decision) -> str:
 def observe(
     parts: LoopComponents, decision: Decision, outcome: StepOutcome, timers: PhaseTimers
 ) -> None:
-    """Give the controller what was measured in a step, where the growth depends on it. Every rank
-    calls this together.
+    """Pass the step's mean loss to the controller, if the growth depends on measurements. Every
+    rank calls this together.
 
-    The mean loss of the step is the exact sum of its micro-batches' shares, rounded once: whatever
-    the number of workers, the same shares give the same bits.
+    The loss is the exact sum of the micro-batches' shares, rounded once, so its bits do not depend
+    on the number of workers.
     """
     if not parts.plan.growth.depends_on_measurement:
         return
@@ -191,21 +191,19 @@ def record(
     outcome: StepOutcome,
     timers: PhaseTimers,
 ) -> None:
-    """Measure and write down the step's loss where the cadence asks for it. Every rank calls this
-    together.
+    """Log the step every `log_every_steps` steps, and the last one. Every rank calls this together.
 
     Raises:
-        DivergedError, RollBack: on every rank, where the step was applied though its loss is
-            not finite.
+        DivergedError, RollBack: on every rank, if the step was applied and its loss is not finite.
     """
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
     with timers("measure"):
-        # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod's.
+        # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod
         shares = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
         loss = sum(struct.unpack("<d", share)[0] for share in shares)
     samples_seen = decision.samples_seen + decision.global_batch
-    # Those of a step that was left out would be an earlier step's.
+    # After a skipped step the optimizer still holds the ratios of an earlier one
     ratios = trust_ratios(parts.replica.update.optimizer) if outcome.applied else {}
     measured = {
         "step": decision.step,
@@ -225,7 +223,7 @@ def record(
 def evaluate(
     parts: LoopComponents, state: TrainState, decision: Decision, timers: PhaseTimers
 ) -> bool:
-    """Evaluate where the cadence asks for it. Every rank calls this together.
+    """Evaluate every `evaluate_every_epochs` epochs and at the end. Every rank calls this together.
 
     Returns:
         Whether this is the best evaluation so far; the same on every rank.
@@ -241,7 +239,7 @@ def evaluate(
         parts.replica.statistics.all_reduce(parts.tensors.sum)
         results = parts.evaluation.run(parts.replica, parts.tensors)
         parts.replica.statistics.to_partial()
-    # Metrics of an earlier evaluation that are not taken, or do not apply, any more
+    # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
         del state.results[name]
     state.results.update(results)
@@ -265,10 +263,10 @@ def save(
     wait: bool,
     truncated: bool = False,
 ) -> None:
-    """Write a checkpoint, of a state in which all ranks agree and everything is finite. Every rank
+    """Write a checkpoint after checking that all ranks agree and all weights are finite. Every rank
     calls this together.
 
-    Args and errors are those of `CheckpointSaver.save`; further:
+    Args and errors are those of `CheckpointSaver.save`, and:
 
     Raises:
         RanksDisagreeError, DivergedError: on every rank.
@@ -295,15 +293,13 @@ def save(
 
 
 def check_files(parts: LoopComponents) -> None:
-    """Raise CheckpointWriteError if the last checkpoint or a log could not be written, on rank 0
-    alone.
-    """
+    """Raise CheckpointWriteError on rank 0 if the last checkpoint or a log could not be written."""
     parts.saver.finish()
     parts.log.check()
 
 
 def shared_state(replica: Replica) -> dict[str, torch.Tensor]:
-    """Each tensor that must be the same on every rank, by name."""
+    """The tensors that must be the same on every rank, by name."""
     partial = replica.statistics.partial_buffers()
     return named_state(replica.modules, replica.update.optimizer, replica.names, partial)
 
@@ -314,8 +310,8 @@ def digests(replica: Replica) -> dict[str, int]:
 
 
 def take_over(replica: Replica, tensors: Collectives) -> None:
-    """Give every rank rank 0's state, where ranks that round differently have drifted apart. Every
-    rank calls this together.
+    """Broadcast rank 0's state to ranks that round differently and have drifted apart. Every rank
+    calls this together.
     """
     tensors.broadcast_(list(shared_state(replica).items()))
 
@@ -334,9 +330,7 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 def fetch_timed(
     parts: LoopComponents, count: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
-    """The loader's next `count` micro-batches; the time spent waiting for them counts as the phase
-    fetch.
-    """
+    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`."""
     fetched = parts.loader.fetch(count)
     for _ in range(count):
         parts.watchdog.progress("fetch")

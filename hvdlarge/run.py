@@ -84,9 +84,7 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
 
 
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
-    """Try everything out with the first samples; whether the ranks round differently is known
-    then.
-    """
+    """Rehearse with the first samples; the result also says whether the ranks round differently."""
     precision, test_set = components.precision, components.test_set
     read_again = None if test_set is None else test_samples(job.data, job.evaluate, test_set)
     with context.watchdog.during("rehearse"):
@@ -123,7 +121,7 @@ def _enter(
     loader: Loader,
     hosts: Sequence[Mapping[str, Any]],
 ) -> None:
-    """What `run` does once everything that the job names is there and has been tried."""
+    """Enter the run folder, resume from its checkpoint or begin, and train."""
     control, folder = context.control, job.run_folder
     facts = RunFacts(job.resume_signature(), components.sizes, versions(), control.size)
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's
@@ -167,7 +165,7 @@ def _enter(
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the start of a run to its end, rollbacks included, on one rank."""
+    """What does not change from the start of a run to its end, rollbacks included, on one rank."""
 
     job: Job
     context: RankContext
@@ -178,12 +176,12 @@ class Run:
     log: RunLog | SilentRunLog  # rank 0's; silent elsewhere
 
     def train(self, loader: Loader, progress: RunProgress, state: TrainState) -> None:
-        """Follow the decisions from `progress` to the end, by way of as many rollbacks as the job
-        allows. Every rank calls this together.
+        """Train from `progress` to the end, with as many rollbacks as the job allows. Every rank
+        calls this together.
 
         Args:
             loader: of the training set, with nothing enqueued; closed at the end.
-            progress: where the run begins or goes on.
+            progress: where the run starts or resumes.
             state: results so far.
         """
         control, has_gone_back = self.context.control, False
@@ -191,8 +189,7 @@ class Run:
             parts = self.build_loop(loader, progress, state)
             try:
                 if has_gone_back or (self.job.on_nonfinite.goes_back and progress.step == 0):
-                    # Something to go back to; and after going back, the lower rate must outlive an
-                    # interruption.
+                    # A checkpoint to return to; after a rollback it also saves the lower lr
                     state.scheduled_step = progress.step
                     save(parts, state, progress, best=False, scheduled=True, wait=True)
                 train(parts, state)
@@ -265,8 +262,8 @@ class Run:
     def _go_back(
         self, parts: LoopComponents, state: TrainState, reason: RollBack
     ) -> tuple[RunProgress, TrainState]:
-        """Bring every rank back to the last checkpoint of the cadence, with a lower rate. Every
-        rank calls this together.
+        """Return to the last scheduled checkpoint, with a lower learning rate. Every rank calls
+        this together.
         """
         control, tensors, modules = parts.control, parts.tensors, self.replica.modules
         rolled_back, step = state.rolled_back + 1, state.scheduled_step
@@ -287,7 +284,7 @@ class Run:
             for note in [] if point is None else point.notes:
                 print_status(f"note     {note}")
             print_status(
-                f"{reason}; back to step {progress.step}, the rate is multiplied by "
+                f"{reason}; back to step {progress.step}, the learning rate is multiplied by "
                 f"{progress.lr_factor:g} from there"
             )
         return progress, state
@@ -305,7 +302,8 @@ class Run:
         progress: RunProgress,
         state: TrainState,
     ) -> RunLog:
-        """Write down what runs, say so on the screen, and open the logs. Rank 0 alone.
+        """Write the documents of the run, print the startup summary, and open the logs. Rank 0
+        alone.
 
         Raises:
             CheckpointWriteError: if something cannot be written.
@@ -328,7 +326,7 @@ class Run:
         return log
 
     def _environment(self, hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What the run folder keeps about where a run was started."""
+        """The content of environment.json."""
         launch = self.context.launch
         return {
             "command": [sys.executable, *sys.orig_argv[1:]],
@@ -343,8 +341,8 @@ class Run:
     def report_finished(
         self, start: resume.RunStart, progress: RunProgress, state: TrainState
     ) -> None:
-        """Leave a finished run alone, but for a summary that it did not come to write: it was
-        killed after its last checkpoint. Rank 0 alone.
+        """Report a run that has finished; write its summary if it was killed before it could.
+        Rank 0 alone.
         """
         folder, written = self.job.run_folder, ""
         if not (folder / "summary.json").exists():
@@ -367,16 +365,14 @@ class Run:
         self.log.finish(state, progress, peak_memory, self._gradient_bytes())
 
     def _gradient_bytes(self) -> int:
-        """What a worker sends in each step."""
+        """Bytes of gradients that a worker sends in each step."""
         half = self.job.gradients.compression == "fp16"
         return sum(
             weight.numel() * (2 if half else weight.element_size()) for weight in self.replica.names
         )
 
     def _peak_memory(self) -> int:
-        """The most memory that this rank has held so far, in bytes: torch's on its GPU, or the
-        whole process's on a CPU.
-        """
+        """Peak memory of this rank, in bytes: torch's on its GPU, or the process's on a CPU."""
         device = self.components.precision.device
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)

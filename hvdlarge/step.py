@@ -41,8 +41,17 @@ def train_step(
     policy: NonFinitePolicy,
     timers: PhaseTimers,
 ) -> StepOutcome:
-    """Take the decided step. Every rank calls this together, with its own micro-batches in
-    `micro_batches`.
+    """Take the decided step. Every rank calls this together, with its own micro-batches.
+
+    Args:
+        decision: of the step.
+        layout: how its samples are divided into micro-batches.
+        micro_batches: this rank's, loaded; each is fetched when the one before is done.
+        replica: the model and what updates it.
+        consistency: compares the ranks.
+        digest: of this rank's state, where states are compared in this step.
+        policy: decides about gradients that are not finite.
+        timers: of the phases.
     """
     numbers = layout.numbers_of_rank(replica.rank)
     loss_share = torch.zeros((), dtype=torch.float64, device=replica.precision.device)
@@ -50,16 +59,14 @@ def train_step(
     replica.update.zero_grad(numbers, layout.num_micro_batches)
     replica.statistics.begin_step()
     micro_batch_shares: list[torch.Tensor] = []
-    got_gradient: list[str] | None = None  # an idle worker has no view of it
+    got_gradient: list[str] | None = None  # None on an idle worker, which cannot tell
     for micro_batch, inputs, targets in micro_batches:
-        # What model and loss draw belongs to the micro-batch, named by its first sample: not to the
-        # worker that processes it.
+        # Random draws of model and loss are keyed by the micro-batch, not by the worker
         seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
         with timers("forward"), replica.precision.autocast():
             outputs = replica.model(replica.to_device(inputs))
-            share = replica.loss(outputs, replica.to_device(targets)) * (
-                micro_batch.size / decision.global_batch
-            )
+            loss = replica.loss(outputs, replica.to_device(targets))
+            share = loss * (micro_batch.size / decision.global_batch)
         with timers("backward"):
             replica.update.backward(replica.loss_scaler.scaled(share))
             micro_batch_shares.append(share.detach())
@@ -76,7 +83,7 @@ def train_step(
         replica.update.synchronize()
         flags = consistency.finish()
         replica.statistics.end_step(layout, flags.uneven)
-    # Only now: the norms, and so the trust ratios of LARS, are those of the mean gradient
+    # After the all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient
     with timers("update"):
         replica.loss_scaler.unscale(replica.names)
         norms = replica.update.optimizer.measure()

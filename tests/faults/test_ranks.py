@@ -260,7 +260,7 @@ def test_a_non_finite_step_rolls_the_run_back_to_a_lower_rate(bench):
     ended = bench.run(2, "on_nonfinite={policy: rollback, lr_factor: 0.25}", FAULT="nan@1:25")
     assert ended.fired
     assert ended.code == 0, ended.text
-    assert "back to step 20, the rate is multiplied by 0.25" in ended.text
+    assert "back to step 20, the learning rate is multiplied by 0.25" in ended.text
     found = bench.checkpoint()
     assert (found["state"]["rolled_back"], found["position"]["lr_factor"]) == (1, 0.25)
 
