@@ -92,7 +92,7 @@ def rehearse(
         JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
             differ when read again.
         RanksDisagreeError: on every rank, if the ranks read different samples.
-        OutOfMemory: on every rank, if a pass runs out of memory.
+        OutOfMemory: on a rank that runs out of memory.
     """
     sizes = _sizes(plan)
     loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))
@@ -114,10 +114,8 @@ def rehearse(
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         return outcome
 
-    advice = oom_hint(sizes.first, plan.initial_batch)
-    with explain_out_of_memory(
-        f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,", advice
-    ):
+    where = f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,"
+    with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
     return len(set(control.allgather(_rounding(outcome, arithmetic.device)))) > 1
 
