@@ -1,9 +1,9 @@
-"""Models, losses and data sets in all the forms that users write, made of small blocks that a job's
-arguments name.
+"""Models, losses and data sets as users write them, composed of small blocks named in a job's
+arguments.
 
-A job says `trials.blocks:model` with arguments that describe each block; everything is smooth and
-tiny, so that a rounding error stays one. `REFUSED` holds the blocks that the engine may refuse, and
-what its message must then speak of.
+A job names `trials.blocks:model`, with arguments that describe each block. All blocks are small and
+smooth, so that rounding errors stay small. `REFUSED` lists the blocks that the engine may reject,
+and what its message must then mention.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hvdlarge.data.in_memory import InMemory
 
 Description = dict[str, Any]
 
-# The precision of a job whose weights are moved by their last bit; how a trial finds out what
-# rounding alone can do to it.
+# If set, the precision of a job whose initial weights `model` perturbs by one bit: a trial measures
+# this way how far rounding errors alone grow.
 nudged: str | None = None
 
 
@@ -35,15 +35,14 @@ def model(
     returned: str = "train",
     gives: str = "tensor",
 ) -> nn.Module:
-    """A chain of blocks over `features` numbers, and a linear layer behind it.
+    """A chain of blocks on inputs of shape (n, features), followed by a linear layer.
 
     Args:
         blocks: each with its `kind`, a key of BLOCKS, and its arguments.
-        features: numbers of an input, even.
-        outputs: numbers of an output.
-        returned: eval for a model that is handed over in evaluation mode, as those out of a file
-            are.
-        gives: tensor, or dict for outputs under a name (which the loss `named` takes).
+        features: of an input, even.
+        outputs: of the linear layer.
+        returned: mode of the returned model, train or eval (as models loaded from a file).
+        gives: tensor, or dict for a dict of outputs (which the loss `named` expects).
     """
     chain = [
         BLOCKS[block["kind"]](
@@ -59,9 +58,7 @@ def model(
 
 
 def nudge(weight: torch.Tensor, precision: str) -> None:
-    """Move the first number of a tensor by its last bit, as a job of this precision has
-    it.
-    """
+    """Perturb the first element of a tensor by one unit in the last place of the precision."""
     if (
         weight.is_floating_point()
         and weight.is_contiguous()
@@ -70,11 +67,11 @@ def nudge(weight: torch.Tensor, precision: str) -> None:
         if precision == "fp64":
             weight.data = weight.data.double()
         first = weight.data.view(-1)[:1]
-        first.copy_(torch.nextafter(first, first + 9))  # nothing, where the tensor is empty
+        first.copy_(torch.nextafter(first, first + 9))  # no effect on an empty tensor
 
 
 class Chain(nn.Module):
-    """Blocks, one behind the other."""
+    """A sequence of blocks and a linear layer."""
 
     def __init__(self, blocks: list[nn.Module], head: nn.Module, gives: str) -> None:
         super().__init__()
@@ -83,8 +80,8 @@ class Chain(nn.Module):
         self.gives = gives
 
     def forward(self, inputs: Any) -> Any:
-        """Shape (n, features) to (n, outputs); the inputs may stand in a dict, a list or a tuple,
-        or be images.
+        """Shape (n, features) to (n, outputs); the inputs may be images, or nested in a dict, list
+        or tuple.
         """
         if isinstance(inputs, dict):
             inputs = inputs["x"]
@@ -93,8 +90,8 @@ class Chain(nn.Module):
         inputs = inputs.flatten(1)
         for block in self.blocks:
             inputs = block(inputs)
-        found = self.head(inputs)
-        return {"logits": found} if self.gives == "dict" else found
+        logits = self.head(inputs)
+        return {"logits": logits} if self.gives == "dict" else logits
 
 
 # --- layers with weights
@@ -108,7 +105,7 @@ class Linear(nn.Module):
         self.layer = nn.Linear(features, features, bias=bias)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Any shape of which the last is `features`."""
+        """Shape (…, features)."""
         return torch.tanh(self.layer(inputs))
 
 
@@ -125,7 +122,7 @@ class Conv(nn.Module):
 
 
 class Embedded(nn.Module):
-    """Each feature looks a row up by its size."""
+    """An embedding row, chosen by the first feature, added to the inputs."""
 
     def __init__(self, features: int, sparse: bool = False) -> None:
         super().__init__()
@@ -138,7 +135,7 @@ class Embedded(nn.Module):
 
 
 class Tied(nn.Module):
-    """One weight under two names."""
+    """Two layers with tied weights."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -164,7 +161,7 @@ class Frozen(nn.Module):
 
 
 class Unused(nn.Module):
-    """A layer that nobody calls."""
+    """A layer that is never used."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -176,7 +173,7 @@ class Unused(nn.Module):
 
 
 class Scale(nn.Module):
-    """A parameter without dimensions, as a logit scale."""
+    """A zero-dimensional parameter, such as a logit scale."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -188,12 +185,11 @@ class Scale(nn.Module):
 
 
 class Brittle(nn.Module):
-    """A square root behind a `where`, whose gradient is not a number for micro-batches with a
-    sample below zero.
+    """A square root inside `where`, whose gradient is NaN if a value is below zero.
 
     Args:
         features: any.
-        shift: how far the usual sample lies above.
+        shift: added to the values, which keeps most of them above zero.
     """
 
     def __init__(self, features: int, shift: float = 2.0) -> None:
@@ -202,16 +198,16 @@ class Brittle(nn.Module):
         self.shift = shift
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Any shape of which the last is `features`."""
+        """Shape (…, features)."""
         return _root(self.layer(inputs) + self.shift) - math.sqrt(self.shift)
 
 
 class Leashed(nn.Module):
-    """A layer whose gradient is not a number once its weight has moved too far from where it began.
+    """A layer whose gradient is NaN once its weight is too far from its initial value.
 
     Args:
         features: any.
-        limit: how far, relative to the norm of the weight.
+        limit: distance, relative to the norm of the initial weight.
     """
 
     start: torch.Tensor
@@ -223,21 +219,18 @@ class Leashed(nn.Module):
         self.limit = limit
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Any shape of which the last is `features`."""
-        left = (
-            self.limit**2
-            - (self.layer.weight - self.start).square().sum() / self.start.square().sum()
-        )
-        return torch.tanh(self.layer(inputs)) + 0.0 * _root(left)
+        """Shape (…, features)."""
+        moved = (self.layer.weight - self.start).square().sum() / self.start.square().sum()
+        return torch.tanh(self.layer(inputs)) + 0.0 * _root(self.limit**2 - moved)
 
 
 def _root(values: torch.Tensor) -> torch.Tensor:
-    """The square root, or 0; the gradient of the branch that is not taken is 0 · NaN."""
+    """The square root, or 0 for negative values, whose gradient is 0 · NaN."""
     return torch.where(values > 0, torch.sqrt(values), 0.0)
 
 
 class Spectral(nn.Module):
-    """Complex numbers: a parameter, trained or not, or a buffer (as rotary embeddings have one)."""
+    """Complex numbers: a parameter, trained or frozen, or a buffer (as in rotary embeddings)."""
 
     def __init__(self, features: int, form: str = "frozen") -> None:
         super().__init__()
@@ -249,13 +242,13 @@ class Spectral(nn.Module):
             self.phases = nn.Parameter(values, requires_grad=form == "trained")
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Shape (n, features): turned in pairs."""
+        """Shape (n, features); rotates pairs of features."""
         pairs = torch.view_as_complex(inputs.reshape(len(inputs), -1, 2).contiguous())
         return torch.view_as_real(pairs * self.phases).flatten(1)
 
 
 class Widened(nn.Module):
-    """A buffer that is kept in float64 on purpose."""
+    """A float64 buffer in a float32 model."""
 
     frequencies: torch.Tensor
 
@@ -269,7 +262,7 @@ class Widened(nn.Module):
 
 
 class Halved(nn.Module):
-    """A weight of 16 bits, as it comes out of a file."""
+    """A layer with bfloat16 weights, as loaded from a file."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -310,7 +303,7 @@ class Conv2d(nn.Module):
 
 
 class Lstm(nn.Module):
-    """Two layers of LSTM over the features in pairs, with dropout between them."""
+    """A two-layer LSTM over pairs of features, with dropout between its layers."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -337,8 +330,8 @@ class Attended(nn.Module):
 
 
 class Parametrized(nn.Module):
-    """A weight that is computed from others: weight or spectral normalisation as torch has them
-    (settled: already converged).
+    """Weight or spectral normalisation by torch's parametrizations (settled: spectral,
+    converged).
     """
 
     def __init__(self, features: int, form: str = "weight") -> None:
@@ -360,7 +353,7 @@ class Parametrized(nn.Module):
 
 
 class Empty(nn.Module):
-    """A parameter of no elements."""
+    """A parameter without elements."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -372,25 +365,25 @@ class Empty(nn.Module):
 
 
 class Buffered(nn.Module):
-    """A constant buffer of any type, saved or not; its values are drawn when it is built."""
+    """A constant buffer of any dtype, persistent or not, with random values."""
 
-    held: torch.Tensor
+    flags: torch.Tensor
 
     def __init__(
         self, features: int, dtype: str = "bool", persistent: bool = True, scalar: bool = False
     ) -> None:
         super().__init__()
-        drawn_values = torch.randint(0, 2, () if scalar else (features,)).to(getattr(torch, dtype))
-        self.register_buffer("held", drawn_values, persistent=persistent)
+        flags = torch.randint(0, 2, () if scalar else (features,)).to(getattr(torch, dtype))
+        self.register_buffer("flags", flags, persistent=persistent)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
-        held = self.held.real if self.held.is_complex() else self.held
-        return inputs * (1 + 0.5 * held.to(inputs.dtype))
+        flags = self.flags.real if self.flags.is_complex() else self.flags
+        return inputs * (1 + 0.5 * flags.to(inputs.dtype))
 
 
 class Integers(nn.Module):
-    """A parameter of whole numbers, which is not trained, and a buffer that is not there."""
+    """A frozen integer parameter, and a buffer that is None."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -403,21 +396,21 @@ class Integers(nn.Module):
 
 
 class Expanded(nn.Module):
-    """A buffer whose elements share their memory."""
+    """An expanded buffer, whose rows share memory."""
 
-    held: torch.Tensor
+    offsets: torch.Tensor
 
     def __init__(self, features: int, rows: int = 1) -> None:
         super().__init__()
-        self.register_buffer("held", torch.linspace(-1, 1, features).expand(rows, -1))
+        self.register_buffer("offsets", torch.linspace(-1, 1, features).expand(rows, -1))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
-        return torch.tanh(inputs + self.held[0])
+        return torch.tanh(inputs + self.offsets[0])
 
 
 class Transposed(nn.Module):
-    """A weight that is not contiguous in memory."""
+    """A weight that is not contiguous."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -429,7 +422,7 @@ class Transposed(nn.Module):
 
 
 class Lazy(nn.Module):
-    """A layer that learns its shape from the first inputs."""
+    """A lazy layer, without a shape before the first forward pass."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -465,16 +458,14 @@ class _Tracking(nn.BatchNorm1d):
 
 
 class SameBatchNorm(_Tracking):
-    """A subclass with a forward of its own that computes what its base class does, and an
-    activation (as timm has it).
-    """
+    """A subclass whose own forward computes batch normalisation and an activation (as in timm)."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, channels, length)."""
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
         training = self.training or self.running_mean is None
-        found = nn.functional.batch_norm(
+        normalised = nn.functional.batch_norm(
             inputs,
             self.running_mean,
             self.running_var,
@@ -484,11 +475,11 @@ class SameBatchNorm(_Tracking):
             self.momentum,
             self.eps,
         )
-        return torch.tanh(found)
+        return torch.tanh(normalised)
 
 
 class RenormalisingBatchNorm(_Tracking):
-    """Reads its running statistics while it trains (batch renormalisation)."""
+    """Reads its running statistics in training (batch renormalisation)."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, channels, length)."""
@@ -499,18 +490,18 @@ class RenormalisingBatchNorm(_Tracking):
 
 
 class BatchNormed(nn.Module):
-    """Batch normalisation over pairs of features, in all the ways in which it is used.
+    """Batch normalisation over pairs of features, in many forms.
 
     Args:
         features: even.
-        form: plain; no_affine; frozen (train() keeps it in evaluation); evaluated (put into
-            evaluation once, by hand); subclass (see SameBatchNorm); renorm (see
-            RenormalisingBatchNorm); untracked; cumulative (no momentum); never (used); twice
-            (used); twice_apart (used before and behind a layer); named_twice; checkpointed
-            (recomputed in the backward pass); reentrant (likewise, in torch's older way);
-            skipped_by_data; skipped_by_chance; flat (over single features, of which a micro-batch
-            must have more than one); shared (a second layer with the same running statistics).
-        momentum: of its running statistics.
+        form: plain; no_affine; frozen (train() keeps it in evaluation mode); evaluated (put into
+            evaluation mode once); subclass (see SameBatchNorm); renorm (see
+            RenormalisingBatchNorm); untracked; cumulative (momentum=None); never (unused); twice
+            (used twice); twice_apart (used before and after a layer); named_twice; checkpointed
+            (recomputed in the backward pass); reentrant (likewise, by torch's reentrant variant);
+            skipped_by_data; skipped_by_chance; flat (over single features, which needs more than
+            one sample); shared (a second layer with the same running statistics).
+        momentum: of the running statistics.
     """
 
     def __init__(self, features: int, form: str = "plain", momentum: float = 0.1) -> None:
@@ -537,7 +528,7 @@ class BatchNormed(nn.Module):
             self.body = nn.Sequential(nn.Identity(), self.bn)
 
     def train(self, mode: bool = True) -> BatchNormed:
-        """Frozen statistics stay in evaluation mode: the standard idiom."""
+        """Keep a frozen layer in evaluation mode."""
         super().train(mode)
         if self.form == "frozen":
             self.bn.eval()
@@ -561,13 +552,13 @@ class BatchNormed(nn.Module):
 
     def _inner(self, inputs: torch.Tensor) -> torch.Tensor:
         bn = self.body if self.form == "named_twice" else self.bn
-        found = self._normalised(bn, inputs)
+        outputs = self._normalised(bn, inputs)
         if self.form == "twice":
-            found = self._normalised(bn, found * 0.5 + 0.1)
-        found = torch.tanh(self.layer(found))
+            outputs = self._normalised(bn, outputs * 0.5 + 0.1)
+        outputs = torch.tanh(self.layer(outputs))
         if self.form == "shared":
-            return self._normalised(self.other, found)
-        return self._normalised(bn, found) if self.form == "twice_apart" else found
+            return self._normalised(self.other, outputs)
+        return self._normalised(bn, outputs) if self.form == "twice_apart" else outputs
 
     def _normalised(self, bn: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         return (
@@ -575,17 +566,17 @@ class BatchNormed(nn.Module):
         )
 
 
-# --- what draws at random
+# --- random draws
 
 
 class Noise(nn.Module):
-    """Adds noise to what it sees while it trains (or always).
+    """Adds noise to its inputs.
 
     Args:
         features: any.
-        source: torch, numpy or random.
-        always: also in evaluation.
-        checkpointed: recomputed in the backward pass, which draws again from all but torch.
+        source: the generator: torch, numpy, random or all.
+        always: also in evaluation mode.
+        checkpointed: recomputed in the backward pass, which draws again (except from torch).
     """
 
     def __init__(
@@ -622,11 +613,11 @@ class Dropped(nn.Module):
 
 
 class Skipped(nn.Module):
-    """A layer that some micro-batches leave out.
+    """A layer that is skipped for some micro-batches.
 
     Args:
         features: any.
-        by: data (the micro-batch's own values), torch or random (chance), or all (always left out).
+        by: data (depending on the inputs), torch or random (at random), or all (always).
     """
 
     def __init__(self, features: int, by: str = "data") -> None:
@@ -649,11 +640,11 @@ class Skipped(nn.Module):
 
 
 class PrivateNoise(nn.Module):
-    """Draws from a generator of its own: nobody can begin it anew for a micro-batch.
+    """Draws from its own generator, which cannot be seeded for each micro-batch.
 
     Args:
         features: any.
-        seeded: whether it begins alike in every process.
+        seeded: whether the generator starts with the same seed in every process.
     """
 
     def __init__(self, features: int, seeded: bool = True) -> None:
@@ -669,11 +660,11 @@ class PrivateNoise(nn.Module):
         )
 
 
-# --- what a forward pass leaves behind
+# --- side effects of the forward pass
 
 
 class PowerIteration(nn.Module):
-    """A buffer that each forward pass changes, as spectral normalisation has it."""
+    """A buffer that each forward pass updates, as in spectral normalisation."""
 
     direction: torch.Tensor
 
@@ -689,14 +680,14 @@ class PowerIteration(nn.Module):
         weight = self.layer.weight
         if self.training:
             with torch.no_grad():
-                found = weight @ self.direction
-                self.direction = found / (found.norm() + 0.1)
+                product = weight @ self.direction
+                self.direction = product / (product.norm() + 0.1)
         size = (weight @ self.direction.clone()).norm() + 0.5
         return torch.tanh(nn.functional.linear(inputs, weight / size, self.layer.bias))
 
 
 class Counting(nn.Module):
-    """A plain Python number that counts forward passes and changes what they give."""
+    """A Python integer that counts forward passes and changes their outputs."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -709,44 +700,42 @@ class Counting(nn.Module):
 
 
 class Remembering(nn.Module):
-    """What it gives depends on what it saw before, as a recurrent net that keeps its state."""
+    """A recurrent layer whose state carries over to the next forward pass."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.before: torch.Tensor | float = 0.0
+        self.state: torch.Tensor | float = 0.0
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
-        found = torch.tanh(inputs + self.before)
+        outputs = torch.tanh(inputs + self.state)
         if self.training:
-            self.before = 0.5 * found.detach().mean(0)
-        return found
+            self.state = 0.5 * outputs.detach().mean(0)
+        return outputs
 
 
 class ActNormed(nn.Module):
-    """Takes its first scale from the first inputs that it sees."""
+    """Initialises its scale from the first inputs."""
 
-    begun: torch.Tensor
+    initialized: torch.Tensor
 
     def __init__(self, features: int, by_weight: bool = False) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(features))
         self.by_weight = by_weight
-        self.register_buffer("begun", torch.tensor(False), persistent=not by_weight)
+        self.register_buffer("initialized", torch.tensor(False), persistent=not by_weight)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Shape (n, features)."""
-        if self.training and not self.begun:
+        if self.training and not self.initialized:
             with torch.no_grad():
                 self.scale.copy_(0.5 / (inputs.abs().mean(0) + 0.1))
-                self.begun.fill_(True)
+                self.initialized.fill_(True)
         return torch.tanh(inputs * self.scale)
 
 
 class Renormed(nn.Module):
-    """An embedding whose rows are shortened in place as they are looked up; none is too long at
-    first if `within`.
-    """
+    """An embedding with max_norm; if `within`, no row exceeds it initially."""
 
     def __init__(self, features: int, within: bool = False) -> None:
         super().__init__()
@@ -761,7 +750,7 @@ class Renormed(nn.Module):
 
 
 class Switching(nn.Module):
-    """Puts a layer of its own into evaluation mode while it computes."""
+    """Switches one of its layers to evaluation mode in the forward pass."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -769,9 +758,9 @@ class Switching(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Any shape."""
-        found = self.dropout(inputs)
+        outputs = self.dropout(inputs)
         self.dropout.eval()
-        return found
+        return outputs
 
 
 class Hooked(nn.Module):
@@ -779,7 +768,7 @@ class Hooked(nn.Module):
 
     Args:
         features: any.
-        when: pass, on the gradient of each backward pass; or sum, on what has been added up so far.
+        when: pass, on the gradient of each backward pass; or sum, on the accumulated gradient.
     """
 
     def __init__(self, features: int, when: str = "pass") -> None:
@@ -801,9 +790,7 @@ class Hooked(nn.Module):
 
 
 class Evaluated(nn.Module):
-    """What it gives in evaluation depends on what was evaluated before, by a buffer or by a number
-    of its own.
-    """
+    """A buffer that counts evaluation passes and changes their outputs; persistent if `saved`."""
 
     count: torch.Tensor
 
@@ -820,42 +807,41 @@ class Evaluated(nn.Module):
 
 
 class Extra(nn.Module):
-    """Extra state beside weights and buffers.
+    """Extra state, by get_extra_state.
 
     Args:
         features: any.
-        form: constant, tensor (a constant one), or counted (each forward pass changes it).
+        form: constant; tensor (constant); or counted (each forward pass changes it).
     """
 
     def __init__(self, features: int, form: str = "constant") -> None:
         super().__init__()
         self.form = form
-        self.held: dict[str, Any] = {"passes": 0, "factor": 0.5 + random.random()}
+        self.extra: dict[str, Any] = {"passes": 0, "factor": 0.5 + random.random()}
         if form == "tensor":
-            self.held["row"] = torch.rand(3)
+            self.extra["row"] = torch.rand(3)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What torch's state_dict asks for."""
-        return dict(self.held)
+        """Called by state_dict."""
+        return dict(self.extra)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """What torch's load_state_dict gives."""
-        self.held = dict(state)
+        """Called by load_state_dict."""
+        self.extra = dict(state)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Any shape."""
         if self.form == "counted":
-            self.held["passes"] += self.training
-        return inputs * self.held["factor"]
+            self.extra["passes"] += self.training
+        return inputs * self.extra["factor"]
 
 
 class Reset(nn.Module):
-    """A buffer that each pass writes before it reads it: outside the state_dict, or always to the
-    same.
+    """A buffer that each pass overwrites before reading it.
 
     Args:
         features: any.
-        saved: whether it is in the state_dict, and constant.
+        saved: whether it is persistent, and written with constant values.
     """
 
     cache: torch.Tensor
@@ -916,9 +902,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def drawn(source: str, like: torch.Tensor) -> torch.Tensor:
-    """Normal noise of a tensor's shape and type, from one of the global generators, or from all
-    three.
-    """
+    """Gaussian noise of the shape and dtype of `like`, from one of the global generators or all."""
     if source == "all":
         return (drawn("torch", like) + drawn("numpy", like) + drawn("random", like)) / 2
     if source == "torch":
@@ -933,16 +917,16 @@ def drawn(source: str, like: torch.Tensor) -> torch.Tensor:
 
 
 def loss(kind: str = "cross_entropy", **arguments: Any) -> Callable[[Any, Any], torch.Tensor]:
-    """A loss by its kind, a key of LOSSES."""
+    """A loss of the given kind, a key of LOSSES."""
     return LOSSES[kind](**arguments)
 
 
 class Temperature(nn.Module):
-    """Cross entropy with a learnt temperature, and a learnt shift of the classes.
+    """Cross entropy with a learnt temperature and a learnt bias per class.
 
     Args:
-        outputs: classes.
-        frozen: whether the temperature is left as it is.
+        outputs: number of classes.
+        frozen: whether the temperature is frozen.
     """
 
     def __init__(self, outputs: int = 3, frozen: bool = False) -> None:
@@ -956,7 +940,7 @@ class Temperature(nn.Module):
 
 
 class Centers(nn.Module):
-    """Cross entropy and the distance from learnt centres of the classes (center loss)."""
+    """Cross entropy plus the distance from learnt class centres (center loss)."""
 
     def __init__(self, outputs: int = 3) -> None:
         super().__init__()
@@ -971,18 +955,18 @@ class Centers(nn.Module):
 
 
 class Mixup(nn.Module):
-    """Cross entropy against a mixture of each target and another one, with a share drawn from
-    numpy.
-    """
+    """Cross entropy against a mixture of two targets, with a weight drawn from numpy."""
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Shapes (n, classes) and (n,)."""
         if not torch.is_grad_enabled():
             return nn.functional.cross_entropy(outputs, targets)
-        share = float(np.random.beta(0.4, 0.4))
+        weight = float(np.random.beta(0.4, 0.4))
         other = targets[torch.from_numpy(np.random.permutation(len(targets)))]
-        each = nn.functional.cross_entropy
-        return share * each(outputs, targets) + (1 - share) * each(outputs, other)
+        cross_entropy = nn.functional.cross_entropy
+        return weight * cross_entropy(outputs, targets) + (1 - weight) * cross_entropy(
+            outputs, other
+        )
 
 
 class Averaging(nn.Module):
@@ -996,15 +980,15 @@ class Averaging(nn.Module):
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Shapes (n, classes) and (n,)."""
-        found = nn.functional.cross_entropy(outputs, targets)
+        mean = nn.functional.cross_entropy(outputs, targets)
         with torch.no_grad():
-            self.average.mul_(0.9).add_(found.detach(), alpha=0.1)
-        return found
+            self.average.mul_(0.9).add_(mean.detach(), alpha=0.1)
+        return mean
 
 
 class NormedLoss(nn.Module):
-    """Cross entropy behind a batch normalisation of the outputs, and dropout: a loss with a mode
-    and running statistics.
+    """Cross entropy after batch normalisation and dropout: a loss with a mode and running
+    statistics.
     """
 
     def __init__(self, outputs: int = 3) -> None:
@@ -1065,23 +1049,23 @@ def data(
 
     Args:
         kind: a key of SETS.
-        samples: for training.
+        samples: of the training set.
         test_samples: 0 for no test set.
-        features: numbers of an input.
+        features: of an input.
         classes: of the targets.
-        poisoned: a training sample that is not finite; None for none.
-        private_test: whether the test set draws from a generator of its own.
-        **arguments: the kind's own.
+        poisoned: index of a training sample that is NaN; None for none.
+        private_test: whether the test set draws from its own generator.
+        **arguments: of the kind.
     """
     build = SETS[kind]
-    held = _samples(samples, features, classes)
+    training = _samples(samples, features, classes)
     if poisoned is not None:
-        held.inputs[poisoned] = math.nan
-    training = build(held, **arguments)
+        training.inputs[poisoned] = math.nan
+    training_set = build(training, **arguments)
     if not test_samples:
-        return training, None
-    tested = _samples(test_samples, features, classes)
-    return training, PrivatelyNoisy(tested) if private_test else build(tested, **arguments)
+        return training_set, None
+    test = _samples(test_samples, features, classes)
+    return training_set, PrivatelyNoisy(test) if private_test else build(test, **arguments)
 
 
 def _samples(count: int, features: int, classes: int) -> InMemory:
@@ -1090,12 +1074,12 @@ def _samples(count: int, features: int, classes: int) -> InMemory:
 
 
 class Listed(Dataset):
-    """A plain map-style set.
+    """A map-style data set.
 
     Args:
-        base: where its samples come from.
-        source: what its augmentation draws from: torch, numpy, random, all, or none.
-        gives: tensor, numpy (numbers of 64 bits), dict, tuple, or image.
+        base: the samples.
+        source: the generator of its augmentation: torch, numpy, random, all or none.
+        gives: form of the inputs: tensor, numpy (float64), dict, tuple or image.
     """
 
     def __init__(self, base: Any, source: str = "none", gives: str = "tensor") -> None:
@@ -1119,18 +1103,16 @@ class Listed(Dataset):
 
 
 class ListedMany(Listed):
-    """Gives many samples at once, drawing for all of them together."""
+    """Reads many samples at once, with one draw for all of them."""
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As torch asks for it."""
+        """Called by torch's DataLoader."""
         shift = 0.0 if self.source == "none" else 0.2 * drawn(self.source, torch.zeros(1))
         return [(self.base[index][0] + shift, self.base[index][1]) for index in indices]
 
 
 class OneBelowMany(ListedMany):
-    """A set that gives many at once, and a class below it that reads single samples in another
-    way.
-    """
+    """Inherits `__getitems__` and overrides `__getitem__`."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         inputs, targets = super().__getitem__(index)
@@ -1138,7 +1120,7 @@ class OneBelowMany(ListedMany):
 
 
 class _Shifts:
-    """Something to be mixed into a set."""
+    """A mixin that overrides `__getitem__`."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = super().__getitem__(index)  # type: ignore[misc]
@@ -1146,11 +1128,11 @@ class _Shifts:
 
 
 class MixedIn(_Shifts, InMemory):
-    """Tensors, and a way to single samples from another class."""
+    """An InMemory whose `__getitem__` comes from a mixin."""
 
 
 class OwnItem(InMemory):
-    """Tensors, read in a way of its own, one by one."""
+    """An InMemory that overrides `__getitem__`."""
 
     def __init__(self, base: InMemory, source: str = "none") -> None:
         super().__init__(base.inputs, base.targets)
@@ -1164,7 +1146,7 @@ class OwnItem(InMemory):
 
 
 class OwnBatch(InMemory):
-    """Tensors, read in a way of its own, many at once."""
+    """An InMemory that overrides `batch`."""
 
     def __init__(self, base: InMemory, source: str = "none") -> None:
         super().__init__(base.inputs, base.targets)
@@ -1179,11 +1161,9 @@ class OwnBatch(InMemory):
 
 
 class Transformed(Subset):
-    """A part of a set with a transform of its own: the usual way to give the halves of a split
-    theirs.
+    """A Subset with its own transform, as often used for the parts of a split.
 
-    Without a way to many samples of its own, as torch allowed it before 2.10 (its constructor
-    refuses that now).
+    Overrides `__getitem__` but not `__getitems__`, which the constructor rejects since torch 2.10.
     """
 
     def __init__(self, base: Any, source: str = "none") -> None:
@@ -1191,7 +1171,7 @@ class Transformed(Subset):
         self.source = source
 
     def transform(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Of one sample."""
+        """Augment one input."""
         return (
             0.7 * inputs
             + 0.3
@@ -1204,15 +1184,15 @@ class Transformed(Subset):
 
 
 class TransformedMany(Transformed):
-    """Likewise, and gives many at once."""
+    """Likewise, with `__getitems__`."""
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As torch asks for it."""
+        """Called by torch's DataLoader."""
         return [self[index] for index in indices]
 
 
 class Delegating:
-    """No Dataset at all: whatever it has not, the set inside has."""
+    """A wrapper, not a Dataset, that delegates missing attributes to the wrapped data set."""
 
     def __init__(self, base: Any, source: str = "none") -> None:
         self.base, self.source = base, source
@@ -1221,7 +1201,7 @@ class Delegating:
         return len(self.base)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base":  # not there yet, while it is unpickled
+        if name == "base":  # not set yet during unpickling
             raise AttributeError(name)
         return getattr(self.base, name)
 
@@ -1233,7 +1213,7 @@ class Delegating:
 
 
 class PrivatelyNoisy(Listed):
-    """Draws its augmentation from a generator of its own."""
+    """Draws its augmentation from its own generator."""
 
     def __init__(self, base: Any, seeded: bool = True) -> None:
         super().__init__(base)
@@ -1247,7 +1227,7 @@ class PrivatelyNoisy(Listed):
 
 
 class _First(Dataset):
-    """The inputs of a set."""
+    """The inputs of a data set."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
@@ -1301,9 +1281,9 @@ SETS: dict[str, Callable[..., Any]] = {
 }
 
 
-# --- what the engine may refuse
+# --- what the engine may reject
 
-# (section, what its description holds, what the message must speak of)
+# (section, items of the description, pattern that the message must match)
 REFUSED: list[tuple[str, Description, str]] = [
     ("blocks", {"kind": "batch_norm", "form": "renorm"}, "statistics"),
     ("blocks", {"kind": "batch_norm", "form": "cumulative"}, "momentum"),
@@ -1317,14 +1297,14 @@ REFUSED: list[tuple[str, Description, str]] = [
     ("data", {"kind": "private"}, "data|generator|result"),
     ("blocks", {"kind": "parametrized", "form": "spectral"}, "parametrizations"),
     ("blocks", {"kind": "parametrized", "form": "settled"}, "parametrizations"),
-    ("blocks", {"kind": "expanded", "rows": 2}, "held"),
+    ("blocks", {"kind": "expanded", "rows": 2}, "offsets"),
     ("blocks", {"kind": "transposed"}, "contiguous"),
     ("blocks", {"kind": "lazy"}, "ninitialized"),
     ("blocks", {"kind": "instance_norm", "tracks": True}, "instance"),
     ("blocks", {"kind": "batch_norm", "form": "flat"}, "more than 1 value"),
     ("blocks", {"kind": "batch_norm", "form": "shared"}, "statistics|running"),
     ("blocks", {"kind": "remembering"}, "result"),
-    ("blocks", {"kind": "act_norm"}, "scale|begun|result"),
+    ("blocks", {"kind": "act_norm"}, "scale|initialized|result"),
     ("blocks", {"kind": "renormed"}, "layer.weight|result"),
     ("blocks", {"kind": "switching"}, "mode|result"),
     ("loss", {"kind": "vector"}, "loss|scalar"),
@@ -1335,9 +1315,7 @@ REFUSED: list[tuple[str, Description, str]] = [
 
 
 def refusals(job: Description) -> list[str]:
-    """What a refusal of this job may speak of, one pattern for each of its parts that may be
-    refused.
-    """
+    """Patterns for the message if this job is rejected, one for each part that may be rejected."""
     parts = {
         "blocks": job["model"]["args"]["blocks"],
         "loss": [job["loss"].get("args", {})],
@@ -1345,7 +1323,7 @@ def refusals(job: Description) -> list[str]:
     }
     return [
         pattern
-        for section, wanted, pattern in REFUSED
+        for section, items, pattern in REFUSED
         for part in parts[section]
-        if wanted.items() <= part.items()
+        if items.items() <= part.items()
     ]

@@ -1,5 +1,5 @@
-"""Draws cases as plain JSON: a job of blocks, a schedule and an optimizer, and how its run is dealt
-out and interrupted.
+"""Hypothesis strategies for cases, as plain JSON: a job composed of blocks, the number of workers
+and the interruptions of its run.
 """
 
 from __future__ import annotations
@@ -143,20 +143,20 @@ _DRAWING_SETS = [
 ]
 _PLAIN_LOSSES = ["cross_entropy", "function"]
 _ODD_LOSSES = ["regression", "temperature", "centers", "mixup", "normed", "named"]
-_EVERY_STEP_BY_THE_CLOCK = 1e-9  # minutes
+_EVERY_STEP_BY_TIME = 1e-9  # minutes
 
-# What may be otherwise in a part of a run.
+# Changes of keys until an interruption that must not affect the results.
 _CHANGES: list[dict[str, Any]] = [
     {"data": {"prefetch_steps": 2}},
     {"checkpoint": {"every_steps": 2, "keep": 2}},
-    # Another micro_batch would change what is drawn in an evaluation
+    # Not micro_batch, on which the random draws of an evaluation depend
     {"evaluate": {"every_epochs": 0.5}},
     {"log": {"every_steps": 3}, "compare_every_steps": 2},
     {"checkpoint": {"best": "test_loss"}},
-    {"checkpoint": {"every_minutes": _EVERY_STEP_BY_THE_CLOCK}},
+    {"checkpoint": {"every_minutes": _EVERY_STEP_BY_TIME}},
     {"on_nonfinite": {"policy": "skip"}},
 ]
-_RATES = {
+_BASE_LRS = {
     "lars": 4.0,
     "lamb": 0.02,
     "sgd": 0.2,
@@ -173,13 +173,13 @@ def _often(draw: st.DrawFn, times_in_ten: int) -> bool:
 
 @st.composite
 def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case:
-    """A whole case.
+    """A case.
 
     Args:
-        draw: Hypothesis's.
-        largest_world: workers at most.
-        threads: whether worlds can be killed and have any size up to `largest_world`; else all have
-            exactly that size, or one.
+        draw: of Hypothesis.
+        largest_world: maximum number of workers.
+        threads: whether ranks are threads, so that worlds can be killed and have any size up to
+            `largest_world`; otherwise every world has that size, or one worker.
     """
     sizes = [size for size in (2, 3, 4, 2, 3, 4, 5, 8, 1) if size <= largest_world]
     bad = _often(draw, 2)
@@ -214,10 +214,10 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
         "compare_every_steps": draw(st.integers(1, 3)),
         "gradients": {},
     }
-    job["lr"] = draw(_rates(job["optimizer"]["name"], epochs, batch))
+    job["lr"] = draw(_lr_sections(job["optimizer"]["name"], epochs, batch))
     if training.get("gives") == "image" and _often(draw, 5):
         job["model"]["channels_last"] = True
-    # In 16 bits only exact mode has a law: a last bit of a sum becomes the last of 8 or 11
+    # In 16 bits only exact mode is reproducible: rounding of sums is amplified to 8 or 11 bits
     if exact and _often(draw, 2):
         job["precision"] = draw(st.sampled_from(["bf16", "fp16"]))
     if (
@@ -245,20 +245,20 @@ def cases(draw: st.DrawFn, largest_world: int = 8, threads: bool = True) -> Case
     ]
     if training.get("poisoned") is not None or not _stays_finite(model):
         changes = [change for change in changes if "on_nonfinite" not in change]
-        # Where it goes back to follows from these, and from the length
+        # The checkpoint that a rollback returns to depends on these keys and on the length
         if job["on_nonfinite"]["policy"] == "rollback":
             changes = [
                 change for change in changes if not change.keys() & {"checkpoint", "evaluate"}
             ]
             grows = False
-    breaks = st.lists(
+    interruptions = st.lists(
         _interruptions(workers, largest_world, threads, grows, changes), min_size=1, max_size=3
     )
     return {
         "job": job,
         "workers": workers,
         "seed": draw(st.integers(0, 99)),
-        "interruptions": draw(breaks) if _often(draw, 6) else [],
+        "interruptions": draw(interruptions) if _often(draw, 6) else [],
     }
 
 
@@ -278,10 +278,8 @@ def _nonfinite(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, Any]) -> bool:
-    """Whether nothing depends on how a step is cut into micro-batches, so that the workers may cut
-    it.
-    """
-    still = all(
+    """Whether results do not depend on the micro-batches, so that they may be `auto`."""
+    independent = all(
         block["kind"] in ("linear", "conv", "conv2d", "norm", "tied", "scale", "integers")
         for block in model["blocks"]
     )
@@ -291,7 +289,9 @@ def _is_quiet(model: dict[str, Any], loss: dict[str, Any], training: dict[str, A
         "subset",
         "nested",
     )
-    return still and loss["kind"] in ("cross_entropy", "function", "temperature") and by_sample
+    return (
+        independent and loss["kind"] in ("cross_entropy", "function", "temperature") and by_sample
+    )
 
 
 @st.composite
@@ -318,19 +318,19 @@ def _losses(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
     kind = draw(st.sampled_from(_ODD_LOSSES if _often(draw, 4) else _PLAIN_LOSSES))
     if bad and _often(draw, 2):
         kind = draw(st.sampled_from(["averaging", "vector"]))
-    more: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if kind == "temperature" and draw(st.booleans()):
-        more["frozen"] = True
+        arguments["frozen"] = True
     if kind == "cross_entropy" and draw(st.booleans()):
-        more["label_smoothing"] = 0.1
-    return {"args": {"kind": kind, **more}}
+        arguments["label_smoothing"] = 0.1
+    return {"args": {"kind": kind, **arguments}}
 
 
 @st.composite
 def _batches(
     draw: st.DrawFn, features: int, bad: bool
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """Data set, batch section and length: some steps, each of some micro-batches."""
+    """Arguments of the data set, batch section and epochs: a few steps of a few micro-batches."""
     samples = draw(st.integers(1, 100))
     first = draw(st.integers(1, 40))
     micro = draw(st.integers(-(-first // 6), first))
@@ -377,7 +377,7 @@ def _batches(
 
 @st.composite
 def _optimizers(draw: st.DrawFn) -> dict[str, Any]:
-    name = draw(st.sampled_from(["lars", "lars", "lars", *_RATES]))
+    name = draw(st.sampled_from(["lars", "lars", "lars", *_BASE_LRS]))
     options: dict[str, Any] = {
         "name": name,
         "weight_decay": draw(st.sampled_from([0.0, 1e-3, 0.05])),
@@ -398,27 +398,29 @@ def _optimizers(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def _rates(draw: st.DrawFn, optimizer: str, epochs: float, batch: dict[str, Any]) -> dict[str, Any]:
-    rate: dict[str, Any] = {"base": _RATES[optimizer] * draw(st.sampled_from([1.0, 0.1]))}
-    rate["scaling"] = draw(st.sampled_from(["none", "linear", "sqrt"]))
+def _lr_sections(
+    draw: st.DrawFn, optimizer: str, epochs: float, batch: dict[str, Any]
+) -> dict[str, Any]:
+    section: dict[str, Any] = {"base": _BASE_LRS[optimizer] * draw(st.sampled_from([1.0, 0.1]))}
+    section["scaling"] = draw(st.sampled_from(["none", "linear", "sqrt"]))
     factor = batch.get("initial", batch["base"]) / batch["base"]
     decay = draw(
         st.sampled_from(
             ["constant", "polynomial", "cosine", "exponential", "multistep", "one_cycle"]
         )
     )
-    rate["decay"] = {"policy": decay}
+    section["decay"] = {"policy": decay}
     if decay == "multistep":
-        rate["decay"] |= {"gamma": 0.5, "every_epochs": epochs / 3}
+        section["decay"] |= {"gamma": 0.5, "every_epochs": epochs / 3}
     if decay == "exponential":
-        rate["decay"] |= {"gamma": 0.7, "every_epochs": epochs / 3}
+        section["decay"] |= {"gamma": 0.7, "every_epochs": epochs / 3}
     warmup = draw(st.sampled_from(["none", "linear", "legw"]))
     if warmup != "none" and decay != "one_cycle":
         length = 0.4 * epochs / (factor if warmup == "legw" else 1.0)
-        rate["warmup"] = {"policy": warmup, "epochs": length}
+        section["warmup"] = {"policy": warmup, "epochs": length}
         if draw(st.booleans()):
-            rate["warmup"]["on_growth"] = draw(st.sampled_from(["ramp", "jump"]))
-    return rate
+            section["warmup"]["on_growth"] = draw(st.sampled_from(["ramp", "jump"]))
+    return section
 
 
 @st.composite
@@ -429,7 +431,7 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
     elif draw(st.booleans()):
         section["every_epochs"] = draw(st.sampled_from([0.3, 1.0]))
     if _often(draw, 1):
-        section["every_minutes"] = _EVERY_STEP_BY_THE_CLOCK
+        section["every_minutes"] = _EVERY_STEP_BY_TIME
     return section
 
 
@@ -442,20 +444,22 @@ def _interruptions(
     grows: bool,
     changes: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One interruption: where it comes, as a part of the way, how many workers go on, and what was
-    otherwise in its job.
+    """One interruption: where in the run it comes, how many workers resume, and changes of the job
+    until then.
     """
     how = draw(st.sampled_from(["stop", "kill"])) if threads else "stop"
-    found = {
+    interruption = {
         "how": how,
         "at": draw(st.integers(0, 100)) / 100,
         "by_rank": draw(st.integers(0, 3)),
         "workers": workers,
     }
     if _often(draw, 4):
-        found["workers"] = draw(st.integers(1, min(4, largest_world))) if threads else largest_world
+        interruption["workers"] = (
+            draw(st.integers(1, min(4, largest_world))) if threads else largest_world
+        )
     if _often(draw, 2):
-        found["changes"] = draw(st.sampled_from(changes))
+        interruption["changes"] = draw(st.sampled_from(changes))
     if grows and _often(draw, 2):
-        found["epochs"] = draw(st.sampled_from([0.4, 0.7, 0.9]))
-    return found
+        interruption["epochs"] = draw(st.sampled_from([0.4, 0.7, 0.9]))
+    return interruption

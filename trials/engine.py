@@ -1,6 +1,4 @@
-"""Starts the engine on a job in a world of one's own, and tells how the run ended and what it
-left.
-"""
+"""Runs the engine on a job in a world of threads, and collects its outcome and its files."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.world import RankContext
 from trials.folder import flaws, read_lines
-from trials.thread_world import Ends, run_world
+from trials.thread_world import WorldOutcome, run_world
 
 
 @dataclass
@@ -39,18 +37,18 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        code: the exit code that every rank leaves with.
-        message: of the end, or what one rank raised: in a line, then its traceback.
-        broken: how the ranks fell apart, where they did.
-        killed: whether the world was killed, as was asked.
-        steps: that were begun.
-        calls: collective calls, of all ranks together.
-        checkpoint: the content of last.pt; None where there is none.
+        code: the exit code of every rank.
+        message: of the exit, or of the error that a rank raised with its traceback.
+        broken: how the ranks' collective calls or exits did not match; None if they did.
+        killed: whether the world was killed as requested.
+        steps: started.
+        calls: collective calls, summed over ranks.
+        checkpoint: the content of last.pt; None if there is none.
         decisions: the lines of decisions.jsonl.
-        results: of summary.json, what does not depend on time and machine; None where there is
-            none.
+        results: the entries of summary.json that do not depend on time or machine; None if there
+            is none.
         metrics: the lines of metrics.jsonl, without times.
-        flaws: of the folder of a run that has finished.
+        flaws: of the folder of a finished run.
         folder: of the run.
     """
 
@@ -70,12 +68,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Interruption:
-    """How a start is to be interrupted.
+    """When to interrupt a run.
 
     Attributes:
-        stop_at: the step, counted from this start's first, behind which a stop is asked for.
-        by_rank: the rank that hears of it.
-        kill_at: the collective call, of all ranks together, at which every rank is killed.
+        stop_at: the step, counted from the first of this start, after which to request a stop.
+        by_rank: the rank that receives the request.
+        kill_at: the collective call, counted over all ranks, at which to kill every rank.
     """
 
     stop_at: int | None = None
@@ -83,11 +81,11 @@ class Interruption:
     kill_at: int | None = None
 
 
-class AskedFor(StopRequest):
-    """A stop that comes at a step.
+class StopAtStep(StopRequest):
+    """Requests a stop at a step.
 
     Args:
-        at: the number of the step, from 0; None for none.
+        at: number of the step, from 0; None for no stop.
     """
 
     def __init__(self, at: int | None) -> None:
@@ -96,32 +94,32 @@ class AskedFor(StopRequest):
         self._at = at
 
     def requested(self) -> bool:
-        """Whether the step has come; asked once in each step."""
+        """Whether the step has been reached; called once per step."""
         if self._at is not None and self.steps >= self._at:
             self.reason = "the trial"
         self.steps += 1
         return self.reason is not None
 
 
-class Unwatched(Watchdog):
-    """A watchdog that never barks: a world of threads cannot hang."""
+class NoWatchdog(Watchdog):
+    """A watchdog that does nothing: a world of threads detects deadlocks itself."""
 
     def __init__(self) -> None:
         pass
 
     def progress(self, phase: str, step: int | None = None) -> None:
-        """Nothing is noted."""
+        """Do nothing."""
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Nothing is noted."""
+        """Do nothing."""
         yield
 
     def take_notes(self, folder: Path) -> None:
-        """Nothing is noted."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """There is nothing to stop."""
+        """Do nothing."""
 
 
 def train(
@@ -131,42 +129,40 @@ def train(
     seed: int = 0,
     interruption: Interruption | None = None,
 ) -> Outcome:
-    """Start a job in a run folder, in a world of threads or alone, and go on to its end or its
-    interruption.
+    """Start or resume a job, until its end or the interruption.
 
     Args:
-        job: the job file's keys.
-        folder: for the run.
-        workers: 1 for the engine's own channels of a single worker.
+        job: keys of the job file.
+        folder: of the run.
+        workers: threads; 1 for the engine's own channels for a single worker.
         seed: of the world.
         interruption: of this start.
     """
     accepted = read(job, folder)
     if isinstance(accepted, Outcome):
         return accepted
-    breaks = interruption or Interruption()
+    interrupt = interruption or Interruption()
     steps = [0] * workers
 
     def action(control: Any, tensors: Any) -> tuple[int, str]:
-        stop = AskedFor(breaks.stop_at if control.rank == breaks.by_rank % workers else None)
+        receives_stop = control.rank == interrupt.by_rank % workers
+        stop = StopAtStep(interrupt.stop_at if receives_stop else None)
         try:
-            ended = one_rank(accepted, folder, control, tensors, stop)
+            ending = run_rank(accepted, folder, control, tensors, stop)
         finally:
             steps[control.rank] = stop.steps
         tensors.close()
         control.close()
-        return ended
+        return ending
 
-    with unchanged_settings(), quietly():
-        ends = run_world(workers, action, seed, breaks.kill_at)
-        finish_writers()
-    return read_folder(_judged(ends, max(steps)), folder)
+    with preserved_settings(), silenced():
+        world = run_world(workers, action, seed, interrupt.kill_at)
+        join_checkpoint_writers()
+    return read_folder(_outcome_of(world, max(steps)), folder)
 
 
 def read(job: Mapping[str, Any], folder: Path) -> Job | Outcome:
-    """The job as the engine accepts it, or how it refuses it; its file lies beside the run
-    folder.
-    """
+    """The validated job, or the outcome of its rejection; writes its file beside the run folder."""
     text = json.dumps(job)
     folder.with_suffix(".yaml").write_text(text, encoding="utf-8")
     accepted = _accepted(text)
@@ -181,45 +177,41 @@ def read(job: Mapping[str, Any], folder: Path) -> Job | Outcome:
 def _accepted(text: str) -> Job | Outcome:
     try:
         return parse_job(write(json.loads(text)), "job.yaml")
-    except exits.RunExit as end:
-        return Outcome(end.code, str(end))
+    except exits.RunExit as error:
+        return Outcome(error.code, str(error))
 
 
-def one_rank(
+def run_rank(
     job: Job, folder: Path, control: Any, tensors: Any, stop: StopRequest
 ) -> tuple[int, str]:
-    """What the engine's door does on one rank: the exit code and the message of the end that all
-    ranks share.
-
-    The channels are still open then.
-    """
+    """Run a job on one rank; returns its exit code and message, and leaves the channels open."""
     code, message = exits.FINISHED, ""
     try:
         run_module.run(
             job,
             folder.with_suffix(".yaml"),
             False,
-            RankContext(None, {}, control, tensors, Unwatched(), stop),
+            RankContext(None, {}, control, tensors, NoWatchdog(), stop),
         )
-    except exits.RunExit as end:
-        code, message = end.code, str(end)
+    except exits.RunExit as error:
+        code, message = error.code, str(error)
     return code, message
 
 
-def finish_writers() -> None:
-    """Wait for checkpoints that are being written: a world that was killed leaves its threads."""
+def join_checkpoint_writers() -> None:
+    """Wait for the threads that write checkpoints, which outlive a killed world."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
 
 
-# To look the versions of a process up takes longer than a small run.
+# Collecting the versions takes longer than a small run.
 run_module.versions = functools.cache(run_module.versions)
 
 
 @contextlib.contextmanager
-def unchanged_settings() -> Iterator[None]:
-    """Leave torch's global settings as they were, and its threads at one while this lasts."""
+def preserved_settings() -> Iterator[None]:
+    """Run with one torch thread, and restore the global settings of torch and the environment."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -241,12 +233,12 @@ def unchanged_settings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep what the engine and torch say off the screen."""
-    nowhere = io.StringIO()
+def silenced() -> Iterator[None]:
+    """Discard output and warnings."""
+    discarded = io.StringIO()
     with (
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(discarded),
+        contextlib.redirect_stderr(discarded),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -255,52 +247,47 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one, removed afterwards."""
+    """A temporary folder, in memory if possible."""
     memory = Path("/dev/shm")
-    place = Path(
-        tempfile.mkdtemp(prefix="trials-", dir=memory if os.access(memory, os.W_OK) else None)
-    )
+    parent = memory if os.access(memory, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="trials-", dir=parent))
     try:
-        yield place
+        yield folder
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _judged(ends: Ends, steps: int) -> Outcome:
-    """How a world's end looks from outside."""
-    if ends.error is not None:
-        rank, error = ends.error
-        lost = isinstance(error, RankLostError)
-        code = (
-            exits.LOST_RANK
-            if lost
-            else exits.RANKS_DISAGREE
-            if isinstance(error, CollectiveMismatchError)
-            else exits.INTERNAL_ERROR
-        )
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        told = (str(error).splitlines() or [""])[0]
+def _outcome_of(world: WorldOutcome, steps: int) -> Outcome:
+    """The outcome of the run, without its files."""
+    if world.error is not None:
+        rank, error = world.error
+        if isinstance(error, RankLostError):
+            code = exits.LOST_RANK
+        elif isinstance(error, CollectiveMismatchError):
+            code = exits.RANKS_DISAGREE
+        else:
+            code = exits.INTERNAL_ERROR
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         text = (
-            f"{type(error).__name__}: {told} (rank {rank}, "
-            f"{Path(place.filename).name}:{place.lineno})\n"
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} (rank {rank}, "
+            f"{Path(frame.filename).name}:{frame.lineno})\n"
         )
         text += "".join(traceback.format_exception(error))
-        return Outcome(code, text, ends.broken, False, steps, ends.calls)
-    if ends.broken is not None or ends.killed:
-        return Outcome(-1, ends.broken or "", ends.broken, ends.killed, steps, ends.calls)
-    if len(set(ends.results)) > 1:
-        return Outcome(
-            -1, "", f"the ranks ended differently: {ends.results}", False, steps, ends.calls
-        )
-    code, message = ends.results[0]
-    return Outcome(code, message, None, False, steps, ends.calls)
+        return Outcome(code, text, world.broken, False, steps, world.calls)
+    if world.broken is not None or world.killed:
+        return Outcome(-1, world.broken or "", world.broken, world.killed, steps, world.calls)
+    if len(set(world.results)) > 1:
+        mismatch = f"the ranks ended differently: {world.results}"
+        return Outcome(-1, "", mismatch, False, steps, world.calls)
+    code, message = world.results[0]
+    return Outcome(code, message, None, False, steps, world.calls)
 
 
-_OF_THE_MACHINE = ("train_seconds", "samples_per_second", "peak_memory_bytes", "world_size")
+_MACHINE_DEPENDENT = ("train_seconds", "samples_per_second", "peak_memory_bytes", "world_size")
 
 
 def read_folder(outcome: Outcome, folder: Path) -> Outcome:
-    """What a run has left, put beside how it ended."""
+    """Fill in what the run folder holds."""
     last, decisions, summary = (
         folder / "checkpoints" / "last.pt",
         folder / "decisions.jsonl",
@@ -311,10 +298,10 @@ def read_folder(outcome: Outcome, folder: Path) -> Outcome:
     if decisions.exists():
         outcome.decisions = decisions.read_text(encoding="utf-8").splitlines()
     if outcome.code == exits.FINISHED and summary.exists():
-        found = json.loads(summary.read_text(encoding="utf-8"))
-        # What is not finite is a word there.
+        entries = json.loads(summary.read_text(encoding="utf-8"))
+        # Non-finite numbers are strings there.
         outcome.results = {
-            name: float(value) for name, value in found.items() if name not in _OF_THE_MACHINE
+            name: float(value) for name, value in entries.items() if name not in _MACHINE_DEPENDENT
         }
         outcome.metrics = [_without_times(line) for line in read_lines(folder / "metrics.jsonl")]
         outcome.flaws = list(flaws(folder))

@@ -1,6 +1,4 @@
-"""Looks through the folder of a run that has finished: what is missing, left over, or does not
-agree with the rest.
-"""
+"""Checks the folder of a finished run: files missing, left over or inconsistent."""
 
 from __future__ import annotations
 
@@ -28,26 +26,26 @@ _STEP = re.compile(r"checkpoints/step_([0-9]{9})\.pt")
 
 
 def flaws(folder: Path) -> Iterator[str]:
-    """Each thing that is not as it should be, in words.
+    """A message for each problem.
 
     Args:
-        folder: of a run that has finished.
+        folder: of a finished run.
     """
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    steps = {name: int(found[1]) for name in there if (found := _STEP.fullmatch(name))}
-    if odd := sorted((there - steps.keys() ^ _FILES) - _MAY_LACK):
-        yield f"files missing or left over: {odd}"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    steps = {name: int(match[1]) for name in files if (match := _STEP.fullmatch(name))}
+    if unexpected := sorted((files - steps.keys() ^ _FILES) - _MAY_LACK):
+        yield f"files missing or left over: {unexpected}"
         return
     job = read_job(str(folder / "job.resolved.yaml"))
-    goes_back = job.on_nonfinite.policy == "rollback"
-    if len(steps) > job.checkpoint.keep + goes_back:
+    keeps_one_more = job.on_nonfinite.policy == "rollback"
+    if len(steps) > job.checkpoint.keep + keeps_one_more:
         yield f"{len(steps)} checkpoints, not {job.checkpoint.keep}"
-    yield from _unlike_sums(folder, sorted(steps))
+    yield from _checksum_flaws(folder, sorted(steps))
     decisions = read_lines(folder / "decisions.jsonl")
     if [line["step"] for line in decisions] != list(range(len(decisions))):
         yield f"decisions of the steps {[line['step'] for line in decisions]}"
     if not decisions or not decisions[-1]["is_last"]:
-        yield "the last decision is not the last"
+        yield "the last decision is not marked as the last"
     elif max(steps.values()) != decisions[-1]["step"] + 1:
         yield f"the newest checkpoint is of step {max(steps.values())}, of {len(decisions)}"
     metrics = read_lines(folder / "metrics.jsonl")
@@ -57,7 +55,7 @@ def flaws(folder: Path) -> Iterator[str]:
             yield f"metrics ({key}) of the steps {numbers}"
 
 
-def _unlike_sums(folder: Path, names: list[str]) -> Iterator[str]:
+def _checksum_flaws(folder: Path, names: list[str]) -> Iterator[str]:
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     expected = "".join(f"{digests[name]}  {Path(name).name}\n" for name in names)
     if (folder / "checkpoints/SHA256SUMS").read_text(encoding="utf-8") != expected:
@@ -67,20 +65,18 @@ def _unlike_sums(folder: Path, names: list[str]) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object a line."""
+    """The objects of a file with one JSON object per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a run but the diary of its starts and what a start notes about
-    itself.
-    """
-    kept = {
+    """The SHA-256 of every file of a run, except those that each start changes."""
+    paths = {
         path
         for path in folder.rglob("*")
         if path.is_file() and path.name not in ("starts.jsonl", ".lock")
     }
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in kept
+        for path in paths
     }

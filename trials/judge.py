@@ -1,6 +1,4 @@
-"""Holds one drawn case against the laws: every run that it asks for is made, and what differs is
-told.
-"""
+"""Judges a case: makes the runs that the laws need and compares them."""
 
 from __future__ import annotations
 
@@ -21,15 +19,16 @@ from trials import blocks, engine, reference
 from trials.cases import Case
 from trials.engine import Interruption, Outcome
 from trials.folder import contents
-from trials.thread_world import kept_generators
+from trials.thread_world import preserved_generators
 
-# Largest relative distance of a tensor, by precision: from the reference, and between numbers of
+# Largest relative distance of a tensor, by precision, from the reference and between numbers of
 # workers.
 FROM_REFERENCE = {"fp64": 1e-9, "fp32": 1e-4}
 # In 16 bits only exact mode is drawn
 BETWEEN_WORLDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-6, "fp16": 1e-6}
-CHAOS = 1000.0  # times what a last bit does is still rounding
-_LEAST_NORM = 1e-3  # of a tensor that a distance is relative to
+# A distance up to this multiple of the effect of one bit in the initial weights counts as rounding
+CHAOS = 1000.0
+_MIN_NORM = 1e-3  # distances are relative to the norm of a tensor, but at least to this
 
 # job, run folder, workers, seed of the world, interruption
 Start = Callable[[Mapping[str, Any], Path, int, int, Interruption | None], Outcome]
@@ -37,12 +36,12 @@ Start = Callable[[Mapping[str, Any], Path, int, int, Interruption | None], Outco
 
 @dataclass
 class Verdict:
-    """What became of a case.
+    """The result of judging a case.
 
     Attributes:
-        kind: held, refused, chaotic or violation.
-        laws: those that were tried and held.
-        reason: of a refusal; of a violation, the law and what broke it.
+        kind: held, refused, chaotic (held, up to amplified rounding errors) or violation.
+        laws: those that were tested and held.
+        reason: of a refusal; for a violation, the law and the difference.
     """
 
     kind: str
@@ -54,15 +53,15 @@ class Broken(Exception):
     """A law does not hold."""
 
 
-def judge(case: Case, place: Path, start: Start = engine.train) -> Verdict:
-    """Try every law that a case asks for.
+def judge(case: Case, folder: Path, start: Start = engine.train) -> Verdict:
+    """Test every law that applies to a case.
 
     Args:
-        case: as `cases.py` draws it.
-        place: a folder for its runs.
-        start: starts a run; of one worker always in this process.
+        case: see cases.py.
+        folder: for its runs.
+        start: starts a run.
     """
-    trial = _Trial(case, place, start)
+    trial = _Trial(case, folder, start)
     try:
         return trial.verdict()
     except Broken as broken:
@@ -70,38 +69,38 @@ def judge(case: Case, place: Path, start: Start = engine.train) -> Verdict:
 
 
 class _Trial:
-    def __init__(self, case: Case, place: Path, start: Start) -> None:
-        self.case, self.place, self.start = case, place, start
+    def __init__(self, case: Case, folder: Path, start: Start) -> None:
+        self.case, self.folder, self.start = case, folder, start
         self.job: dict[str, Any] = case["job"]
         self.held: list[str] = []
         self.chaotic = False
-        self._folders = 0
+        self._runs = 0
         self._amplified: float | None = None
 
     def verdict(self) -> Verdict:
-        """Of the case."""
+        """Judge the case; raises Broken for a violation."""
         alone = self.run(1)
         many = self.run(self.case["workers"]) if self.case["workers"] > 1 else alone
-        self.whole(alone, "1 worker")
-        self.whole(many, f"{self.case['workers']} workers")
-        if (ended := self.ended_alike(alone, many)) is not None:
-            return ended
+        self.check_sound(alone, "1 worker")
+        self.check_sound(many, f"{self.case['workers']} workers")
+        if (refusal := self.check_endings(alone, many)) is not None:
+            return refusal
         if self.has_reference():
-            self.law("0 reference", self.like_the_reference, alone)
+            self.law("0 reference", self.check_reference, alone)
         if many is not alone:
-            self.law("1 world", self.like_one_worker, many, alone)
+            self.law("1 world", self.check_one_worker, many, alone)
             if self.job["reduction"] == "exact":
-                self.law("3 exact", self.same_state, many, alone)
+                self.law("3 exact", self.check_same_state, many, alone)
         if self.case["interruptions"]:
-            self.law("2 resume", self.interrupted, many, alone)
+            self.law("2 resume", self.check_interrupted, many, alone)
         if self.case["seed"] % 3 == 0:
-            self.law("4 finished", self.left_alone, many)
+            self.law("4 finished", self.check_finished, many)
         return Verdict("chaotic" if self.chaotic else "held", self.held)
 
-    def law(self, name: str, holds: Callable[..., None], *arguments: Any) -> None:
-        """Try one law."""
+    def law(self, name: str, check: Callable[..., None], *arguments: Any) -> None:
+        """Test one law."""
         try:
-            holds(*arguments)
+            check(*arguments)
         except Broken as broken:
             raise Broken(f"law {name}: {broken}") from None
         self.held.append(name)
@@ -110,24 +109,22 @@ class _Trial:
         self,
         workers: int,
         folder: Path | None = None,
-        more: int = 0,
-        breaks: Interruption | None = None,
+        attempt: int = 0,
     ) -> Outcome:
-        """Start the job on so many workers."""
-        return self.start(
-            self.job, folder or self.new_folder(), workers, self.case["seed"] + 1000 * more, breaks
-        )
+        """Start or resume the job; `attempt` varies the seed of the world."""
+        seed = self.case["seed"] + 1000 * attempt
+        return self.start(self.job, folder or self.new_folder(), workers, seed, None)
 
     def new_folder(self) -> Path:
-        """For one more run."""
-        self._folders += 1
-        return self.place / f"run{self._folders}"
+        """A folder for another run."""
+        self._runs += 1
+        return self.folder / f"run{self._runs}"
 
     @staticmethod
-    def whole(outcome: Outcome, where: str) -> None:
-        """The ranks stayed together and no internal error ended the run."""
+    def check_sound(outcome: Outcome, where: str) -> None:
+        """The ranks made matching calls, the exit code is allowed, and the run folder is sound."""
         if outcome.broken is not None:
-            raise Broken(f"the ranks fall apart on {where}: {outcome.broken}")
+            raise Broken(f"the ranks do not match on {where}: {outcome.broken}")
         if outcome.code not in (
             exits.FINISHED,
             exits.WRONG_JOB,
@@ -138,25 +135,28 @@ class _Trial:
         if outcome.flaws:
             raise Broken(f"in the folder of the run on {where}: {'; '.join(outcome.flaws)}")
 
-    def ended_alike(self, alone: Outcome, many: Outcome) -> Verdict | None:
-        """The verdict on a job that is not trained to its end; None for one that is."""
+    def check_endings(self, alone: Outcome, many: Outcome) -> Verdict | None:
+        """The verdict on a job that does not finish; None for one that does."""
         if alone.code == many.code == exits.FINISHED:
             return None
         text = many.message if many.code else alone.message
-        exact = (
+        needs_power_of_two = (
             self.job["reduction"] == "exact"
             and many.code == exits.WRONG_JOB
             and "exact needs 1, 2, 4" in many.message
         )
-        if exact:
+        if needs_power_of_two:
             return Verdict(
-                "refused", reason="reduction exact on a number of workers that is no power of two"
+                "refused", reason="exact mode on a number of workers that is not a power of two"
             )
         if alone.code in (exits.FINISHED, exits.DIVERGED) and self.misses_gradients(many):
             return Verdict(
                 "refused", reason="a gradient is missing on some ranks (gradients.missing: error)"
             )
-        if (alone.code, self.told(alone)) != (many.code, self.told(many)):
+        if (alone.code, self.normalised_message(alone)) != (
+            many.code,
+            self.normalised_message(many),
+        ):
             raise Broken(
                 f"1 worker ends with {alone.code} {alone.message!r}, the others with {many.code} "
                 f"{many.message!r}"
@@ -172,7 +172,7 @@ class _Trial:
             and self.job["batch"]["micro"] == "auto"
             and "batch.micro: reduction: exact" in text
         ):
-            return Verdict("refused", reason="micro-batches that the workers cut, in exact mode")
+            return Verdict("refused", reason="batch.micro: auto in exact mode")
         patterns = blocks.refusals(self.job)
         if not patterns:
             raise Broken(f"a sound job is refused: {text}")
@@ -181,12 +181,12 @@ class _Trial:
         if alone.steps or many.steps:
             raise Broken(f"refused after {max(alone.steps, many.steps)} steps have begun: {text}")
         if not any(re.search(pattern, text) for pattern in patterns):
-            raise Broken(f"the refusal speaks of none of {patterns}: {text}")
+            raise Broken(f"the refusal matches none of {patterns}: {text}")
         return Verdict("refused", reason=text)
 
-    def told(self, outcome: Outcome) -> str:
-        """The message of an end; without its numbers and ranks where a generator of the job's own
-        begins anew in each process.
+    def normalised_message(self, outcome: Outcome) -> str:
+        """The message of an outcome, without numbers and ranks if the job has a generator that is
+        seeded differently in each process.
         """
         if not any(block.get("seeded") is False for block in self.job["model"]["args"]["blocks"]):
             return outcome.message
@@ -195,7 +195,7 @@ class _Trial:
         )
 
     def has_single_samples(self) -> bool:
-        """Whether a micro-batch of the run has one sample only."""
+        """Whether any micro-batch of the run has a single sample."""
         accepted = engine.read(self.job, self.new_folder())
         assert isinstance(accepted, Job)
         controller = Controller(accepted.plan(self.job["data"]["args"]["samples"], 1))
@@ -205,12 +205,13 @@ class _Trial:
         )
 
     def misses_gradients(self, outcome: Outcome) -> bool:
-        """Whether a run ended as it may: the job leaves layers out by its data or by chance, and
-        asks for no zeros instead.
+        """Whether a run ended because of a missing gradient, as it may: the job skips layers, and
+        gradients.missing is error.
         """
-        described = self.job["model"]["args"]["blocks"]
+        descriptions = self.job["model"]["args"]["blocks"]
         skips = any(
-            block["kind"] == "skipped" or "skipped" in block.get("form", "") for block in described
+            block["kind"] == "skipped" or "skipped" in block.get("form", "")
+            for block in descriptions
         )
         if (
             outcome.code != exits.RANKS_DISAGREE
@@ -223,116 +224,113 @@ class _Trial:
         return True
 
     def has_reference(self) -> bool:
-        """Whether the plain loop knows this job's arithmetic: no 16 bits and no rollbacks."""
-        goes_back = (
+        """Whether the plain loop supports this job: no 16-bit precision and no rollbacks."""
+        may_roll_back = (
             self.job.get("on_nonfinite", {}).get("policy") == "rollback" and self.may_diverge()
         )
-        return self.job["precision"] in FROM_REFERENCE and not goes_back
+        return self.job["precision"] in FROM_REFERENCE and not may_roll_back
 
     def may_diverge(self) -> bool:
-        """Whether the job has something whose gradient need not be finite."""
+        """Whether gradients of the job may be non-finite."""
         brittle = any(
             block["kind"] in ("brittle", "leashed") for block in self.job["model"]["args"]["blocks"]
         )
         return brittle or self.job["data"]["args"].get("poisoned") is not None
 
-    def like_the_reference(self, alone: Outcome) -> None:
-        """One worker comes to what a plain loop comes to."""
+    def check_reference(self, alone: Outcome) -> None:
+        """One worker has the results of the plain loop."""
         accepted = engine.read(self.job, self.new_folder())
         assert isinstance(accepted, Job)
-        with engine.unchanged_settings(), engine.quietly(), kept_generators():
+        with engine.preserved_settings(), engine.silenced(), preserved_generators():
             try:
-                learnt = reference.train(accepted)
+                expected = reference.train(accepted)
             except Exception as error:
                 raise Broken(
-                    f"the plain loop cannot train this job ({type(error).__name__}: {error}), the "
-                    "engine did"
+                    f"the plain loop cannot train this job ({type(error).__name__}: {error}), but "
+                    "the engine did"
                 ) from None
         assert alone.checkpoint is not None
         assert alone.results is not None
         bound = FROM_REFERENCE[self.job["precision"]]
-        self.near(
-            _flat({"model": learnt.model, "loss": learnt.loss}), state_of(alone), bound, alone
-        )
-        if alone.results["steps"] != learnt.steps:
-            raise Broken(f"{alone.results['steps']} steps, not {learnt.steps}")
-        ours = {name: alone.results.get(name) for name in learnt.results}
-        ours["loss"] = ours["loss"] if len(alone.decisions) else None
-        self.near(learnt.results, ours, bound, alone)
+        state = _flat({"model": expected.model, "loss": expected.loss})
+        self.check_close(state, state_of(alone), bound)
+        if alone.results["steps"] != expected.steps:
+            raise Broken(f"{alone.results['steps']} steps, not {expected.steps}")
+        results = {name: alone.results.get(name) for name in expected.results}
+        results["loss"] = results["loss"] if len(alone.decisions) else None
+        self.check_close(expected.results, results, bound)
 
-    def like_one_worker(self, many: Outcome, alone: Outcome) -> None:
-        """Another number of workers comes to what one comes to."""
-        self.same_decisions(many, alone)
+    def check_one_worker(self, many: Outcome, alone: Outcome) -> None:
+        """Several workers have the results of one."""
+        self.check_same_decisions(many, alone)
         bound = BETWEEN_WORLDS[self.job["precision"]]
-        self.near(state_of(alone), state_of(many), bound, alone)
-        self.near(_results(alone), _results(many), bound, alone)
-        self.near(_losses(alone), _losses(many), bound, alone)
+        self.check_close(state_of(alone), state_of(many), bound)
+        self.check_close(_results(alone), _results(many), bound)
+        self.check_close(_losses(alone), _losses(many), bound)
 
-    def same_bits(self, ours: Outcome, theirs: Outcome) -> None:
-        """Two runs have come to the same to the last bit, results included."""
-        self.same_state(ours, theirs)
-        for name, value in _results(theirs).items():
-            if not _same(value, _results(ours).get(name)):
-                raise Broken(f"{name} is {value} and {_results(ours).get(name)}")
+    def check_same_bits(self, outcome: Outcome, expected: Outcome) -> None:
+        """Two runs have bit-identical state and results."""
+        self.check_same_state(outcome, expected)
+        for name, value in _results(expected).items():
+            if not _same(value, _results(outcome).get(name)):
+                raise Broken(f"{name} is {value} and {_results(outcome).get(name)}")
 
-    def left_alone(self, many: Outcome) -> None:
-        """A run that has finished stays as it is when it is started again."""
+    def check_finished(self, many: Outcome) -> None:
+        """Starting a finished run again changes nothing."""
         assert many.folder is not None
         before = contents(many.folder)
-        again = self.run(self.case["workers"], many.folder, more=9)
-        self.whole(again, "a start of a finished run")
+        again = self.run(self.case["workers"], many.folder, attempt=9)
+        self.check_sound(again, "a start of a finished run")
         if again.code != exits.FINISHED or again.steps:
             raise Broken(f"exit code {again.code} after {again.steps} steps: {again.message}")
         if (after := contents(many.folder)) != before:
             raise Broken(
-                f"other files: {sorted(name for name, _ in before.items() ^ after.items())}"
+                f"changed files: {sorted({name for name, _ in before.items() ^ after.items()})}"
             )
 
     @staticmethod
-    def same_state(ours: Outcome, theirs: Outcome) -> None:
-        """Two runs have learnt the same to the last bit, optimizer state included."""
-        one, other = state_of(theirs, optimizer=True), state_of(ours, optimizer=True)
-        if one.keys() != other.keys():
-            raise Broken(f"other tensors: {sorted(one.keys() ^ other.keys())}")
-        for name, value in one.items():
-            if not _same(value, other[name]):
-                away = _distance(value, other[name])
+    def check_same_state(outcome: Outcome, expected: Outcome) -> None:
+        """Two runs have bit-identical state, including that of the optimizer."""
+        state = state_of(outcome, optimizer=True)
+        expected_state = state_of(expected, optimizer=True)
+        if expected_state.keys() != state.keys():
+            raise Broken(f"names differ: {sorted(expected_state.keys() ^ state.keys())}")
+        for name, value in expected_state.items():
+            if not _same(value, state[name]):
                 raise Broken(
-                    f"{name} differs by {away:.1e}: {_show(value)} and {_show(other[name])}"
+                    f"{name} differs by {_distance(value, state[name]):.1e}: {_show(value)} and "
+                    f"{_show(state[name])}"
                 )
 
-    def interrupted(self, many: Outcome, alone: Outcome) -> None:
-        """Stopped or killed and started again, perhaps with other keys for a while, a run comes to
-        what it does undisturbed.
+    def check_interrupted(self, many: Outcome, alone: Outcome) -> None:
+        """A run that is stopped or killed and resumed, possibly with changed keys, has the results
+        of an uninterrupted run.
         """
-        folder, workers, kept = self.new_folder(), self.case["workers"], True
-        steps, told, shorter = max(1, len(many.decisions)), [], False
+        folder, workers, same_bits = self.new_folder(), self.case["workers"], True
+        steps, history, shorter = max(1, len(many.decisions)), [], False
         for number, interruption in enumerate(self.case["interruptions"]):
-            job = self.job_of_part(interruption)
-            breaks = _interruption(
+            job = self.job_until(interruption)
+            interrupt = _interruption(
                 interruption, steps, many.calls * workers // self.case["workers"]
             )
-            outcome = self.start(
-                job, folder, workers, self.case["seed"] + 1000 * (number + 1), breaks
-            )
-            told.append(
+            seed = self.case["seed"] + 1000 * (number + 1)
+            outcome = self.start(job, folder, workers, seed, interrupt)
+            history.append(
                 f"{interruption['how']} on {workers} "
                 f"({'killed' if outcome.killed else outcome.code})"
             )
-            kept = kept and not self.moves_bits(interruption)
-            if self.misses_gradients(outcome) or self.has_another_length(
-                outcome, shorter or "epochs" in interruption
-            ):
-                return
+            same_bits = same_bits and not self.may_change_bits(interruption)
             shorter = shorter or "epochs" in interruption
+            if self.misses_gradients(outcome) or self.is_length_refused(outcome, shorter):
+                return
             if outcome.broken is not None or not (
                 outcome.killed or outcome.code in (exits.FINISHED, exits.STOPPED)
             ):
                 raise Broken(
-                    f"{outcome.broken or _first_line(outcome.message)} ({', '.join(told)})"
+                    f"{outcome.broken or _first_line(outcome.message)} ({', '.join(history)})"
                 )
-            if outcome.code == exits.STOPPED and breaks.stop_at is None:
-                raise Broken(f"stopped by nobody: {outcome.message}")
+            if outcome.code == exits.STOPPED and interrupt.stop_at is None:
+                raise Broken(f"stopped without a request: {outcome.message}")
             if (
                 not outcome.killed
                 and outcome.code == exits.FINISHED
@@ -340,41 +338,41 @@ class _Trial:
             ):
                 break
             if self.job["reduction"] == "exact" and interruption["workers"] == 3:
-                continue  # exact mode has no such world: as many go on as before
-            kept = kept and interruption["workers"] == workers
+                continue  # exact mode cannot run on 3 workers: resume on as many as before
+            same_bits = same_bits and interruption["workers"] == workers
             workers = interruption["workers"]
         else:
-            outcome = self.run(workers, folder, 9)
-            told.append(f"then {workers} workers")
-            if self.misses_gradients(outcome) or self.has_another_length(outcome, shorter):
+            outcome = self.run(workers, folder, attempt=9)
+            history.append(f"then {workers} workers")
+            if self.misses_gradients(outcome) or self.is_length_refused(outcome, shorter):
                 return
         try:
-            self.like_undisturbed(outcome, many if kept else alone, kept)
+            self.check_resumed(outcome, many if same_bits else alone, same_bits)
         except Broken as broken:
-            raise Broken(f"{broken} ({', '.join(told)})") from None
+            raise Broken(f"{broken} ({', '.join(history)})") from None
 
-    def moves_bits(self, interruption: Mapping[str, Any]) -> bool:
-        """Whether what was otherwise in a part of a run may change its last bits.
+    def may_change_bits(self, interruption: Mapping[str, Any]) -> bool:
+        """Whether the changes of an interruption may change rounding errors.
 
-        Running statistics are put together, and so rounded, where the job's cadence has an
-        evaluation or a checkpoint; one that a clock asks for is no part of that. (Without any other
-        cadence there is one an epoch, which the clock's replaces.)
+        Running statistics are all-reduced, and so rounded, at evaluations and at checkpoints by
+        steps or epochs, but not at checkpoints by time. (Without a schedule by steps or epochs
+        there is a checkpoint per epoch, which a schedule by time replaces.)
         """
         changes = interruption.get("changes", {})
-        cadence = {"every_steps", "every_epochs"}
-        clock_alone = (
-            not cadence & changes.get("checkpoint", {}).keys()
-            and cadence & self.job["checkpoint"].keys()
+        schedule = {"every_steps", "every_epochs"}
+        only_by_time = (
+            not schedule & changes.get("checkpoint", {}).keys()
+            and schedule & self.job["checkpoint"].keys()
         )
         return (
             "epochs" in interruption
             or "evaluate" in changes
-            or ("checkpoint" in changes and not clock_alone)
+            or ("checkpoint" in changes and not only_by_time)
         )
 
-    def job_of_part(self, interruption: Mapping[str, Any]) -> dict[str, Any]:
-        """The job as it is until an interruption: with other keys that decide nothing, or
-        shorter.
+    def job_until(self, interruption: Mapping[str, Any]) -> dict[str, Any]:
+        """The job as it runs until an interruption: shorter, or with changed keys that must not
+        affect the results.
         """
         job = dict(self.job)
         for section, values in interruption.get("changes", {}).items():
@@ -386,133 +384,132 @@ class _Trial:
         return job
 
     @staticmethod
-    def has_another_length(outcome: Outcome, changes: bool) -> bool:
-        """Whether a start was refused, as it may be, because its length changes.
+    def is_length_refused(outcome: Outcome, shorter: bool) -> bool:
+        """Whether a start was rejected, as it may be, because the length of the run changed.
 
-        It is shorter than its warmup, its growths or what lies behind it; or the run's last step
-        had been cut by its end already.
+        The shorter run may end before its warmup, its growths or the steps already taken, or its
+        last step may have been truncated.
         """
-        if not changes or outcome.code not in (exits.WRONG_JOB, exits.BAD_CHECKPOINT):
+        if not shorter or outcome.code not in (exits.WRONG_JOB, exits.BAD_CHECKPOINT):
             return False
         return outcome.code == exits.WRONG_JOB or "epochs is" in outcome.message
 
-    def same_decisions(self, ours: Outcome, theirs: Outcome) -> None:
-        """Every decision is the same.
+    def check_same_decisions(self, outcome: Outcome, expected: Outcome) -> None:
+        """Two runs have equal decisions.
 
-        But for the micro-batches where each number of workers cuts its own, and for what was the
-        last step of a shorter run.
+        Ignores the micro-batches if they are `auto`, and which step is the last if a part of the
+        run was shorter.
         """
-        free = {"micro_batch"} if self.job["batch"]["micro"] == "auto" else set()
+        ignored = {"micro_batch"} if self.job["batch"]["micro"] == "auto" else set()
         if any("epochs" in interruption for interruption in self.case["interruptions"]):
-            free.add("is_last")
-        read = [[json.loads(line) for line in outcome.decisions] for outcome in (ours, theirs)]
-        kept = [
-            [{key: value for key, value in line.items() if key not in free} for line in lines]
-            for lines in read
-        ]
-        if kept[0] != kept[1]:
-            raise Broken(f"other decisions: {_first_other(*kept)}")
+            ignored.add("is_last")
+        decisions, expected_decisions = (
+            [
+                {key: value for key, value in json.loads(line).items() if key not in ignored}
+                for line in lines
+            ]
+            for lines in (outcome.decisions, expected.decisions)
+        )
+        if decisions != expected_decisions:
+            difference = _first_difference(decisions, expected_decisions)
+            raise Broken(f"decisions differ: {difference}")
 
-    def like_undisturbed(self, again: Outcome, undisturbed: Outcome, kept: bool) -> None:
-        """An interrupted run's end."""
-        self.whole(again, "the last start")
-        if again.code != exits.FINISHED:
-            raise Broken(f"exit code {again.code}: {again.message}")
-        if again.results is None:
+    def check_resumed(self, outcome: Outcome, expected: Outcome, same_bits: bool) -> None:
+        """A resumed run finished with the results of the uninterrupted run `expected`."""
+        self.check_sound(outcome, "the last start")
+        if outcome.code != exits.FINISHED:
+            raise Broken(f"exit code {outcome.code}: {outcome.message}")
+        if outcome.results is None:
             raise Broken("there is no summary")
-        self.same_decisions(again, undisturbed)
-        if kept:
-            self.same_bits(again, undisturbed)
-            if self.logs_alike():
-                self.same_metrics(again, undisturbed)
+        self.check_same_decisions(outcome, expected)
+        if same_bits:
+            self.check_same_bits(outcome, expected)
+            if self.logs_match():
+                self.check_same_metrics(outcome, expected)
             return
         if self.job["reduction"] == "exact":
-            self.same_state(again, undisturbed)
+            self.check_same_state(outcome, expected)
         bound = BETWEEN_WORLDS[self.job["precision"]]
-        self.near(state_of(undisturbed), state_of(again), bound, undisturbed)
-        self.near(_results(undisturbed), _results(again), bound, undisturbed)
-        if self.logs_alike():
-            self.near(_losses(undisturbed), _losses(again), bound, undisturbed)
+        self.check_close(state_of(expected), state_of(outcome), bound)
+        self.check_close(_results(expected), _results(outcome), bound)
+        if self.logs_match():
+            self.check_close(_losses(expected), _losses(outcome), bound)
 
     @staticmethod
-    def same_metrics(ours: Outcome, theirs: Outcome) -> None:
-        """Two runs have written down the same to the last bit."""
-        if len(ours.metrics) != len(theirs.metrics):
-            raise Broken(f"{len(ours.metrics)} lines of metrics, and {len(theirs.metrics)}")
-        for one, other in zip(ours.metrics, theirs.metrics, strict=True):
-            if one.keys() != other.keys() or not all(
-                _same(value, other[name]) for name, value in one.items()
+    def check_same_metrics(outcome: Outcome, expected: Outcome) -> None:
+        """Two runs have bit-identical logs."""
+        if len(outcome.metrics) != len(expected.metrics):
+            raise Broken(f"{len(outcome.metrics)} lines of metrics, not {len(expected.metrics)}")
+        for line, other in zip(outcome.metrics, expected.metrics, strict=True):
+            if line.keys() != other.keys() or not all(
+                _same(value, other[name]) for name, value in line.items()
             ):
-                raise Broken(f"other metrics: {one} and {other}")
+                raise Broken(f"metrics differ: {line} and {other}")
 
-    def logs_alike(self) -> bool:
-        """Whether no part of the run wrote down more or less than the others."""
-        parts = [
+    def logs_match(self) -> bool:
+        """Whether the interruptions do not change when metrics are logged."""
+        changed = [
             interruption.get("changes", {}).keys() | interruption.keys()
             for interruption in self.case["interruptions"]
         ]
-        return not any(part & {"log", "evaluate", "epochs"} for part in parts)
+        return not any(keys & {"log", "evaluate", "epochs"} for keys in changed)
 
-    def near(
-        self, expected: Mapping[str, Any], found: Mapping[str, Any], bound: float, alone: Outcome
+    def check_close(
+        self, expected: Mapping[str, Any], values: Mapping[str, Any], bound: float
     ) -> None:
-        """Two states agree but for rounding, or for what rounding alone may make of this job."""
-        if expected.keys() != found.keys():
-            raise Broken(f"other names: {sorted(map(str, expected.keys() ^ found.keys()))}")
+        """Two states agree up to rounding errors, and their amplification by this job."""
+        if expected.keys() != values.keys():
+            raise Broken(f"names differ: {sorted(map(str, expected.keys() ^ values.keys()))}")
         for name, value in expected.items():
-            problem = _unlike(value, found[name])
-            if problem:
-                raise Broken(f"{name}: {problem}")
-            away = _distance(value, found[name])
-            if away <= bound:
+            mismatch = _mismatch(value, values[name])
+            if mismatch:
+                raise Broken(f"{name}: {mismatch}")
+            distance = _distance(value, values[name])
+            if distance <= bound:
                 continue
             allowed = max(bound, CHAOS * self.amplified())
-            if not away <= allowed:
+            if not distance <= allowed:
                 raise Broken(
-                    f"{name} differs by {away:.1e} (allowed {allowed:.0e}): {_show(value)} and "
-                    f"{_show(found[name])}"
+                    f"{name} differs by {distance:.1e} (allowed {allowed:.0e}): {_show(value)} and "
+                    f"{_show(values[name])}"
                 )
             self.chaotic = True
 
     def amplified(self) -> float:
-        """The largest distance of any tensor on one worker when the first number of each weight is
-        moved by its last bit.
-
-        0 for a job that does not come to the same twice: nothing excuses what it does.
+        """The largest distance of any tensor on one worker after perturbing the first element of
+        each weight by one bit; 0 for a job that is not reproducible, which excuses nothing.
         """
         if self._amplified is None:
-            plain, again = self.run(1), self.run(1, more=1)
+            first, again = self.run(1), self.run(1, attempt=1)
             blocks.nudged = self.job["precision"]
             try:
-                moved = self.run(1)
+                perturbed = self.run(1)
             finally:
                 blocks.nudged = None
-            if _furthest(plain, again) > 0:
+            if _largest_distance(first, again) > 0:
                 self._amplified = 0.0
+            elif perturbed.code == exits.FINISHED:
+                self._amplified = _largest_distance(first, perturbed)
             else:
-                self._amplified = (
-                    _furthest(plain, moved) if moved.code == exits.FINISHED else math.inf
-                )
+                self._amplified = math.inf
         return self._amplified
 
 
 def state_of(outcome: Outcome, optimizer: bool = False) -> dict[str, Any]:
-    """What a run has learnt, by name: the model's state, the loss's, and the optimizer's where it
-    is asked for.
-    """
-    held = outcome.checkpoint or {}
-    found = _flat({"model": held.get("model", {}), "loss": held.get("loss") or {}})
-    return found | (_flat({"optimizer": held.get("optimizer", {})}) if optimizer else {})
+    """The saved state by name: of the model, of the loss and, if requested, of the optimizer."""
+    checkpoint = outcome.checkpoint or {}
+    state = _flat({"model": checkpoint.get("model", {}), "loss": checkpoint.get("loss") or {}})
+    return state | (_flat({"optimizer": checkpoint.get("optimizer", {})}) if optimizer else {})
 
 
-def _furthest(one: Outcome, other: Outcome) -> float:
+def _largest_distance(one: Outcome, other: Outcome) -> float:
     """The largest distance of any tensor or result of two runs."""
     pairs = ((state_of(one), state_of(other)), (_results(one), _results(other)))
     return max(
         (
-            _distance(value, theirs.get(name))
-            for ours, theirs in pairs
-            for name, value in ours.items()
+            _distance(value, others.get(name))
+            for values, others in pairs
+            for name, value in values.items()
         ),
         default=0.0,
     )
@@ -523,7 +520,7 @@ def _results(outcome: Outcome) -> dict[str, Any]:
 
 
 def _losses(outcome: Outcome) -> dict[str, Any]:
-    """The losses on the way, by step."""
+    """The logged losses by step."""
     return {
         f"{name} at {line['step']:g}": line[name]
         for line in outcome.metrics
@@ -533,14 +530,14 @@ def _losses(outcome: Outcome) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{name}.")
+            flat |= _flat(value, f"{name}.")
         else:
-            found[name] = value
-    return found
+            flat[name] = value
+    return flat
 
 
 def _interruption(interruption: Mapping[str, Any], steps: int, calls: int) -> Interruption:
@@ -551,8 +548,8 @@ def _interruption(interruption: Mapping[str, Any], steps: int, calls: int) -> In
     return Interruption(kill_at=int(interruption["at"] * calls))
 
 
-def _unlike(one: Any, other: Any) -> str:
-    """How two values differ in kind; nothing where only their numbers may differ."""
+def _mismatch(one: Any, other: Any) -> str:
+    """How two values differ other than in floating-point numbers; empty if they do not."""
     if isinstance(one, torch.Tensor) != isinstance(other, torch.Tensor):
         return f"{one!r} and {other!r}"
     if isinstance(one, torch.Tensor):
@@ -566,8 +563,8 @@ def _unlike(one: Any, other: Any) -> str:
 
 
 def _distance(one: Any, other: Any) -> float:
-    """The relative distance of two tensors or numbers; 0 where both are not finite in the same
-    places.
+    """The relative distance of the finite elements of two tensors or numbers; infinite if others
+    are finite in one than in the other.
     """
     if one is None or other is None or isinstance(one, (str, bool)):
         return 0.0 if one == other else math.inf
@@ -583,7 +580,7 @@ def _distance(one: Any, other: Any) -> float:
     if not torch.equal(one.isfinite(), other.isfinite()):
         return math.inf
     one, other = one[one.isfinite()], other[other.isfinite()]
-    return float((one - other).norm() / max(_LEAST_NORM, float(one.norm())))
+    return float((one - other).norm() / max(_MIN_NORM, float(one.norm())))
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -593,11 +590,11 @@ def _same(one: Any, other: Any) -> bool:
     return one == other or (one != one and other != other)
 
 
-def _first_other(ours: list[Any], theirs: list[Any]) -> str:
-    for one, other in zip(ours, theirs, strict=False):
-        if one != other:
-            return f"{one} and {other}"
-    return f"{len(ours)} and {len(theirs)} of them"
+def _first_difference(values: list[Any], others: list[Any]) -> str:
+    for value, other in zip(values, others, strict=False):
+        if value != other:
+            return f"{value} and {other}"
+    return f"{len(values)} and {len(others)} of them"
 
 
 def _show(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""Kills runs by SIGKILL of a random rank at a random moment, restarts each with the same command
-until it ends, and holds the final weights against those of an undisturbed run.
+"""Kills a random rank of a run at a random time, restarts the run until it finishes, and compares
+the final weights with those of an uninterrupted run.
 
-    python trials/kill_trial.py --runs 50                     identical to the last bit
-    python trials/kill_trial.py --runs 20 --change-workers    another number of workers at each
-                                                              restart: equal to 1e-12 relative
+    python trials/kill_trial.py --runs 50                     must be bit-identical
+    python trials/kill_trial.py --runs 20 --change-workers    restarts on another number of workers:
+                                                              must agree to 1e-12 relative
 
-Every third run is killed while rank 0 is writing a checkpoint. Prints a line for each run and a
+Every third run is killed while rank 0 writes a checkpoint. Prints a line for each run and a
 summary; exit code 0 if all agree.
 """
 
@@ -44,8 +44,8 @@ evaluate: {every_epochs: 2}
 
 
 def ranks_of(mpirun: int) -> list[int]:
-    """Process ids of the ranks that an mpirun has started."""
-    found = []
+    """Process ids of the ranks that an mpirun started, sorted."""
+    ranks = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             parent = next(
@@ -55,22 +55,22 @@ def ranks_of(mpirun: int) -> list[int]:
                 parent == str(mpirun)
                 and b"hvdlarge.train" in (status.parent / "cmdline").read_bytes()
             ):
-                found.append(int(status.parent.name))
+                ranks.append(int(status.parent.name))
         except (OSError, StopIteration):
             continue
-    return sorted(found)
+    return sorted(ranks)
 
 
 def start(folder: Path, workers: int, log: Any) -> subprocess.Popen[bytes]:
-    """Start the job in a folder."""
+    """Start the job in a folder, with its output in `log`."""
     command = [*MPIRUN, "-np", str(workers), *TRAIN, "job.yaml", "run_dir=run"]
     return subprocess.Popen(
         command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
-def wait_for_a_write(folder: Path, process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Return when rank 0 is writing a checkpoint, or after so many seconds."""
+def wait_for_save(folder: Path, process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait until rank 0 writes a checkpoint; False if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     checkpoints = folder / "run" / "checkpoints"
     while time.monotonic() < deadline and process.poll() is None:
@@ -84,75 +84,85 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
 
 
-def undisturbed(folder: Path, workers: int) -> tuple[dict[str, torch.Tensor], float]:
-    """Weights and seconds of a run that nobody kills."""
+def run_uninterrupted(folder: Path, workers: int) -> tuple[dict[str, torch.Tensor], float]:
+    """The weights and the duration in seconds of a run that is not killed."""
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
-    begin = time.monotonic()
+    started = time.monotonic()
     with (folder / "log").open("w") as log:
         code = start(folder, workers, log).wait(timeout=120)
     assert code == 0, (folder / "log").read_text()
     weights = weights_of(folder)
     assert all(torch.isfinite(value).all() for value in weights.values())
-    return weights, time.monotonic() - begin
+    return weights, time.monotonic() - started
 
 
 def kill_one(
     folder: Path,
     process: subprocess.Popen[bytes],
-    longest: float,
+    duration: float,
     in_save: bool,
-    chance: random.Random,
+    rng: random.Random,
 ) -> tuple[bool, bool]:
-    """SIGKILL to one rank at a random moment; returns (killed, in a write), (False, False) where
-    the run had ended before.
+    """Send SIGKILL to one rank at a random time.
+
+    Args:
+        folder: of the run.
+        process: the mpirun.
+        duration: expected seconds of the run.
+        in_save: kill rank 0 while it writes a checkpoint.
+        rng: draws the time and the rank.
+
+    Returns:
+        Whether a rank was killed (False if the run had ended before), and whether it was writing a
+        checkpoint.
     """
-    moment = chance.uniform(0.3, 0.7) if in_save else chance.uniform(0.1, 0.95)
+    fraction = rng.uniform(0.3, 0.7) if in_save else rng.uniform(0.1, 0.95)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=moment * longest)
-    in_write = in_save and wait_for_a_write(folder, process, 3)
+        process.wait(timeout=fraction * duration)
+    saving = in_save and wait_for_save(folder, process, 3)
     ranks = ranks_of(process.pid)
     if not ranks:
         return False, False
-    os.kill(ranks[0] if in_save else chance.choice(ranks), signal.SIGKILL)
-    return True, in_write
+    os.kill(ranks[0] if in_save else rng.choice(ranks), signal.SIGKILL)
+    return True, saving
 
 
 def trial(
     folder: Path,
     workers: int,
     next_workers: Any,
-    longest: float,
+    duration: float,
     in_save: bool,
-    chance: random.Random,
+    rng: random.Random,
 ) -> Any:
-    """One run, killed once or more; returns (kills, kills in a write, starts, seconds).
+    """One run, killed at least once; returns (kills, kills during a save, starts, seconds).
 
-    A machine's speed wanders, so a run can end before its moment has come; it then shows nothing,
-    and begins anew with the moment drawn from the time that it took.
+    If the run ends before it is killed, because the machine became faster, it starts over with the
+    duration just measured.
     """
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
-    kills = in_write = starts = escapes = 0
+    kills = kills_in_save = starts = escapes = 0
     begin = time.monotonic()
     with (folder / "log").open("w") as log:
         while True:
             starts += 1
             started = time.monotonic()
             process = start(folder, workers, log)
-            if kills == 0 or (kills < 3 and chance.random() < 0.3):
-                killed, writing = kill_one(folder, process, longest, in_save, chance)
+            if kills == 0 or (kills < 3 and rng.random() < 0.3):
+                killed, saving = kill_one(folder, process, duration, in_save, rng)
                 kills += killed
-                in_write += writing
+                kills_in_save += saving
             code = process.wait(timeout=120)
             if code == 0 and kills == 0:
                 escapes += 1
                 assert escapes < 10, "ten runs in a row ended before they could be killed"
-                longest = time.monotonic() - started
+                duration = time.monotonic() - started
                 shutil.rmtree(folder / "run")
                 continue
             if code == 0:
-                return kills, in_write, starts, time.monotonic() - begin
+                return kills, kills_in_save, starts, time.monotonic() - begin
             assert code == 137, f"exit code {code}\n{(folder / 'log').read_text()[-3000:]}"
             assert starts - escapes < 10, (folder / "log").read_text()[-3000:]
             workers = next_workers(workers)
@@ -166,59 +176,50 @@ def main() -> int:
     parser.add_argument("--change-workers", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance = random.Random(options.seed)
-    place = Path(tempfile.mkdtemp(prefix="kill-trial-"))
+    rng = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="kill-trial-"))
     try:
-        whole, longest = undisturbed(place / "whole", options.workers)
-        print(f"undisturbed: {longest:.1f} s on {options.workers} workers", flush=True)
-        totals = {
-            "runs": 0,
-            "kills": 0,
-            "kills while a checkpoint was written": 0,
-            "starts": 0,
-            "agree": 0,
-        }
+        expected, duration = run_uninterrupted(folder / "uninterrupted", options.workers)
+        print(f"uninterrupted: {duration:.1f} s on {options.workers} workers", flush=True)
+        totals = dict.fromkeys(("runs", "kills", "kills during a save", "starts", "agree"), 0)
         worst = 0.0
         for number in range(options.runs):
-            others = (
-                (lambda now: chance.choice([n for n in (1, 2, 3, 4) if n != now]))
+            next_workers = (
+                (lambda workers: rng.choice([n for n in (1, 2, 3, 4) if n != workers]))
                 if options.change_workers
-                else (lambda now: now)
+                else (lambda workers: workers)
             )
-            kills, in_write, starts, seconds = trial(
-                place / f"run{number}", options.workers, others, longest, number % 3 == 2, chance
+            run_folder, in_save = folder / f"run{number}", number % 3 == 2
+            kills, kills_in_save, starts, seconds = trial(
+                run_folder, options.workers, next_workers, duration, in_save, rng
             )
-            weights = weights_of(place / f"run{number}")
+            weights = weights_of(run_folder)
             if options.change_workers:
-                away = weight_distance(weights, whole)
-                agree = away <= 1e-12
-                worst = max(worst, away)
+                difference = weight_distance(weights, expected)
+                agree = difference <= 1e-12
+                worst = max(worst, difference)
             else:
-                agree = all(torch.equal(weights[name], value) for name, value in whole.items())
-            lines = [
-                json.loads(line)
-                for line in (place / f"run{number}/run/decisions.jsonl").read_text().splitlines()
-            ]
-            agree = agree and [line["step"] for line in lines] == list(range(len(lines)))
-            for name, value in zip(totals, (1, kills, in_write, starts, int(agree)), strict=True):
+                agree = all(torch.equal(weights[name], value) for name, value in expected.items())
+            text = (run_folder / "run/decisions.jsonl").read_text()
+            decisions = [json.loads(line) for line in text.splitlines()]
+            agree = agree and [line["step"] for line in decisions] == list(range(len(decisions)))
+            counts = (1, kills, kills_in_save, starts, int(agree))
+            for name, value in zip(totals, counts, strict=True):
                 totals[name] += value
             print(
                 f"run {number}: {kills} kills, {starts} starts, {seconds:.1f} s, "
                 f"{'agrees' if agree else 'DIFFERS'}",
                 flush=True,
             )
-            shutil.rmtree(place / f"run{number}")
+            shutil.rmtree(run_folder)
         print(
             ", ".join(f"{name} {value}" for name, value in totals.items())
             + (f", largest distance {worst:.1e}" if worst else "")
         )
-        return (
-            0
-            if totals["agree"] == totals["runs"] == options.runs and totals["kills"] >= options.runs
-            else 1
-        )
+        all_agree = totals["agree"] == totals["runs"] == options.runs
+        return 0 if all_agree and totals["kills"] >= options.runs else 1
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

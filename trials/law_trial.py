@@ -1,17 +1,16 @@
-"""Laws 1 to 3 on whole jobs: the final weights at 1, 2, 3 and 4 workers held against each other.
+"""Laws 1 to 3 on whole jobs: compares the final weights on 1, 2, 3 and 4 workers.
 
     python trials/law_trial.py                 three jobs: about eleven minutes on two cores
     python trials/law_trial.py --jobs lstm     one of them
 
-Law 1, the world law: every tensor of the final weights and buffers within 1e-12 relative (float64)
-or 1e-5 (float32) of the run on one worker. Law 2, the resume law: a run that was stopped in its
-middle and started again ends with the same bits, momentum included, as one that was not. Law 3,
-exact mode: the same SHA-256 of all of it at 1, 2 and 4 workers. Prints a line for each run; exit
-code 0 if all hold.
+Law 1: every tensor of the final weights and buffers is within 1e-12 relative (float64) or 1e-5
+(float32) of the run on one worker. Law 2: a run that is stopped and resumed has bit-identical
+weights, buffers and momentum to an uninterrupted run. Law 3, exact mode: the SHA-256 of all of them
+is the same on 1, 2 and 4 workers. Prints a line for each run; exit code 0 if all laws hold.
 
-In float32 a long run on real data magnifies its own rounding: where an input of a ReLU changes its
-sign, a gradient jumps. So float32 is judged over the first steps, and for the whole run a control
-is shown beside it: one worker against one worker whose first weight was moved by its last bit.
+In float32 a long run amplifies rounding errors: a gradient jumps when an input of a ReLU changes
+its sign. So float32 is judged over the first steps only. For the whole run a control is printed
+too: one worker compared with one worker whose first weight was perturbed by one bit.
 """
 
 import argparse
@@ -31,18 +30,18 @@ from support.launching import MPIRUN, ROOT, TRAIN, environment
 
 
 class Trial(NamedTuple):
-    """A job to hold against the laws."""
+    """A job to test the laws on."""
 
     file: str
     changes: list[str]
     model: str
     arguments: dict
-    short: str  # its first 45 steps, in which float32 is judged
+    short: str  # override for its first 45 steps, over which float32 is judged
 
     def command(self, *more: str, model: str = "{name}") -> list[str]:
-        """The job with a model: the built-in one, or one that builds it and changes it."""
-        given = self.arguments if model == "{name}" else {"name": self.model, **self.arguments}
-        section = json.dumps({"name": model.format(name=self.model), "args": given})
+        """Arguments of train, with the job's model or a `model` that wraps it."""
+        arguments = self.arguments if model == "{name}" else {"name": self.model, **self.arguments}
+        section = json.dumps({"name": model.format(name=self.model), "args": arguments})
         return [self.file, *self.changes, f"model={section}", *more]
 
 
@@ -72,139 +71,146 @@ def model(name, **arguments):
 
 
 def run(
-    place: Path, name: str, workers: int, *arguments: str, stops: bool = False
+    folder: Path, name: str, workers: int, *arguments: str, stop: bool = False
 ) -> tuple[Any, float]:
-    """Train a job, or stop it as soon as it has some steps behind it; returns its last checkpoint
-    and the seconds.
+    """Train a job in `folder / name`, or stop it after a few steps; returns its last checkpoint and
+    its duration in seconds.
     """
     launch = [] if workers == 1 else [*MPIRUN, "-np", str(workers)]
-    command, folder = [*launch, *TRAIN, *arguments, f"run_dir={place / name}"], place / name
-    begin = time.monotonic()
-    with (place / "log").open("w+") as log:
+    run_folder = folder / name
+    command = [*launch, *TRAIN, *arguments, f"run_dir={run_folder}"]
+    started = time.monotonic()
+    with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(PYTHONPATH=str(place)), stdout=log, stderr=log
+            command, cwd=ROOT, env=environment(PYTHONPATH=str(folder)), stdout=log, stderr=log
         )
-        while stops and process.poll() is None:
-            if (folder / "metrics.jsonl").exists() and (
-                folder / "metrics.jsonl"
-            ).stat().st_size > 500:
-                (folder / "STOP").touch()
+        metrics = run_folder / "metrics.jsonl"
+        while stop and process.poll() is None:
+            if metrics.exists() and metrics.stat().st_size > 500:
+                (run_folder / "STOP").touch()
                 break
             time.sleep(0.02)
         code = process.wait(timeout=600)
-    assert code == (75 if stops else 0), (
-        f"{command}: exit code {code}\n{(place / 'log').read_text()}"
+    assert code == (75 if stop else 0), (
+        f"{command}: exit code {code}\n{(folder / 'log').read_text()}"
     )
-    return torch.load(folder / "checkpoints/last.pt", weights_only=True), time.monotonic() - begin
+    checkpoint = torch.load(run_folder / "checkpoints/last.pt", weights_only=True)
+    return checkpoint, time.monotonic() - started
 
 
 def tensors_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name."""
-    found = dict(checkpoint["model"])
+    """The tensors of the model and the optimizer, by name."""
+    tensors = dict(checkpoint["model"])
     for name, state in checkpoint["optimizer"].items():
-        found |= {
+        tensors |= {
             f"{name}.{key}": value
             for key, value in state.items()
             if isinstance(value, torch.Tensor)
         }
-    return found
+    return tensors
 
 
-def distance(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, str]:
+def distance(checkpoint: dict[str, Any], expected: dict[str, Any]) -> tuple[float, str]:
     """The largest relative distance of any weight or buffer, and its name."""
-    ours, theirs = ours["model"], theirs["model"]
-    assert ours.keys() == theirs.keys()
-    away = {}
-    for name, value in theirs.items():
+    model, expected_model = checkpoint["model"], expected["model"]
+    assert model.keys() == expected_model.keys()
+    distances = {}
+    for name, value in expected_model.items():
         assert torch.isfinite(value).all()
-        size = value.double().norm().item()
-        away[name] = (ours[name].double() - value.double()).norm().item() / (size or 1.0)
-    worst = max(away, key=lambda name: away[name])
-    return away[worst], worst
+        norm = value.double().norm().item()
+        distances[name] = (model[name].double() - value.double()).norm().item() / (norm or 1.0)
+    worst = max(distances, key=lambda name: distances[name])
+    return distances[worst], worst
 
 
 def digest(checkpoint: dict[str, Any]) -> str:
     """SHA-256 over all tensors."""
-    whole = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, value in sorted(tensors_of(checkpoint).items()):
-        whole.update(name.encode() + value.contiguous().numpy().tobytes())
-    return whole.hexdigest()
+        sha256.update(name.encode() + value.contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def report(law: str, job: str, workers: int, text: str, holds: bool | None = None) -> bool:
+    """Print a result; returns False for a broken law, True for any other result."""
+    verdict = {True: "holds", False: "BROKEN", None: ""}[holds]
+    unit = "worker " if workers == 1 else "workers"
+    print(f"{law:12} {job:24} {workers} {unit}: {text} {verdict}", flush=True)
+    return holds is not False
+
+
+def check_worlds(folder: Path, name: str, trial: Trial) -> tuple[bool, dict[int, dict[str, Any]]]:
+    """Law 1; returns whether it holds, and the checkpoints of the full float32 runs by workers."""
+    holds = True
+    for precision, length in (("fp64", []), ("fp32", [trial.short]), ("fp32", [])):
+        arguments = trial.command(f"precision={precision}", *length)
+        is_judged = precision == "fp64" or bool(length)
+        checkpoints: dict[int, dict[str, Any]] = {}
+        for workers in (1, 2, 3, 4):
+            run_name = f"{name}-{precision}-{len(length)}-{workers}"
+            checkpoints[workers], seconds = run(folder, run_name, workers, *arguments)
+            if workers == 1:
+                continue
+            largest, worst = distance(checkpoints[workers], checkpoints[1])
+            text = (
+                f"{precision}, {checkpoints[workers]['position']['step']} steps: {largest:.1e} "
+                f"({worst}), {seconds:.0f} s"
+            )
+            is_close = largest < BOUNDS[precision] if is_judged else None
+            holds &= report("1 world", name, workers, text, is_close)
+    command = trial.command("precision=fp32", model="nudged:model")
+    nudged, _ = run(folder, f"{name}-nudged", 1, *command)
+    largest, worst = distance(nudged, checkpoints[1])
+    text = f"fp32, first weight perturbed by one bit: {largest:.1e} ({worst})"
+    report("1 control", name, 1, text)
+    return holds, checkpoints
+
+
+def check_resume(
+    folder: Path, name: str, trial: Trial, full_runs: dict[int, dict[str, Any]]
+) -> bool:
+    """Law 2, in float32."""
+    holds = True
+    for workers, full_run in full_runs.items():
+        arguments, run_name = trial.command("precision=fp32"), f"{name}-resume-{workers}"
+        stopped, _ = run(folder, run_name, workers, *arguments, stop=True)
+        resumed, _ = run(folder, run_name, workers, *arguments)
+        step, last = stopped["position"]["step"], full_run["position"]["step"]
+        is_same = digest(resumed) == digest(full_run) and 0 < step < last
+        text = f"stopped after step {step} of {last}, then resumed:"
+        holds &= report("2 resume", name, workers, text, is_same)
+    return holds
+
+
+def check_exact(folder: Path, name: str, trial: Trial) -> bool:
+    """Law 3."""
+    holds, digests = True, {}
+    for workers in (1, 2, 4):
+        checkpoint, seconds = run(
+            folder, f"{name}-exact-{workers}", workers, *trial.command("reduction=exact")
+        )
+        digests[workers] = digest(checkpoint)
+        text = f"SHA-256 {digests[workers][:16]}…, {seconds:.0f} s"
+        holds &= report("3 exact", name, workers, text, digests[workers] == digests[1])
+    return holds
 
 
 def main() -> int:
-    """Try the laws; returns the exit code."""
+    """Test the laws; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS))
     options = parser.parse_args()
-    held = True
-
-    def report(law: str, job: str, workers: int, text: str, holds: bool | None = None) -> None:
-        nonlocal held
-        held &= holds is not False
-        verdict = {True: "holds", False: "BROKEN", None: ""}[holds]
-        print(
-            f"{law:12} {job:24} {workers} {'worker ' if workers == 1 else 'workers'}: {text} "
-            f"{verdict}",
-            flush=True,
-        )
-
-    with tempfile.TemporaryDirectory(prefix="law-trial-") as folder:
-        place = Path(folder)
-        (place / "nudged.py").write_text(NUDGED)
-        for name, trial in ((name, JOBS[name]) for name in options.jobs):
-            lengths = [("fp64", []), ("fp32", [trial.short]), ("fp32", [])]
-            whole = {}
-            for precision, length in lengths:
-                given = trial.command(f"precision={precision}", *length)
-                judged = precision == "fp64" or length
-                for workers in (1, 2, 3, 4):
-                    found, took = run(
-                        place, f"{name}-{precision}-{len(length)}-{workers}", workers, *given
-                    )
-                    whole[workers] = found  # of the last, which is the whole run in float32
-                    if workers == 1:
-                        alone = found
-                        continue
-                    away, where = distance(found, alone)
-                    text = (
-                        f"{precision}, {found['position']['step']} steps: {away:.1e} ({where}), "
-                        f"{took:.0f} s"
-                    )
-                    report(
-                        "1 world", name, workers, text, away < BOUNDS[precision] if judged else None
-                    )
-            nudged, _ = run(
-                place, f"{name}-nudged", 1, *trial.command("precision=fp32", model="nudged:model")
-            )
-            away, where = distance(nudged, alone)
-            report(
-                "1 control",
-                name,
-                1,
-                f"fp32, one bit of one first weight changed: {away:.1e} ({where})",
-            )
-            for workers in (1, 2, 3, 4):
-                end, given = whole[workers]["position"]["step"], trial.command("precision=fp32")
-                first, _ = run(place, f"{name}-resume-{workers}", workers, *given, stops=True)
-                again, _ = run(place, f"{name}-resume-{workers}", workers, *given)
-                at = first["position"]["step"]
-                same = digest(again) == digest(whole[workers])
-                report(
-                    "2 resume",
-                    name,
-                    workers,
-                    f"stopped after step {at} of {end}, then",
-                    same and 0 < at < end,
-                )
-            digests = {}
-            for workers in (1, 2, 4):
-                found, took = run(
-                    place, f"{name}-exact-{workers}", workers, *trial.command("reduction=exact")
-                )
-                digests[workers] = digest(found)
-                text = f"SHA-256 {digests[workers][:16]}…, {took:.0f} s"
-                report("3 exact", name, workers, text, digests[workers] == digests[1])
-    return 0 if held else 1
+    all_hold = True
+    with tempfile.TemporaryDirectory(prefix="law-trial-") as path:
+        folder = Path(path)
+        (folder / "nudged.py").write_text(NUDGED)
+        for name in options.jobs:
+            trial = JOBS[name]
+            holds, full_runs = check_worlds(folder, name, trial)
+            all_hold &= holds
+            all_hold &= check_resume(folder, name, trial, full_runs)
+            all_hold &= check_exact(folder, name, trial)
+    return 0 if all_hold else 1
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Holds jobs drawn at random against the engine's laws, on worlds of threads or over real MPI and
-Horovod.
+"""Tests the engine's laws on random jobs, with threads as ranks or over MPI and Horovod.
 
     python trials/laws.py --jobs 5000 --processes 2        ranks are threads of one process
     mpirun -np 3 python trials/laws.py --jobs 200          one world over the real channels
-    python trials/laws.py --replay trials/found/x.json     one case, or all of a folder
+    python trials/laws.py --replay trials/found/x.json     one case, or all cases of a folder
 
-Each job must be refused before its first step, in the same words on every number of workers, or
-hold: law 0, one worker comes to what a plain loop comes to (reference.py); law 1, n workers come to
-what one comes to; law 2, stopped or killed and started again, on as many workers or others, a run
-comes to what it comes to undisturbed; law 3, exact mode, to the last bit. Exit code 1 if one does
-not. A violation is written to a file as soon as it is found, as a case that --replay takes.
+Each job must be rejected before its first step, with the same message on any number of workers, or
+satisfy: law 0, one worker has the results of a plain loop (reference.py); law 1, n workers have the
+results of one; law 2, a run that is stopped or killed and resumed, on as many workers or on others,
+has the results of an uninterrupted run; law 3, exact mode is bit-identical. Exit code 1 if a law is
+violated. Violations are written to a file at once, as cases for --replay.
 """
 
 from __future__ import annotations
@@ -37,50 +36,50 @@ from trials.cases import Case, cases
 from trials.judge import Verdict
 
 Judge = Callable[[Case], Verdict]
-_CHUNK = 200  # cases that are drawn together
+_CHUNK = 200  # cases per call of Hypothesis
 
 
-class _Enough(BaseException):
-    """Time is up; Hypothesis does not catch it."""
+class _OutOfTime(BaseException):
+    """Not caught by Hypothesis."""
 
 
 class Tally:
-    """What has been found so far.
+    """Counts of verdicts, and the violations.
 
     Args:
-        found: the file for violations, one JSON object a line.
-        shrink_seconds: how long a new kind of violation is made smaller.
-        until: when to end, by time.monotonic().
+        file: for violations, one JSON object per line.
+        shrink_seconds: time to shrink each new kind of violation.
+        until: end of the trial, by time.monotonic().
     """
 
-    def __init__(self, found: Path, shrink_seconds: float, until: float) -> None:
+    def __init__(self, file: Path, shrink_seconds: float, until: float) -> None:
         self.jobs = 0
         self.kinds: Counter[str] = Counter()
         self.laws: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
-        self.violations: dict[str, dict[str, Any]] = {}  # the smallest case of each kind
-        self.times: Counter[str] = Counter()  # how often each kind of violation was found
-        self._found, self._shrink_seconds, self._until = found, shrink_seconds, until
+        self.violations: dict[str, dict[str, Any]] = {}  # smallest case by kind
+        self.times: Counter[str] = Counter()  # violations by kind
+        self._file, self._shrink_seconds, self._until = file, shrink_seconds, until
         self._shrinking: tuple[str, float] | None = None
 
     def draw(self, number: int, seed: int, judged: Judge, **drawn: Any) -> None:
-        """Draw and judge `number` cases; a new kind of violation ends a chunk of them, when it has
-        been made smaller.
+        """Draw and judge `number` cases, in chunks; a new kind of violation is shrunk and ends its
+        chunk.
         """
         chunk = 0
         while self.jobs < number:
             before = self.jobs
             try:
                 self._chunk(min(_CHUNK, number - self.jobs), seed * 100_003 + chunk, judged, drawn)
-            except _Enough:
+            except _OutOfTime:
                 if time.monotonic() >= self._until:
                     return
-            except AssertionError:  # the smallest case has been noted
+            except AssertionError:  # raised by _note, which recorded the case
                 pass
             self._shrinking = None
             chunk += 1
             if self.jobs == before:
-                raise RuntimeError("Hypothesis draws nothing")
+                raise RuntimeError("Hypothesis drew no case")
 
     def _chunk(self, number: int, seed: int, judged: Judge, drawn: dict[str, Any]) -> None:
         phases = [Phase.generate, Phase.shrink] if self._shrink_seconds else [Phase.generate]
@@ -102,13 +101,13 @@ class Tally:
         one()
 
     def one(self, case: Case, judged: Judge) -> None:
-        """Judge one case; a new kind of violation is raised, so that Hypothesis makes it
-        smaller.
+        """Judge one case; raises AssertionError for a new kind of violation, so that Hypothesis
+        shrinks it.
         """
         if time.monotonic() >= self._until:
-            raise _Enough
+            raise _OutOfTime
         if self._shrinking is not None and time.monotonic() >= self._shrinking[1]:
-            raise _Enough
+            raise _OutOfTime
         verdict = judged(case)
         kind = kind_of(verdict)
         if self._shrinking is None:
@@ -127,7 +126,7 @@ class Tally:
         new = kind not in self.violations
         if new or len(json.dumps(case)) <= len(json.dumps(self.violations[kind]["case"])):
             self.violations[kind] = {"kind": kind, "reason": verdict.reason, "case": case}
-            with self._found.open("a", encoding="utf-8") as file:
+            with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.violations[kind]) + "\n")
         if self._shrink_seconds and (new or self._shrinking is not None):
             if self._shrinking is None:
@@ -135,7 +134,7 @@ class Tally:
             raise AssertionError(kind)
 
     def add(self, other: Tally) -> None:
-        """Take another process's findings in."""
+        """Add the counts and violations of another process."""
         self.jobs += other.jobs
         for name in ("kinds", "laws", "refusals", "times"):
             getattr(self, name).update(getattr(other, name))
@@ -143,32 +142,32 @@ class Tally:
 
     def lines(self, seconds: float) -> list[str]:
         """The summary."""
-        found = [
+        lines = [
             f"{self.jobs} jobs in {seconds:.0f} s ({self.jobs / max(seconds, 1e-9):.1f} a second)"
         ]
-        found += [f"  {kind:10} {count}" for kind, count in self.kinds.most_common()]
-        found += [f"  law {law:12} held by {count}" for law, count in sorted(self.laws.items())]
-        found += [
+        lines += [f"  {kind:10} {count}" for kind, count in self.kinds.most_common()]
+        lines += [f"  law {law:12} held by {count}" for law, count in sorted(self.laws.items())]
+        lines += [
             f"  refused {count:4}: {reason}" for reason, count in self.refusals.most_common(40)
         ]
         for kind, violation in self.violations.items():
-            found += [
+            lines += [
                 f"VIOLATION ({self.times[kind]} times) {violation['reason'][:600]}",
                 f"  {json.dumps(violation['case'])}",
             ]
-        return found
+        return lines
 
 
 def kind_of(verdict: Verdict) -> str:
-    """What two violations share that are probably the same: the reason without its numbers."""
+    """The beginning of the reason without numbers, to group violations with the same cause."""
     words = verdict.reason.split()[:9]
     return " ".join("#" if any(letter.isdigit() for letter in word) else word for word in words)
 
 
-def judge_here(case: Case) -> Verdict:
+def judge_on_threads(case: Case) -> Verdict:
     """Judge a case on worlds of threads."""
-    with engine.scratch() as place:
-        return judge.judge(case, place)
+    with engine.scratch() as folder:
+        return judge.judge(case, folder)
 
 
 def main() -> int:
@@ -176,7 +175,7 @@ def main() -> int:
     options = _parse()
     if options.replay is not None:
         return replay(options.replay)
-    began = time.monotonic()
+    start = time.monotonic()
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
         from trials import over_mpi
 
@@ -190,7 +189,7 @@ def main() -> int:
             )
         for other in others:
             tally.add(other)
-    print("\n".join(tally.lines(time.monotonic() - began)))
+    print("\n".join(tally.lines(time.monotonic() - start)))
     return 1 if tally.violations else 0
 
 
@@ -199,7 +198,7 @@ def _share(number: int, options: argparse.Namespace) -> Tally:
     warnings.simplefilter("ignore")
     jobs = options.jobs // options.processes + (number < options.jobs % options.processes)
     tally = Tally(options.found, options.shrink_seconds, time.monotonic() + 60 * options.minutes)
-    tally.draw(jobs, options.seed * 1000 + number, judge_here)
+    tally.draw(jobs, options.seed * 1000 + number, judge_on_threads)
     return tally
 
 
@@ -209,8 +208,8 @@ def replay(path: Path) -> int:
     violated = False
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
-            read = json.loads(line)
-            verdict = judge_here(read.get("case", read))
+            record = json.loads(line)
+            verdict = judge_on_threads(record.get("case", record))
             violated |= verdict.kind == "violation"
             print(f"{file.name}: {verdict.kind} {', '.join(verdict.laws)} {verdict.reason}")
     return int(violated)
@@ -223,18 +222,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=24 * 60, help="end after so long")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="time limit")
     parser.add_argument(
         "--shrink-seconds",
         type=float,
         default=20.0,
-        help="for each kind of violation; 0: as it was found",
+        help="time to shrink each kind of violation; 0: do not shrink",
     )
     parser.add_argument(
         "--found",
         type=Path,
         default=Path("violations.jsonl"),
-        help="where violations are written down",
+        help="file for violations",
     )
     parser.add_argument("--replay", type=Path, help="a file of cases, or a folder of such files")
     return parser.parse_args()

@@ -1,10 +1,8 @@
-"""The same run by a plain loop on one worker: slow, short, and without the engine's loader, step,
-sums and optimizers.
+"""A plain training loop on one worker, as the reference for the engine.
 
-What it takes from the engine is what a job means: the sections of the job, the controller's
-decisions, the order of the data and the keys of the random draws. All else is written down anew:
-the user's own objects are called as torch's documentation has it, and the update is the textbook's,
-in float64.
+It uses only the engine's definitions of a job: the sections of the job file, the controller's
+decisions, the order of the data and the random seeds. Loading, the step and the optimizers are
+implemented again, in the simplest way, with updates in float64.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ BUILT_IN = {"cross_entropy": "torch.nn:CrossEntropyLoss", "mse": "torch.nn:MSELo
 
 
 @dataclass
-class Learnt:
-    """What a run came to.
+class Trained:
+    """The result of a run.
 
     Attributes:
-        model: the model's state_dict.
-        loss: the loss's; empty for a function.
-        results: loss of the last step; test_loss and accuracy where there is a test set.
-        steps: taken.
+        model: state_dict of the model.
+        loss: state_dict of the loss; empty for a function.
+        results: loss of the last step; test_loss and accuracy if there is a test set.
+        steps: number of steps.
     """
 
     model: dict[str, Any]
@@ -49,23 +47,20 @@ class Learnt:
     steps: int
 
 
-def train(job: Job) -> Learnt:
+def train(job: Job) -> Trained:
     """Train a job to its end.
 
     Raises:
-        FloatingPointError: where a gradient is not finite, unless the job says that such steps are
-            skipped.
+        FloatingPointError: if a gradient is not finite, unless on_nonfinite is skip.
     """
     seed_all(seeds.key(job.seed, seeds.DATA))
-    training, test = named(job.data.name)(**job.data.args)
+    training, test = load_object(job.data.name)(**job.data.args)
     seed_all(seeds.key(job.seed, seeds.WEIGHTS))
-    model, loss = (
-        named(job.model.name)(**job.model.args),
-        named(job.loss.name)(**job.loss.arguments),
-    )
-    parts = [part for part in (model, loss) if isinstance(part, nn.Module)]
-    for part in parts:
-        part._apply(lambda tensor: tensor.to(type_of(tensor.dtype, job.precision)))
+    model = load_object(job.model.name)(**job.model.args)
+    loss = load_object(job.loss.name)(**job.loss.arguments)
+    modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
+    for module in modules:
+        module._apply(lambda tensor: tensor.to(type_of(tensor.dtype, job.precision)))
     weights = dict(model.named_parameters())
     if isinstance(loss, nn.Module):
         weights |= {f"loss.{name}": weight for name, weight in loss.named_parameters()}
@@ -75,7 +70,7 @@ def train(job: Job) -> Learnt:
     )
     controller, results, steps = Controller(job.plan(len(training), 1)), {}, 0
     while (decision := controller.decide()) is not None:
-        before = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
+        before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
         mean = step(job, decision, training, model, loss, weights)
         grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         if all(grad.isfinite().all() for grad in grads.values()):
@@ -88,7 +83,7 @@ def train(job: Job) -> Learnt:
         steps, results["loss"] = decision.step + 1, mean
     if test is not None:
         results |= evaluate(job, test, model, loss)
-    return Learnt(
+    return Trained(
         model.state_dict(), loss.state_dict() if isinstance(loss, nn.Module) else {}, results, steps
     )
 
@@ -101,7 +96,7 @@ def step(
     loss: Any,
     weights: Mapping[str, nn.Parameter],
 ) -> float:
-    """Add up the gradients of a step, one micro-batch after the other; returns the mean loss."""
+    """Accumulate the gradients of a step over its micro-batches; returns the mean loss."""
     _set_mode(model, loss, training=True)
     for weight in weights.values():
         weight.grad = None
@@ -118,31 +113,31 @@ def step(
         )
         seed_all(seeds.key(job.seed, seeds.MICRO_BATCH, start))
         inputs, targets = typed(job, inputs), typed(job, targets)
-        share = loss(model(inputs), targets) * (len(samples) / decision.global_batch)
-        share.backward()
-        total += share.item()
+        scaled_loss = loss(model(inputs), targets) * (len(samples) / decision.global_batch)
+        scaled_loss.backward()
+        total += scaled_loss.item()
     return total
 
 
 def _set_mode(model: nn.Module, loss: Any, training: bool) -> None:
-    for part in (model, loss):
-        if isinstance(part, nn.Module):
-            part.train(training)
+    for module in (model, loss):
+        if isinstance(module, nn.Module):
+            module.train(training)
 
 
 def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, float]:
-    """Mean loss over the test set, and the share of right answers where the targets are classes."""
+    """Mean loss over the test set, and the accuracy if the targets are classes."""
     _set_mode(model, loss, training=False)
-    total = right = 0.0
-    each, size = job.evaluate.micro_batch, len(test)
+    total = correct = 0.0
+    micro_batch, size = job.evaluate.micro_batch, len(test)
     classes = False
     with torch.no_grad():
-        for start in range(0, size, each):
-            samples = range(start, min(start + each, size))
+        for start in range(0, size, micro_batch):
+            samples = range(start, min(start + micro_batch, size))
             inputs, targets = fetch(
                 test, list(samples), [seeds.key(0, seeds.SAMPLE, sample) for sample in samples]
             )
-            seed_all(seeds.key(job.seed, getattr(seeds, "EVALUATION", 6), start))
+            seed_all(seeds.key(job.seed, seeds.EVALUATION, start))
             outputs, targets = model(typed(job, inputs)), typed(job, targets)
             total += float(loss(outputs, targets)) * len(samples)
             classes = (
@@ -150,28 +145,26 @@ def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, floa
                 and not targets.is_floating_point()
                 and outputs.ndim == targets.ndim + 1
             )
-            right += float((outputs.argmax(1) == targets).sum()) if classes else 0.0
-    return {"test_loss": total / size} | ({"accuracy": right / size} if classes else {})
+            correct += float((outputs.argmax(1) == targets).sum()) if classes else 0.0
+    return {"test_loss": total / size} | ({"accuracy": correct / size} if classes else {})
 
 
 def fetch(dataset: Any, indices: list[int], keys: list[int]) -> Any:
-    """The samples of a micro-batch as the set's own class gives them, together: each drawn under
-    its key.
+    """The collated samples of a micro-batch, each read after seeding with its key.
 
-    A set whose class defines a way to many samples (and no class below that one defines another way
-    to one) draws for all of them under the first key. torch's own Subset is looked through.
+    If the class of the data set defines a batched method, and no subclass of it overrides
+    `__getitem__`, all samples are read at once after seeding with the first key. torch's Subset is
+    unwrapped; its subclasses are not.
     """
     while type(dataset) is Subset:
         dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
-    for kind in type(dataset).__mro__:
-        if "__getitems__" in vars(kind) or (
-            "batch" in vars(kind) and isinstance(dataset, InMemory)
-        ):
+    for cls in type(dataset).__mro__:
+        if "__getitems__" in vars(cls) or ("batch" in vars(cls) and isinstance(dataset, InMemory)):
             seed_all(keys[0])
-            if "batch" in vars(kind):
+            if "batch" in vars(cls):
                 return dataset.batch(torch.tensor(indices))
             return default_collate(dataset.__getitems__(indices))
-        if "__getitem__" in vars(kind):
+        if "__getitem__" in vars(cls):
             break
     pairs = []
     for index, key in zip(indices, keys, strict=True):
@@ -187,15 +180,15 @@ def seed_all(key: int) -> None:
     random.seed(key)
 
 
-def named(name: str) -> Callable[..., Any]:
-    """The object that a job names."""
+def load_object(name: str) -> Callable[..., Any]:
+    """The callable that a job names."""
     module, _, attribute = BUILT_IN.get(name, name).partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def type_of(dtype: torch.dtype, precision: str) -> torch.dtype:
-    """The type in which a job keeps a tensor that was built with `dtype`: half types are widened;
-    fp64 widens all floats.
+    """The dtype in a run of a tensor built with `dtype`: 16-bit types become float32, and with fp64
+    all floating-point and complex types double precision.
     """
     if precision == "fp64":
         wide = torch.float64 if dtype.is_floating_point else torch.complex128
@@ -204,7 +197,7 @@ def type_of(dtype: torch.dtype, precision: str) -> torch.dtype:
 
 
 def typed(job: Job, batch: Any) -> Any:
-    """A batch in the type of the weights."""
+    """A batch with its floating-point tensors cast to the dtype of the weights."""
     if isinstance(batch, dict):
         return {name: typed(job, value) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
@@ -222,31 +215,29 @@ def typed(job: Job, batch: Any) -> Any:
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def excluded(job: Job, parts: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> set[str]:
-    """Names of the weights that are neither adapted nor decayed: biases and those of normalisation
-    layers.
+def excluded(job: Job, modules: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the weights without trust ratio and decay: matches of `exclude`, biases and weights
+    of normalisation layers.
     """
-    apart = {
+    names = {
         name
         for name in weights
         if any(fnmatchcase(name, pattern) for pattern in job.optimizer.exclude)
     }
-    for prefix, part in parts.items() if job.optimizer.exclude_bias_and_norm else ():
-        for module_name, module in part.named_modules() if isinstance(part, nn.Module) else ():
+    for prefix, root in modules.items() if job.optimizer.exclude_bias_and_norm else ():
+        for module_name, module in root.named_modules() if isinstance(root, nn.Module) else ():
             for own, _ in module.named_parameters(recurse=False):
                 if (
                     isinstance(module, NORMALISATION)
                     or own.startswith("bias")
                     or own.endswith("_bias")
                 ):
-                    apart.add(".".join(filter(None, [prefix, module_name, own])))
-    return apart & weights.keys()
+                    names.add(".".join(filter(None, [prefix, module_name, own])))
+    return names & weights.keys()
 
 
 def clipped(grads: Mapping[str, torch.Tensor], limit: float | None) -> dict[str, torch.Tensor]:
-    """The gradients in float64, without those that are zero throughout, no longer together than
-    `limit`.
-    """
+    """The gradients in float64, clipped to a total norm of `limit`; without those that are zero."""
     wide = {name: grad.double() for name, grad in grads.items() if grad.count_nonzero()}
     total = math.sqrt(sum(float(grad.square().sum()) for grad in wide.values()))
     if limit is None or total <= limit:
@@ -255,17 +246,17 @@ def clipped(grads: Mapping[str, torch.Tensor], limit: float | None) -> dict[str,
 
 
 class _Textbook:
-    def __init__(self, job: Job, weights: Mapping[str, nn.Parameter], apart: set[str]) -> None:
+    def __init__(self, job: Job, weights: Mapping[str, nn.Parameter], excluded: set[str]) -> None:
         self.options = job.optimizer
-        self.weights, self.apart = weights, apart
+        self.weights, self.excluded = weights, excluded
         self.wide = {name: weight.detach().double().clone() for name, weight in weights.items()}
         self.state: dict[str, Any] = {}
 
     def __call__(self, grads: Mapping[str, torch.Tensor], lr: float) -> None:
         for name, grad in grads.items():
-            adapted = name not in self.apart
+            adapted = name not in self.excluded
             factor = 1.0 if adapted else self.options.excluded_lr_factor
-            self.move(
+            self.update(
                 name,
                 self.wide[name],
                 grad,
@@ -274,32 +265,30 @@ class _Textbook:
                 adapted,
             )
             self.weights[name].data.copy_(self.wide[name])
-            # A weight of 32 bits is rounded in each step
+            # float32 weights are rounded after each step
             self.wide[name].copy_(self.weights[name].detach())
 
-    def move(
+    def update(
         self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool
     ) -> None:
         raise NotImplementedError
 
 
 class Lars(_Textbook):
-    """You, Gitman, Ginsburg (2017), Algorithm 1, and the forms of it that the job's options
-    name.
-    """
+    """You, Gitman, Ginsburg (2017), Algorithm 1, with the options of the job."""
 
-    def move(
+    def update(
         self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool
     ) -> None:
-        """Move one tensor in place."""
+        """Update one tensor in place."""
         options: Any = self.options
         direction = g + decay * w
         ratio = 1.0
         if adapted and w.norm() > 0:
-            size = direction.norm() if options.joint_norm else g.norm() + decay * w.norm()
+            norm = direction.norm() if options.joint_norm else g.norm() + decay * w.norm()
             ratio = (
-                float(options.trust_coefficient * w.norm() / (size + options.eps))
-                if size + options.eps > 0
+                float(options.trust_coefficient * w.norm() / (norm + options.eps))
+                if norm + options.eps > 0
                 else 1.0
             )
             if options.clip:
@@ -315,10 +304,10 @@ class Lars(_Textbook):
 class Lamb(_Textbook):
     """You et al. (2020), Algorithm 2, with bias correction."""
 
-    def move(
+    def update(
         self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool
     ) -> None:
-        """Move one tensor in place."""
+        """Update one tensor in place."""
         options: Any = self.options
         first, second = options.betas
         t, m, v = self.state.get(name, (0, torch.zeros_like(w), torch.zeros_like(w)))
@@ -330,9 +319,7 @@ class Lamb(_Textbook):
 
 
 class Torchs(_Textbook):
-    """torch's own class, one for each tensor, so that a tensor without a gradient is left out of a
-    step.
-    """
+    """torch's own optimizers, one per tensor, so that tensors without a gradient are skipped."""
 
     KINDS = {
         "sgd": (torch.optim.SGD, ("momentum", "nesterov")),
@@ -342,10 +329,10 @@ class Torchs(_Textbook):
         "rmsprop": (torch.optim.RMSprop, ("alpha", "momentum", "eps")),
     }
 
-    def move(
+    def update(
         self, name: str, w: torch.Tensor, g: torch.Tensor, lr: float, decay: float, adapted: bool
     ) -> None:
-        """Move one tensor in place."""
+        """Update one tensor in place."""
         if name not in self.state:
             kind, keys = self.KINDS[self.options.name]
             options = {key: getattr(self.options, key) for key in keys}

@@ -19,9 +19,7 @@ def job_schema() -> dict[str, Any]:
     for definition in [schema, *schema["$defs"].values()]:
         definition.pop("title", None)
         for name, entry in definition.get("properties", {}).items():
-            if isinstance(
-                entry.get("default"), dict
-            ):  # the defaults of a section are given at its keys
+            if isinstance(entry.get("default"), dict):  # given at the keys of the section
                 del entry["default"]
             entry.pop("title", None)
             definition["properties"][name] = _with_variables(entry)

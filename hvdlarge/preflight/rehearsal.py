@@ -95,7 +95,7 @@ def rehearse(
         JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
             differ when read again.
         RanksDisagreeError: on every rank, if the ranks read different samples.
-        OutOfMemory: on every rank, if a pass runs out of memory.
+        OutOfMemory: on a rank that runs out of memory.
     """
     sizes = _sizes(plan)
     loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))

@@ -17,13 +17,13 @@ FOUND = sorted((Path(__file__).parents[3] / "trials" / "found").glob("*.json"))
 @pytest.mark.parametrize("file", FOUND, ids=lambda file: file.stem)
 def test_what_once_broke_a_law_holds_now(file):
     found = json.loads(file.read_text(encoding="utf-8"))
-    verdict = laws.judge_here(found["case"])
+    verdict = laws.judge_on_threads(found["case"])
     assert verdict.kind == found["verdict"], verdict.reason
 
 
 def test_jobs_drawn_at_random_hold_the_laws(tmp_path):
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=0, until=time.monotonic() + 280)
-    tally.draw(120, seed=2017, judged=laws.judge_here)
+    tally.draw(120, seed=2017, judged=laws.judge_on_threads)
     assert not tally.violations, "\n".join(tally.lines(1))
     assert tally.jobs == 120
     assert tally.kinds["held"] >= 70

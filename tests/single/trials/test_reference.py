@@ -252,9 +252,9 @@ def test_a_rank_that_calls_less_is_seen(judged, monkeypatch):
         "compare_states",
         lambda control, replica: control.rank == 1 or plain(control, replica),
     )
-    verdict = judged()  # its next message meets another of the same kind: the ranks fall apart, or one cannot read what it hears
+    verdict = judged()  # its next message matches another of the same kind: the calls do not match, or a rank cannot parse what it receives
     assert verdict.kind == "violation"
-    assert "fall apart" in verdict.reason or "exit code 70" in verdict.reason
+    assert "do not match" in verdict.reason or "exit code 70" in verdict.reason
 
 
 def test_a_sum_in_another_order_is_seen_in_exact_mode(judged, monkeypatch):
@@ -300,11 +300,11 @@ def test_rounding_of_a_chaotic_job_is_no_violation(judged, monkeypatch):
     trial = judge._Trial(CASE, None, None)
     trial._amplified = 1e-6
     one, other = {"w": torch.ones(2)}, {"w": torch.ones(2) * (1 + 1e-5)}
-    trial.near(one, other, 1e-9, None)
+    trial.check_close(one, other, 1e-9)
     assert trial.chaotic
     trial._amplified = 1e-9
     with pytest.raises(judge.Broken, match="w differs by 1.0e-05"):
-        trial.near(one, other, 1e-9, None)
+        trial.check_close(one, other, 1e-9)
 
 
 def test_a_last_bit_is_moved_in_every_weight(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hvdlarge.optim.torch_optimizers import SGD
-from trials.thread_world import World, alone, run_world
+from trials.thread_world import World, run_single, run_world
 
 SIZES = [2, 3, 4]
 
@@ -106,8 +106,8 @@ def test_every_rank_has_random_generators_of_its_own():
         (lambda c, t: t.sum(torch.ones(2, dtype=torch.float64 if c.rank else torch.float32), "a"), "float64"),
         (lambda c, t: c.start_max([0.0] * (1 + c.rank)), "start_max"),
         (lambda c, t: t.broadcast_([("a", torch.ones(1))] * (1 + c.rank)), "broadcast_"),
-        (lambda c, t: c.barrier() if c.rank else t.sum(torch.ones(1), "a"), "wait for ever: rank 0 waits in .*sum.*rank 1 waits in .*barrier"),
-        (lambda c, t: c.barrier() if c.rank else None, "wait for ever: rank 0 has left, rank 1 waits in .*barrier"),
+        (lambda c, t: c.barrier() if c.rank else t.sum(torch.ones(1), "a"), "deadlock: rank 0 waits in .*sum.*rank 1 waits in .*barrier"),
+        (lambda c, t: c.barrier() if c.rank else None, "deadlock: rank 0 has exited, rank 1 waits in .*barrier"),
     ],
 )  # fmt: skip
 def test_calls_that_do_not_fit_together_are_told_at_once(calls, told):
@@ -158,10 +158,12 @@ def test_a_world_can_be_killed_at_each_of_its_calls():
 def test_a_lone_worker_keeps_the_process_as_it_was():
     np.random.seed(4)
     before = np.random.get_state()[1].tolist()
-    first, again, other = (alone(lambda c, t: np.random.rand(), seed).results for seed in (1, 1, 2))
+    first, again, other = (
+        run_single(lambda c, t: np.random.rand(), seed).results for seed in (1, 1, 2)
+    )
     assert first == again != other
     assert np.random.get_state()[1].tolist() == before
-    rank, error = alone(lambda c, t: 1 / 0).error
+    rank, error = run_single(lambda c, t: 1 / 0).error
     assert (rank, type(error)) == (0, ZeroDivisionError)
 
 
