@@ -15,16 +15,22 @@ def folder(tmp_path):
 
 @pytest.fixture
 def start(folder):
-    def run(command, timeout=120, **environ):
-        done = subprocess.run(
+    def run(command, timeout=1500, **environ):
+        process = subprocess.Popen(
             command,
             cwd=folder,
             env=environment(**environ),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
         )
-        return EndedRun(done.returncode, done.stdout, done.stderr)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a launcher ends its ranks then; one that is killed leaves them
+            process.communicate()
+            raise
+        return EndedRun(process.returncode, out, err)
 
     return run
 
@@ -33,7 +39,7 @@ def start(folder):
 def train(start):
     """Run a job: train(2, "jobs/digits.yaml", …) on two workers by mpirun, train(None, …) without a launcher."""
 
-    def run(workers, *arguments, launcher=None, timeout=120, **environ):
+    def run(workers, *arguments, launcher=None, timeout=1500, **environ):
         launch = [] if workers is None else (launcher or [*MPIRUN, "-np", str(workers)])
         return start([*launch, *TRAIN, *arguments], timeout, **environ)
 

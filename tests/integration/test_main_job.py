@@ -128,9 +128,7 @@ def test_float64_weights_are_those_of_the_job_and_not_of_the_workers(train, fold
 
 
 def test_sixteen_workers_on_few_cores_train_a_job(train, folder):
-    ended = train(
-        16, "jobs/digits.yaml", "epochs=1", "batch.initial=256", "lr.warmup.epochs=0.1", timeout=240
-    )
+    ended = train(16, "jobs/digits.yaml", "epochs=1", "batch.initial=256", "lr.warmup.epochs=0.1")
     assert ended.code == 0, ended.err
     assert json.loads((folder / "runs/digits/summary.json").read_text())["world_size"] == 16
     assert "256 = 16 × 1 × 16" in ended.out
