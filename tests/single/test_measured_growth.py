@@ -22,7 +22,13 @@ from hvdlarge.reporting.describe import rule_notes, stage_table
 from hvdlarge.schedule.growth import AdaBatchGrowth, Growth, NoGrowth
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.schedule.progress import milestones_reached
-from trials.engine import AskedFor, finish_writers, one_rank, quietly, unchanged_settings
+from trials.engine import (
+    StopAtStep,
+    join_checkpoint_writers,
+    preserved_settings,
+    run_rank,
+    silenced,
+)
 from trials.thread_world import run_world
 
 
@@ -89,11 +95,11 @@ def start(job, folder, workers, stop_after=None, kill_at=None):
     job = job.model_copy(update={"run_dir": str(folder)})
 
     def action(control, tensors):
-        return one_rank(job, folder, control, tensors, AskedFor(stop_after))[0]
+        return run_rank(job, folder, control, tensors, StopAtStep(stop_after))[0]
 
-    with unchanged_settings(), quietly():
+    with preserved_settings(), silenced():
         ends = run_world(workers, action, kill_at=kill_at)
-        finish_writers()
+        join_checkpoint_writers()
     if ends.error is not None:
         raise ends.error[1]
     return "killed" if ends.killed else ends.results[0]
