@@ -84,13 +84,13 @@ def test_an_allreduce_measurement_is_taken_up_by_a_plan(start, train, folder):
     ]
     planned = start([*plan, "--measured", "runs/digits", "--json"])
     assert planned.code == 0, planned.err
-    paper = json.loads(planned.out)
-    assert paper["allreduce"]["bytes"] == 4 * 14_458
-    assert paper["allreduce"]["seconds"] >= paper["allreduce"]["seconds_measured"]
-    assert paper["seconds_if_none_hides"] >= paper["seconds"]
+    estimate = json.loads(planned.out)
+    assert estimate["allreduce"]["bytes"] == 4 * 14_458
+    assert estimate["allreduce"]["seconds"] >= estimate["allreduce"]["seconds_measured"]
+    assert estimate["seconds_if_none_hides"] >= estimate["seconds"]
     assert "MiB in each step" in start([*plan, "--measured", "runs/digits"]).out
     alone = start(plan)
-    assert (alone.code, "name that one with --measured" in alone.err) == (2, True)
+    assert (alone.code, "name that run with --measured" in alone.err) == (2, True)
     wrong = start([*plan[:-1], "jobs/digits.yaml", "--measured", "runs/digits"])
     assert (wrong.code, "not what hvdlarge.bench allreduce --json writes" in wrong.err) == (2, True)
 
