@@ -61,7 +61,7 @@ test-integration: $(stamp)
 
 # What goes wrong on purpose: some of the cases in the default suite, all of them here (the suites after tests/faults are in both).
 test-faults-short: $(stamp)
-	$(pytest2) tests/faults -m short
+	$(bin)/python -m pytest tests/faults -m short
 
 test-faults: $(stamp)
 	$(bin)/python -m pytest tests/faults
