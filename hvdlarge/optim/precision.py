@@ -41,19 +41,19 @@ class LossScaler:
     """s.
 
     Args:
-        fixed: the part of s that stays.
-        moving: the part that follows overflows.
+        static: the part of s that stays.
+        dynamic: the part that follows overflows.
     """
 
     LARGEST, FIRST, STEPS_BEFORE_GROWTH = 2.0**24, 2.0**16, 2000
 
-    def __init__(self, fixed: float = 1.0, moving: float = 1.0) -> None:
-        self.fixed, self.moving = fixed, moving
+    def __init__(self, static: float = 1.0, dynamic: float = 1.0) -> None:
+        self.static, self.dynamic = static, dynamic
 
     @property
     def value(self) -> float:
-        """S itself."""
-        return self.fixed * self.moving
+        """The factor s."""
+        return self.static * self.dynamic
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The product s·loss."""

@@ -152,7 +152,7 @@ class LossScalingPolicy:
         self._scale = scale
         self._state = state
         self._kept: Snapshot | None = None
-        scale.moving = state.loss_scale or LossScaler.FIRST
+        scale.dynamic = state.loss_scale or LossScaler.FIRST
 
     def before_step(self, replica: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
@@ -162,16 +162,16 @@ class LossScalingPolicy:
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Leave the step out with half the scale, or let the other policy check."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
-        if scale.moving > 1 and norms.not_finite(replica.names):
+        if scale.dynamic > 1 and norms.not_finite(replica.names):
             assert self._kept is not None
             replica.statistics.restore(self._kept)
-            clean, scale.moving, applied = 0, scale.moving / 2, False
+            clean, scale.dynamic, applied = 0, scale.dynamic / 2, False
             self._state.overflows += 1
         else:
             applied = self._then.check(decision, replica, norms)
             if clean == LossScaler.STEPS_BEFORE_GROWTH:
-                clean, scale.moving = 0, min(2 * scale.moving, LossScaler.LARGEST)
-        self._state.loss_scale, self._state.steps_at_loss_scale = scale.moving, clean
+                clean, scale.dynamic = 0, min(2 * scale.dynamic, LossScaler.LARGEST)
+        self._state.loss_scale, self._state.steps_at_loss_scale = scale.dynamic, clean
         return applied
 
     def check_loss(self, decision: Decision, loss: float) -> None:

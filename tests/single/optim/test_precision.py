@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.counting import CountingReplica
 
 from hvdlarge.exits import DivergedError, JobError
 from hvdlarge.optim.interface import GradientNorms
@@ -75,26 +76,7 @@ def test_scaling_and_unscaling_round_nothing():
         scale.unscale([weight, torch.nn.Parameter(torch.zeros(2))])  # one without a gradient too
         return weight.grad.clone()
 
-    assert torch.equal(gradient(LossScaler()), gradient(LossScaler(fixed=8.0, moving=2.0**16)))
-
-
-class Statistics:
-    """Counts how often running statistics are put back."""
-
-    restored = 0
-
-    def snapshot(self):
-        return "kept"
-
-    def restore(self, kept):
-        assert kept == "kept"
-        self.restored += 1
-
-
-class Replica:
-    def __init__(self):
-        self.statistics = Statistics()
-        self.names = {"w": "w", "another": "another"}
+    assert torch.equal(gradient(LossScaler()), gradient(LossScaler(static=8.0, dynamic=2.0**16)))
 
 
 def follow(policy, replica, steps):
@@ -108,11 +90,11 @@ def follow(policy, replica, steps):
 
 
 def test_an_overflow_leaves_the_step_out_and_halves_the_scale():
-    scale, state, replica = LossScaler(fixed=4.0), TrainState(), Replica()
+    scale, state, replica = LossScaler(static=4.0), TrainState(), CountingReplica()
     policy = LossScalingPolicy(StopPolicy(), scale, state)
     assert scale.value == 4 * 2**16
     assert follow(policy, replica, [["w"], ["w"], [], []]) == [False, False, True, True]
-    assert (scale.moving, replica.statistics.restored) == (2**14, 2)
+    assert (scale.dynamic, replica.statistics.restored) == (2**14, 2)
     assert (state.loss_scale, state.steps_at_loss_scale, state.overflows) == (2**14, 2, 2)
 
 
@@ -120,19 +102,19 @@ def test_two_thousand_clean_steps_double_the_scale_up_to_its_limit():
     scale, state, replica = (
         LossScaler(),
         TrainState(loss_scale=2.0**23, steps_at_loss_scale=1990),
-        Replica(),
+        CountingReplica(),
     )
     policy = LossScalingPolicy(StopPolicy(), scale, state)
     follow(policy, replica, [[]] * 9)
-    assert scale.moving == 2**23
+    assert scale.dynamic == 2**23
     follow(policy, replica, [[]])
-    assert (scale.moving, state.steps_at_loss_scale) == (2**24, 0)
+    assert (scale.dynamic, state.steps_at_loss_scale) == (2**24, 0)
     follow(policy, replica, [[]] * 2000)
-    assert scale.moving == 2**24
+    assert scale.dynamic == 2**24
 
 
 def test_without_any_scaling_left_the_jobs_own_policy_judges():
-    scale, replica = LossScaler(), Replica()
+    scale, replica = LossScaler(), CountingReplica()
     policy = LossScalingPolicy(StopPolicy(), scale, TrainState(loss_scale=2.0))
     assert follow(policy, replica, [["w"]]) == [False]
     with pytest.raises(DivergedError, match="gradient of w is not finite at step 3"):

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from support.counting import CountingReplica
 
 from hvdlarge.exits import DivergedError
 from hvdlarge.optim.interface import GradientNorms
@@ -23,27 +24,8 @@ DECISION = Decision(
 FINITE, NOT_FINITE = ({"w": 1.0, "another": size} for size in (2.0, math.inf))
 
 
-class Statistics:
-    """Counts how often running statistics are put back."""
-
-    restored = 0
-
-    def snapshot(self):
-        return "snapshot"
-
-    def restore(self, snapshot):
-        assert snapshot == "snapshot"
-        self.restored += 1
-
-
-class Replica:
-    def __init__(self):
-        self.statistics = Statistics()
-        self.names = {"w": "w", "another": "another"}
-
-
 def check(policy, gradients):
-    replica = Replica()
+    replica = CountingReplica()
     policy.before_step(replica)
     return policy.check(DECISION, replica, GradientNorms(gradients)), replica.statistics.restored
 
