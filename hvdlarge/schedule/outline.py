@@ -19,7 +19,9 @@ from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.warmup import StageStart, full_rate_epoch
 
-_MOST_SPLITS = 20_000  # of a stage, on the way to its highest lr
+# A stage's highest lr is exact unless it takes more splits than this, and within the tolerance then
+_EXACT_SPLITS = 20_000
+_TOLERANCE = 1e-9  # relative
 
 
 @dataclass(frozen=True)
@@ -147,18 +149,18 @@ def highest_lr(stage: Stage) -> float:
     in two until no bound exceeds the highest lr that was seen. This needs some tens of splits where
     the lr rises before it falls, and about √steps where it rises and falls at once. The result is
     exact, unless so many steps have nearly the same lr that 20,000 splits do not tell them apart:
-    then it is the highest of those seen.
+    then no step's lr exceeds it by more than one part in 10⁹.
     """
     last = stage.steps - 1
     highest = max(stage.lr(0), stage.lr(last))
     ranges = [(-stage.highest_possible_lr(0, last), 0, last)]
-    for _ in range(_MOST_SPLITS):
-        if not ranges or -ranges[0][0] <= highest:
-            break
+    splits = 0
+    while ranges and -ranges[0][0] > highest * (1 + (splits >= _EXACT_SPLITS) * _TOLERANCE):
+        splits += 1
         _, low, high = heapq.heappop(ranges)
         middle = (low + high) // 2
+        highest = max(highest, stage.lr(middle), stage.lr(middle + 1))
         for first, final in ((low, middle), (middle + 1, high)):
-            highest = max(highest, stage.lr(first), stage.lr(final))
             bound = stage.highest_possible_lr(first, final)
             if bound > highest and first < final:
                 heapq.heappush(ranges, (-bound, first, final))
