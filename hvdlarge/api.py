@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hvdlarge.comm.launcher import detect
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config import yaml_source
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, parse_job, read_job
-from hvdlarge.exits import InvalidEnvironmentError
+from hvdlarge.exits import InvalidEnvironmentError, JobError
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import run
@@ -59,7 +61,13 @@ def run_job(
     if not isinstance(job, Mapping):
         path = Path(job_path(os.fspath(job)))
         return _run(read_job(str(path), overrides), path, fresh)
-    text = yaml_source.write(dict(job))
+    try:
+        text = yaml_source.write(dict(job))
+    except yaml.representer.RepresenterError as error:
+        raise JobError(
+            "job.yaml: a value is not a number, text, list, mapping, true, false or null: "
+            f"{error.args[-1]!r}"
+        ) from None
     with tempfile.TemporaryDirectory(prefix="hvdlarge-") as folder:
         path = Path(folder) / "job.yaml"
         path.write_text(text, encoding="utf-8")

@@ -191,9 +191,12 @@ def build_learning(
             pack(extra)
         if job.model.compile:
             model.compile()
-        return model, loss, build_optimizer(modules, job.optimizer), notes
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
+    try:
+        return model, loss, build_optimizer(modules, job.optimizer), notes
+    except ValueError as error:
+        raise JobError(f"optimizer: {error}") from None
 
 
 def _train_mode(module: torch.nn.Module) -> str | None:

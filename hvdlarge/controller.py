@@ -40,10 +40,11 @@ class Controller:
 
         Raises:
             RuntimeError: if it depends on steps that have not been observed yet.
+            ValueError: if the growth makes the batch smaller.
         """
         plan, clock = self._plan, self._plan.clock
         left = clock.total_samples - self._samples_seen
-        if left == 0:
+        if left <= 0:
             return None
         epoch = clock.epoch(self._samples_seen)
         stage_batch = self._batch_at(epoch)
@@ -80,13 +81,7 @@ class Controller:
                     f"step {self._step} depends on what is measured in step {self._step - 1}, and "
                     f"{self._steps_taken} steps were observed"
                 )
-        batch = growth.next_batch(initial, current, epoch, self._measured)
-        if batch < current:
-            raise ValueError(
-                f"{type(growth).__name__} gives a batch of {batch} after {current} at epoch "
-                f"{epoch:g}: batches only grow"
-            )
-        return batch
+        return growth.checked_next_batch(initial, current, epoch, self._measured)
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
         """Take note that a step was taken, and of what was measured in it.

@@ -105,7 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
     allreduce = None if options.allreduce is None else read_allreduce(Path(options.allreduce))
     jobs = [read_job(job_path(options.job), options.overrides)]
     if options.compare is not None:
-        jobs.append(read_job(options.compare))
+        jobs.append(read_job(job_path(options.compare)))
     plans = [_plan_of(job, options) for job in jobs]
     estimates = [
         estimate(job, plan, measured, allreduce) for job, plan in zip(jobs, plans, strict=True)
@@ -158,7 +158,7 @@ def in_words(
             f"{warmup * plan.clock.dataset_size / plan.initial_batch:,.1f} steps"
         )
     lines.append(
-        f"saved    {estimated['checkpoints']} checkpoints at the job's cadence, and one at each "
+        f"saved    {_checkpoints(estimated['checkpoints'])} at the job's cadence, and one at each "
         "new best evaluation"
     )
     if measured is not None:
@@ -207,10 +207,14 @@ def _costs_in_words(
     if size is not None:
         kept = job.checkpoint.keep + 1
         lines.append(
-            f"disk     {kept * size / 2**20:,.1f} MiB for {job.checkpoint.keep} checkpoints "
+            f"disk     {kept * size / 2**20:,.1f} MiB for {_checkpoints(job.checkpoint.keep)} "
             "and the best"
         )
     return lines
+
+
+def _checkpoints(count: int) -> str:
+    return f"{count} {'checkpoint' if count == 1 else 'checkpoints'}"
 
 
 def side_by_side(jobs: Sequence[Job], estimates: Sequence[Mapping[str, Any]]) -> list[str]:

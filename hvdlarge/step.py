@@ -59,7 +59,7 @@ def train_step(
     replica.update.zero_grad(numbers, layout.num_micro_batches)
     replica.statistics.begin_step()
     micro_batch_shares: list[torch.Tensor] = []
-    got_gradient: list[str] | None = None  # None on an idle worker, which cannot tell
+    without_gradient = dict(replica.names)  # in any pass so far; exact mode clears them after each
     for micro_batch, inputs, targets in micro_batches:
         # Random draws of model and loss are keyed by the micro-batch, not by the worker
         seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
@@ -71,11 +71,16 @@ def train_step(
             replica.update.backward(replica.loss_scaler.scaled(share))
             micro_batch_shares.append(share.detach())
             loss_share += micro_batch_shares[-1]
-            if micro_batch.number == numbers.stop - 1 and not replica.zero_if_missing:
-                got_gradient = [
-                    name for weight, name in replica.names.items() if weight.grad is not None
-                ]
+            if not replica.zero_if_missing:
+                without_gradient = {
+                    weight: name for weight, name in without_gradient.items() if weight.grad is None
+                }
             replica.update.backward_done()
+    got_gradient: list[str] | None = None  # None on an idle worker, which cannot tell
+    if numbers and not replica.zero_if_missing:
+        got_gradient = [
+            name for weight, name in replica.names.items() if weight not in without_gradient
+        ]
     with timers("allreduce"):
         consistency.start(
             decision, got_gradient, digest, uneven=replica.statistics.count_uses(len(numbers))

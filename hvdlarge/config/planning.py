@@ -50,7 +50,11 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
             f"epochs: a run of {job.epochs:g} epochs over {dataset_size:,} samples is longer than "
             "can be counted"
         )
-    for stage in stages_of(plan):
+    try:
+        stages = stages_of(plan)
+    except ValueError as error:
+        raise JobError(f"batch.growth: {error}") from None
+    for stage in stages:
         if not math.isfinite(stage.highest_lr):
             raise JobError(
                 f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch "

@@ -56,6 +56,12 @@ class MeanGradientOptimizer(torch.optim.Optimizer):
     of one's own, also under `hvd.DistributedOptimizer`.
     """
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; a group without `lr` gets the optimizer's times the group's `lr_factor`."""
+        if "lr" not in param_group and "lr_factor" in param_group:
+            param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def measure(self) -> GradientNorms:
         """The norms of the gradients as they are. Waits for the device.

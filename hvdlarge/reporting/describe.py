@@ -82,7 +82,7 @@ def model_line(model: Any) -> str:
 
 def update_line(optimizer: Any) -> str:
     """A torch optimizer, its settings and what they are for."""
-    groups = optimizer.param_groups
+    groups = sorted(optimizer.param_groups, key=lambda group: not group["adapt"])
     settings = ", ".join(
         f"{name} {_figure(groups[0][name])}"
         for name in ("momentum", "betas", "alpha", "weight_decay", "trust_coefficient")
@@ -94,10 +94,13 @@ def update_line(optimizer: Any) -> str:
     others = sum(
         weight.numel() for group in groups if not group["adapt"] for weight in group["params"]
     )
-    verb = "adapted and decayed" if hasattr(optimizer, "trust_ratio_of") else "decayed"
+    verbs = ["adapted"] if hasattr(optimizer, "trust_ratio_of") else []
+    verbs += ["decayed"] if groups[0]["weight_decay"] else []
+    if not verbs:
+        return f"{type(optimizer).__name__}, {settings}"
     return (
-        f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {verb}, {others:,} (biases, "
-        "normalisation) not"
+        f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {' and '.join(verbs)}, "
+        f"{others:,} not"
     )
 
 
@@ -175,8 +178,9 @@ def notes(plan: Plan, model: Any) -> list[str]:
             "workers"
         )
     stages = stages_of(plan)
-    batches = {stage.global_batch for stage in stages if stage.steps > 1} | {stages[-1].last_batch}
-    single = sorted(batch for batch in batches if batch % plan.micro_batch_of(batch) == 1)
+    batches = {stage.last_batch for stage in stages}
+    batches |= {stage.global_batch for stage in stages if stage.steps > 1}
+    single = sorted(batch for batch in batches if (batch - 1) % plan.micro_batch_of(batch) == 0)
     if normalises and single:
         layout = layout_of(plan, single[0])
         lines.append(

@@ -59,6 +59,22 @@ class Growth(Policy, ABC):
             `current` or more.
         """
 
+    def checked_next_batch(
+        self, initial: int, current: int, epoch: float, measured: Mapping[str, float]
+    ) -> int:
+        """`next_batch` for the same arguments.
+
+        Raises:
+            ValueError: if it is below `current`.
+        """
+        batch = self.next_batch(initial, current, epoch, measured)
+        if batch < current:
+            raise ValueError(
+                f"{type(self).__name__} gives a batch of {batch} after {current} at epoch "
+                f"{epoch:g}: batches only grow"
+            )
+        return batch
+
     def acts_between(self, before: float, epoch: float) -> bool:
         """Whether a growth that depends on measurements has a point after epoch `before` and not
         after `epoch`; here at every step, which leaves nothing to decide ahead.

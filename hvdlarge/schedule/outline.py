@@ -84,13 +84,16 @@ def stages(
 ) -> Iterator[Stage]:
     """The stages of a run of `clock` that begins with `initial` samples an update; `base_batch` is
     where k = 1. They end early where the growth depends on measurements.
+
+    Raises:
+        ValueError: if the growth makes the batch smaller.
     """
     starts: list[StageStart] = []
     samples, batch, total = 0, initial, clock.total_samples
     while samples < total:
         epoch = clock.epoch(samples)
         if not growth.depends_on_measurement:
-            batch = growth.next_batch(initial, batch, epoch, {})
+            batch = growth.checked_next_batch(initial, batch, epoch, {})
         starts.append(StageStart(epoch, batch / base_batch))
         steps = _steps_of(clock, initial, growth, samples, batch)
         stage = Stage(samples, steps, batch, tuple(starts), clock, schedule)
@@ -110,7 +113,7 @@ def _steps_of(clock: Clock, initial: int, growth: Growth, first: int, batch: int
         epoch = clock.epoch(first + step * batch)
         if growth.depends_on_measurement:
             return growth.acts_between(clock.epoch(first), epoch)
-        return growth.next_batch(initial, batch, epoch, {}) > batch
+        return growth.next_batch(initial, batch, epoch, {}) != batch
 
     # Batches only grow, so this is a search: milestones may be many more than steps, and most of
     # them may round to no change.

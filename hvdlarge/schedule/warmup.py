@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -132,6 +132,11 @@ class LegwWarmup(Warmup):
     def ramp_length(self, epoch: float, before: float, after: float) -> float:
         """Epochs over which the lr follows a growth from k = `before` to `after` at `epoch`."""
         return max(self.epochs * after - epoch, self.epochs * (after - before))
+
+    def notes(self, epochs: float) -> Iterator[str]:
+        """Whether it does nothing."""
+        if self.epochs == 0:
+            yield "epochs is 0: there is no warmup, and the lr jumps at a growth of the batch"
 
     def length_as_arithmetic(self, batch_factor: float) -> str:
         """The product that gives the length."""

@@ -315,6 +315,16 @@ class Skipping(Normed):
         return self.data(hidden) if hidden.sum() > 0 else hidden
 
 
+class Sometimes(Net):
+    """A layer that is used in about half of all passes."""
+
+    def build(self):
+        self.layer = nn.Linear(5, 5)
+
+    def between(self, hidden):
+        return self.layer(hidden) if torch.rand(()) < 0.5 else hidden
+
+
 class Spectral(Net):
     """Complex and 0-dimensional parts, a table kept in float64, and one in integers."""
 

@@ -247,7 +247,7 @@ REFUSED = {
     "model.name=convnt": "did you mean 'convnet'",
     "model.name=mlp model.args.widht=3": "do not fit",
     "data.name=nowhere:thing": "there is no module 'nowhere'",
-    "optimizer.exclude=[encoder.*]": "matches no trainable parameter",
+    "optimizer.exclude=[encoder.*]": "^optimizer: .*matches no trainable parameter",
     "precision=tf32": "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
@@ -319,6 +319,21 @@ def test_a_gradient_that_is_there_on_some_ranks_only_is_named(control, tensors, 
         RanksDisagreeError, match="the parameter '(norm|chance|data).* gradients.missing: zero"
     ):
         train(job, control, tensors, folder / "run")
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_a_gradient_of_any_micro_batch_of_a_rank_counts_as_there(
+    control, tensors, folder, reduction
+):
+    if reduction == "exact" and control.size == 3:
+        pytest.skip("exact mode has no form on 3 ranks")
+    batch = 16 * control.size  # eight passes a rank, of which some use the layer
+    changes = [f"reduction={reduction}", f"batch={{base: {batch}, micro: 2}}"]
+    trained = job_of(
+        ["model.name=own_parts:Sometimes", f"epochs={3 * batch / 53 + 1e-9}", *changes]
+    )
+    kept = train(trained, control, tensors, folder / "run")
+    assert kept["position"]["step"] == 3
 
 
 def test_every_rank_reads_the_same_samples_or_the_difference_is_told(

@@ -53,6 +53,8 @@ def test_a_wrong_job_is_an_exception_and_leaves_nothing(folder):
         hvdlarge.run_job(JOB | {"lr": {"bsae": 1.0}})
     with pytest.raises(JobError, match="no such job file"):
         hvdlarge.run_job("nothing.yaml")
+    with pytest.raises(JobError, match="a value is not a number, .*PosixPath"):
+        hvdlarge.run_job(JOB | {"run_dir": folder / "run"})
     assert list(folder.iterdir()) == []
 
 

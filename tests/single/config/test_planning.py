@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.launching import ROOT
 
 from hvdlarge.config.job_file import parse_job, read_job
@@ -25,6 +26,8 @@ from hvdlarge.data.digits import digits
 from hvdlarge.data.synthetic import synthetic_images
 from hvdlarge.exits import JobError
 from hvdlarge.plan import main
+from hvdlarge.reporting.describe import notes
+from hvdlarge.schedule.growth import AdaBatchGrowth
 from hvdlarge.schedule.progress import milestones_reached
 
 IMAGENET = """\
@@ -222,6 +225,51 @@ def test_that_ignored_targets_count_by_micro_batch_is_said_where_a_step_has_seve
 def test_a_first_batch_below_the_base_takes_more_steps(capsys):
     assert main([str(ROOT / "jobs/digits_lstm.yaml"), "batch.base=1024", "lr.warmup.epochs=1"]) == 0
     assert "× more than the 127 of a fixed batch of 1024" in capsys.readouterr().out
+
+
+def test_the_jobs_to_compare_may_be_shipped_ones_by_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["digits", "--compare", "digits_lstm"]) == 0
+    assert "saved    30 checkpoints" in capsys.readouterr().out
+
+
+def test_one_checkpoint_is_not_several(capsys):
+    assert main([str(ROOT / "jobs/digits.yaml"), "checkpoint.every_epochs=30"]) == 0
+    assert "saved    1 checkpoint at" in capsys.readouterr().out
+
+
+def test_a_legw_warmup_without_its_length_is_noted(capsys):
+    assert main([str(ROOT / "jobs/digits.yaml"), "lr.warmup={policy: legw}"]) == 0
+    assert "note     lr.warmup.epochs is 0: there is no warmup" in capsys.readouterr().out
+
+
+def test_a_micro_batch_of_one_sample_is_noted_where_batches_are_normalised():
+    words = "a micro-batch of one sample"
+    model = torch.nn.BatchNorm1d(4)
+    for changes, noted in (
+        (["batch.micro=1"], True),
+        (["batch.base=33", "batch.growth.max=1000"], True),
+        ([], False),
+    ):
+        plan = plan_run(read_job(str(ROOT / "jobs/digits.yaml"), changes), 1437, 2)
+        assert any(words in line for line in notes(plan, model)) == noted, changes
+        assert not any(words in line for line in notes(plan, torch.nn.Linear(4, 4)))
+
+
+class Shrinking(AdaBatchGrowth):
+    """Half the batch from the second epoch on."""
+
+    def next_batch(self, initial, current, epoch, measured):
+        """Shrinks."""
+        return initial if epoch < 1 else initial // 2
+
+
+def test_a_growth_that_shrinks_is_refused():
+    job = read_job(str(ROOT / "jobs/digits.yaml"), [])
+    growth = Shrinking(every_epochs=1)
+    shrinking = job.model_copy(update={"batch": job.batch.model_copy(update={"growth": growth})})
+    with pytest.raises(JobError, match=r"^batch.growth: Shrinking gives a batch of 16 after 32"):
+        plan_run(shrinking, 1437, 2)
 
 
 def test_a_plan_is_drawn(tmp_path):

@@ -37,6 +37,21 @@ def built(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_factor_of_a_groups_lr_holds_in_a_loop_of_ones_own_too(kind):
+    _, optimizer = built(kind)
+    assert [group["lr"] for group in optimizer.param_groups] == [7.0, 3.5]
+    groups = [dict(group) for group in optimizer.param_groups]
+    assert [group["lr"] for group in kind(groups, lr=1.0).param_groups] == [7.0, 3.5]
+    (model, engines), (same, own) = built(kind), built(kind)
+    for net in (model, same):
+        net.set_gradients(1)
+    engines.update(engines.measure(), 7.0)
+    own.step()
+    for weight, other in zip(model.parameters(), same.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_measure_gives_the_norm_of_each_gradient_that_is_not_zero(kind):
     model, optimizer = built(kind)
     model.set_gradients(1)
@@ -90,10 +105,11 @@ def test_measure_moves_nothing_and_sets_no_rate(kind):
     model, optimizer = built(kind)
     model.set_gradients(1)
     before = copy.deepcopy(model.state_dict())
+    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.measure()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not optimizer.state
-    assert {group["lr"] for group in optimizer.param_groups} == {7.0}
+    assert [group["lr"] for group in optimizer.param_groups] == rates
 
 
 @pytest.mark.parametrize("kind", KINDS)
