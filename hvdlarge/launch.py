@@ -29,6 +29,8 @@ from hvdlarge.telemetry.console import print_error, print_status
 # A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank
 _RESTARTABLE = frozenset([exits.HUNG, exits.LOST_RANK, 134, 137, 139])
 _NO_PROGRESS_LIMIT = 3
+_TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+_HOSTS_COMMAND_SECONDS = 120.0
 _PAUSE_SECONDS = 1.0  # before a restart; doubled for each start without progress
 
 
@@ -144,6 +146,8 @@ class Launcher:
         workers, host_option = self._workers, []
         if self._hosts is not None:
             hosts = self._hosts()
+            if self._stop_signal is not None:  # while the hosts were asked for
+                return exits.STOPPED
             workers, host_option = min(workers, hosts.slots), ["--host", hosts.value]
             print_status(f"launch: {workers} workers on {hosts.value}")
         command = [*self._mpirun, "-np", str(workers), *host_option, *self._command]
@@ -162,7 +166,7 @@ class Launcher:
         """Wait for mpirun. After a request to stop it gets SIGUSR1; after the grace time its
         process group gets SIGTERM, and 5 s later SIGKILL.
         """
-        signals_sent = 0
+        signals_sent, terminated = 0, 0.0
         while True:
             try:
                 code = process.wait(timeout=0.2)
@@ -183,8 +187,8 @@ class Launcher:
             elif signals_sent == 1 and waited > self._grace_seconds:
                 print_error("the grace time is over: ending the run without another checkpoint")
                 _signal_group(process, signal.SIGTERM)
-                signals_sent = 2
-            elif signals_sent == 2 and waited > self._grace_seconds + 5:
+                signals_sent, terminated = 2, time.monotonic()
+            elif signals_sent == 2 and time.monotonic() - terminated > _TERMINATE_SECONDS:
                 _signal_group(process, signal.SIGKILL)
                 signals_sent = 3
 
@@ -219,7 +223,7 @@ def checkpointed_steps(folder: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Launch a job; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         if options.np < 1:
             raise exits.JobError("-np must be at least 1")
@@ -291,13 +295,21 @@ def _hosts_source(file: str | None, command: str | None) -> Callable[[], Hosts] 
     def from_file() -> Hosts:
         try:
             return parse_hosts(Path(file or "").read_text(encoding="utf-8"))
-        except OSError as error:
-            raise exits.JobError(f"--hosts-file {file}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise exits.JobError(f"--hosts-file {file}: {reason}") from None
 
     def from_command() -> Hosts:
-        result = subprocess.run(
-            shlex.split(command or ""), capture_output=True, text=True, check=False
-        )
+        try:
+            result = subprocess.run(
+                shlex.split(command or "") or [""],
+                capture_output=True,
+                text=True,
+                timeout=_HOSTS_COMMAND_SECONDS,
+                check=False,
+            )
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            raise exits.JobError(f"--hosts-command {command}: {error}") from None
         if result.returncode:
             raise exits.JobError(
                 f"--hosts-command {command}: exit code {result.returncode}: {result.stderr.strip()}"

@@ -191,7 +191,8 @@ class Run:
                 if has_gone_back or (self.job.on_nonfinite.goes_back and progress.step == 0):
                     # A checkpoint to return to; after a rollback it also saves the lower lr
                     state.scheduled_step = progress.step
-                    save(parts, state, progress, best=False, scheduled=True, wait=True)
+                    with self.context.watchdog.during("save"):
+                        save(parts, state, progress, best=False, scheduled=True, wait=True)
                 train(parts, state)
             except RollBack as reason:
                 loader.close()
@@ -268,7 +269,8 @@ class Run:
         control, tensors, modules = parts.control, parts.tensors, self.replica.modules
         rolled_back, step = state.rolled_back + 1, state.scheduled_step
         cutting = state.largest_micro_batch, state.workers
-        on_rank_0(control, parts.saver.finish)
+        with parts.watchdog.during("save"):
+            on_rank_0(control, parts.saver.finish)
         with parts.watchdog.during("checkpoint"):
             point = on_rank_0(control, lambda: resume.go_back(self._folder, modules, step))
         share_state(modules, control, tensors)

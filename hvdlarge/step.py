@@ -4,7 +4,7 @@ object handed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,8 @@ def train_step(
     replica.update.zero_grad(numbers, layout.num_micro_batches)
     replica.statistics.begin_step()
     micro_batch_shares: list[torch.Tensor] = []
-    without_gradient = dict(replica.names)  # in any pass so far; exact mode clears them after each
+    # In any pass so far: exact mode takes the gradients of each pass off the parameters
+    without_gradient = {} if replica.zero_if_missing else dict(replica.names)
     for micro_batch, inputs, targets in micro_batches:
         # Random draws of model and loss are keyed by the micro-batch, not by the worker
         seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
@@ -71,16 +72,9 @@ def train_step(
             replica.update.backward(replica.loss_scaler.scaled(share))
             micro_batch_shares.append(share.detach())
             loss_share += micro_batch_shares[-1]
-            if not replica.zero_if_missing:
-                without_gradient = {
-                    weight: name for weight, name in without_gradient.items() if weight.grad is None
-                }
+            without_gradient = {w: name for w, name in without_gradient.items() if w.grad is None}
             replica.update.backward_done()
-    got_gradient: list[str] | None = None  # None on an idle worker, which cannot tell
-    if numbers and not replica.zero_if_missing:
-        got_gradient = [
-            name for weight, name in replica.names.items() if weight not in without_gradient
-        ]
+    got_gradient = _got_gradient(replica, without_gradient) if numbers else None
     with timers("allreduce"):
         consistency.start(
             decision, got_gradient, digest, uneven=replica.statistics.count_uses(len(numbers))
@@ -96,3 +90,12 @@ def train_step(
         if applied:
             replica.update.apply(norms.clipped(replica.clip_norm), decision.lr)
     return StepOutcome(loss_share, micro_batch_shares, flags, applied)
+
+
+def _got_gradient(
+    replica: Replica, without_gradient: Mapping[torch.nn.Parameter, str]
+) -> list[str] | None:
+    """The names for the consistency check; None where missing gradients count as zeros."""
+    if replica.zero_if_missing:
+        return None
+    return [name for weight, name in replica.names.items() if weight not in without_gradient]

@@ -21,7 +21,7 @@ from hvdlarge.comm.environment import host, versions
 from hvdlarge.comm.launcher import detect
 from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
 from hvdlarge.config.job import Job
-from hvdlarge.config.job_file import parse_job, read_job
+from hvdlarge.config.job_file import job_path, parse_job, read_job
 from hvdlarge.reporting.describe import columns
 from hvdlarge.telemetry.console import print_status
 from hvdlarge.world import RankContext, run_on_all_ranks
@@ -127,7 +127,7 @@ def _job(options: argparse.Namespace, world_size: int) -> Job | None:
     if options.what in ("lars", "allreduce"):
         return None
     if options.job is not None and "=" not in options.job:
-        return read_job(options.job, options.overrides)
+        return read_job(job_path(options.job), options.overrides)
     overrides = ([options.job] if options.job is not None else []) + options.overrides
     return parse_job(DEFAULT_JOB, "the default job", [f"batch.base={64 * world_size}", *overrides])
 
@@ -136,7 +136,7 @@ def _lars(context: RankContext, job: Job | None, options: argparse.Namespace) ->
     from hvdlarge.bench.lars import measure_lars
     from hvdlarge.comm.devices import choose_device
 
-    device = choose_device(context.tensors)
+    device = raise_on_all_ranks(context.control, lambda: choose_device(context.tensors))
     seconds = measure_lars(device, options.rounds)
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     return _figures(

@@ -113,7 +113,7 @@ def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -
         try:
             newest = checkpoints.newest_good(step)
         except CheckpointError as error:  # a later one is better than none
-            problems_before = str(error).splitlines()
+            problems_before = [line.strip() for line in str(error).splitlines()[1:]]
     newest = newest or checkpoints.newest_good()
     if newest is None:
         raise CheckpointError(f"{checkpoints.folder} has no checkpoint to go back to")

@@ -22,9 +22,9 @@ from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 
 
 @contextmanager
-def _with_the_others() -> Iterator[None]:
-    """Tell a lost rank, ranks that do not fit together and every other failure apart; Horovod has
-    one exception for all.
+def _translated_errors() -> Iterator[None]:
+    """Translate HorovodInternalError, which Horovod raises for every failure, into the errors of
+    comm/interfaces.py.
     """
     try:
         yield
@@ -78,32 +78,31 @@ class HorovodCollectives:
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite each named tensor by rank 0's, in place. Every rank calls this together."""
-        handles = []
-        for name, tensor in tensors:
-            # Every name is given: Horovod would make one from the type, and two ranks could then
-            # wait for each other.
-            # Horovod refuses these: they go as bytes
-            if tensor.dtype not in _CARRIED or not tensor.is_contiguous():
+        with _translated_errors():
+            handles = []
+            for name, tensor in tensors:
+                # Explicit names: with generated ones, ranks could mismatch tensors or deadlock
+                if tensor.dtype in _CARRIED and tensor.is_contiguous():
+                    handle = hvd.broadcast_async_(tensor, root_rank=0, name=f"broadcast.{name}")
+                    handles.append(handle)
+                    continue
+                # Horovod rejects other types and non-contiguous tensors: broadcast their bytes
                 carried = tensor.contiguous().reshape(-1).view(torch.uint8)
-                with _with_the_others():
-                    hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
+                hvd.broadcast_(carried, root_rank=0, name=f"broadcast.{name}")
                 tensor.copy_(carried.view(tensor.dtype).reshape(tensor.shape))
-            else:
-                handles.append(hvd.broadcast_async_(tensor, root_rank=0, name=f"broadcast.{name}"))
-        with _with_the_others():
             for handle in handles:
                 hvd.synchronize(handle)
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of `tensor` over all workers, on every rank. Every rank calls this together."""
-        with _with_the_others():
+        with _translated_errors():
             return hvd.allreduce(tensor, op=hvd.Sum, name=f"sum.{name}")
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Every worker's tensor, stacked in the order of the ranks. Every rank calls this
         together.
         """
-        with _with_the_others():
+        with _translated_errors():
             return hvd.allgather(tensor.unsqueeze(0).contiguous(), name=f"gather.{name}")
 
     def distributed_optimizer(
@@ -170,7 +169,7 @@ class HorovodOptimizer:
         """Add the gradients of a micro-batch's share of the loss; Horovod's hooks send what is
         complete.
         """
-        with _with_the_others():
+        with _translated_errors():
             loss.backward()
 
     def backward_done(self) -> None:
@@ -178,8 +177,8 @@ class HorovodOptimizer:
 
     def synchronize(self) -> None:
         """Wait until each gradient is the sum over all workers. Every rank calls this together."""
-        self._complete_groups()
-        with _with_the_others():
+        with _translated_errors():
+            self._complete_groups()
             self.optimizer.synchronize()
 
     def _complete_groups(self) -> None:

@@ -43,6 +43,7 @@ class Watchdog:
         self._limits = dict(limits)
         self._phase, self._step = "start", -1
         self._since = self._armed = time.monotonic()
+        self._armed_limit = 0.0  # of the phase in which the hard exit was armed
         self._notes: Path | None = None
         self._hard_exit = HardExit(HUNG)
         self._watching = False
@@ -61,6 +62,9 @@ class Watchdog:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if self._rank == 0:  # notes of an earlier start, which may have had more ranks
+                for path in folder.glob("rank_*.json"):
+                    path.unlink(missing_ok=True)
         except OSError:  # the notes are optional: a full disk must not end the run here
             return
         self._notes = folder
@@ -70,7 +74,8 @@ class Watchdog:
         self._phase, self._since = phase, time.monotonic()
         if step is not None:
             self._step = step
-        if self._since - self._armed > 1.0:  # not in every step: arming starts a thread in C
+        # Not in every step: arming starts a thread in C
+        if self._since - self._armed > 1.0 or self._limit() > self._armed_limit:
             self._rearm()
 
     @contextmanager
@@ -99,7 +104,7 @@ class Watchdog:
     def _rearm(self) -> None:
         if not self._watching:
             return
-        self._armed = time.monotonic()
+        self._armed, self._armed_limit = time.monotonic(), self._limit()
         delay = (
             _HARD_EXIT_DELAY_AT_START_SECONDS
             if self._phase == "start"

@@ -28,13 +28,17 @@ class FolderLock:
         folder: an existing folder.
 
     Raises:
-        JobError: if another run holds the lock, naming host and process.
+        JobError: if another run holds the lock, naming host and process, or if the folder is not
+            writable.
         CheckpointWriteError: if the lock file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.held = True  # False on a file system without locks
-        self._file = (folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            self._file = (folder / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise JobError(f"run_dir: {folder} is not writable: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -194,6 +194,21 @@ def test_a_run_that_outlasts_the_grace_time_is_killed(bench):
     assert "the grace time is over" in ended.text
 
 
+def test_a_second_interrupt_ends_the_grace_time_and_leaves_mpirun_time_to_end_its_ranks(bench):
+    process = begin_launch(
+        bench,
+        ["-np", "2", "job.yaml", "epochs=100", "timeouts.step_seconds=100"],
+        FAULT="sleep@1:25",
+    )
+    bench.until(lambda: list(bench.folder.glob("fired-sleep*")))
+    process.send_signal(signal.SIGINT)
+    bench.until(lambda: "SIGINT: stopping the run" in (bench.folder / "log0").read_text())
+    process.send_signal(signal.SIGINT)
+    ended = bench.end(process, timeout=30)
+    assert ended.code not in (0, 75, 137), ended.text  # 137: mpirun itself was killed
+    assert "the grace time is over" in ended.text
+
+
 def test_a_launch_on_hosts_that_shrink_goes_on_with_fewer_workers(bench):
     hosts = bench.folder / "hosts"
     hosts.write_text("localhost slots=3\n")

@@ -57,7 +57,8 @@ def test_go_back_with_a_damaged_scheduled_checkpoint_takes_the_newest_and_says_s
     damage(folder, 10)
     found = resume.go_back(folder, {"": model_at(99)}, 10)
     assert found.content.progress.step == 17
-    assert "step_000000010.pt: damaged" in "\n".join(found.notes)
+    (note,) = found.notes
+    assert "step_000000010.pt: damaged" in note
 
 
 def test_go_back_without_any_whole_checkpoint_is_an_error(folder):

@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from hvdlarge.resilience.watchdog import Watchdog
+
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
@@ -70,6 +72,36 @@ def test_a_watchdog_that_is_not_watching_leaves_nothing_armed_behind(how):
         [sys.executable, "-c", NOT_WATCHING, how], capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
+
+
+FETCHES = """
+import time
+from hvdlarge.resilience import watchdog
+watchdog._HARD_EXIT_DELAY_SECONDS = 0
+watching = watchdog.Watchdog(0, {"start": 60, "step": 1, "fetch": 60})
+watching.start()
+time.sleep(1.1)
+watching.progress("step", 0)
+watching.progress("fetch")  # within the second after the hard exit was armed for a step
+time.sleep(3)
+watching.stop()
+print("ended well")
+"""
+
+
+def test_the_hard_exit_has_the_limit_of_the_phase_too():
+    done = subprocess.run(
+        [sys.executable, "-c", FETCHES], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (0, "ended well\n"), done.stderr
+
+
+def test_notes_of_an_earlier_start_are_removed(tmp_path):
+    (tmp_path / "rank_7.json").write_text("{}")
+    Watchdog(1, {"step": 60}).take_notes(tmp_path)
+    assert list(tmp_path.iterdir())
+    Watchdog(0, {"step": 60}).take_notes(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 HOLDS_THE_LOCK = """

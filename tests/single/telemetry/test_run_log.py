@@ -137,6 +137,12 @@ def test_an_earlier_run_is_set_aside_and_never_overwritten(tmp_path, plan):
     ]
 
 
+def test_a_folder_whose_lock_cannot_be_opened_is_refused(tmp_path):
+    (tmp_path / "run/.lock").mkdir(parents=True)  # as root, permissions stop nobody
+    with pytest.raises(JobError, match="run_dir: .*run is not writable: Is a directory"):
+        set_aside(tmp_path / "run")
+
+
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes_on(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
     lock = FolderLock(tmp_path / "run")
