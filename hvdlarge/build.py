@@ -163,8 +163,8 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
 def build_learning(
     job: Job, precision: Precision
 ) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], MeanGradientOptimizer, list[str]]:
-    """Model, loss and optimizer as a job names them, on this worker alone; the weights depend on
-    the seed only. The last is what the user may not expect.
+    """Model, loss, optimizer and notes for the user, built on this worker alone as the job names
+    them. The weights depend on the seed only.
 
     Modes, types and names are settled here, before anything is derived from them.
 

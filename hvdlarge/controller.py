@@ -84,7 +84,7 @@ class Controller:
         return growth.checked_next_batch(initial, current, epoch, self._measured)
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
-        """Take note that a step was taken, and of what was measured in it.
+        """Record that a step was taken, and what was measured in it.
 
         Args:
             step: the one after the last that was observed.

@@ -62,7 +62,7 @@ class CheckpointWriteError(RunExit):
         """The error with a message on `what`, the cause and the free space on the disk.
 
         Args:
-            what: could not be written; includes its path.
+            what: the file that could not be written, with its path.
             folder: on the disk that is written to.
             error: the cause: an OSError, torch's RuntimeError for one, or any other.
             intact: what the user still has.

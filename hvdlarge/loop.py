@@ -36,7 +36,7 @@ from hvdlarge.train_state import TrainState
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often a run looks up from its steps."""
+    """Intervals of logging, evaluation and state comparison."""
 
     log_every_steps: int
     evaluate_every_epochs: float
@@ -199,7 +199,7 @@ def record(
     if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
         return
     with timers("measure"):
-        # Eight bytes: over MPI a hundred times faster than in a cycle of Horovod
+        # Over MPI: for eight bytes a hundred times faster than in Horovod's next cycle
         shares = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
         loss = sum(struct.unpack("<d", share)[0] for share in shares)
     samples_seen = decision.samples_seen + decision.global_batch

@@ -165,7 +165,7 @@ def _enter(
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change from the start of a run to its end, rollbacks included, on one rank."""
+    """The objects of a run on one rank that persist until its end, across rollbacks."""
 
     job: Job
     context: RankContext

@@ -21,7 +21,7 @@ from hvdlarge.telemetry.timers import PhaseTimers
 
 
 class StepOutcome(NamedTuple):
-    """What came of a step."""
+    """The result of a step."""
 
     # This worker's share of the mean loss, float64, shape (); all workers' shares add up to it
     loss_share: torch.Tensor

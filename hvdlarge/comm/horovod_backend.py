@@ -33,7 +33,7 @@ def _translated_errors() -> Iterator[None]:
 
 
 def error_of(text: str) -> RankLostError | CollectiveMismatchError | CollectiveError:
-    """The error that stands for a failure that Horovod described by `text`.
+    """The error for a HorovodInternalError with the message `text`.
 
     >>> type(error_of("Mismatched allreduce tensor shapes: ...")).__name__
     'CollectiveMismatchError'
@@ -42,14 +42,14 @@ def error_of(text: str) -> RankLostError | CollectiveMismatchError | CollectiveE
     """
     if "ismatched" in text:
         return CollectiveMismatchError(text)
-    # What Horovod answers with once a rank has left, wherever it has left from.
+    # Horovod's message for every collective after a rank has exited
     if "has been shut down" in text:
         return RankLostError(text)
     return CollectiveError(text)
 
 
 class HorovodCollectives:
-    """Sums and broadcasts over Horovod's MPI form."""
+    """Sums and broadcasts over Horovod with its MPI controller."""
 
     def __init__(self, control: ControlChannel) -> None:
         """Start Horovod on the MPI that the control channel has started. Every rank calls this
@@ -173,7 +173,7 @@ class HorovodOptimizer:
             loss.backward()
 
     def backward_done(self) -> None:
-        """Nothing to do: Horovod's hooks have counted the pass."""
+        """Do nothing: Horovod's hooks have counted the pass."""
 
     def synchronize(self) -> None:
         """Wait until each gradient is the sum over all workers. Every rank calls this together."""

@@ -23,7 +23,7 @@ class WorldMismatchError(Exception):
 
 
 class RankLostError(Exception):
-    """Another rank is gone: a call that needs it cannot be answered (exit code 76)."""
+    """A collective failed because another rank has exited (exit code 76)."""
 
 
 class CollectiveMismatchError(Exception):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SoloChannel:
-    """A world of one: what rank 0 says is what it hears."""
+    """The control channel of a single worker: collectives return their input."""
 
     rank = 0
     size = 1
@@ -34,10 +34,10 @@ class SoloChannel:
         return lambda: list(values)
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing."""
 
     def abort(self, code: int) -> NoReturn:
         """End this process with this exit code, at once."""
@@ -76,7 +76,7 @@ class SoloCollectives:
         return SoloOptimizer(optimizer)
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Do nothing."""
 
 
 class SoloOptimizer:
@@ -94,7 +94,7 @@ class SoloOptimizer:
         loss.backward()
 
     def backward_done(self) -> None:
-        """Autograd has added the pass to the gradients."""
+        """Do nothing: autograd has accumulated the gradients."""
 
     def synchronize(self) -> None:
         """The gradients of one worker are the sum already."""

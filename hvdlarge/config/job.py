@@ -174,7 +174,7 @@ class Checkpoint(Section):
     """When checkpoints are written; a stop and the end of a run always write one."""
 
     every_epochs: Positive | None = None
-    """Epochs between checkpoints; default: 1, unless one of the next two is given."""
+    """Epochs between checkpoints; default: 1, unless `every_steps` or `every_minutes` is set."""
     every_steps: Count | None = None
     """Steps between checkpoints."""
     every_minutes: Positive | None = None
@@ -302,7 +302,7 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the job; its run folder is runs/<name>."""
     run_dir: str | None = None
-    """Another place for the run folder."""
+    """The run folder; default: runs/<name>."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, the order of the data, augmentation and dropout."""
     epochs: Positive
@@ -405,7 +405,7 @@ class Job(Section):
         )
 
     def resume_signature(self) -> dict[str, Any]:
-        """What decides the weights: two jobs that agree in it give the same run."""
+        """The settings that may not change at a resume: all that affect the weights."""
         resolved = self.resolved()
         signature = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
         signature["gradients"] = {
@@ -418,12 +418,12 @@ class Job(Section):
         }
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key and value."""
+        """SHA-256 of all keys and values."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(text: str) -> str:
-    """What stands for a text that is not to be shown.
+    """A digest to show in place of a secret text.
 
     >>> sha256_of("secret")
     'sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b'
@@ -434,7 +434,7 @@ def sha256_of(text: str) -> str:
 def _each(
     values: Any, change: Callable[[yaml_source.Path, Any], Any], path: yaml_source.Path = ()
 ) -> Any:
-    """Plain values with `change` made to each, by its place."""
+    """Plain values, each replaced by `change(its path, value)`."""
     if isinstance(values, dict):
         return {key: _each(value, change, (*path, key)) for key, value in values.items()}
     if isinstance(values, list):

@@ -25,7 +25,7 @@ def job_schema() -> dict[str, Any]:
             definition["properties"][name] = _with_variables(entry)
     schema["properties"]["extends"] = {
         "type": "string",
-        "description": "another job file, of which this one changes some keys",
+        "description": "Path of a job file to inherit from; keys in this file override its keys.",
     }
     if "Lars" in schema["$defs"]:
         optimizer = schema["properties"]["optimizer"]

@@ -1,4 +1,4 @@
-"""Accuracy: the share of right answers."""
+"""Accuracy: the fraction of correct predictions."""
 
 from __future__ import annotations
 

@@ -43,8 +43,10 @@ class GradientNorms:
         return [names[weight] for weight, size in self.gradients.items() if not math.isfinite(size)]
 
     def clipped(self, limit: float | None) -> GradientNorms:
-        """Scale all gradients down, in place, where they are longer together than `limit`; the
-        norms afterwards.
+        """Scale all gradients down, in place, if their total norm exceeds `limit`.
+
+        Returns:
+            The norms afterwards.
         """
         return GradientNorms(clip(self.gradients, limit), self.weights)
 
@@ -52,8 +54,8 @@ class GradientNorms:
 class MeanGradientOptimizer(torch.optim.Optimizer):
     """An optimizer whose gradients, in `.grad`, have been averaged over all workers.
 
-    A step is `measure`, a judgement of the norms, and `update`; `step` is both at once, for a loop
-    of one's own, also under `hvd.DistributedOptimizer`.
+    A step is `measure`, a check of the norms, and `update`. For custom loops, `step` combines
+    `measure` and `update`, also under `hvd.DistributedOptimizer`.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

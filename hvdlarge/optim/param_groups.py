@@ -2,8 +2,8 @@
 
 Source:   the LARS paper (2017) adapts and decays every tensor; each later reference (TensorFlow's
           TPU code, MLPerf) leaves out biases and normalisation parameters, and so do we by default.
-          They are told by the kind of their module, not by a guess from their shape, and by name
-          patterns that a job adds.
+          They are identified by the type of their module, not by
+          their shape, and by name patterns that a job adds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parameter_groups(
             adapted nor decayed.
         exclude_bias_and_norm: whether biases and normalisation parameters are excluded too; False
             is the paper's reading.
-        excluded_lr_factor: what multiplies the rate of the parameters that are not adapted.
+        excluded_lr_factor: factor of the learning rate of the parameters that are not adapted.
 
     Returns:
         Groups with the keys params, names, adapt, weight_decay and lr_factor.

@@ -69,9 +69,7 @@ def world_line(environment: Mapping[str, Any], cores: int) -> str:
         f"hvdlarge: {world}, {cores} {'core' if cores == 1 else 'cores'} each, on "
         f"{environment['device']}; {versions}"
     )
-    return line + (
-        f"\nset      {settings} (your own values would have been kept)" if settings else ""
-    )
+    return line + (f"\nset      {settings} (variables that you set are kept)" if settings else "")
 
 
 def model_line(model: Any) -> str:
@@ -164,17 +162,17 @@ def notes(plan: Plan, model: Any) -> list[str]:
             f"{plan.largest_micro_batch:,} samples" if plan.largest_micro_batch > 1 else "1 sample"
         )
         lines.append(
-            f"note     batch.micro is auto: {fit} at once were tried out on every GPU, and no "
-            "micro-batch is larger"
+            f"note     batch.micro is auto: no micro-batch is larger than {fit}, which fit on "
+            "every GPU"
         )
     if plan.micro_batch is None and normalises:
         lines.append(
-            "note     batch.micro is auto: batch statistics and dropout follow the number of "
+            "note     batch.micro is auto: batch statistics and dropout depend on the number of "
             "workers"
         )
     elif plan.micro_batch is None:
         lines.append(
-            "note     batch.micro is auto: dropout, where there is any, follows the number of "
+            "note     batch.micro is auto: dropout, if there is any, depends on the number of "
             "workers"
         )
     stages = stages_of(plan)
@@ -204,15 +202,15 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
     scheduled = job.checkpoint.epochs or job.checkpoint.every_steps
     if job.on_nonfinite.goes_back and not scheduled:
         lines.append(
-            f"note     on_nonfinite: {job.on_nonfinite.policy} goes back to checkpoints at fixed "
-            "steps or epochs: with checkpoint.every_minutes alone to the start, or to the best "
-            "evaluation"
+            f"note     on_nonfinite: {job.on_nonfinite.policy} returns only to checkpoints at "
+            "fixed steps or epochs: with checkpoint.every_minutes alone, to the start or to the "
+            "best evaluation"
         )
     lines += _loss_notes(job, plan)
     last = stages_of(plan)[-1]
     if last.full_rate > epochs and not last.open_end:
         lines.append(
-            "note     the last stage ends before its rate is fully there, which would be at epoch "
+            "note     the run ends before the lr reaches its full value, which would be at epoch "
             f"{last.full_rate:.4g}"
         )
     return lines
@@ -227,9 +225,8 @@ def _loss_notes(job: Job, plan: Plan) -> list[str]:
     ):
         return []
     return [
-        f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is a mean over "
-        "its own targets that count, and "
-        "all weigh alike, whether many of their targets count or few"
+        f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is averaged over "
+        "its own targets that are not ignored, and all micro-batches have equal weight"
     ]
 
 

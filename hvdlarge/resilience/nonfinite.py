@@ -109,7 +109,7 @@ class RollbackPolicy:
 
     Args:
         limit: rollbacks in a run.
-        lr_factor: what multiplies the rate after each.
+        lr_factor: factor of the learning rate for each.
         rolled_back: so far.
     """
 

@@ -13,7 +13,7 @@ Formula:  constant:    1
                        the job's must be none and W = 0
 Source:   polynomial, power 2: You, Gitman, Ginsburg, LARS (2017), Algorithm 1; multistep: AdaBatch
           (2017), where a baseline decay of 0.375 and a batch doubling with linear scaling give the
-          paper's factor 0.75; exponential: one of the schedules that LEGW (2019) was tried with;
+          paper's factor 0.75; exponential: one of the schedules evaluated in LEGW (2019);
           cosine: Loshchilov and Hutter, SGDR (2017), equation 5 without restarts; one_cycle: Smith
           and Topin, "Super-Convergence" (2018), section 3, "1cycle".
 Contract: pure; read at the start of a step; 1 before it begins (one_cycle: at its peak) and never
@@ -91,9 +91,9 @@ class MultistepDecay(Decay):
     gamma: float = 0.1
     """Factor at each milestone, in (0, 1]."""
     every_epochs: float | None = None
-    """A milestone every so many epochs; or"""
+    """Epochs between milestones. Give either this or `milestones`."""
     milestones: tuple[float, ...] | None = None
-    """a milestone at each of these epochs."""
+    """Epochs of the milestones, increasing. Give either this or `every_epochs`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:

@@ -32,11 +32,11 @@ LARGEST_BATCH = 2**62  # samples: more than any data set, and what the record of
 class Growth(Policy, ABC):
     """How the global batch grows during a run.
 
-    A growth that depends on measurements acts at points of its own choice, and between them the
-    batch stays. A point lies before a step and is known from the epochs alone. The decision at a
-    point waits until every earlier step has been taken, and uses what was measured in the last of
-    them; decisions between two points are given ahead as always. So the batches do not depend on
-    how far ahead a run decides, on the number of workers, or on interruptions.
+    A growth that depends on measurements changes the batch only at certain points. Their positions
+    depend on the epoch alone. The decision at such a point waits until all earlier steps have been
+    taken, and uses what was measured in the last of them; all other decisions are made ahead. So
+    the batches do not depend on how far ahead a run decides, on the number of workers, or on
+    interruptions.
     """
 
     depends_on_measurement: ClassVar[bool] = False
@@ -76,8 +76,8 @@ class Growth(Policy, ABC):
         return batch
 
     def acts_between(self, before: float, epoch: float) -> bool:
-        """Whether a growth that depends on measurements has a point after epoch `before` and not
-        after `epoch`; here at every step, which leaves nothing to decide ahead.
+        """Whether a growth that depends on measurements may change the batch at an epoch in
+        (`before`, `epoch`]. The default, True, means that no step can be decided ahead.
         """
         return True
 
@@ -115,11 +115,11 @@ class AdaBatchGrowth(Growth):
     policy: Literal["adabatch"] = "adabatch"
     """AdaBatch (Devarakonda et al. 2017): multiply the batch at milestones."""
     factor: float = 2.0
-    """What each growth multiplies the batch by, above 1."""
+    """Factor by which each growth multiplies the batch, above 1."""
     every_epochs: float | None = None
-    """A growth every so many epochs; or"""
+    """Epochs between growths. Give either this or `at_epochs`."""
     at_epochs: tuple[float, ...] | None = None
-    """a growth at each of these epochs."""
+    """Epochs of the growths, increasing. Give either this or `every_epochs`."""
     max: int | None = None
     """Largest global batch, in samples; default: no limit."""
 

@@ -54,8 +54,8 @@ class LRSchedule:
         last_end: float,
         epochs: float,
     ) -> float:
-        """An lr that no step of the last stage exceeds which starts from epoch `first_start` to
-        `last_start` and ends at `last_end` at the latest; for one step its own lr.
+        """Upper bound of the lr over steps of the last stage that start in [`first_start`,
+        `last_start`] and end by `last_end` (epochs); exact for a single step.
         """
         warmup_end = self.warmup.length(stages[0].batch_factor)
         # Within a stage the multiplier never falls

@@ -38,7 +38,7 @@ class StageOutline:
     first_lr: float
     highest_lr: float
     last_lr: float
-    full_rate: float  # epoch at which the lr has followed the batch
+    full_rate: float  # epoch at which the lr reaches the stage's scaled value
     # Whether the batch after this stage's end, before the run's, depends on what is measured
     open_end: bool = False
 
@@ -58,7 +58,7 @@ class Stage(NamedTuple):
         return self.first_sample + step * self.global_batch
 
     def end(self, step: int) -> int:
-        """The sample after the last of that step."""
+        """One past the last sample of that step."""
         return min(self.clock.total_samples, self.start(step + 1))
 
     def lr(self, step: int) -> float:
@@ -68,7 +68,7 @@ class Stage(NamedTuple):
         return self.schedule.lr(self.starts, start, end, clock.epochs)
 
     def highest_possible_lr(self, first: int, last: int) -> float:
-        """An lr that none of the steps `first` … `last` within the stage exceeds."""
+        """Upper bound of the lr over the steps `first` … `last` of the stage."""
         clock = self.clock
         return self.schedule.upper_bound(
             self.starts,

@@ -1,6 +1,4 @@
-"""What every policy of the job file has: how pydantic reads it as a section, and what it says of a
-run beside its formula.
-"""
+"""Base class of the schedule policies, each a section of the job file."""
 
 from __future__ import annotations
 
@@ -30,13 +28,9 @@ class Policy:
             """Its name in the job file."""
 
     def errors(self, epochs: float) -> Iterator[tuple[str, str]]:
-        """Each key whose value cannot be meant in a run of `epochs` epochs, and what is wrong with
-        it.
-        """
+        """Yield (key, message) for each value that is invalid in a run of `epochs` epochs."""
         return iter(())
 
     def notes(self, epochs: float) -> Iterator[str]:
-        """What a user may not expect of this policy in a run of `epochs` epochs; each note begins
-        with a key.
-        """
+        """Yield notes on surprising effects in a run of `epochs` epochs; each begins with a key."""
         return iter(())

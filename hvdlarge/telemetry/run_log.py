@@ -194,16 +194,16 @@ class SilentRunLog:
     seconds = 0.0
 
     def decision(self, decision: Decision) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def evaluated(self, result: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def progress(self, decision: Decision, samples_seen: int, loss: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def check(self) -> None:
         """Nothing can have failed."""
@@ -213,12 +213,12 @@ class SilentRunLog:
         return {}
 
     def go_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(
         self, state: TrainState, progress: RunProgress, peak_memory: int, gradient_bytes: int
     ) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""

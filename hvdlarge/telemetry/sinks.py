@@ -1,4 +1,4 @@
-"""What receives the records of a run: the interface, and the files metrics.jsonl and
+"""Receivers of the records of a run: the interface, and the files metrics.jsonl and
 decisions.jsonl. Rank 0 only.
 """
 
