@@ -24,7 +24,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-integration test-faults-short test-faults test-kill test-laws test-fuzz test-peers bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -42,10 +42,10 @@ $(stamp): setup.cfg setup.py docker/install-system.sh docker/install-horovod.sh
 demo: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" horovodrun -np $(NP) python -m hvdlarge.train jobs/digits.yaml --fresh
 
-test: test-single test-parallel test-integration test-faults-short
+test: test-single test-parallel test-runs
 
 # Threads of torch that wait do so without a core, which the other processes need.
-test-single test-parallel test-integration test-faults-short: export OMP_WAIT_POLICY = passive
+test-single test-parallel test-runs: export OMP_WAIT_POLICY = passive
 
 test-single: $(stamp)
 	$(pytest2) tests/single --doctest-modules hvdlarge
@@ -56,13 +56,11 @@ test-parallel: $(stamp)
 	$(mpirun) -np 3 $(bin)/python -m pytest --color=no tests/parallel
 	$(mpirun) -np 4 $(bin)/python -m pytest --color=no tests/parallel -k "not test_own_parts or exact"
 
-test-integration: $(stamp)
-	PATH="$(CURDIR)/$(bin):$$PATH" $(pytest2) tests/integration
+# Whole runs, and the short ones of those in which something goes wrong on purpose. A run keeps less than a core busy.
+test-runs: $(stamp)
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest -n 4 --dist worksteal tests/faults tests/integration -m "not long"
 
-# What goes wrong on purpose: some of the cases in the default suite, all of them here (the suites after tests/faults are in both).
-test-faults-short: $(stamp)
-	$(bin)/python -m pytest tests/faults -m short
-
+# What goes wrong on purpose, all of it (the suites after tests/faults are part of the default suite too).
 test-faults: $(stamp)
 	$(bin)/python -m pytest tests/faults
 	$(bin)/python -m pytest tests/single/config/test_job_file.py tests/single/config/test_job_mutations.py tests/single/checkpoint/test_folder.py tests/single/optim

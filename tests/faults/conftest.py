@@ -12,9 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.launching import MPIRUN, TRAIN, EndedRun, environment
+from support.launching import MPIRUN, TRAIN, EndedRun, core_of_its_own, environment
+
+__all__ = ["core_of_its_own"]  # a fixture
 
 HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is not short as long, so that one expression selects from several suites."""
+    for item in items:
+        if item.path.parent == HERE and not item.get_closest_marker("short"):
+            item.add_marker("long")
 
 
 @dataclass

@@ -4,7 +4,9 @@ import shutil
 import subprocess
 
 import pytest
-from support.launching import MPIRUN, ROOT, TRAIN, EndedRun, environment
+from support.launching import MPIRUN, ROOT, TRAIN, EndedRun, core_of_its_own, environment
+
+__all__ = ["core_of_its_own"]  # a fixture
 
 
 @pytest.fixture
