@@ -1,4 +1,4 @@
-"""What the rest of the engine may ask of the other workers, and the errors with which they answer.
+"""Interfaces for communication between workers, and the errors that they raise.
 
 Two channels (docs/design.md): tensors go over Horovod, decisions over MPI. Both
 have a solo form, so the code behind them never asks whether it runs alone. Only
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 class WorldMismatchError(Exception):
-    """The environment cannot carry this run: a part is missing, or the parts disagree about the
-    world (exit code 3).
-    """
+    """A component is missing, or the components see different worlds (exit code 3)."""
 
 
 class RankLostError(Exception):
@@ -27,13 +25,11 @@ class RankLostError(Exception):
 
 
 class CollectiveMismatchError(Exception):
-    """Ranks called with tensors of other names, shapes or types (exit code 71)."""
+    """Ranks called a collective with different names, shapes or dtypes (exit code 71)."""
 
 
 class CollectiveError(Exception):
-    """A sum or broadcast failed for a reason of its own, such as NCCL's or CUDA's; the message is
-    theirs (exit code 70).
-    """
+    """A collective failed otherwise, e.g. in NCCL or CUDA, with their message (exit code 70)."""
 
 
 class ControlChannel(Protocol):
@@ -53,18 +49,20 @@ class ControlChannel(Protocol):
         ...
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin to find the largest of each of some numbers, as many on every rank; what is
-        returned waits and gives it.
+        """Start an element-wise maximum over ranks, of equally many values on each.
+
+        Returns:
+            A function that waits for it and returns the maxima, in order.
         """
         ...
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         ...
 
     def close(self) -> None:
-        """Leave in order, after the collectives are closed; a rank that left without this would end
-        the others' run badly.
+        """Close the channel, after the collectives. A rank that exits without closing it makes the
+        launcher abort the others.
         """
         ...
 
@@ -87,16 +85,16 @@ class DistributedOptimizer(Protocol):
         Called before the first backward pass of each step.
 
         Args:
-            numbers: their numbers; empty for an idle worker.
+            numbers: their indices within the step; empty for an idle worker.
             num_micro_batches: of all workers together.
         """
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, a micro-batch's share of the step's, shape ().
+        """Accumulate the gradients of `loss`, a micro-batch's share of the step's, shape ().
 
         Raises:
-            RankLostError, CollectiveMismatchError, CollectiveError: where sums begin beside the
+            RankLostError, CollectiveMismatchError, CollectiveError: if all-reduces overlap with the
                 backward pass and one fails.
         """
         ...

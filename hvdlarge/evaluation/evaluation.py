@@ -20,7 +20,7 @@ from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 
 
 class Evaluation:
-    """A test set, dealt to the workers in consecutive micro-batches.
+    """Evaluates a test set, split over the workers in consecutive micro-batches.
 
     Args:
         dataset: map-style, of pairs (input, target).
@@ -30,7 +30,7 @@ class Evaluation:
         rank: this worker.
         world_size: workers.
         num_workers: loader processes; 0 loads in this process.
-        prefetch_factor: micro-batches in hand for each loader process.
+        prefetch_factor: micro-batches that each loader process prepares in advance.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Evaluation:
     @torch.no_grad()
     def run(self, replica: Replica, tensors: Collectives) -> dict[str, float]:
         """Evaluate the model as it stands. Every rank calls this together, with the running
-        statistics gathered.
+        statistics all-reduced.
 
         Returns:
             `test_loss`, the mean over all samples, and the metrics that apply, by their names; the

@@ -1,4 +1,4 @@
-"""What a metric is: totals that add up over samples, and the number that follows from them.
+"""Metrics: totals that are summed over samples, and the result computed from them.
 
 Contract: sums over micro-batches and workers are taken in float64, so that every sample counts once
           on any number of workers.
@@ -44,8 +44,8 @@ Metrics = Mapping[str, Metric]  # by the name of the result
 
 
 class MetricError(Exception):
-    """A metric gave something else than it promised on this rank; no RunExit, as it is raised
-    alone.
+    """A metric returned totals of a wrong type or shape. Not a RunExit, as a single rank may raise
+    it.
     """
 
 

@@ -28,6 +28,7 @@ from hvdlarge.models.state import (
     trained_modules,
 )
 from hvdlarge.optim.precision import Precision
+from hvdlarge.preflight.user_code import user_code
 from hvdlarge.resilience.out_of_memory import is_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
@@ -66,6 +67,7 @@ def with_largest_micro_batch(
 
     Raises:
         OutOfMemory: on every rank, if a single sample does not fit on some rank.
+        JobError: on every rank, for an error of the model or the loss that is not about memory.
     """
     largest_share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 
@@ -83,7 +85,8 @@ def with_largest_micro_batch(
         def samples(size: int) -> tuple[Any, Any]:
             return repeat(inputs, size), repeat(targets, size)
 
-        return largest_micro_batch(model, loss, precision, samples, largest_share)
+        with user_code("a micro-batch of copies of the first sample"):
+            return largest_micro_batch(model, loss, precision, samples, largest_share)
 
     local_largest = raise_on_all_ranks(control, find_largest)
     largest = min(int(message) for message in control.allgather(b"%d" % local_largest))

@@ -22,11 +22,9 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +47,7 @@ from hvdlarge.models.state import (
     trained_modules,
 )
 from hvdlarge.optim.precision import Precision
+from hvdlarge.preflight.user_code import describe, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.resilience.digest import tensor_digests
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
@@ -294,7 +293,7 @@ class Rehearsal:
             explain_out_of_memory(
                 f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
             ),
-            _user_code("the first micro-batch of the test set"),
+            user_code("the first micro-batch of the test set"),
         ):
             seed_all(self._key)
             targets = self._to_device(batch.targets)
@@ -328,7 +327,7 @@ class Rehearsal:
         if not add:
             _clear_gradients(self._modules)
         counts = [int(layer.uses) for layer in self._layers]
-        with _user_code(what):
+        with user_code(what):
             value = self._forward(inputs, targets)
             value.backward()
         grads = {
@@ -368,7 +367,7 @@ class Rehearsal:
     @torch.no_grad()
     def _evaluate(self, inputs: Any, targets: Any) -> float:
         """The loss in evaluation mode."""
-        with self._evaluating(), _user_code("the first micro-batch, in evaluation mode,"):
+        with self._evaluating(), user_code("the first micro-batch, in evaluation mode,"):
             return self._forward(inputs, targets).item()
 
     @contextmanager
@@ -609,19 +608,6 @@ def _clear_gradients(modules: Modules) -> None:
         weight.grad = None
 
 
-@contextmanager
-def _user_code(what: str) -> Iterator[None]:
-    """Turn errors of user code in the `with` block into JobError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, RunExit) or is_out_of_memory(error):
-            raise
-        raise JobError(
-            f"model.name: {what} does not go through model and loss: {describe(error)}"
-        ) from None
-
-
 @torch.no_grad()
 def _shift(layers: list[NormLayer]) -> list[torch.Tensor]:
     """Shift the running statistics and the counts; returns δ of each mean and variance."""
@@ -633,16 +619,6 @@ def _shift(layers: list[NormLayer]) -> list[torch.Tensor]:
         var.add_(shifts[-1])
         layer.uses.add_(_COUNT_SHIFT)
     return shifts
-
-
-def describe(error: BaseException) -> str:
-    """An error of user code as text: type, message, its line in user code, and the traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))] or frames
-    place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
-    full = "".join(traceback.format_exception(error)).rstrip()
-    return f"{type(error).__name__}: {error}{place}\n{full}"
 
 
 def fingerprint(batch: Any) -> int:

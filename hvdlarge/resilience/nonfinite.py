@@ -1,9 +1,8 @@
-"""What becomes of a step whose mean gradients are not finite: the run stops, the step is left out,
-or the run goes back.
+"""Policies for mean gradients that are not finite: stop the run, skip the step, or roll back.
 
-The gradients are reduced before they are looked at, so every rank sees the same and takes the same
-branch. A loss may be not finite while the gradients are. It is summed only where it is logged,
-after the update: such a step cannot be left out any more.
+Gradients are checked after the all-reduce, so every rank takes the same branch. A loss can be
+non-finite while the gradients are finite; it is summed only when it is logged, after the update,
+so such a step can no longer be skipped.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from hvdlarge.train_state import TrainState
 
 
 class NonFinitePolicy(Protocol):
-    """What becomes of a step whose mean gradients are not finite."""
+    """Decides what happens to a step whose mean gradients are not finite."""
 
     def before_step(self, replica: Replica) -> None:
-        """Keep what a step that is left out must leave as it was."""
+        """Save the state that a skipped step must leave unchanged."""
         ...
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Whether to apply the update, by the norms of the mean gradients. The same on every rank.
 
         Raises:
-            RunExit: on every rank, where the run does not go on from here.
+            RunExit, RollBack: on every rank.
         """
         ...
 
@@ -42,8 +41,8 @@ class NonFinitePolicy(Protocol):
 
 
 class RollBack(Exception):
-    """Go back to the last checkpoint and on from there with a lower rate; raised by every
-    rank.
+    """Roll back to the last scheduled checkpoint and continue with a lower learning rate; raised on
+    every rank.
     """
 
     def __init__(self, reason: str, lr_factor: float) -> None:
@@ -63,7 +62,7 @@ class StopPolicy(_StopAtLoss):
     """The first such step ends the run."""
 
     def before_step(self, replica: Replica) -> None:
-        """Nothing to keep."""
+        """Do nothing."""
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Apply, or raise DivergedError."""
@@ -73,11 +72,11 @@ class StopPolicy(_StopAtLoss):
 
 
 class SkipPolicy(_StopAtLoss):
-    """Such a step is left out on every rank, weights, momentum and running statistics.
+    """Skips the step on every rank: weights, momentum and running statistics stay unchanged.
 
     Args:
-        limit: such steps in a run.
-        skipped: before an interruption.
+        limit: maximum number of skipped steps in a run.
+        skipped: steps skipped before this start.
     """
 
     def __init__(self, limit: int, skipped: int = 0) -> None:
@@ -90,7 +89,7 @@ class SkipPolicy(_StopAtLoss):
         self._kept = replica.statistics.snapshot()
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
-        """Leave the step out, or raise DivergedError when too many have been."""
+        """Skip the step, or raise DivergedError if too many have been skipped."""
         if not (not_finite := norms.not_finite(replica.names)):
             return True
         self.skipped += 1
@@ -105,10 +104,10 @@ class SkipPolicy(_StopAtLoss):
 
 
 class RollbackPolicy:
-    """The run goes back to the last checkpoint of its cadence.
+    """Rolls back to the last checkpoint of the cadence.
 
     Args:
-        limit: rollbacks in a run.
+        limit: maximum number of rollbacks in a run.
         lr_factor: factor of the learning rate for each.
         rolled_back: so far.
     """
@@ -119,7 +118,7 @@ class RollbackPolicy:
         self._rolled_back = rolled_back
 
     def before_step(self, replica: Replica) -> None:
-        """The checkpoint has everything."""
+        """Do nothing: the checkpoint holds all state."""
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Raise RollBack, or DivergedError when it has been done too often."""
@@ -138,11 +137,11 @@ class RollbackPolicy:
 
 
 class LossScalingPolicy:
-    """For fp16, before another policy: while losses are scaled, a gradient that overflows only asks
-    for a smaller scale.
+    """Dynamic loss scaling for fp16 around another policy: an overflow skips the step and halves
+    the scale.
 
     Args:
-        then: what is done where no scaling is left to be taken back.
+        then: consulted if the gradients are finite or the scale is 1 already.
         scale: moved by this policy.
         state: keeps the scale for a resume; changed in place.
     """

@@ -1,6 +1,4 @@
-"""The log of a run: its records go to the sinks (sinks.py), and the lines that it prints on its way
-to the screen. Rank 0 only.
-"""
+"""Sends the records of a run to the sinks (sinks.py), and prints progress lines. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -26,13 +24,13 @@ class RunLog:
     """The open logs of a run.
 
     Args:
-        folder: the run folder, made already.
-        plan: what the run follows.
-        offsets: where each log goes on, by its name; what stands after is of steps that will be
-            taken again.
-        progress: where the run begins or goes on.
-        before: what it had come to.
-        sinks: further receivers of its records, beside the log files; closed with them.
+        folder: the run folder, which must exist.
+        plan: of the run.
+        offsets: length in bytes to which each log is truncated first, by name; later records
+            belong to steps that will be repeated.
+        progress: where the run starts or resumes.
+        before: its state at that point.
+        sinks: further receivers of the records, beside the log files; closed with them.
     """
 
     def __init__(
@@ -94,8 +92,8 @@ class RunLog:
             return self._files.offsets()
 
     def _send(self, receive: Callable[[Sink], None]) -> None:
-        """Give every sink a record while that works; rank 0 alone must not leave in the middle of a
-        step, so a failure is reported at its end.
+        """Pass a record to every sink, until one fails. `check` raises the error later: rank 0 must
+        not leave the others within a step.
         """
         if self._failure is None:
             try:
@@ -118,9 +116,7 @@ class RunLog:
         self._metrics = _metrics_of(results)
 
     def progress(self, decision: Decision, samples_seen: int, loss: float) -> None:
-        """Say where the run is, unless that was said a moment ago (every 2 s at first, every 30 s
-        in a long run).
-        """
+        """Print a progress line, at most every 2 s at first and every 30 s in a long run."""
         now = time.monotonic()
         if now - self._last_line < self._pause:
             return
@@ -154,13 +150,13 @@ class RunLog:
     def finish(
         self, state: TrainState, progress: RunProgress, peak_memory: int, gradient_bytes: int
     ) -> None:
-        """Write the summary and say how the run ended.
+        """Write the summary and print the final line.
 
         Args:
-            state: its results.
+            state: of the run.
             progress: after the last step.
-            peak_memory: of the worker that needed most, in bytes.
-            gradient_bytes: that a worker sends in each step.
+            peak_memory: maximum over workers, in bytes.
+            gradient_bytes: bytes of gradients that a worker sends per step.
 
         Raises:
             CheckpointWriteError: if it cannot be written.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -11,6 +12,7 @@ from hvdlarge.build import build_learning, load_data
 from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
+from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 from hvdlarge.preflight.auto_micro_batch import (
     keep_micro_batches,
@@ -107,6 +109,23 @@ def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
         plan, model, loss, CPU, training_set, job.data, True, SoloChannel()
     )
     assert plan.largest_micro_batch == 16
+
+
+def test_a_model_that_does_not_fit_its_data_is_an_error_of_the_job():
+    job = parse_job(JOB, "job")
+    training_set, _ = load_data(job.data, job.seed)
+    plan = plan_run(job, len(training_set), 1)
+    with pytest.raises(JobError, match="^model.name: a micro-batch .* RuntimeError: mat1 and mat2"):
+        with_largest_micro_batch(
+            plan,
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10)),
+            cross_entropy,
+            CPU,
+            training_set,
+            job.data,
+            False,
+            SoloChannel(),
+        )
 
 
 def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_still_fits():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hvdlarge.data.loader import MicroBatchDataset
-from hvdlarge.preflight.rehearsal import describe
+from hvdlarge.preflight.user_code import describe
 from hvdlarge.schedule.batch import MicroBatch
 
 
