@@ -82,7 +82,7 @@ class Components:
     optimizer: MeanGradientOptimizer
     metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
-    rounds_differently: bool = False  # whether some ranks do
+    rounds_differently: bool = False  # whether ranks use different floating-point rounding
 
 
 def build_components(job: Job, context: RankContext) -> Components:
@@ -247,14 +247,14 @@ def _check_parameters(modules: Modules) -> None:
 def build_replica(
     job: Job, components: Components, control: ControlChannel, tensors: Collectives
 ) -> Replica:
-    """Give every worker rank 0's weights and put the sum over workers before the update. Every rank
+    """Broadcast rank 0's weights, and make the update all-reduce the gradients first. Every rank
     calls this together.
 
     Args:
         job: in exact mode the number of workers is a power of two.
         components: as built on this worker; the optimizer has no state yet.
-        control: tells the rank.
-        tensors: what sums.
+        control: the control channel.
+        tensors: the collectives.
     """
     model, loss, optimizer = components.model, components.loss, components.optimizer
     modules = trained_modules(model, loss)
@@ -289,7 +289,7 @@ def build_replica(
 
 
 def device_mover(precision: Precision, channels_last: bool) -> Callable[[Any], Any]:
-    """What brings inputs or targets to the device, their floats in the type of the weights."""
+    """A function that moves inputs or targets to the device and casts floats like the weights."""
     return functools.partial(
         to_device, device=precision.device, dtype=precision.weights, channels_last=channels_last
     )
@@ -362,8 +362,8 @@ def build_evaluation(
 def test_samples(
     data: sections.Data, evaluate: sections.Evaluate, test_set: Any
 ) -> Callable[[], Iterable[LoadedMicroBatch]]:
-    """What reads the first micro-batch of a test set twice; from a loader process where there are
-    some.
+    """A function that reads the first micro-batch of a test set twice, in a loader process if there
+    are any.
     """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
     processes = 0 if reads_batches(test_set) else min(1, data.num_workers)

@@ -61,7 +61,7 @@ class LoopComponents:
     watchdog: Watchdog
     cadence: Cadence
     log: RunLog | SilentRunLog  # rank 0's; silent elsewhere
-    rounds_differently: bool = False  # whether some ranks do
+    rounds_differently: bool = False  # whether ranks use different floating-point rounding
     buffer_guard: BufferGuard = field(default_factory=BufferGuard)
 
 

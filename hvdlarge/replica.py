@@ -1,4 +1,4 @@
-"""What learns on one worker: the model, the loss and all that moves or follows them."""
+"""The model replica of one worker: model, loss, optimizer, statistics and precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvdlarge.reduction.batch_norm import RunningStatistics
 
 @dataclass(frozen=True)
 class Replica:
-    """What learns, on one worker."""
+    """The model replica of one worker."""
 
     model: torch.nn.Module
     # A mean over the samples of a micro-batch; a module's parameters are trained too

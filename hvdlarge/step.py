@@ -50,7 +50,7 @@ def train_step(
         replica: the model and what updates it.
         consistency: compares the ranks.
         digest: of this rank's state, where states are compared in this step.
-        policy: decides about gradients that are not finite.
+        policy: decides what happens if gradients are not finite.
         timers: of the phases.
     """
     numbers = layout.numbers_of_rank(replica.rank)

@@ -28,10 +28,10 @@ class UnknownSamples(JobError):
 
 
 def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
-    """What the controller follows.
+    """The plan that the controller follows.
 
     Args:
-        job: a job.
+        job: the job.
         dataset_size: training samples.
         world_size: workers.
 
@@ -91,7 +91,7 @@ def curve_of(plan: Plan) -> list[tuple[float, int, float]]:
 
 
 def layout_of(plan: Plan, global_batch: int) -> BatchLayout:
-    """How a step of `global_batch` samples is dealt to the plan's workers."""
+    """How a step of `global_batch` samples is divided among the plan's workers."""
     return BatchLayout(global_batch, plan.micro_batch_of(global_batch), plan.world_size)
 
 

@@ -1,8 +1,8 @@
 """Every part that a job can name: its short name, and where it lives.
 
-A part of one's own goes by `package.module:attribute` instead of a short name. Nothing is imported
-before it is asked for, and what a plan needs (the sizes of data sets, the sections of optimizers
-and decays) comes without torch. docs/extending.md shows one new part of each kind.
+User-defined parts are named `package.module:attribute`. Nothing is imported before it is needed,
+and a plan (sizes of data sets, sections of optimizers and schedules) needs no torch.
+docs/extending.md shows one new part of each kind.
 """
 
 from __future__ import annotations

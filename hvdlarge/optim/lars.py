@@ -41,7 +41,8 @@ class LARS(MeanGradientOptimizer):
         weight_decay: β, ≥ 0.
         trust_coefficient: η, > 0.
         adapt: whether tensors get a trust ratio.
-        lr_in_momentum: whether the rate stands inside the momentum buffer (the paper's form).
+        lr_in_momentum: whether the lr multiplies the update before the momentum buffer (the
+            paper's form).
         joint_norm: whether the decay is added before the gradient's norm is taken.
         clip: whether λ·lr is held at or below lr (LARC).
         nesterov: Nesterov's momentum.

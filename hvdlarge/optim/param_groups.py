@@ -1,7 +1,7 @@
-"""Which parameters are adapted and decayed, and which are not.
+"""Selects the parameters that get a trust ratio and weight decay.
 
 Source:   the LARS paper (2017) adapts and decays every tensor; each later reference (TensorFlow's
-          TPU code, MLPerf) leaves out biases and normalisation parameters, and so do we by default.
+          TPU code, MLPerf) excludes biases and normalisation parameters, and so does this default.
           They are identified by the type of their module, not by
           their shape, and by name patterns that a job adds.
 """

@@ -38,7 +38,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LossScaler:
-    """s.
+    """The loss scale s = static × dynamic.
 
     Args:
         static: the part of s that stays.
@@ -72,7 +72,7 @@ class Precision:
 
     Args:
         precision: fp32, tf32, bf16, fp16 or fp64.
-        device: where.
+        device: of the worker.
 
     Raises:
         JobError: for a precision that the device lacks, naming those it has.

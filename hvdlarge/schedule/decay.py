@@ -213,7 +213,7 @@ class ExponentialDecay(Decay):
 
 @dataclass(frozen=True)
 class OneCycle(Decay):
-    """One rise and fall of the rate, then its annihilation: super-convergence's schedule.
+    """One rise and fall of the rate, then a long tail: the 1cycle schedule.
 
     >>> cycle = OneCycle(peak=0.4, start_factor=0.1, end_factor=0.001)
     >>> [round(cycle.factor(epoch, 0, 100), 9) for epoch in (0, 20, 40, 60, 80, 90, 100)]

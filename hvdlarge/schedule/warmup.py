@@ -56,7 +56,7 @@ class Warmup(Policy, ABC):
         """
 
     def length_as_arithmetic(self, batch_factor: float) -> str:
-        """How `length` comes about; empty where it is a key of the job."""
+        """The computation of `length`, for messages; empty if the job gives it directly."""
         return ""
 
 

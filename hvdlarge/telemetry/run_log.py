@@ -134,7 +134,7 @@ class RunLog:
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
     def go_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
-        """Drop what was recorded after a checkpoint that the run goes back to. Raises
+        """Drop the records after the checkpoint that the run is rolled back to. Raises
         CheckpointWriteError as `check` does.
         """
         self._send(lambda sink: sink.go_back(progress.step, offsets))
