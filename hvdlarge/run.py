@@ -278,7 +278,7 @@ class Run:
         progress = replace(progress, lr_factor=progress.lr_factor * reason.lr_factor)
         state.rolled_back = rolled_back
         state.largest_micro_batch, state.workers = (
-            cutting  # this part of the run goes on as it does
+            cutting  # of this start, not of the one that wrote the checkpoint
         )
         offsets = {} if point is None else point.content.log_offsets
         on_rank_0(control, lambda: self.log.go_back(offsets, progress))

@@ -130,8 +130,8 @@ def _before_the_ranks_agree(read: Callable[[], Job | None]) -> tuple[Timeouts, H
 
 
 def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
-    """Run `action` now; the returned function returns its result or raises its RunExit, to be
-    called once the other ranks can be reached and can fail too.
+    """Run `action` now. The returned function returns its result or raises its RunExit, so that an
+    error can be raised on all ranks once the channel is open.
     """
     try:
         result = action()

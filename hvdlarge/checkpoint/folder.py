@@ -194,9 +194,9 @@ class CheckpointFolder:
             self._write_list({name: digests[name] for name in digests if name not in names})
 
     def _remove_old(self, step: int, also_keep: int | None) -> None:
-        """Remove all up to `step` but the newest `keep` and that of `also_keep`.
+        """Remove checkpoints up to `step`, except the newest `keep` undamaged ones and `also_keep`.
 
-        Damaged ones do not count; those above `step` are all damaged and are left alone.
+        Those above `step` are all damaged and are left alone.
         """
         up_to_step = [path for path in self.newest_first() if _step_of(path) <= step]
         newest = [path for path in up_to_step if path.name not in self._damaged][: self._keep]

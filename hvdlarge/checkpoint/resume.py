@@ -322,8 +322,8 @@ def _share_optimizer(
         if dtype is None:
             replica.update.optimizer.state[weight][key] = value
             continue
-        # State of the weight's shape is on its device; torch keeps step counts on the CPU, also
-        # those of scalar weights, whose shape is the same.
+        # State with the weight's shape is on its device. torch keeps "step" on the CPU; its shape
+        # () may equal a scalar weight's.
         on_device = key != "step" and value == list(weight.shape)
         tensor = torch.zeros(
             value, dtype=getattr(torch, dtype), device=weight.device if on_device else "cpu"

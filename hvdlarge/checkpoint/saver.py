@@ -2,7 +2,7 @@
 
 Saving must not change the weights. A scheduled checkpoint, required by the job, is also written by
 an uninterrupted run, so it may all-reduce the running statistics and continue from the sum. One
-that is due to the clock or to a stop may not: there each rank's partial statistics are saved beside
+written for `every_minutes` or a stop may not: there each rank's partial statistics are saved beside
 the sum and restored, so that the run continues bit for bit.
 """
 

@@ -112,7 +112,7 @@ class HorovodCollectives:
         compressed: bool = False,
         groups: int | None = None,
     ) -> HorovodOptimizer:
-        """Put Horovod's allreduce in front of `optimizer`, which must not have any state yet."""
+        """Wrap `optimizer`, which must have no state yet, to all-reduce gradients first."""
         return HorovodOptimizer(optimizer, named_parameters, compressed, groups)
 
     def close(self) -> None:
@@ -128,9 +128,9 @@ _CARRIED = frozenset(
 class HorovodOptimizer:
     """`hvd.DistributedOptimizer`, called as zero_grad, backward passes, synchronize, apply.
 
-    Horovod sums the gradients of a worker's backward passes and divides by nothing, and so does
-    op=Sum over the workers; the step scales each micro-batch's loss by its share of the global
-    batch instead. That is exact for uneven workers too, where an average of averages is not.
+    Neither Horovod's accumulation over backward passes nor op=Sum divides. The step scales each
+    micro-batch's loss by its share of the global batch instead. That is exact for uneven workers
+    too, where an average of averages is not.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class HorovodOptimizer:
             self.optimizer.set_backward_passes_per_step(passes)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a micro-batch's share of the loss; Horovod's hooks send what is
-        complete.
+        """Accumulate the gradients of a micro-batch's share of the loss; Horovod's hooks all-reduce
+        each gradient once it is complete.
         """
         with _translated_errors():
             loss.backward()
@@ -196,7 +196,7 @@ class HorovodOptimizer:
                 self.optimizer._group_counts[group] = 0
 
     def apply(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights with the reduced gradients."""
+        """Update the weights with the reduced gradients."""
         # Horovod's own `step` would wait for sums once more; what else it does in each step is this
         self.optimizer._synchronized = False
         self.optimizer.update(norms, lr)

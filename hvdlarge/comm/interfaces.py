@@ -110,7 +110,7 @@ class DistributedOptimizer(Protocol):
         ...
 
     def apply(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights with the reduced gradients. Called after `synchronize`; needs no
+        """Update the weights with the reduced gradients. Called after `synchronize`; needs no
         other worker.
 
         Args:

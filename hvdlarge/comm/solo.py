@@ -30,7 +30,7 @@ class SoloChannel:
         return [message]
 
     def start_max(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """The largest are the only ones."""
+        """Return a function that returns `values`."""
         return lambda: list(values)
 
     def barrier(self) -> None:
@@ -55,7 +55,7 @@ class SoloCollectives:
     needs_own_gpus = False
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Rank 0's tensors are these."""
+        """Do nothing."""
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """A copy of `tensor`."""

@@ -9,17 +9,17 @@ import torch
 
 
 class Accuracy:
-    """Right answers / all answers, where the targets are classes.
+    """Fraction of correct predictions, for targets that are class indices.
 
-    Outputs are scores, shape (n, classes, …), and targets the index of the right class of each,
-    shape (n, …), of an integer dtype. It does not apply to anything else.
+    Outputs are logits, shape (n, classes, …); targets are integer class indices, shape (n, …). For
+    anything else `result` returns None.
     """
 
     num_totals = 2
     higher_is_better = True
 
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Right answers and all answers, shape (2,)."""
+        """Numbers of correct predictions and of all predictions, shape (2,)."""
         if not (
             isinstance(outputs, torch.Tensor)
             and isinstance(targets, torch.Tensor)
@@ -31,6 +31,6 @@ class Accuracy:
         return torch.stack([right, torch.full_like(right, targets.numel())])
 
     def result(self, totals: Sequence[float]) -> float | None:
-        """Right answers / all answers, in [0, 1]."""
+        """Correct / all predictions, in [0, 1]."""
         right, answers = totals
         return right / answers if answers else None

@@ -65,8 +65,8 @@ def check_metric(name: str, metric: Any) -> None:
 
 
 def rankings(best_by: str | None, metrics: Metrics) -> dict[str, bool]:
-    """The results that may decide which evaluation is the best, the first that is there before the
-    others, and whether a higher value of each is better.
+    """Results that decide which evaluation is the best, in order of preference; for each, whether
+    higher is better.
 
     Args:
         best_by: the one that a job names; None: the metrics, then the test loss.

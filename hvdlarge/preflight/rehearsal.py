@@ -176,7 +176,7 @@ def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
 def _read_again(
     read: Callable[[], Iterable[LoadedMicroBatch]], what: str
 ) -> list[LoadedMicroBatch]:
-    """All that `read` gives except the second micro-batch, which must equal the first."""
+    """The micro-batches of `read` except the second, which must equal the first."""
     try:
         first, again, *others = read()
     except Exception as error:

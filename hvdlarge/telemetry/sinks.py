@@ -22,14 +22,14 @@ class Sink(Protocol):
     """
 
     def decision(self, record: Mapping[str, Any]) -> None:
-        """What was decided for a step, under the names of `schedule.decision.Decision`; that of the
+        """The decision for a step, under the names of `schedule.decision.Decision`; that of the
         first step of a larger batch also has `grew_from`.
         """
         ...
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """What was measured, by name; `step`, `epoch` and `samples_seen` are always there. Numbers
-        need not be finite.
+        """Measured values by name, always with `step`, `epoch` and `samples_seen`; may be
+        non-finite.
         """
         ...
 
@@ -66,7 +66,7 @@ class JsonlFiles:
         self._files["decisions"].write(json_line(record) + "\n")
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append to metrics.jsonl, and let readers see both files up to here."""
+        """Append to metrics.jsonl, and flush both files."""
         self._files["metrics"].write(json_line(record) + "\n")
         self.flush()
 
@@ -112,5 +112,5 @@ def decision_record(decision: Decision, batch_before: int) -> dict[str, int | fl
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of a .jsonl file, without its end; what is not finite is a word."""
+    """A record as a line of JSON, without the newline; non-finite numbers become strings."""
     return json.dumps(without_nonfinite(record), allow_nan=False)
