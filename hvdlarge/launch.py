@@ -147,6 +147,7 @@ class Launcher:
         if self._hosts is not None:
             hosts = self._hosts()
             if self._stop_signal is not None:  # while the hosts were asked for
+                print_status(f"launch: {self._stop_signal}: nothing was started")
                 return exits.STOPPED
             workers, host_option = min(workers, hosts.slots), ["--host", hosts.value]
             print_status(f"launch: {workers} workers on {hosts.value}")

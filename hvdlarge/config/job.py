@@ -405,7 +405,7 @@ class Job(Section):
         )
 
     def resume_signature(self) -> dict[str, Any]:
-        """The settings that may not change at a resume: all that affect the weights."""
+        """The settings that may not change at a resume."""
         resolved = self.resolved()
         signature = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
         signature["gradients"] = {

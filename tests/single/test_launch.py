@@ -30,3 +30,17 @@ def test_hosts_that_cannot_be_read_are_one_error(tmp_path, options, words):
     assert done.stderr.count("hvdlarge: error:") == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_stop_while_the_hosts_are_asked_for_starts_nothing(tmp_path):
+    (tmp_path / "hosts").write_text("kill -TERM $PPID\nsleep 0.5\necho localhost\n")
+    command = [sys.executable, "-m", "hvdlarge.launch", "-np", "1", "--hosts-command", "sh hosts"]
+    done = subprocess.run(
+        [*command, "--mpirun", "no-such-mpirun", JOB],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "launch: SIGTERM: nothing was started" in done.stdout + done.stderr
+    assert not (tmp_path / "runs").exists()
