@@ -53,7 +53,8 @@ from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.nonfinite import (
     LossScalingPolicy,
     NonFinitePolicy,
@@ -64,7 +65,6 @@ from hvdlarge.resilience.nonfinite import (
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
-from hvdlarge.train_state import TrainState
 from hvdlarge.world import RankContext
 
 

@@ -17,7 +17,8 @@ from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.exits import DivergedError, JobError, Stopped
 from hvdlarge.reduction.batch_norm import ModeChangedError
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.buffer_guard import BufferGuard
 from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
 from hvdlarge.resilience.digest import combined, named_state, tensor_digests
@@ -31,7 +32,6 @@ from hvdlarge.schedule.progress import milestones_reached
 from hvdlarge.step import StepOutcome, train_step
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.telemetry.timers import PhaseTimers
-from hvdlarge.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import trained_modules
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
 from hvdlarge.preflight.rehearsal import rehearse
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.reporting.describe import startup_summary
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
@@ -51,7 +52,6 @@ from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.console import print_status
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
-from hvdlarge.train_state import TrainState
 from hvdlarge.world import RankContext
 
 

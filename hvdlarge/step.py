@@ -12,7 +12,7 @@ import torch
 from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch
 from hvdlarge.data.rng import seed_all
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
 from hvdlarge.resilience.nonfinite import NonFinitePolicy
 from hvdlarge.schedule.batch import BatchLayout

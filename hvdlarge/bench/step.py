@@ -32,7 +32,8 @@ from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
 from hvdlarge.optim.param_groups import set_lr
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Run
@@ -40,7 +41,6 @@ from hvdlarge.schedule.growth import NoGrowth
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
-from hvdlarge.train_state import TrainState
 from hvdlarge.world import RankContext
 
 _WARM_UP = 5  # steps of each turn that are not timed

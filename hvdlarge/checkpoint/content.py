@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
 from hvdlarge.exits import CheckpointError, CheckpointWriteError, JobError
 from hvdlarge.models.state import Modules
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_folder import FolderLock, holds_run, make_folder, set_aside
-from hvdlarge.train_state import TrainState
 
 # The one key of `Job.resume_signature()` that may change between starts, under conditions
 _LENGTH = "epochs"

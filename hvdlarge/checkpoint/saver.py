@@ -19,11 +19,11 @@ from hvdlarge.checkpoint.folder import CheckpointWriter
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import Checkpoint
 from hvdlarge.models.state import pack, unpack
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.schedule.progress import Clock, milestones_reached
-from hvdlarge.train_state import TrainState
 
 
 class CheckpointSaver:

@@ -14,7 +14,7 @@ from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_datal
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metrics, result_of, totals_of
 from hvdlarge.exits import JobError
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 

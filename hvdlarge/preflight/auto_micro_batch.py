@@ -29,10 +29,10 @@ from hvdlarge.models.state import (
 )
 from hvdlarge.optim.precision import Precision
 from hvdlarge.preflight.user_code import user_code
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.out_of_memory import is_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
-from hvdlarge.train_state import TrainState
 
 # Memory reserved for the optimizer state (two copies of the weights for LAMB and Adam) and for the
 # all-reduced gradients, in copies of the weights.

@@ -12,7 +12,7 @@ from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import raise_on_all_ranks
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import extra_states, pack, saved_tensors
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.digest import tensor_digests
 
 

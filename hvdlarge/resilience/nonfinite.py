@@ -13,9 +13,9 @@ from hvdlarge.exits import DivergedError
 from hvdlarge.optim.interface import GradientNorms
 from hvdlarge.optim.precision import LossScaler
 from hvdlarge.reduction.batch_norm import Snapshot
-from hvdlarge.replica import Replica
+from hvdlarge.replica.replica import Replica
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.train_state import TrainState
 
 
 class NonFinitePolicy(Protocol):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdlarge.exits import CheckpointWriteError, JobError
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import Plan, RunProgress
-from hvdlarge.train_state import TrainState
 
 
 class FolderLock:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hvdlarge.exits import CheckpointWriteError
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.reporting.describe import duration, growth_line
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.telemetry.console import print_status
 from hvdlarge.telemetry.run_folder import summary_of, write_summary
 from hvdlarge.telemetry.sinks import JsonlFiles, Sink, decision_record
-from hvdlarge.train_state import TrainState
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
 

@@ -18,12 +18,12 @@ from hvdlarge.data.in_memory import InMemory
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
 from hvdlarge.optim.precision import Precision
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Run
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_log import SilentRunLog
-from hvdlarge.train_state import TrainState
 from hvdlarge.world import RankContext
 
 JOB = """

@@ -7,7 +7,7 @@ from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.optim.precision import Precision
-from hvdlarge.train_state import TrainState
+from hvdlarge.replica.train_state import TrainState
 
 JOB = """
 name: built

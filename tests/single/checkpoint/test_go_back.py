@@ -7,8 +7,8 @@ from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.exits import CheckpointError, CheckpointWriteError
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.train_state import TrainState
 
 
 def model_at(step):

@@ -14,8 +14,8 @@ from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import CheckpointError
 from hvdlarge.models.state import trained_modules
 from hvdlarge.optim.precision import Precision
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.train_state import TrainState
 
 JOB = """
 name: resumed

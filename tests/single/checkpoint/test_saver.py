@@ -11,7 +11,7 @@ from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
 from hvdlarge.evaluation.accuracy import Accuracy
 from hvdlarge.evaluation.metric import rankings
-from hvdlarge.train_state import TrainState
+from hvdlarge.replica.train_state import TrainState
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 1)
 DECISIONS = list(iter(Controller(PLAN).decide, None))

@@ -9,9 +9,9 @@ from support.counting import CountingReplica
 from hvdlarge.exits import DivergedError, JobError
 from hvdlarge.optim.interface import GradientNorms
 from hvdlarge.optim.precision import LossScaler, Precision, precisions_of, scale_for_compression
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.nonfinite import LossScalingPolicy, StopPolicy
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.train_state import TrainState
 
 CPU = torch.device("cpu")
 DECISION = Decision(

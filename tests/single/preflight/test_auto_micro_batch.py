@@ -20,7 +20,7 @@ from hvdlarge.preflight.auto_micro_batch import (
     largest_that_fits,
     with_largest_micro_batch,
 )
-from hvdlarge.train_state import TrainState
+from hvdlarge.replica.train_state import TrainState
 
 CPU = Precision("fp32", torch.device("cpu"))
 

@@ -7,6 +7,7 @@ from hvdlarge.config.job_file import read_job
 from hvdlarge.config.validation import RESERVED_RESULTS
 from hvdlarge.controller import Controller
 from hvdlarge.exits import JobError
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_folder import (
     FolderLock,
@@ -16,7 +17,6 @@ from hvdlarge.telemetry.run_folder import (
     write_documents,
 )
 from hvdlarge.telemetry.run_log import RunLog
-from hvdlarge.train_state import TrainState
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 from hvdlarge.config.job_file import read_job
 from hvdlarge.controller import Controller
 from hvdlarge.exits import CheckpointWriteError
+from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_log import RunLog
 from hvdlarge.telemetry.sinks import JsonlFiles, decision_record
-from hvdlarge.train_state import TrainState
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 2)
 DECISION = Decision(7, 224, 0.25, 0, 32, 32, 16, 0.1, False)
