@@ -32,6 +32,7 @@ from hvdlarge.data.loader import (
     make_dataloader,
 )
 from hvdlarge.data.rng import seed_all
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metrics, check_metric
 from hvdlarge.exits import JobError
@@ -41,7 +42,6 @@ from hvdlarge.models.state import (
     named_buffers,
     pack,
     set_extra_states,
-    trained_modules,
     unpack,
 )
 from hvdlarge.models.state import named_parameters as every_parameter
@@ -50,9 +50,11 @@ from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
 from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
+from hvdlarge.preflight.rehearsal import Rehearsed
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
+from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.nonfinite import (
@@ -72,17 +74,15 @@ from hvdlarge.world import RankContext
 class Components:
     """What a job names, built on this rank alone; the same on every rank."""
 
-    precision: Precision
+    objective: Objective  # model and loss
     training_set: Any
     test_set: Any  # or None
     sizes: Mapping[str, int | None]  # of both, in samples
     plan: Plan
-    model: torch.nn.Module
-    loss: Callable[[Any, Any], torch.Tensor]
     optimizer: MeanGradientOptimizer
     metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
-    rounds_differently: bool = False  # whether ranks use different floating-point rounding
+    rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
 
 
 def build_components(job: Job, context: RankContext) -> Components:
@@ -104,19 +104,16 @@ def build_components(job: Job, context: RankContext) -> Components:
     }
     check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
     plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
-    model, loss, optimizer, model_notes = raise_on_all_ranks(
+    objective, optimizer, model_notes = raise_on_all_ranks(
         control, lambda: build_learning(job, precision)
     )
     metrics = raise_on_all_ranks(control, lambda: build_metrics(job.evaluate))
     if job.batch.micro == "auto" and device.type == "cuda":
-        channels_last = job.model.channels_last
-        plan = with_largest_micro_batch(
-            plan, model, loss, precision, training_set, job.data, channels_last, control
-        )
+        first = first_sample(job.data, training_set)
+        plan = with_largest_micro_batch(plan, objective, first, control)
     return Components(
-        precision, training_set, test_set, sizes, plan, model, loss, optimizer, metrics,
-        [*notes, *model_notes],
-    )  # fmt: skip
+        objective, training_set, test_set, sizes, plan, optimizer, metrics, [*notes, *model_notes]
+    )
 
 
 def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
@@ -162,9 +159,9 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
 
 def build_learning(
     job: Job, precision: Precision
-) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], MeanGradientOptimizer, list[str]]:
-    """Model, loss, optimizer and notes for the user, built on this worker alone as the job names
-    them. The weights depend on the seed only.
+) -> tuple[Objective, MeanGradientOptimizer, list[str]]:
+    """Model and loss, optimizer, and notes for the user, built on this worker alone as the job
+    names them. The weights depend on the seed only.
 
     Modes, types and names are settled here, before anything is derived from them.
 
@@ -178,9 +175,11 @@ def build_learning(
         raise JobError(
             f"model.name: {job.model.name} must give a torch.nn.Module, not {_kind(model)}"
         )
-    loss = registry.instantiate("loss.name", job.loss.name, job.loss.arguments, registry.LOSSES)
+    loss = registry.instantiate_loss("loss.name", job.loss.name, job.loss.arguments)
+    mover = device_mover(precision, job.model.channels_last)
     try:
-        modules = trained_modules(model, loss)
+        objective = Objective(model, loss, precision, mover, job.model.output)
+        modules = objective.modules
         notes = [note for module in modules.values() if (note := _train_mode(module))]
         for module in modules.values():
             precision.convert(module)
@@ -194,7 +193,7 @@ def build_learning(
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
     try:
-        return model, loss, build_optimizer(modules, job.optimizer), notes
+        return objective, build_optimizer(modules, job.optimizer), notes
     except ValueError as error:
         raise JobError(f"optimizer: {error}") from None
 
@@ -256,8 +255,8 @@ def build_replica(
         control: the control channel.
         tensors: the collectives.
     """
-    model, loss, optimizer = components.model, components.loss, components.optimizer
-    modules = trained_modules(model, loss)
+    objective, optimizer = components.objective, components.optimizer
+    modules = objective.modules
     share_state(modules, control, tensors)
     named_weights = named_parameters(optimizer.param_groups)
     compression = job.gradients.compression
@@ -272,16 +271,13 @@ def build_replica(
         )
         statistics = RunningStatistics(modules, control.rank, control.size, tensors.gather)
     return Replica(
-        model=model,
-        loss=loss,
-        modules=modules,
+        objective=objective,
+        averaging=WeightedMean(control) if components.rehearsed.weighted_loss else SampleMean(),
         update=update,
         statistics=statistics,
-        precision=components.precision,
         loss_scaler=LossScaler(scale_for_compression(compression, control.size)),
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
-        to_device=device_mover(components.precision, job.model.channels_last),
         names={weight: name for name, weight in named_weights},
         seed=job.seed,
         rank=control.rank,
@@ -316,10 +312,21 @@ def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
-    fetch = MicroBatchDataset(training_set, seed, shuffled=True)
+    fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=sample_form(data))
     if reads_batches(training_set):
         return TensorLoader(fetch)
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
+
+
+def sample_form(data: sections.Data) -> SampleForm:
+    """How the samples of a job's data sets become inputs and targets.
+
+    Raises:
+        JobError: for a collate function that is not there.
+    """
+    if data.collate is None:
+        return SampleForm(data.targets)
+    return SampleForm(data.targets, registry.load("data.collate", data.collate))
 
 
 def build_metrics(evaluate: sections.Evaluate) -> Metrics:
@@ -348,7 +355,7 @@ def build_evaluation(
         return None
     num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(
-        test_set,
+        MicroBatchDataset(test_set, seed=0, shuffled=False, form=sample_form(data)),
         len(test_set),
         metrics,
         evaluate.micro_batch,
@@ -366,14 +373,26 @@ def test_samples(
     are any.
     """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
-    processes = 0 if reads_batches(test_set) else min(1, data.num_workers)
-    loader = make_dataloader(
-        MicroBatchDataset(test_set, 0, shuffled=False),
-        [first, first],
-        processes,
-        data.prefetch_factor,
-    )
+    loader = _in_order(data, test_set, [first, first])
     return lambda: loader
+
+
+def first_sample(data: sections.Data, training_set: Any) -> Callable[[], LoadedMicroBatch]:
+    """A function that reads the first sample of a training set, as a micro-batch of one."""
+    return lambda: next(iter(_in_order(data, training_set, [MicroBatch(0, 0, 1)])))
+
+
+def _in_order(
+    data: sections.Data, dataset: Any, micro_batches: Sequence[MicroBatch]
+) -> Iterable[LoadedMicroBatch]:
+    """Micro-batches of a data set in its own order.
+
+    They are read in a loader process if there are any: a data set that opens files lazily must not
+    open them in this process.
+    """
+    processes = 0 if reads_batches(dataset) else min(1, data.num_workers)
+    fetch = MicroBatchDataset(dataset, 0, shuffled=False, form=sample_form(data))
+    return make_dataloader(fetch, micro_batches, processes, data.prefetch_factor)
 
 
 def build_feed(
@@ -404,7 +423,7 @@ def build_policy(not_finite: Any, state: TrainState, replica: Replica) -> NonFin
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:
         policy = StopPolicy()
-    if replica.precision.scales_losses:
+    if replica.objective.precision.scales_losses:
         return LossScalingPolicy(policy, replica.loss_scaler, state)
     return policy
 

@@ -78,7 +78,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         RollBack: on every rank, by the job's policy.
     """
     timers = PhaseTimers()
-    parts.replica.set_mode(training=True)
+    parts.replica.objective.set_mode(training=True)
     parts.buffer_guard.begin(parts.replica)
     while True:
         with timers("decide"):

@@ -23,7 +23,6 @@ from hvdlarge.build import (
     build_loader,
     build_policy,
     build_replica,
-    device_mover,
     share_state,
     test_samples,
 )
@@ -40,7 +39,6 @@ from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
 from hvdlarge.exits import Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
-from hvdlarge.models.state import trained_modules
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
 from hvdlarge.preflight.rehearsal import rehearse
 from hvdlarge.replica.replica import Replica
@@ -85,31 +83,30 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
 
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
     """Rehearse with the first samples; the result also says whether the ranks round differently."""
-    precision, test_set = components.precision, components.test_set
+    device, test_set = components.objective.precision.device, components.test_set
     read_again = None if test_set is None else test_samples(job.data, job.evaluate, test_set)
     with context.watchdog.during("rehearse"):
-        rounds_differently = rehearse(
+        rehearsed = rehearse(
             components.plan,
-            components.model,
-            components.loss,
-            precision,
+            components.objective,
             components.metrics,
-            device_mover(precision, job.model.channels_last),
             loader,
             read_again,
             job.seed,
+            job.on_nonfinite.policy == "stop",
             context.control,
         )
-    if precision.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(precision.device)
-    if not rounds_differently:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    components = replace(components, rehearsed=rehearsed)
+    if not rehearsed.rounds_differently:
         return components
     note = (
         "the ranks round differently (unlike CPUs or GPUs, or numbers of threads): instead of "
         "being compared, weights and optimizer state are taken over from rank 0, every "
         f"{job.compare_every_steps} steps and before each checkpoint"
     )
-    return replace(components, rounds_differently=True, notes=[*components.notes, note])
+    return replace(components, notes=[*components.notes, note])
 
 
 def _enter(
@@ -126,7 +123,7 @@ def _enter(
     facts = RunFacts(job.resume_signature(), components.sizes, versions(), control.size)
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's
     length_may_grow = not job.lr.decay.depends_on_length
-    modules = trained_modules(components.model, components.loss)
+    modules = components.objective.modules
     with context.watchdog.during("checkpoint"):
         start = (
             on_rank_0(
@@ -257,7 +254,7 @@ class Run:
                 job.log.every_steps, job.evaluate.every_epochs, job.compare_every_steps
             ),
             log=self.log,
-            rounds_differently=components.rounds_differently,
+            rounds_differently=components.rehearsed.rounds_differently,
         )
 
     def _go_back(
@@ -318,7 +315,7 @@ class Run:
         lines = startup_summary(
             job,
             components.plan,
-            components.model,
+            components.objective.model,
             self.replica.update.optimizer,
             components.sizes,
             environment,
@@ -335,7 +332,7 @@ class Run:
             "launcher": None if launch is None else launch.launcher,
             "world_size": self.context.control.size,
             "versions": versions(),
-            "device": str(self.components.precision.device),
+            "device": str(self.components.objective.precision.device),
             "settings": dict(self.context.settings),
             "workers": list(hosts),
         }
@@ -375,7 +372,7 @@ class Run:
 
     def _peak_memory(self) -> int:
         """Peak memory of this rank, in bytes: torch's on its GPU, or the process's on a CPU."""
-        device = self.components.precision.device
+        device = self.components.objective.precision.device
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (

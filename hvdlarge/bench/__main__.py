@@ -160,7 +160,7 @@ def _step(context: RankContext, job: Job | None, options: argparse.Namespace) ->
         f"seconds per step of {job.model.name}, global batch {components.plan.initial_batch}, on "
         f"{context.control.size} workers"
     )
-    return _figures("step", what, components.precision.device, timings, "bare loop")
+    return _figures("step", what, components.objective.precision.device, timings, "bare loop")
 
 
 def _allreduce(

@@ -155,10 +155,11 @@ class CheckpointSaver:
         state: TrainState,
         local_stats: Sequence[torch.Tensor],
     ) -> CheckpointContent:
-        loss = self._replica.loss
+        objective = self._replica.objective
+        loss = objective.loss
         return CheckpointContent(
             facts=self._facts,
-            model=_copy_to_cpu(self._replica.model.state_dict()),
+            model=_copy_to_cpu(objective.model.state_dict()),
             loss=_copy_to_cpu(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
             optimizer=optimizer_state(self._replica),
             progress=progress,

@@ -29,6 +29,7 @@ from hvdlarge.schedule.warmup import NoWarmup, Warmup
 Count = Annotated[int, Field(ge=1)]
 Samples = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]  # of a batch
 Arguments = dict[str, Any]
+Key = str | int  # of a dict, or a position in a tuple
 
 if TYPE_CHECKING:
     AnyGrowth = Growth
@@ -61,6 +62,15 @@ class Data(Section):
     """A built-in data set, or `package.module:attribute` of your own."""
     args: Arguments = {}
     """Keyword arguments of the attribute, which returns (training set, test set or None)."""
+    targets: Key | tuple[Key, ...] | None = None
+    """Key of the targets in samples that are dicts, or their position in tuples, or a list of
+    these; default: a pair is (input, target), and everything else goes to the model whole, as `[]`
+    asks for.
+    """
+    collate: str | None = None
+    """Function that makes a batch of a list of samples, as `package.module:attribute`; default:
+    torch's `default_collate`.
+    """
     samples: Count | None = None
     """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -80,6 +90,10 @@ class Model(Section):
     """A built-in model, or `package.module:attribute` of your own."""
     args: Arguments = {}
     """Keyword arguments of the model."""
+    output: Key | None = None
+    """Key, attribute or position of the model's output that loss and metrics get, such as `logits`;
+    default: the whole output.
+    """
     channels_last: bool = False
     """Store images in channels-last memory format, which is faster on most GPUs."""
     compile: bool = False
@@ -87,10 +101,12 @@ class Model(Section):
 
 
 class Loss(Section):
-    """The loss; it must be a mean over the samples of a micro-batch."""
+    """The loss: a mean over the samples of a micro-batch, or a pair (sum, weight)."""
 
     name: Annotated[str, Field(examples=list(registry.LOSSES))] = "cross_entropy"
-    """A built-in loss, or `package.module:attribute` of your own."""
+    """A built-in loss, or `package.module:attribute` of your own: a function of (outputs, targets),
+    a class or a factory. `from_model` is the loss that the model computes itself.
+    """
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Label smoothing of the cross entropy."""
     args: Arguments = {}
@@ -98,8 +114,8 @@ class Loss(Section):
 
     @property
     def is_torchs(self) -> bool:
-        """Whether it is one of torch.nn: all built-in ones are."""
-        return registry.LOSSES.get(self.name, self.name).startswith("torch.nn:")
+        """Whether it has the arguments of the losses of torch.nn."""
+        return self.name in ("cross_entropy", "mse") or self.name.startswith("torch.nn:")
 
     @property
     def arguments(self) -> Arguments:
@@ -412,9 +428,9 @@ class Job(Section):
             key: value for key, value in resolved["gradients"].items() if key != "missing"
         }
         # Of these sections the other keys say how samples come and how the model is carried out.
+        kept = {"data": ("name", "args", "targets", "collate"), "model": ("name", "args", "output")}
         return signature | {
-            section: {key: resolved[section][key] for key in ("name", "args")}
-            for section in ("data", "model")
+            section: {key: resolved[section][key] for key in keys} for section, keys in kept.items()
         }
 
     def fingerprint(self) -> str:

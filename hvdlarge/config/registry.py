@@ -39,7 +39,8 @@ MODELS = {
     "row_lstm": "hvdlarge.models.row_lstm:RowLSTM",
 }
 LOSSES = {
-    "cross_entropy": "torch.nn:CrossEntropyLoss",
+    "cross_entropy": "hvdlarge.models.losses:CrossEntropyLoss",
+    "from_model": "hvdlarge.models.losses:FromModel",
     "mse": "torch.nn:MSELoss",
 }
 METRICS = {
@@ -95,7 +96,7 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
 
 def union(registry: Mapping[str, str]) -> Any:
     """The type of a section of the job file that is one of a registry's, as `A | B | …`."""
-    return functools.reduce(operator.or_, (_import(name, name, registry) for name in registry))
+    return functools.reduce(operator.or_, (load(name, name, registry) for name in registry))
 
 
 def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Registry) -> Any:
@@ -112,17 +113,67 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         JobError: for an unknown name, a module or attribute that does not exist, or arguments that
             do not fit.
     """
-    part = _import(key, name, registry)
-    try:
-        inspect.signature(part).bind(**arguments)
-    except TypeError as error:
-        # Not their values, which may be secrets and cannot be what is wrong
-        given = ", ".join(arguments) or "none"
+    part = load(key, name, registry)
+    if problem := _misfit(part, arguments):
+        raise JobError(f"{key}: {_given(arguments)} do not fit {name}{problem}")
+    return _call(key, name, part, arguments, registry)
+
+
+def instantiate_loss(key: str, name: str, arguments: Mapping[str, Any]) -> Any:
+    """The loss that a job names, a callable of (outputs, targets).
+
+    Args:
+        key: the job key that holds the name, for messages.
+        name: of a class or factory, which is called with the arguments; of a function of (outputs,
+            targets, **arguments); or of a callable object.
+        arguments: keyword arguments.
+
+    Raises:
+        JobError: as `instantiate`; and for a factory that returns nothing callable.
+    """
+    part = load(key, name, LOSSES)
+    if not (inspect.isclass(part) or inspect.isroutine(part)):  # an object is a loss as it is
+        if arguments:
+            raise JobError(f"{key}: {name} is an object, which takes no arguments")
+        return part
+    problem = _misfit(part, arguments)
+    if inspect.isroutine(part) and problem and not _misfit(part, arguments, positional=2):
+        return functools.partial(part, **arguments)
+    if problem:
         raise JobError(
-            f"{key}: the arguments ({given}) do not fit {name}{inspect.signature(part)}: {error}"
-        ) from None
-    except ValueError:  # a callable without a signature reports itself what it does not accept
-        pass
+            f"{key}: {_given(arguments)} fit {name} neither as a factory of a loss nor as a "
+            f"function of (outputs, targets): {name}{problem}"
+        )
+    loss = _call(key, name, part, arguments, LOSSES)
+    if not callable(loss):
+        raise JobError(
+            f"{key}: {name}({', '.join(arguments)}) must return a loss, a callable of (outputs, "
+            f"targets), not a {type(loss).__name__}"
+        )
+    return loss
+
+
+def _given(arguments: Mapping[str, Any]) -> str:
+    # Not their values, which may be secrets and cannot be what is wrong
+    return f"the arguments ({', '.join(arguments) or 'none'})"
+
+
+def _misfit(part: Any, arguments: Mapping[str, Any], positional: int = 0) -> str:
+    """The signature of a callable and why these arguments do not fit it; empty if they do, or if
+    it has no signature: then it reports itself what it does not accept.
+    """
+    try:
+        signature = inspect.signature(part)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*[None] * positional, **arguments)
+    except TypeError as error:
+        return f"{signature}: {error}"
+    return ""
+
+
+def _call(key: str, name: str, part: Any, arguments: Mapping[str, Any], registry: Registry) -> Any:
     try:
         return part(**arguments)
     except ValueError as error:
@@ -131,7 +182,13 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         raise
 
 
-def _import(key: str, name: str, registry: Registry) -> Any:
+def load(key: str, name: str, registry: Registry | None = None) -> Any:
+    """The callable that a job names: a part of `registry`, or package.module:attribute.
+
+    Raises:
+        JobError: for an unknown name, or a module or attribute that does not exist.
+    """
+    registry = registry or {}
     if ":" not in name and name not in registry:
         raise JobError(
             f"{key}: unknown name {name!r}; {_suggestion(name, registry)} An own one is written "
@@ -167,6 +224,8 @@ def _import(key: str, name: str, registry: Registry) -> Any:
 
 def _suggestion(name: str, registry: Registry) -> str:
     close = difflib.get_close_matches(name, registry, n=1)
+    if not registry:
+        return "there are no built-in ones."
     return (
         f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(registry))}."
     )

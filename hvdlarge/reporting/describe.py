@@ -220,13 +220,13 @@ def _loss_notes(job: Job, plan: Plan) -> list[str]:
     largest = layout_of(
         plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in stages_of(plan))
     )
-    if not (
-        job.loss.is_torchs and "ignore_index" in job.loss.args and largest.num_micro_batches > 1
-    ):
+    of_torch = job.loss.name.startswith("torch.nn:")
+    if not (of_torch and "ignore_index" in job.loss.args and largest.num_micro_batches > 1):
         return []
     return [
         f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is averaged over "
-        "its own targets that are not ignored, and all micro-batches have equal weight"
+        "its own targets that are not ignored, and all micro-batches have equal weight; the "
+        "built-in cross_entropy takes the mean over the whole step"
     ]
 
 

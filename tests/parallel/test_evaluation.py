@@ -25,8 +25,8 @@ evaluate: {metrics: ["own_parts:Squares", accuracy, "own_parts:NotApplicable", "
 def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_batch):
     job = parse_job(JOB, "job", [f"evaluate.micro_batch={micro_batch}"])
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
-    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    objective, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(objective, None, None, {}, None, optimizer)
     replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
     _, test_set = build.load_data(job.data, job.seed)
 

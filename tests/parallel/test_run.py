@@ -60,15 +60,13 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
+    objective, optimizer, _ = build.build_learning(job, precision)
     components = build.Components(
-        precision,
+        objective,
         small,
         wrap(test_set),
         {},
         plan,
-        model,
-        loss,
         optimizer,
         build.build_metrics(job.evaluate),
     )
@@ -83,10 +81,10 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     facts = RunFacts({}, {}, {}, control.size)
     whole = Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
     parts = whole.build_loop(loader, RunProgress(), state)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in objective.model.state_dict().items()}
     train(parts, state)
     replica.statistics.all_reduce(tensors.sum)
-    after = model.state_dict()
+    after = objective.model.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())
     return after, state.results

@@ -22,15 +22,15 @@ lr: {base: 1}
 def built(*changes):
     job = parse_job(JOB, "job", changes)
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
-    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    objective, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(objective, None, None, {}, None, optimizer)
     return job, build.build_replica(job, components, SoloChannel(), SoloCollectives())
 
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_channels_last_lays_out_images_and_nothing_else(wanted):
     _, replica = built(f"model.channels_last={str(wanted).lower()}")
-    moved = replica.to_device(
+    moved = replica.objective.to_device(
         {"images": torch.rand(2, 3, 5, 5), "rows": (torch.rand(4, 6), torch.arange(3))}
     )
     assert moved["images"].is_contiguous(memory_format=torch.channels_last) == wanted
@@ -44,13 +44,13 @@ def test_channels_last_lays_out_images_and_nothing_else(wanted):
 @pytest.mark.parametrize("wanted", [False, True])
 def test_compile_prepares_the_model_and_keeps_its_names(wanted):
     _, replica = built(f"model.compile={str(wanted).lower()}")
-    assert (replica.model._compiled_call_impl is not None) == wanted
-    assert all(not name.startswith("_orig_mod") for name in replica.model.state_dict())
+    assert (replica.objective.model._compiled_call_impl is not None) == wanted
+    assert all(not name.startswith("_orig_mod") for name in replica.objective.model.state_dict())
 
 
 def test_floats_take_the_type_of_the_weights():
     _, replica = built("precision=fp64")
-    assert replica.to_device(torch.rand(2, 1, 8, 8)).dtype == torch.float64
+    assert replica.objective.to_device(torch.rand(2, 1, 8, 8)).dtype == torch.float64
 
 
 def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_ones():

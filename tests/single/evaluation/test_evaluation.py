@@ -68,14 +68,14 @@ def evaluate(*metrics, prepare=lambda model: None):
     """(results, sums, model, test set) of an untrained net."""
     job = parse_job(JOB, "job", [f"evaluate.metrics=[{', '.join(map(repr, metrics))}]"])
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
-    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    objective, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(objective, None, None, {}, None, optimizer)
     replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
-    prepare(replica.model)
+    prepare(replica.objective.model)
     _, test_set = build.load_data(job.data, job.seed)
     found, tensors = build.build_metrics(job.evaluate), CountedSums()
     evaluation = build.build_evaluation(job.data, job.evaluate, found, test_set, 0, 1)
-    return evaluation.run(replica, tensors), tensors.sums, replica.model, test_set
+    return evaluation.run(replica, tensors), tensors.sums, replica.objective.model, test_set
 
 
 def test_results_are_those_of_a_plain_loop_in_one_sum():
@@ -89,13 +89,13 @@ def test_results_are_those_of_a_plain_loop_in_one_sum():
     assert results["test_loss"] == pytest.approx(loss, rel=1e-6)
     assert results["accuracy"] == right / 360
     assert results["Wrong"] == 360 - right
-    assert sums == [("evaluation", torch.float64, (4,))]
+    assert sums == [("evaluation", torch.float64, (5,))]
 
 
 def test_an_evaluation_without_metrics_gives_the_loss():
     results, sums, *_ = evaluate()
     assert list(results) == ["test_loss"]
-    assert sums == [("evaluation", torch.float64, (1,))]
+    assert sums == [("evaluation", torch.float64, (2,))]
 
 
 def test_metrics_do_not_change_each_other():
