@@ -34,7 +34,8 @@ from hvdlarge.data.loader import (
 from hvdlarge.data.rng import seed_all
 from hvdlarge.data.samples import SampleForm
 from hvdlarge.evaluation.evaluation import Evaluation
-from hvdlarge.evaluation.metric import Metrics, check_metric
+from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
+from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import (
     Modules,
@@ -80,6 +81,7 @@ class Components:
     sizes: Mapping[str, int | None]  # of both, in samples
     plan: Plan
     optimizer: MeanGradientOptimizer
+    form: SampleForm = field(default_factory=SampleForm)  # of the samples of both sets
     metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
     rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
@@ -107,13 +109,15 @@ def build_components(job: Job, context: RankContext) -> Components:
     objective, optimizer, model_notes = raise_on_all_ranks(
         control, lambda: build_learning(job, precision)
     )
-    metrics = raise_on_all_ranks(control, lambda: build_metrics(job.evaluate))
+    form = raise_on_all_ranks(control, lambda: sample_form(job.data))
+    metrics = raise_on_all_ranks(control, lambda: build_metrics(job))
     if job.batch.micro == "auto" and device.type == "cuda":
-        first = first_sample(job.data, training_set)
+        first = first_sample(job.data, form, training_set)
         plan = with_largest_micro_batch(plan, objective, first, control)
     return Components(
-        objective, training_set, test_set, sizes, plan, optimizer, metrics, [*notes, *model_notes]
-    )
+        objective, training_set, test_set, sizes, plan, optimizer, form, metrics,
+        [*notes, *model_notes],
+    )  # fmt: skip
 
 
 def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
@@ -308,11 +312,11 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
         set_extra_states(modules, unpack(message))
 
 
-def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
+def build_loader(data: sections.Data, form: SampleForm, training_set: Any, seed: int) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
-    fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=sample_form(data))
+    fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form)
     if reads_batches(training_set):
         return TensorLoader(fetch)
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
@@ -329,16 +333,21 @@ def sample_form(data: sections.Data) -> SampleForm:
     return SampleForm(data.targets, registry.load("data.collate", data.collate))
 
 
-def build_metrics(evaluate: sections.Evaluate) -> Metrics:
+def build_metrics(job: Job) -> Metrics:
     """The metrics that a job names, by the names of their results.
 
     Raises:
-        JobError: for a name that is not there, or something that is no metric.
+        JobError: for a name that is not there, something that is no metric, or a best result that
+            has no direction.
     """
-    metrics = {}
-    for result, name in evaluate.names.items():
-        metrics[result] = registry.instantiate("evaluate.metrics", name, {}, registry.METRICS)
-        check_metric(name, metrics[result])
+    metrics: dict[str, Metric | StateMetric] = {}
+    for result, section in job.evaluate.named.items():
+        key, name = "evaluate.metrics", section.name
+        metric = registry.instantiate(key, name, section.args, registry.METRICS)
+        metrics[result] = build_metric(
+            result, name, metric, section.output, section.targets, section.higher_is_better
+        )
+    rankings(job.checkpoint.best, metrics)
     return metrics
 
 
@@ -346,6 +355,7 @@ def build_evaluation(
     data: sections.Data,
     evaluate: sections.Evaluate,
     metrics: Metrics,
+    form: SampleForm,
     test_set: Any,
     rank: int,
     world_size: int,
@@ -355,7 +365,7 @@ def build_evaluation(
         return None
     num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(
-        MicroBatchDataset(test_set, seed=0, shuffled=False, form=sample_form(data)),
+        MicroBatchDataset(test_set, seed=0, shuffled=False, form=form),
         len(test_set),
         metrics,
         evaluate.micro_batch,
@@ -367,23 +377,25 @@ def build_evaluation(
 
 
 def test_samples(
-    data: sections.Data, evaluate: sections.Evaluate, test_set: Any
+    data: sections.Data, evaluate: sections.Evaluate, form: SampleForm, test_set: Any
 ) -> Callable[[], Iterable[LoadedMicroBatch]]:
     """A function that reads the first micro-batch of a test set twice, in a loader process if there
     are any.
     """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
-    loader = _in_order(data, test_set, [first, first])
+    loader = _in_order(data, form, test_set, [first, first])
     return lambda: loader
 
 
-def first_sample(data: sections.Data, training_set: Any) -> Callable[[], LoadedMicroBatch]:
+def first_sample(
+    data: sections.Data, form: SampleForm, training_set: Any
+) -> Callable[[], LoadedMicroBatch]:
     """A function that reads the first sample of a training set, as a micro-batch of one."""
-    return lambda: next(iter(_in_order(data, training_set, [MicroBatch(0, 0, 1)])))
+    return lambda: next(iter(_in_order(data, form, training_set, [MicroBatch(0, 0, 1)])))
 
 
 def _in_order(
-    data: sections.Data, dataset: Any, micro_batches: Sequence[MicroBatch]
+    data: sections.Data, form: SampleForm, dataset: Any, micro_batches: Sequence[MicroBatch]
 ) -> Iterable[LoadedMicroBatch]:
     """Micro-batches of a data set in its own order.
 
@@ -391,7 +403,7 @@ def _in_order(
     open them in this process.
     """
     processes = 0 if reads_batches(dataset) else min(1, data.num_workers)
-    fetch = MicroBatchDataset(dataset, 0, shuffled=False, form=sample_form(data))
+    fetch = MicroBatchDataset(dataset, 0, shuffled=False, form=form)
     return make_dataloader(fetch, micro_batches, processes, data.prefetch_factor)
 
 

@@ -73,7 +73,7 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
         1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32"
     )
     components = build_components(job, context)
-    loader = build_loader(job.data, components.training_set, job.seed)
+    loader = build_loader(job.data, components.form, components.training_set, job.seed)
     try:
         components = _rehearse(job, components, loader, context)
         _enter(job, job_file, fresh, context, components, loader, hosts)
@@ -84,7 +84,11 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
     """Rehearse with the first samples; the result also says whether the ranks round differently."""
     device, test_set = components.objective.precision.device, components.test_set
-    read_again = None if test_set is None else test_samples(job.data, job.evaluate, test_set)
+    read_again = (
+        None
+        if test_set is None
+        else test_samples(job.data, job.evaluate, components.form, test_set)
+    )
     with context.watchdog.during("rehearse"):
         rehearsed = rehearse(
             components.plan,
@@ -195,7 +199,10 @@ class Run:
                 loader.close()
                 progress, state = self._go_back(parts, state, reason)
                 has_gone_back = True
-                loader = build_loader(self.job.data, self.components.training_set, self.job.seed)
+                components = self.components
+                loader = build_loader(
+                    self.job.data, components.form, components.training_set, self.job.seed
+                )
             else:
                 break
             finally:
@@ -241,6 +248,7 @@ class Run:
                 job.data,
                 job.evaluate,
                 components.metrics,
+                components.form,
                 components.test_set,
                 control.rank,
                 control.size,

@@ -145,7 +145,9 @@ def _engine_turn(run: Run, clock: StepClock, folder: Path) -> float:
     state, plan = TrainState(), run.components.plan
     if run.context.control.rank == 0:
         run = replace(run, log=RunLog(folder, plan, {}, RunProgress(), state))
-    loader = build_loader(run.job.data, run.components.training_set, run.job.seed)
+    loader = build_loader(
+        run.job.data, run.components.form, run.components.training_set, run.job.seed
+    )
     parts = run.build_loop(loader, RunProgress(), state)
     run.replica.statistics.to_partial()
     clock.starts.clear()

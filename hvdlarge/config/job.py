@@ -168,6 +168,21 @@ class LearningRate(Section):
         return LRSchedule(self.base, self.scaling, self.warmup, self.decay)
 
 
+class EvaluationMetric(Section):
+    """A result of the evaluation."""
+
+    name: Annotated[str, Field(examples=list(registry.METRICS))]
+    """A built-in metric, or `package.module:attribute` of your own or of torchmetrics."""
+    args: Arguments = {}
+    """Keyword arguments of the metric."""
+    output: Key | None = None
+    """Key, attribute or position of what it gets of the outputs; default: the whole."""
+    targets: Key | None = None
+    """Key, attribute or position of what it gets of the targets; default: the whole."""
+    higher_is_better: bool | None = None
+    """Which direction `checkpoint.best` takes for better; default: as the metric says."""
+
+
 class Evaluate(Section):
     """When the test set is evaluated, and what is measured; the end of a run always is."""
 
@@ -175,15 +190,21 @@ class Evaluate(Section):
     """Epochs between evaluations."""
     micro_batch: Count = 256
     """Samples in one forward pass on one worker."""
-    metrics: tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...] = ("accuracy",)
-    """Results beside the test loss: built-in metrics, or `package.module:attribute` of your own.
-    One that does not apply, such as the accuracy of targets that are no classes, is left out.
+    metrics: (
+        tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...]
+        | dict[str, EvaluationMetric]
+    ) = ("accuracy",)
+    """Results beside the test loss: a list of built-in metrics or `package.module:attribute`, or a
+    section for each, by the name of its result. One that does not apply, such as the accuracy of
+    targets that are no classes, is left out.
     """
 
     @property
-    def names(self) -> dict[str, str]:
-        """Each metric by the name of its result: of an own one the attribute."""
-        return {name.rpartition(":")[2]: name for name in self.metrics}
+    def named(self) -> dict[str, EvaluationMetric]:
+        """Each metric by the name of its result: of one in a list the name or the attribute."""
+        if isinstance(self.metrics, dict):
+            return self.metrics
+        return {name.rpartition(":")[2]: EvaluationMetric(name=name) for name in self.metrics}
 
 
 class Checkpoint(Section):

@@ -45,6 +45,11 @@ LOSSES = {
 }
 METRICS = {
     "accuracy": "hvdlarge.evaluation.accuracy:Accuracy",
+    "top5": "hvdlarge.evaluation.accuracy:Top5",
+    "f1": "hvdlarge.evaluation.accuracy:F1",
+    "perplexity": "hvdlarge.evaluation.errors:Perplexity",
+    "mse": "hvdlarge.evaluation.errors:MeanSquaredError",
+    "mae": "hvdlarge.evaluation.errors:MeanAbsoluteError",
 }
 # Sections of the job file, importable without torch; each names itself as here.
 OPTIMIZERS = {

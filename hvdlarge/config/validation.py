@@ -102,7 +102,7 @@ def _loss(job: Job) -> Iterator[Problem]:
 
 
 def _results(job: Job) -> Iterator[Problem]:
-    results = job.evaluate.names
+    results = job.evaluate.named
     if len(results) < len(job.evaluate.metrics):
         yield ("evaluate", "metrics"), "two metrics have the same name, under which results stand"
     for name in sorted(results.keys() & RESERVED_RESULTS):

@@ -123,11 +123,15 @@ def _values(targets: Any) -> Sequence[Any]:
 
 
 def _as_sampled(batch: Any, sample: Any) -> Any:
-    """`batch` with tuples where the sample has tuples, which `default_collate` makes lists of."""
+    """`batch` with tuples where the sample has tuples, which `default_collate` makes lists of, and
+    lists of texts, which it makes tuples of.
+    """
     if type(sample) is tuple and isinstance(batch, list):
         return tuple(_as_sampled(part, one) for part, one in zip(batch, sample, strict=True))
     if type(sample) is list and isinstance(batch, list):
         return [_as_sampled(part, one) for part, one in zip(batch, sample, strict=True)]
+    if isinstance(sample, (str, bytes)):
+        return list(batch)
     if isinstance(sample, Mapping) and isinstance(batch, Mapping):
         return {key: _as_sampled(value, sample[key]) for key, value in batch.items()}
     return batch

@@ -12,6 +12,7 @@ from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metrics, result_of, totals_of
+from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
 from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory
@@ -44,7 +45,13 @@ class Evaluation:
         prefetch_factor: int,
     ) -> None:
         local: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
-        self._metrics = metrics
+        self._names = list(metrics)
+        self._with_states = {
+            name: metric for name, metric in metrics.items() if isinstance(metric, StateMetric)
+        }
+        self._with_totals = {
+            name: metric for name, metric in metrics.items() if not isinstance(metric, StateMetric)
+        }
         self._loader: Iterable[LoadedMicroBatch] = make_dataloader(
             dataset, local, num_workers, prefetch_factor
         )
@@ -62,15 +69,24 @@ class Evaluation:
             JobError: on every rank, if a metric of a finite loss is not a number.
             MetricError: on one rank, if a metric's totals have another shape than it promised.
         """
+        for state_metric in self._with_states.values():
+            state_metric.begin(replica.objective.precision.device)
         replica.objective.set_mode(training=False)
         totals = self._local_totals(replica)
         replica.objective.set_mode(training=True)
         total_loss, total_weight, *others = tensors.sum(totals, "evaluation").tolist()
         results = {"test_loss": total_loss / total_weight if total_weight else math.nan}
-        for name, metric in self._metrics.items():
-            own, others = others[: metric.num_totals], others[metric.num_totals :]
+        for state_metric in self._with_states.values():
+            state_metric.combine(tensors)
+        sums = {}
+        for name, metric in self._with_totals.items():
+            sums[name], others = others[: metric.num_totals], others[metric.num_totals :]
+        for name in self._names:
             try:
-                result = result_of(name, metric, own)
+                if name in sums:
+                    result = result_of(name, self._with_totals[name], sums[name])
+                else:
+                    result = self._with_states[name].result()
             except JobError:
                 if math.isfinite(total_loss):
                     raise
@@ -84,7 +100,7 @@ class Evaluation:
         totals.
         """
         objective = replica.objective
-        sizes = [metric.num_totals for metric in self._metrics.values()]
+        sizes = [metric.num_totals for metric in self._with_totals.values()]
         device = objective.precision.device
         totals = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=device)
         total_loss, total_weight, *parts = totals.split([1, 1, *sizes])  # views
@@ -100,6 +116,8 @@ class Evaluation:
             loss_sum, weight = loss.totals(size)
             total_loss += loss_sum
             total_weight += weight
-            for part, (name, metric) in zip(parts, self._metrics.items(), strict=True):
+            for part, (name, metric) in zip(parts, self._with_totals.items(), strict=True):
                 part += totals_of(name, metric, outputs, targets).to(totals)
+            for state_metric in self._with_states.values():
+                state_metric.update(outputs, targets)
         return totals

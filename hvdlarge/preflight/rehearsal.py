@@ -36,7 +36,9 @@ from hvdlarge.data import seeds
 from hvdlarge.data.batches import twofold
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluation.metric import Metric, MetricError, Metrics, totals_of
+from hvdlarge.evaluation.metric import Metric, Metrics, totals_of
+from hvdlarge.evaluation.parts import MetricError
+from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError, RunExit
 from hvdlarge.models.state import (
     Modules,
@@ -107,9 +109,9 @@ def rehearse(
         rehearsal = Rehearsal(objective, seeds.key(seed, seeds.MICRO_BATCH, 0))
         inputs, targets = loaded[0].inputs, loaded[0].targets
         outcome = rehearsal.run(inputs, targets, test_samples is not None)
-        if must_be_finite and not math.isfinite(outcome.loss):
-            raise JobError(_not_finite_message(outcome.loss))
         rehearsal.refuse_sums(inputs, targets)
+        if must_be_finite and not outcome.is_finite:
+            raise JobError(_not_finite_message(outcome.loss))
         if len(loaded) > 1:
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
@@ -212,6 +214,7 @@ class Outcome(NamedTuple):
     gradient: float  # L2 norm of all gradients together
     uses: tuple[int, ...]  # of each layer with running statistics in training mode
     weighted: bool = False  # whether the loss is a sum with a weight
+    is_finite: bool = True  # whether the loss is; a sum and weight of zero are
 
 
 class Rehearsal:
@@ -291,15 +294,14 @@ class Rehearsal:
             with user_code("the first micro-batch"):
                 seed_all(self._key)
                 once, outputs, targets = self._objective.evaluate(inputs, targets)
-            if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
-                return
-            try:
-                seed_all(self._key)
-                twice = self._objective.loss_of(twofold(outputs), twofold(targets))
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                return
+            twice = once
+            if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
+                try:
+                    seed_all(self._key)
+                    twice = self._objective.loss_of(twofold(outputs), twofold(targets))
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
         if problem := self._sum_problem(once, twice):
             raise JobError(f"loss.name: {problem}")
 
@@ -308,9 +310,16 @@ class Rehearsal:
 
         def grows(before: torch.Tensor, after: torch.Tensor, factor: float) -> bool:
             value = before.item()
-            return value != 0 and math.isclose(after.item(), factor * value, rel_tol=close)
+            if value == 0 or not math.isfinite(value):
+                return False
+            return math.isclose(after.item(), factor * value, rel_tol=close)
 
         doubles = grows(once.value, twice.value, 2)
+        if once.weight is not None and not once.weight.item() >= 0:
+            return (
+                f"the weight of the first micro-batch is {once.weight.item():g}: it must be 0 or "
+                "more, such as the number of targets that count"
+            )
         if once.weight is None and doubles:
             return (
                 "the loss of twice the samples is twice as large: it is a sum, so the result would "
@@ -356,10 +365,18 @@ class Rehearsal:
                         "calls"
                     )
 
-    def _totals(self, name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:
+    def _totals(
+        self, name: str, metric: Metric | StateMetric, outputs: Any, targets: Any
+    ) -> torch.Tensor:
         seed_all(self._key)
         try:
+            if isinstance(metric, StateMetric):
+                metric.begin(self._precision.device)
+                metric.update(outputs, targets)
+                return torch.tensor([metric.result()])
             return totals_of(name, metric, outputs, targets).double()
+        except RunExit:
+            raise
         except MetricError as error:
             raise JobError(str(error)) from None
         except Exception as error:
@@ -393,14 +410,15 @@ class Rehearsal:
         uses = tuple(
             int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True)
         )
-        return Outcome(value.mean().item(), math.hypot(*norms), uses, value.weight is not None)
+        weighted, finite = value.weight is not None, bool(value.value.isfinite())
+        return Outcome(value.mean().item(), math.hypot(*norms), uses, weighted, finite)
 
     def _forward(self, inputs: Any, targets: Any) -> LossValue:
         seed_all(self._key)
         try:
             return self._objective(inputs, targets)
         except LossError as error:
-            raise JobError(f"loss.name: {error}") from None
+            raise JobError(str(error)) from None
 
     @torch.no_grad()
     def _evaluate(self, inputs: Any, targets: Any) -> float:

@@ -28,9 +28,12 @@ from hvdlarge.optim.precision import Precision
 
 
 class LossError(Exception):
-    """A loss returned something else than a mean, or a sum and its weight. Not a RunExit, as a
-    single rank may raise it.
+    """A loss returned something else than a mean, or a sum and its weight, or the output has no
+    such part. Not a RunExit, as a single rank may raise it.
     """
+
+    def __init__(self, message: str, key: str = "loss.name") -> None:
+        super().__init__(f"{key}: {message}")
 
 
 class LossValue(NamedTuple):
@@ -119,7 +122,7 @@ class Objective:
 
 
 def field_of(value: Any, field: str | int) -> Any:
-    """A part of an output or batch: an item of a dict or tuple, or an attribute.
+    """A part of a model's output: an item of a dict or tuple, or an attribute.
 
     Raises:
         LossError: if there is none of that name.
@@ -130,7 +133,8 @@ def field_of(value: Any, field: str | int) -> Any:
         return value[field]
     except (KeyError, IndexError, TypeError):
         keys = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-        raise LossError(f"there is no {field!r} in a {type(value).__name__}{keys}") from None
+        message = f"there is no {field!r} in a {type(value).__name__}{keys}"
+        raise LossError(message, "model.output") from None
 
 
 def loss_value(value: Any) -> LossValue:
@@ -159,8 +163,8 @@ def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)) and len(value) <= 4:
-        return f"({', '.join(map(_described, value))})"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
 
 

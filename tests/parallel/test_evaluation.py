@@ -6,6 +6,7 @@ import torch
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.optim.precision import Precision
 
 JOB = """
@@ -31,8 +32,10 @@ def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_b
     _, test_set = build.load_data(job.data, job.seed)
 
     def results(rank, size, collectives):
-        metrics = build.build_metrics(job.evaluate)
-        evaluation = build.build_evaluation(job.data, job.evaluate, metrics, test_set, rank, size)
+        metrics = build.build_metrics(job)
+        evaluation = build.build_evaluation(
+            job.data, job.evaluate, metrics, SampleForm(), test_set, rank, size
+        )
         return evaluation.run(replica, collectives)
 
     together, alone = results(control.rank, control.size, tensors), results(0, 1, SoloCollectives())

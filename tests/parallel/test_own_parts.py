@@ -3,89 +3,13 @@
 Whole runs through the door that `train` uses, with run folders and checkpoints, on this world and on one worker.
 """
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from support.comparing import distance, read_lines
+from support.whole_runs import alone, job_of, train, worlds
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
-from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import DIVERGED, JobError, RanksDisagreeError, RunExit, Stopped
-from hvdlarge.resilience.preemption import StopRequest
-from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import run
-from hvdlarge.world import RankContext
-
-JOB = """
-name: law
-epochs: 3.1
-precision: fp64
-data: {name: 'own_parts:plain'}
-model: {name: 'own_parts:Net'}
-batch: {base: 8, micro: 4, growth: {policy: adabatch, factor: 2, every_epochs: 1, max: 30}}
-lr: {base: 0.5}
-optimizer: {name: lars, weight_decay: 1e-3, trust_coefficient: 0.02}
-evaluate: {every_epochs: 1, micro_batch: 7}
-log: {every_steps: 5}
-compare_every_steps: 2
-"""
-
-
-class StopAfter(StopRequest):
-    """Asks for a stop in a step."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-
-@pytest.fixture
-def folder(control):
-    """A folder that all ranks share."""
-    with tempfile.TemporaryDirectory() as own:
-        yield Path(control.allgather(own.encode())[0].decode())
-        control.barrier()
-
-
-def job_of(changes):
-    return parse_job(JOB, "law", changes)
-
-
-def train(job, control, tensors, place, stop_after=None):
-    """Train a job, or go on with it; what its last checkpoint holds."""
-    job = job.model_copy(update={"run_dir": str(place)})
-    stop = StopRequest() if stop_after is None else StopAfter(stop_after)
-    file = place.parent / f"job-{control.rank}.yaml"
-    file.write_text(JOB)
-    watchdog = Watchdog(control.rank, job.timeouts.limits())
-    try:
-        run(job, file, False, RankContext(None, {}, control, tensors, watchdog, stop))
-    finally:
-        watchdog.stop()
-        torch.use_deterministic_algorithms(False)  # what exact mode has set for the whole process
-    control.barrier()
-    return torch.load(place / "checkpoints/last.pt", weights_only=True)
-
-
-def alone(job, control, place):
-    """What the last checkpoint holds where rank 0 trains the job alone, on every rank."""
-    if control.rank == 0:
-        train(job, SoloChannel(), SoloCollectives(), place / "alone")
-    control.barrier()
-    return torch.load(place / "alone/checkpoints/last.pt", weights_only=True)
-
-
-def worlds(control, tensors):
-    """The channels of a run by name: all ranks together, and on rank 0 that rank alone."""
-    many = {"many": (control, tensors)}
-    return many | ({"alone": (SoloChannel(), SoloCollectives())} if control.rank == 0 else {})
-
 
 SOUND = {
     "a subset with a transform": ["data={name: 'own_parts:subset'}"],
@@ -226,7 +150,7 @@ REFUSED = {
     "model.name=own_parts:RemembersEvaluations": "changes 'evaluations', which is saved",
     "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives another result",
     "model.name=own_parts:ClipsWhatIsAccumulated": "a hook changes what has been accumulated",
-    "loss.name=own_parts:Unreduced": r"a loss must be a mean over samples, .* this one is a tensor of shape \(4,\)",
+    "loss.name=own_parts:Unreduced": r"a loss must return a mean over samples, .* returned a float64 tensor of shape \(4,\)",
     "evaluate.metrics=['own_parts:ShapelessMetric']": r"evaluate.metrics: ShapelessMetric: totals\(\) must return a tensor of 1 real",
     "evaluate.metrics=['own_parts:RememberingMetric']": "evaluate.metrics: RememberingMetric gives totals .* for the same samples",
     "evaluate.metrics=['own_parts:RaisingMetric']": r"evaluate.metrics: RaisingMetric raises ZeroDivisionError.*own_parts.py, line \d+",
@@ -244,6 +168,8 @@ REFUSED = {
     "model.name=own_parts:Sparse": "'table.weight' has a sparse gradient",
     "model.name=own_parts:TrainedComplex": "'filter' is trained and complex128",
     "model.name=own_parts:Raising": r"ValueError: heads must divide the width \(.*own_parts.py, line \d+, in between\)",
+    "data.name=own_parts:ignored": r"a target is -100, .*ignore_index: -100",
+    "data.name=own_parts:ignored loss.name=torch.nn:CrossEntropyLoss": "loss of the first micro-batch is nan",
     "model.name=convnt": "did you mean 'convnet'",
     "model.name=mlp model.args.widht=3": "do not fit",
     "data.name=nowhere:thing": "there is no module 'nowhere'",
@@ -272,8 +198,8 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["on_nonfinite={policy: stop}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
-        (["on_nonfinite={policy: stop}", "log.every_steps=1000"], ["the loss is nan at step 6 "]),
+        (["data.args={kept: 4}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
+        (["data.args={kept: 4}", "log.every_steps=1000"], ["the loss is nan at step 6 "]),
         (["on_nonfinite={policy: skip}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
         (
             ["on_nonfinite={policy: rollback, limit: 2}", "log.every_steps=3"],
@@ -285,7 +211,8 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
 def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
     control, tensors, folder, capsys, changes, words
 ):
-    job = job_of(["data.name=own_parts:ignored", "epochs=1", *changes])
+    names = ["data.name=own_parts:ignored", "loss.name=torch.nn:CrossEntropyLoss"]
+    job = job_of([*names, "epochs=1", *changes])
     for where, wires in worlds(control, tensors).items():
         with pytest.raises(RunExit) as raised:
             train(job, *wires, folder / where)

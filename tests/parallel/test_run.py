@@ -15,6 +15,7 @@ from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.in_memory import InMemory
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
 from hvdlarge.optim.precision import Precision
@@ -68,7 +69,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
         {},
         plan,
         optimizer,
-        build.build_metrics(job.evaluate),
+        metrics=build.build_metrics(job),
     )
     replica = build.build_replica(job, components, control, tensors)
     replica.statistics.to_partial()
@@ -77,7 +78,7 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     )  # never started, so that it leaves nothing armed behind
     context = RankContext(None, {}, control, tensors, not_watching, StopRequest())
     state = TrainState()
-    loader = build.build_loader(job.data, small, job.seed)
+    loader = build.build_loader(job.data, SampleForm(), small, job.seed)
     facts = RunFacts({}, {}, {}, control.size)
     whole = Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
     parts = whole.build_loop(loader, RunProgress(), state)

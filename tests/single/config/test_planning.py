@@ -202,7 +202,7 @@ def test_a_plan_in_words_and_side_by_side(capsys):
 @pytest.mark.parametrize(
     ("changes", "is_said"),
     [
-        (["loss.args={ignore_index: -1}"], True),
+        (["loss.args={ignore_index: -1}"], False),
         (
             [
                 "loss={name: 'torch.nn:NLLLoss', args: {ignore_index: 0}}",

@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 
 from hvdlarge.config import registry
 from hvdlarge.exits import JobError
+from hvdlarge.models.losses import CrossEntropyLoss
 
 OWN = """
 def numbers(count, *, start=0):
@@ -34,7 +35,7 @@ def test_built_in_and_own_objects(own_module):
         registry.instantiate(
             "loss.name", "cross_entropy", {"label_smoothing": 0.1}, registry.LOSSES
         ),
-        torch.nn.CrossEntropyLoss,
+        CrossEntropyLoss,
     )
     assert registry.instantiate(
         "data.name", "own_parts:numbers", {"count": 2, "start": 5}, registry.DATA_SETS

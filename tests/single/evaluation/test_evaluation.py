@@ -9,7 +9,8 @@ from support.comparing import read_lines
 from hvdlarge import build, run_job
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.evaluation.metric import MetricError
+from hvdlarge.data.samples import SampleForm
+from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 
@@ -73,8 +74,8 @@ def evaluate(*metrics, prepare=lambda model: None):
     replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
     prepare(replica.objective.model)
     _, test_set = build.load_data(job.data, job.seed)
-    found, tensors = build.build_metrics(job.evaluate), CountedSums()
-    evaluation = build.build_evaluation(job.data, job.evaluate, found, test_set, 0, 1)
+    found, tensors = build.build_metrics(job), CountedSums()
+    evaluation = build.build_evaluation(job.data, job.evaluate, found, SampleForm(), test_set, 0, 1)
     return evaluation.run(replica, tensors), tensors.sums, replica.objective.model, test_set
 
 
@@ -134,7 +135,7 @@ def test_a_diverged_model_is_reported_by_its_loss_and_not_by_a_metric():
 def test_what_is_no_metric_is_the_jobs_error(name, message):
     job = parse_job(JOB, "job", [f"evaluate.metrics=[{name!r}]"])
     with pytest.raises(JobError, match=f"evaluate.metrics: .*{message}"):
-        build.build_metrics(job.evaluate)
+        build.build_metrics(job)
 
 
 RUN = {
