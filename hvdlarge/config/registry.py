@@ -79,6 +79,8 @@ DECAYS = {
     "one_cycle": "hvdlarge.schedule.decay:OneCycle",
 }
 
+_EXTRAS = {"torchmetrics": "metrics"}  # extras of hvdlarge that packages come with
+
 Registry = Mapping[str, str] | Mapping[str, DataSet]
 
 
@@ -212,9 +214,11 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
         if error.name is not None and (
             module_name == error.name or module_name.startswith(error.name + ".")
         ):
+            extra = _EXTRAS.get(error.name)
+            hint = f"; it comes with the extra {extra!r} of hvdlarge" if extra else ""
             raise JobError(
                 f"{key}: there is no module {error.name!r} for {name!r} (looked in {os.getcwd()} "
-                "too)"
+                f"too){hint}"
             ) from None
         raise
     for step in attribute.split("."):

@@ -10,6 +10,7 @@ Contract: each sample counts once on any number of workers. torchmetrics is not 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,14 +97,32 @@ class StateMetric:
             raise JobError(
                 f"evaluate.metrics: {self._name}: compute() raises {type(error).__name__}: {error}"
             ) from error
-        is_number = isinstance(value, torch.Tensor) and value.numel() == 1
-        number = float(value) if is_number and not value.is_complex() else math.nan
-        if math.isnan(number):
+        if not _is_number(value) or math.isnan(number := float(value)):
             what = repr(value.tolist()) if isinstance(value, torch.Tensor) else _described(value)
             raise JobError(
                 f"evaluate.metrics: {self._name}: compute() gives {what}: a result is one number"
             )
         return number
+
+    def try_out(self, outputs: Any, targets: Any) -> float:
+        """The metric of one micro-batch; not a number where so few samples have none.
+
+        Raises:
+            JobError: if its result is not one number.
+        """
+        self.begin(outputs.device if isinstance(outputs, torch.Tensor) else self._metric.device)
+        self.update(outputs, targets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about so few samples
+            try:
+                value = self._metric.compute()
+            except Exception:  # raised again by the first evaluation, if it is not the samples
+                return math.nan
+        return float(value) if _is_number(value) and math.isnan(float(value)) else self.result()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
 
 
 def _reduction_of(name: str, state: str, function: Any, default: Any) -> str:
@@ -134,7 +153,8 @@ def _concatenated(
     _, ndim, dtype, *rest = filled[0]
     longest = max(shape[0] for shape in every)
     padded = torch.zeros((longest, *rest[: ndim - 1]), dtype=_DTYPES[dtype], device=device)
-    padded[: len(own)] = own
+    if len(own):  # an idle worker's has no shape
+        padded[: len(own)] = own
     carried = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
     gathered = tensors.gather(carried, name).to(padded.dtype)
     return torch.cat([rows[: shape[0]] for rows, shape in zip(gathered, every, strict=True)])

@@ -163,6 +163,8 @@ def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return f"({_described(value[0])}, {_described(value[1])})"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"

@@ -163,3 +163,40 @@ def test_a_wrong_form_is_refused_with_the_one_that_is_wanted(
         assert len(str(raised.value).splitlines()[0]) <= 200
         assert not (folder / where).exists()
     control.barrier()
+
+
+def test_metrics_of_torchmetrics_count_every_sample_once(control, tensors, folder):
+    metrics = {
+        "f1": ("MulticlassF1Score", "{num_classes: 3, average: macro}"),
+        "auroc": ("MulticlassAUROC", "{num_classes: 3}"),
+    }
+    sections = ", ".join(
+        f"{name}: {{name: 'torchmetrics.classification:{kind}', args: {args}}}"
+        for name, (kind, args) in metrics.items()
+    )
+    own = "own_f1: {name: f1, args: {num_classes: 3}}, top5: {name: top5}"
+    names = f"evaluate.metrics={{{sections}, {own}}}"
+    job = job_of([names, "checkpoint.best=f1", "evaluate.micro_batch=3"])
+    expected = alone(job, control, folder)["state"]
+    result = train(job, control, tensors, folder / "run")["state"]
+    assert result["results"].keys() == {"loss", "test_loss", "f1", "auroc", "own_f1"}
+    assert result["results"] == pytest.approx(expected["results"], rel=1e-6)
+    assert result["results"]["f1"] == pytest.approx(result["results"]["own_f1"], rel=1e-6)
+    assert result["best"]["by"] == "f1"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    {
+        "{r: {name: 'torchmetrics:PearsonCorrCoef'}}": "r: its state 'mean_x' is combined by",
+        "{f1: {name: f1}}": "evaluate.metrics: .*do not fit f1.*num_classes",
+        "{f1: {name: f1, args: {num_classes: 7}}}": "num_classes is 7, the outputs have 3 classes",
+        "{a: {name: accuracy, output: logits}}": "there is no 'logits' in a Tensor",
+        "{c: {name: 'torchmetrics.classification:MulticlassConfusionMatrix', args: {num_classes: 3}}}": "c: compute.. gives .*: a result is one number",
+    }.items(),
+)
+def test_a_metric_that_cannot_be_taken_is_refused(control, tensors, folder, metrics, message):
+    for where, wires in worlds(control, tensors).items():
+        with pytest.raises(JobError, match=f"(?s){message}"):
+            train(job_of([f"evaluate.metrics={metrics}"]), *wires, folder / where)
+    control.barrier()
