@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hvdlarge.config.job import AVERAGED
 from hvdlarge.exits import JobError
 
 
@@ -69,12 +70,16 @@ def rankings(best_by: str | None, metrics: Metrics) -> dict[str, bool]:
     higher is better.
 
     Args:
-        best_by: the one that a job names; None: the metrics, then the test loss.
+        best_by: the one that a job names, of the weights or of the averaged ones; None: the
+            metrics of the weights, then their test loss.
         metrics: of the evaluation.
     """
     all_results = {name: metric.higher_is_better for name, metric in metrics.items()}
     all_results["test_loss"] = False
-    return all_results if best_by is None else {best_by: all_results[best_by]}
+    if best_by is None:
+        return all_results
+    name = best_by if best_by in all_results else best_by.removeprefix(AVERAGED)
+    return {best_by: all_results[name]}
 
 
 def totals_of(name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:
