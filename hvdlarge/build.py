@@ -35,6 +35,7 @@ from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metrics, check_metric
 from hvdlarge.exits import JobError
+from hvdlarge.models.freezing import freeze
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -53,6 +54,7 @@ from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
+from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.nonfinite import (
@@ -111,8 +113,9 @@ def build_components(job: Job, context: RankContext) -> Components:
     if job.batch.micro == "auto" and device.type == "cuda":
         channels_last = job.model.channels_last
         plan = with_largest_micro_batch(
-            plan, model, loss, precision, training_set, job.data, channels_last, control
-        )
+            plan, model, loss, precision, training_set, job.data, channels_last, control,
+            averages=job.ema is not None,
+        )  # fmt: skip
     return Components(
         precision, training_set, test_set, sizes, plan, model, loss, optimizer, metrics,
         [*notes, *model_notes],
@@ -181,6 +184,7 @@ def build_learning(
     loss = registry.instantiate("loss.name", job.loss.name, job.loss.arguments, registry.LOSSES)
     try:
         modules = trained_modules(model, loss)
+        freeze(modules, job.model.freeze)
         notes = [note for module in modules.values() if (note := _train_mode(module))]
         for module in modules.values():
             precision.convert(module)
@@ -260,6 +264,7 @@ def build_replica(
     modules = trained_modules(model, loss)
     share_state(modules, control, tensors)
     named_weights = named_parameters(optimizer.param_groups)
+    names = {weight: name for name, weight in named_weights}
     compression = job.gradients.compression
     update: DistributedOptimizer
     statistics: RunningStatistics
@@ -282,9 +287,10 @@ def build_replica(
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
         to_device=device_mover(components.precision, job.model.channels_last),
-        names={weight: name for name, weight in named_weights},
+        names=names,
         seed=job.seed,
         rank=control.rank,
+        ema=None if job.ema is None else WeightAverage(names, job.ema.half_life_samples),
     )
 
 

@@ -12,6 +12,7 @@ from hvdlarge.comm.interfaces import DistributedOptimizer
 from hvdlarge.models.state import Modules
 from hvdlarge.optim.precision import LossScaler, Precision
 from hvdlarge.reduction.batch_norm import RunningStatistics
+from hvdlarge.replica.ema import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Replica:
     rank: int
     # A parameter without a gradient on some workers counts as having a gradient of zero there
     zero_if_missing: bool = False
+    ema: WeightAverage | None = None  # of the trainable parameters
 
     def set_mode(self, training: bool) -> None:
         """Put all of it into training or evaluation mode."""
