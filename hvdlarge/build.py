@@ -37,6 +37,7 @@ from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
+from hvdlarge.models.freezing import freeze
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -55,6 +56,7 @@ from hvdlarge.preflight.rehearsal import Rehearsed
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
+from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
@@ -113,7 +115,9 @@ def build_components(job: Job, context: RankContext) -> Components:
     metrics = raise_on_all_ranks(control, lambda: build_metrics(job))
     if job.batch.micro == "auto" and device.type == "cuda":
         first = first_sample(job.data, form, training_set)
-        plan = with_largest_micro_batch(plan, objective, first, control)
+        plan = with_largest_micro_batch(
+            plan, objective, first, control, averages=job.ema is not None
+        )
     return Components(
         objective, training_set, test_set, sizes, plan, optimizer, form, metrics,
         [*notes, *model_notes],
@@ -184,6 +188,7 @@ def build_learning(
     try:
         objective = Objective(model, loss, precision, mover, job.model.output)
         modules = objective.modules
+        freeze(modules, job.model.freeze)
         notes = [note for module in modules.values() if (note := _train_mode(module))]
         for module in modules.values():
             precision.convert(module)
@@ -263,6 +268,7 @@ def build_replica(
     modules = objective.modules
     share_state(modules, control, tensors)
     named_weights = named_parameters(optimizer.param_groups)
+    names = {weight: name for name, weight in named_weights}
     compression = job.gradients.compression
     update: DistributedOptimizer
     statistics: RunningStatistics
@@ -282,9 +288,10 @@ def build_replica(
         loss_scaler=LossScaler(scale_for_compression(compression, control.size)),
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
-        names={weight: name for name, weight in named_weights},
+        names=names,
         seed=job.seed,
         rank=control.rank,
+        ema=None if job.ema is None else WeightAverage(names, job.ema.half_life_samples),
     )
 
 

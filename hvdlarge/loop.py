@@ -12,6 +12,7 @@ import torch
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
+from hvdlarge.config.job import AVERAGED
 from hvdlarge.controller import DecisionFeed
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.evaluation.evaluation import Evaluation
@@ -124,6 +125,9 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
+    if outcome.applied and replica.ema is not None:
+        with timers("update"):
+            replica.ema.follow(decision.global_batch)
     if compare:
         parts.buffer_guard.refuse_changes(parts.control, parts.replica)
     return outcome
@@ -237,7 +241,7 @@ def evaluate(
         return False
     with timers("measure"), parts.watchdog.during("evaluate"):
         parts.replica.statistics.all_reduce(parts.tensors.sum)
-        results = parts.evaluation.run(parts.replica, parts.tensors)
+        results = evaluate_weights(parts.evaluation, parts.replica, parts.tensors)
         parts.replica.statistics.to_partial()
     # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
@@ -252,6 +256,20 @@ def evaluate(
             f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer"
         )
     return parts.saver.is_best(state, decision, results)
+
+
+def evaluate_weights(
+    evaluation: Evaluation, replica: Replica, tensors: Collectives
+) -> dict[str, float]:
+    """The results of the weights, and those of the averaged ones under names with `ema_`. Every
+    rank calls this together, as `Evaluation.run`.
+    """
+    results = evaluation.run(replica, tensors)
+    if replica.ema is None:
+        return results
+    with replica.ema.in_use():
+        averaged = evaluation.run(replica, tensors)
+    return results | {f"{AVERAGED}{name}": value for name, value in averaged.items()}
 
 
 def save(
@@ -301,7 +319,8 @@ def check_files(parts: LoopComponents) -> None:
 def shared_state(replica: Replica) -> dict[str, torch.Tensor]:
     """The tensors that must be the same on every rank, by name."""
     partial = replica.statistics.partial_buffers()
-    return named_state(replica.modules, replica.update.optimizer, replica.names, partial)
+    state = named_state(replica.modules, replica.update.optimizer, replica.names, partial)
+    return state if replica.ema is None else state | replica.ema.named_tensors()
 
 
 def digests(replica: Replica) -> dict[str, int]:

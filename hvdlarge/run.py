@@ -29,6 +29,7 @@ from hvdlarge.build import (
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder, NoCheckpoints
+from hvdlarge.checkpoint.initial_weights import load_initial_weights
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.environment import host, versions
 from hvdlarge.comm.launcher import cores_per_worker
@@ -39,6 +40,7 @@ from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
 from hvdlarge.exits import Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
+from hvdlarge.models.state import MODEL, Modules
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
 from hvdlarge.preflight.rehearsal import rehearse
 from hvdlarge.replica.replica import Replica
@@ -126,14 +128,10 @@ def _enter(
     control, folder = context.control, job.run_folder
     facts = RunFacts(job.resume_signature(), components.sizes, versions(), control.size)
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's
-    length_may_grow = not job.lr.decay.depends_on_length
     modules = components.objective.modules
     with context.watchdog.during("checkpoint"):
         start = (
-            on_rank_0(
-                control,
-                lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules),
-            )
+            on_rank_0(control, lambda: _start(job, fresh, checkpoints, facts, modules))
             or resume.RunStart()
         )
     try:
@@ -162,6 +160,21 @@ def _enter(
             run.log.close()
     finally:
         start.release()
+
+
+def _start(
+    job: Job, fresh: bool, checkpoints: CheckpointFolder, facts: RunFacts, modules: Modules
+) -> resume.RunStart:
+    """Enter the run folder; load the weights from which a run begins, or those of its checkpoint.
+    Rank 0 alone; errors are those of the two.
+    """
+    notes: list[str] = []
+    if job.init_from is not None and (fresh or not checkpoints.newest_first()):
+        # Before the folder is made or set aside: the file may be in it, or be refused
+        notes = load_initial_weights(job.init_from, modules[MODEL])
+    length_may_grow = not job.lr.decay.depends_on_length
+    start = resume.enter(job.run_folder, fresh, checkpoints, facts, length_may_grow, modules)
+    return replace(start, notes=[*notes, *start.notes])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
 from hvdlarge.exits import CheckpointError, CheckpointWriteError, JobError
-from hvdlarge.models.state import Modules
+from hvdlarge.models.state import LOSS, MODEL, Modules
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
@@ -236,7 +236,7 @@ def load_modules(modules: Modules, content: CheckpointContent, path: Path) -> No
     Raises:
         CheckpointError: if names, shapes or dtypes differ; the modules are unchanged then.
     """
-    states = {"": content.model, "loss.": content.loss}
+    states = {MODEL: content.model, LOSS: content.loss}
     for prefix, module in modules.items():
         saved, current, what = states[prefix], module.state_dict(), "loss" if prefix else "model"
         for name in sorted(saved.keys() | current.keys()):
@@ -266,8 +266,8 @@ def share(
 
     Args:
         resumed: on rank 0 the checkpoint, or None for a new run; None elsewhere.
-        replica: its optimizer state and running statistics are set; the latter are partial
-            afterwards.
+        replica: its optimizer state, averages and running statistics are set; the latter are
+            partial afterwards.
         control: for everything but tensors.
         tensors: for tensors.
 
@@ -281,6 +281,11 @@ def share(
         replica.statistics.to_partial()
         return RunProgress(), TrainState()
     _share_optimizer(record["optimizer"], content, replica, tensors)
+    if replica.ema is not None:
+        if content is not None:
+            of_loss = {f"{LOSS}{name}": value for name, value in content.ema_loss.items()}
+            replica.ema.load({**content.ema, **of_loss})
+        tensors.broadcast_(list(replica.ema.named_tensors().items()))
     replica.statistics.to_partial()
     if record["has_local_stats"] and record["world_size"] == control.size:
         _share_local_stats(content, replica, tensors, control)

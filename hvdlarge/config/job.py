@@ -13,7 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
 
 from hvdlarge.config import registry, yaml_source
 from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, Positive
@@ -30,6 +37,7 @@ Count = Annotated[int, Field(ge=1)]
 Samples = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]  # of a batch
 Arguments = dict[str, Any]
 Key = str | int  # of a dict, or a position in a tuple
+AVERAGED = "ema_"  # before the names of results of the averaged weights
 
 if TYPE_CHECKING:
     AnyGrowth = Growth
@@ -98,6 +106,40 @@ class Model(Section):
     """Store images in channels-last memory format, which is faster on most GPUs."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
+    freeze: tuple[str, ...] = ()
+    """Name patterns (with * and ?) of parameters that are not trained; running statistics of frozen
+    layers are still updated.
+    """
+
+
+class InitFrom(Section):
+    """Weights from which a new run starts, instead of random ones."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A checkpoint of hvdlarge, a `state_dict` saved by `torch.save`, or a .safetensors file; only
+    rank 0 reads it, and only when a run begins.
+    """
+    strict: bool = True
+    """Whether the file must hold every tensor of the model, and no other; `false` starts without
+    those that are missing, unexpected or of another shape, and lists them in a note.
+    """
+    prefix: str = ""
+    """Removed from the names in the file that begin with it, e.g. `module.`."""
+    map: dict[str, str] = {}
+    """Renames tensors: patterns (with * and ?) of names in the file, without the prefix, and the
+    names in the model; each wildcard of the new name stands for what that of the old one matched.
+    """
+
+
+def _as_section(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Ema(Section):
+    """An exponential moving average of the weights, which is evaluated and saved beside them."""
+
+    half_life_samples: Positive
+    """Samples after which the share of earlier weights in the average has halved."""
 
 
 class Loss(Section):
@@ -219,8 +261,8 @@ class Checkpoint(Section):
     keep: Count = 3
     """How many of the newest checkpoints are kept."""
     best: str | None = None
-    """Which result decides on `best.pt`: `test_loss` or a metric's name; default: the first of
-    `evaluate.metrics` that applies, else `test_loss`.
+    """Which result decides on `best.pt`: `test_loss` or a metric's name, with `ema` also `ema_` and
+    one of these; default: the first of `evaluate.metrics` that applies, else `test_loss`.
     """
 
     @property
@@ -354,6 +396,11 @@ class Job(Section):
     """The training and test data."""
     model: Model
     """The model."""
+    init_from: (
+        Annotated[InitFrom, BeforeValidator(_as_section, json_schema_input_type=InitFrom | str)]
+        | None
+    ) = None
+    """A file with the weights from which a new run starts: a section, or just its path."""
     loss: Loss = Loss()
     """The loss."""
     batch: Batch
@@ -364,6 +411,8 @@ class Job(Section):
     """Clipping, compression and missing gradients."""
     optimizer: Annotated[AnyOptimizer, Field(discriminator="name")] = Lars()
     """The optimizer; default: LARS as in its paper."""
+    ema: Ema | None = None
+    """Averages the weights over the steps; default: no average."""
     evaluate: Evaluate = Evaluate()
     """When the test set is evaluated, and which metrics are taken."""
     log: Log = Log()
@@ -450,9 +499,16 @@ class Job(Section):
         }
         # Of these sections the other keys say how samples come and how the model is carried out.
         kept = {"data": ("name", "args", "targets", "collate"), "model": ("name", "args", "output")}
-        return signature | {
+        signature |= {
             section: {key: resolved[section][key] for key in keys} for section, keys in kept.items()
         }
+        if self.model.freeze:
+            signature["model"]["freeze"] = resolved["model"]["freeze"]
+        if self.init_from is not None:  # the file may be moved: a resumed run does not read it
+            signature["init_from"] = {
+                key: value for key, value in resolved["init_from"].items() if key != "path"
+            }
+        return signature
 
     def fingerprint(self) -> str:
         """SHA-256 of all keys and values."""

@@ -386,6 +386,8 @@ def _schema_of(location: Sequence[str | int]) -> dict[str, Any]:
             node.get("discriminator", {}).get("mapping", {}),
         )
         node = properties.get(part) or ({"$ref": mapping[part]} if part in mapping else {})
+        # A section that may be left out, or given as a text
+        node = next((choice for choice in node.get("anyOf", []) if "$ref" in choice), node)
         while "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return node

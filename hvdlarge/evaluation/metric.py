@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hvdlarge.config.job import AVERAGED
 from hvdlarge.evaluation.parts import MetricError, part
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
@@ -116,21 +117,25 @@ def rankings(best_by: str | None, metrics: Metrics) -> dict[str, bool]:
     higher is better.
 
     Args:
-        best_by: the one that a job names; None: the metrics, then the test loss.
+        best_by: the one that a job names, of the weights or of the averaged ones; None: the
+            metrics of the weights, then their test loss.
         metrics: of the evaluation.
 
     Raises:
         JobError: if the job names a metric that does not say whether higher is better.
     """
     directions = {name: metric.higher_is_better for name, metric in metrics.items()}
-    if best_by is not None and directions.get(best_by, False) is None:
-        raise JobError(
-            f"checkpoint.best: {best_by} does not say whether higher is better: set "
-            f"evaluate.metrics.{best_by}.higher_is_better"
-        )
     all_results = {name: higher for name, higher in directions.items() if higher is not None}
     all_results["test_loss"] = False
-    return all_results if best_by is None else {best_by: all_results[best_by]}
+    if best_by is None:
+        return all_results
+    name = best_by if best_by in {*directions, *all_results} else best_by.removeprefix(AVERAGED)
+    if name not in all_results:
+        raise JobError(
+            f"checkpoint.best: {name} does not say whether higher is better: set "
+            f"evaluate.metrics.{name}.higher_is_better"
+        )
+    return {best_by: all_results[name]}
 
 
 def totals_of(name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:

@@ -43,6 +43,7 @@ def with_largest_micro_batch(
     objective: Objective,
     first_sample: Callable[[], LoadedMicroBatch],
     control: ControlChannel,
+    averages: bool = False,
 ) -> Plan:
     """The plan with the largest micro-batch that fits on every worker's GPU. Every rank calls this
     together.
@@ -52,6 +53,7 @@ def with_largest_micro_batch(
         objective: model and loss, on the device.
         first_sample: reads a sample, which is repeated to fill the micro-batches that are tried.
         control: the channel between the ranks.
+        averages: whether the run also keeps an average of the weights.
 
     Raises:
         OutOfMemory: on every rank, if a single sample does not fit on some rank.
@@ -66,7 +68,8 @@ def with_largest_micro_batch(
             return repeat(inputs, size), repeat(targets, size)
 
         with user_code("a micro-batch of copies of the first sample"):
-            return largest_micro_batch(objective, samples, largest_share)
+            copies = _RESERVED_COPIES + averages
+            return largest_micro_batch(objective, samples, largest_share, copies)
 
     local_largest = raise_on_all_ranks(control, find_largest)
     largest = min(int(message) for message in control.allgather(b"%d" % local_largest))
@@ -107,7 +110,10 @@ def keep_micro_batches(plan: Plan, state: TrainState) -> tuple[Plan, list[str]]:
 
 
 def largest_micro_batch(
-    objective: Objective, samples: Callable[[int], tuple[Any, Any]], most: int
+    objective: Objective,
+    samples: Callable[[int], tuple[Any, Any]],
+    most: int,
+    reserved_copies: int = _RESERVED_COPIES,
 ) -> int:
     """The largest micro-batch whose forward and backward pass fit in this worker's memory.
 
@@ -117,6 +123,7 @@ def largest_micro_batch(
         objective: model and loss, on the device, without the hooks of a distributed optimizer.
         samples: number of samples -> inputs and targets, as loaded.
         most: upper limit, in samples.
+        reserved_copies: copies of the weights for which room is left.
 
     Returns:
         Samples, 1 … `most`, at most a sixteenth below the largest size that fits; 0 if one sample
@@ -131,7 +138,7 @@ def largest_micro_batch(
 
     def fits(size: int) -> bool:
         try:
-            _reserved = _reserve(weights, device)
+            _reserved = _reserve(weights, device, reserved_copies)
             objective(*samples(size)).value.backward()
             if is_gpu:
                 torch.cuda.synchronize(device)
@@ -155,9 +162,11 @@ def largest_micro_batch(
         return largest_that_fits(fits_alone, most)
 
 
-def _reserve(weights: list[torch.nn.Parameter], device: torch.device) -> list[torch.Tensor]:
+def _reserve(
+    weights: list[torch.nn.Parameter], device: torch.device, copies: int
+) -> list[torch.Tensor]:
     """Allocate what a run needs beside its forward and backward passes."""
-    reserved = [torch.empty_like(weight) for weight in weights for _ in range(_RESERVED_COPIES)]
+    reserved = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
     if device.type == "cuda":
         size = max(torch.cuda.mem_get_info(device)[1] // _RESERVED_PART, _RESERVED_MIN_BYTES)
         reserved.append(torch.empty(size, dtype=torch.uint8, device=device))

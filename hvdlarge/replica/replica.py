@@ -10,6 +10,7 @@ from hvdlarge.comm.interfaces import DistributedOptimizer
 from hvdlarge.models.state import Modules
 from hvdlarge.optim.precision import LossScaler
 from hvdlarge.reduction.batch_norm import RunningStatistics
+from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 
 
@@ -30,6 +31,7 @@ class Replica:
     rank: int
     # A parameter without a gradient on some workers counts as having a gradient of zero there
     zero_if_missing: bool = False
+    ema: WeightAverage | None = None  # of the trainable parameters
 
     @property
     def modules(self) -> Modules:

@@ -111,10 +111,13 @@ IGNORED_PARTS = """
 import torch
 from hvdlarge.data.digits import digits
 from hvdlarge.data.in_memory import InMemory
+from hvdlarge.data.order import Stream
 
-def data():  # a set whose targets are all left out of the mean, as those of padding are
+def data():  # a set whose targets are left out of the mean, as those of padding, after the first
     train, test = digits()
-    return InMemory(train.inputs, torch.full_like(train.targets, -100)), test
+    targets, first = torch.full_like(train.targets, -100), Stream(0, len(train)).samples(0, 16)
+    targets[first] = train.targets[first]
+    return InMemory(train.inputs, targets), test
 """
 
 
@@ -122,6 +125,7 @@ def data():  # a set whose targets are all left out of the mean, as those of pad
 def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(train, folder, workers):
     (folder / "ignored_parts.py").write_text(IGNORED_PARTS)
     job = ["jobs/digits.yaml", "data.name=ignored_parts:data", "model={name: mlp}", "epochs=1"]
+    job.append("loss={name: 'torch.nn:CrossEntropyLoss'}")
     ended = train(workers, *job, "on_nonfinite={policy: stop}", "log.every_steps=1000")
     assert ended.code == 73, ended.out + ended.err
     assert len(ended.errors) == 1

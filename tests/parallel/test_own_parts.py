@@ -49,6 +49,11 @@ SOUND = {
     "an expanded buffer": ["model.name=own_parts:Expanded"],
     "a hook on the gradient of each pass": ["model.name=own_parts:ClipsEachPass"],
     "more groups than tensors": ["horovod={groups: 80}"],
+    "frozen layers": ["model.name=own_parts:Normed", "model.freeze=[first.*, norm.weight]"],
+    "a frozen part of a loss": ["loss.name=own_parts:Temperature", "model.freeze=[loss.shift.*]"],
+    "averaged weights": ["model.name=own_parts:Normed", "ema={half_life_samples: 40}"],
+    "averaged weights of a loss": ["loss.name=own_parts:Temperature", "ema={half_life_samples: 9}"],
+    "averaged weights, tied and frozen": ["model.name=own_parts:Tied", "ema.half_life_samples=40"],
 }
 
 
@@ -76,7 +81,7 @@ def test_any_number_of_workers_and_interruptions_give_the_same_run(
 
 
 @pytest.mark.parametrize(
-    "name", ["a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
+    "name", ["averaged weights", "frozen layers", "a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
              "a loss with parameters", "a model that came in evaluation mode", "a model that draws from numpy and random"]
 )  # fmt: skip
 def test_exact_mode_is_bit_identical(control, tensors, folder, name):
@@ -143,7 +148,81 @@ def test_parameters_of_a_loss_are_trained_and_saved(control, tensors, folder):
     assert not any(name.startswith("loss") for name in found["model"])
 
 
+def test_frozen_parameters_stay_and_their_statistics_follow(control, tensors, folder):
+    changes = ["model.name=own_parts:Normed", "model.freeze=['first.*', 'norm.*']"]
+    found = train(job_of(changes), control, tensors, folder / "frozen")
+    assert (found["model"]["norm.weight"] == 1).all()
+    assert found["model"]["norm.running_mean"].abs().max() > 0.01
+    assert found["optimizer"].keys() == {"last.weight", "last.bias"}
+    with pytest.raises(RunExit, match="model.freeze is .* in the folder, null in this job"):
+        train(job_of(changes[:1]), control, tensors, folder / "frozen")
+
+
+def test_weights_from_a_file_that_rank_0_alone_reads(control, tensors, folder, monkeypatch):
+    whole = train(job_of(["model.name=own_parts:Normed"]), control, tensors, folder / "source")
+    if control.rank == 0:
+        torch.save({f"module.{n}": v for n, v in whole["model"].items()}, folder / "weights.pt")
+    else:
+        monkeypatch.setattr("hvdlarge.run.load_initial_weights", None)
+    control.barrier()
+    job = job_of(
+        [
+            f"init_from={{path: '{folder}/weights.pt', prefix: module.}}",
+            "model.name=own_parts:Normed",
+            "seed=1",
+        ]
+    )
+    expected = alone(job, control, folder) if control.rank == 0 else None
+    control.barrier()
+    found = train(job, control, tensors, folder / "whole")
+    with pytest.raises(Stopped):
+        train(job, control, tensors, folder / "parts", stop_after=3)
+    control.barrier()
+    if control.rank == 0:
+        assert distance(found, expected) < 1e-12
+        assert distance(found, whole) > 1e-6
+        (folder / "weights.pt").unlink()  # a resumed run does not read it
+    control.barrier()
+    moved = job.model_copy(
+        update={"init_from": job.init_from.model_copy(update={"path": "moved.pt"})}
+    )
+    assert distance(train(moved, control, tensors, folder / "parts"), found) == 0.0
+    with pytest.raises(JobError, match="init_from: .*there is no such file"):
+        train(job, control, tensors, folder / "anew")
+    control.barrier()
+    assert not (folder / "anew").exists()
+
+
+def test_averages_follow_the_weights_of_a_plain_loop(control, tensors, folder):
+    """The average after a growth, from the weights that every step has left."""
+    keeps = ["checkpoint={every_steps: 1, keep: 1000}", "model.name=own_parts:Normed"]
+    job = job_of([*keeps, "ema={half_life_samples: 40}"])
+    found = train(job, control, tensors, folder / "run")
+    batches = [line["global_batch"] for line in read_lines(folder / "run/decisions.jsonl")]
+    assert len(set(batches)) > 2  # growths, and a short last step
+    averages = None
+    for step, batch in enumerate(batches, start=1):
+        file = folder / f"run/checkpoints/step_{step:09d}.pt"
+        saved = torch.load(file, weights_only=True)
+        if averages is None:  # the first weights: what is left of them in the first average
+            share = 1 - 0.5 ** (batch / 40)
+            averages = dict(saved["ema"])
+            first = {n: (a - share * saved["model"][n]) / (1 - share) for n, a in averages.items()}
+            assert all(value.isfinite().all() for value in first.values())
+            continue
+        d = 0.5 ** (batch / 40)
+        for name, value in saved["model"].items():
+            statistic = "running" in name or "tracked" in name
+            averages[name] = value if statistic else d * averages[name] + (1 - d) * value
+    assert distance({"model": averages}, {"model": found["ema"]}) < 1e-12
+    results = found["state"]["results"]
+    assert {"ema_test_loss", "ema_accuracy"} <= results.keys()
+    assert results["ema_test_loss"] != results["test_loss"]
+
+
 REFUSED = {
+    "model.freeze=[frist.*]": "model.freeze: the pattern 'frist.*' matches no parameter; the nearest names are first",
+    "init_from=nothing.pt": "init_from: nothing.pt: there is no such file",
     "data={name: 'own_parts:own_generator'}": "training set gives other samples when it is read again",
     "data={name: 'own_parts:iterable'}": "IterableDataset",
     "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set gives other samples when it is read again",
@@ -303,3 +382,16 @@ def test_decisions_are_those_of_one_worker(control, tensors, folder):
     train(job, control, tensors, folder / "many")
     ours, theirs = (read_lines(folder / where / "decisions.jsonl") for where in ("many", "alone"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "part", ["model.name=own_parts:NumpyNoise", "loss.name=own_parts:Mixed"], ids=["model", "loss"]
+)
+def test_loader_processes_change_nothing_that_numpy_and_random_draw(control, tensors, folder, part):
+    """Without loader processes, reading a micro-batch seeds the process that trains too."""
+    results = []
+    for processes in (0, 1):
+        data = f"data={{name: 'own_parts:augmented', num_workers: {processes}}}"
+        job = job_of([data, part, "epochs=1"])
+        results.append(train(job, control, tensors, folder / f"processes-{processes}"))
+    assert distance(*results) == 0.0

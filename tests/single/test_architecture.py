@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = ["exits", "models", "schedule", "data", "optim", "reduction", "comm", "config", "replica", "resilience",
          "reporting", "telemetry", "checkpoint",
          "controller", "step", "evaluation", "preflight", "world", "build", "loop", "run", "api"]  # fmt: skip
-DOORS = {"train", "launch", "plan", "doctor", "bench"}
+DOORS = {"train", "launch", "plan", "export", "doctor", "bench"}
 PURE = {
     "schedule",
     "telemetry/timers.py",

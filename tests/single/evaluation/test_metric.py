@@ -89,3 +89,5 @@ def test_rankings_put_the_metrics_before_the_loss():
     ]
     assert rankings("error", metrics) == {"error": False}
     assert rankings("test_loss", metrics) == {"test_loss": False}
+    assert rankings("ema_accuracy", metrics) == {"ema_accuracy": True}
+    assert rankings("ema_test_loss", metrics) == {"ema_test_loss": False}
