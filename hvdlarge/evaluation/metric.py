@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, PartError
 
 
 class Metric(Protocol):
@@ -43,7 +43,7 @@ class Metric(Protocol):
 Metrics = Mapping[str, Metric]  # by the name of the result
 
 
-class MetricError(Exception):
+class MetricError(PartError):
     """A metric returned totals of a wrong type or shape. Not a RunExit, as a single rank may raise
     it.
     """
