@@ -286,7 +286,12 @@ def test_another_policy_or_name_on_the_command_line_replaces_its_section(given, 
 
 @pytest.mark.parametrize(
     "change",
-    ["lr.warmup.policy=legw", "name=other", "model.args.name=big", "model.args={name: big, width: 4}"],
+    [
+        "lr.warmup.policy=legw",
+        "name=other",
+        "model.args.name=big",
+        "model.args={name: big, width: 4}",
+    ],
 )
 def test_a_name_that_selects_nothing_else_replaces_nothing(change):
     text = GOOD.replace("{name: convnet}", "{name: convnet, args: {name: small, width: 4}}")

@@ -35,7 +35,7 @@ def read(num_workers, unequal=False):
 
 
 def error_of(action, *arguments):
-    with pytest.raises(Exception) as raised:  # noqa: B017, PT011
+    with pytest.raises(Exception) as raised:
         action(*arguments)
     # As in a run: the frames begin within the engine
     frames = raised.tb
@@ -93,7 +93,9 @@ def test_causes_are_shown_too_without_the_engines_frames():
             except KeyError as error:
                 raise ValueError("the index is stale") from error
 
-    error = error_of(MicroBatchDataset(Wrapping(), 0, shuffled=False).__getitem__, MicroBatch(0, 0, 8))
+    error = error_of(
+        MicroBatchDataset(Wrapping(), 0, shuffled=False).__getitem__, MicroBatch(0, 0, 8)
+    )
     text = describe(error)
     assert text.splitlines()[0].startswith(f"ValueError: the index is stale ({__file__}, line ")
     assert "KeyError: 'sample 5'" in text
