@@ -88,7 +88,7 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
     precision, test_set = components.precision, components.test_set
     read_again = None if test_set is None else test_samples(job.data, job.evaluate, test_set)
     with context.watchdog.during("rehearse"):
-        rounds_differently = rehearse(
+        rehearsed = rehearse(
             components.plan,
             components.model,
             components.loss,
@@ -102,7 +102,14 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
         )
     if precision.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(precision.device)
-    if not rounds_differently:
+    best = job.checkpoint.best
+    if best in rehearsed.without_result:
+        note = (
+            f"checkpoint.best: {best} does not apply to the first samples of the test set; as "
+            "long as it applies to none, no best.pt is written"
+        )
+        components = replace(components, notes=[*components.notes, note])
+    if not rehearsed.rounds_differently:
         return components
     note = (
         "the ranks round differently (unlike CPUs or GPUs, or numbers of threads): instead of "

@@ -28,10 +28,12 @@ from hvdlarge.comm.interfaces import (
     RankLostError,
     WorldMismatchError,
 )
-from hvdlarge.comm.launcher import Launch
+from hvdlarge.comm.launcher import Launch, reports_wrong_launch, wrong_launch
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.job import Horovod, Job, Timeouts
+from hvdlarge.config.part_errors import describe, origin
 from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.shared_memory import is_shared_memory_error, shared_memory_advice
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.telemetry.console import print_error, print_status
 
@@ -73,6 +75,10 @@ def run_on_all_ranks(
         rank 0 has printed. If a single rank raises anything else, this does not return: all
         processes are ended.
     """
+    if wrong := wrong_launch(os.environ):
+        if reports_wrong_launch(os.environ):
+            print_error(wrong)
+        return exits.WRONG_ENVIRONMENT
     attempt = _attempt(read)
     timeouts, horovod = _before_the_ranks_agree(attempt)
     watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
@@ -172,6 +178,11 @@ def _abort_all(error: BaseException, launch: Launch | None, control: ControlChan
         print_error(f"communication failed on {rank}: {error}")
     elif isinstance(error, exits.OutOfMemory):
         print_error(f"{rank}: {error}")
+    elif is_shared_memory_error(error):
+        print_error(f"{rank}: {shared_memory_advice(error)}")
+        control.abort(exits.WRONG_ENVIRONMENT)
+    elif not isinstance(error, KeyboardInterrupt) and (part := origin(error)):
+        print_error(f"in {part}, on {rank}: {describe(error)}")
     else:
         kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
         print_error(f"{kind} on {rank}\n{''.join(traceback.format_exception(error)).rstrip()}")

@@ -35,8 +35,8 @@ from hvdlarge.config.planning import stages_of
 from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluation.metric import Metric, MetricError, Metrics, totals_of
-from hvdlarge.exits import JobError, RunExit
+from hvdlarge.evaluation.metric import Metric, MetricError, Metrics, result_of, totals_of
+from hvdlarge.exits import InvalidEnvironmentError, JobError, RunExit
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -51,12 +51,20 @@ from hvdlarge.preflight.user_code import describe, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.resilience.digest import tensor_digests
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
+from hvdlarge.resilience.shared_memory import is_shared_memory_error, shared_memory_advice
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
 # Relative tolerance: the order of summation may vary on a GPU
 _TOLERANCE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 _COUNT_SHIFT = 1_000_000
+
+
+class Rehearsed(NamedTuple):
+    """What the rehearsal found that a run should know."""
+
+    rounds_differently: bool  # whether the ranks do, as different CPUs or GPUs; same on every rank
+    without_result: tuple[str, ...]  # metrics that do not apply to the first samples, by name
 
 
 def rehearse(
@@ -70,7 +78,7 @@ def rehearse(
     test_samples: Callable[[], Iterable[LoadedMicroBatch]] | None,
     seed: int,
     control: ControlChannel,
-) -> bool:
+) -> Rehearsed:
     """Rehearse the first samples of a run. Every rank calls this together, before the first
     decision is announced.
 
@@ -88,9 +96,10 @@ def rehearse(
         control: the channel between the ranks.
 
     Returns:
-        Whether the ranks round differently, as different CPUs or GPUs do; the same on every rank.
+        What was found; the same on every rank.
 
     Raises:
+        InvalidEnvironmentError: on every rank, if shared memory is too small for loader processes.
         JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
             differ when read again.
         RanksDisagreeError: on every rank, if the ranks read different samples.
@@ -102,6 +111,7 @@ def rehearse(
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
+    without_result: list[str] = []
 
     def passes() -> Outcome:
         rehearsal = Rehearsal(
@@ -111,13 +121,14 @@ def rehearse(
         if len(loaded) > 1:
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
-            rehearsal.try_metrics(metrics, batch)
+            without_result.extend(rehearsal.try_metrics(metrics, batch))
         return outcome
 
     where = f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,"
     with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
-    return len(set(control.allgather(_rounding(outcome, precision.device)))) > 1
+    rounds_differently = len(set(control.allgather(_rounding(outcome, precision.device)))) > 1
+    return Rehearsed(rounds_differently, tuple(without_result))
 
 
 def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:
@@ -182,6 +193,8 @@ def _read_again(
     except Exception as error:
         if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
+        if is_shared_memory_error(error):
+            raise InvalidEnvironmentError(shared_memory_advice(error)) from None
         raise JobError(
             f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
         ) from None
@@ -276,15 +289,19 @@ class Rehearsal:
             self._pass(inputs, targets, what)
 
     @torch.no_grad()
-    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> None:
+    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> list[str]:
         """Take the metrics' totals of a micro-batch of the test set, twice.
+
+        Returns:
+            The names of those that do not apply to it.
 
         Raises:
             JobError: naming the metric that raises, has totals of another shape than it promises,
                 or gives other totals for the same samples.
         """
         if not metrics:
-            return
+            return []
+        without_result = []
         size = batch.micro_batch.size
         with (
             _restored(self._modules, self._layers),
@@ -308,6 +325,10 @@ class Rehearsal:
                         f"{again.tolist()}, for the same samples: a metric keeps nothing between "
                         "calls"
                     )
+                with contextlib.suppress(JobError):  # that of the whole test set counts
+                    if result_of(name, metric, first.tolist()) is None:
+                        without_result.append(name)
+        return without_result
 
     def _totals(self, name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:
         seed_all(self._key)

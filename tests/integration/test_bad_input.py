@@ -1,6 +1,7 @@
 """Wrong jobs end in one message and exit code 2 on all ranks; a wrong environment in 3; ranks that differ in 71."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -157,6 +158,28 @@ def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
     assert "started 2 workers, but MPI sees 1" in ended.err
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_several_processes_without_mpi_are_never_many_solo_runs(train, folder, more):
+    started = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ended = train(None, "jobs/digits.yaml", *more, RANK="0", LOCAL_RANK="0", **started)
+    assert ended.code == 3
+    assert len(ended.errors) == 1
+    assert "`hvdlarge launch -np 2 job.yaml`" in ended.err
+    other = train(None, "jobs/digits.yaml", *more, RANK="1", LOCAL_RANK="1", **started)
+    assert (other.code, other.text) == (3, "")
+    assert not (folder / "runs").exists()
+
+
+def test_torchrun_is_refused_with_what_to_use_instead(start, folder):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = start([*torchrun, "-m", "hvdlarge.train", "jobs/digits.yaml"])
+    assert ended.code == 1  # torchrun's own
+    assert len(ended.errors) == 1
+    assert "RANK=0 and WORLD_SIZE=2 are set as by torchrun" in ended.err
+    assert "exitcode  : 3" in ended.err
+    assert not (folder / "runs").exists()
+
+
 def test_elastic_horovod_is_refused(train, folder):
     ended = train(2, "jobs/digits.yaml", HOROVOD_ELASTIC="1")
     assert ended.code == 3
@@ -209,8 +232,12 @@ def test_one_rank_that_fails_ends_the_run_with_one_traceback(train, folder, work
     ended = train(workers, "jobs/digits.yaml", "model={name: 'failing:Failing'}")
     assert ended.code == 70
     assert len(ended.errors) == 1
-    assert f"internal error on rank {(workers or 1) - 1} of {workers or 1}" in ended.err
-    assert ended.err.count("RuntimeError: made to fail") == 1
+    rank = f"rank {(workers or 1) - 1} of {workers or 1}"
+    assert f"hvdlarge: error: in your own code, on {rank}" in ended.errors[0]
+    assert "RuntimeError: made to fail (" in ended.errors[0]
+    assert "failing.py, line 14, in forward)" in ended.errors[0]
+    assert ended.err.count("Traceback") == 1
+    assert "hvdlarge/loop.py" not in ended.err
 
 
 EVERYWHERE = """
@@ -259,7 +286,9 @@ def test_a_mistake_on_every_rank_is_reported_once(train, folder):
     )
     assert ended.code == 70
     assert len(ended.errors) == 1
-    assert "internal error on rank 1 of 3" in ended.err  # rank 0 has no micro-batch in these steps
+    # rank 0 has no micro-batch in these steps
+    assert "in your own code, on rank 1 of 3" in ended.err
+    assert "everywhere.py, line 11, in forward" in ended.errors[0]
     assert ended.err.count("Traceback") == 1
 
 
