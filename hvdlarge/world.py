@@ -75,10 +75,6 @@ def run_on_all_ranks(
         rank 0 has printed. If a single rank raises anything else, this does not return: all
         processes are ended.
     """
-    if wrong := wrong_launch(os.environ):
-        if reports_wrong_launch(os.environ):
-            print_error(wrong)
-        return exits.WRONG_ENVIRONMENT
     attempt = _attempt(read)
     timeouts, horovod = _before_the_ranks_agree(attempt)
     watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
@@ -88,11 +84,7 @@ def run_on_all_ranks(
         stop.install_handlers()
     settings = set_environment(launch, horovod)
     try:
-        if os.environ.get("HOROVOD_ELASTIC") == "1":
-            raise WorldMismatchError(
-                "elastic Horovod is not supported; hvdlarge.launch restarts a run with fewer or "
-                "more workers instead"
-            )
+        _refuse_other_launchers()
         control = open_control(launch)
     except WorldMismatchError as error:
         return _report_mismatch(error, launch)
@@ -116,6 +108,16 @@ def run_on_all_ranks(
     control.close()
     watchdog.stop()
     return code
+
+
+def _refuse_other_launchers() -> None:
+    if wrong := wrong_launch(os.environ):
+        raise WorldMismatchError(wrong)
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        raise WorldMismatchError(
+            "elastic Horovod is not supported; hvdlarge.launch restarts a run with fewer or more "
+            "workers instead"
+        )
 
 
 def _check_equal(control: ControlChannel, options: Mapping[str, Any], job: Job | None) -> None:
@@ -152,7 +154,11 @@ def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def _report_mismatch(error: WorldMismatchError, launch: Launch | None) -> int:
-    if launch is None or launch.is_local_leader:
+    if wrong_launch(os.environ):
+        reports = reports_wrong_launch(os.environ)
+    else:
+        reports = launch is None or launch.is_local_leader
+    if reports:
         print_error(f"{error} (host {socket.gethostname()})")
     return exits.WRONG_ENVIRONMENT
 

@@ -90,8 +90,7 @@ def rehearse(
         metrics: tried on the first micro-batch of the test set.
         to_device: see Rehearsal.
         loader: of the training set, not used before.
-        test_samples: yields the first micro-batch of the test set twice; None if the run does not
-            evaluate.
+        test_samples: yields the test set's first micro-batch twice; None without evaluations.
         seed: of the run.
         control: the channel between the ranks.
 
@@ -99,9 +98,8 @@ def rehearse(
         What was found; the same on every rank.
 
     Raises:
-        InvalidEnvironmentError: on every rank, if shared memory is too small for loader processes.
-        JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
-            differ when read again.
+        InvalidEnvironmentError: on every rank, if loader processes run out of shared memory.
+        JobError: on every rank, for what Rehearsal rejects, and samples that fail or differ.
         RanksDisagreeError: on every rank, if the ranks read different samples.
         OutOfMemory: on a rank that runs out of memory.
     """
@@ -111,7 +109,7 @@ def rehearse(
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
-    without_result: list[str] = []
+    without: list[str] = []
 
     def passes() -> Outcome:
         rehearsal = Rehearsal(
@@ -121,14 +119,14 @@ def rehearse(
         if len(loaded) > 1:
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
-            without_result.extend(rehearsal.try_metrics(metrics, batch))
+            without.extend(rehearsal.try_metrics(metrics, batch))
         return outcome
 
     where = f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,"
     with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
-    rounds_differently = len(set(control.allgather(_rounding(outcome, precision.device)))) > 1
-    return Rehearsed(rounds_differently, tuple(without_result))
+    roundings = set(control.allgather(_rounding(outcome, precision.device)))
+    return Rehearsed(len(roundings) > 1, tuple(without))
 
 
 def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:

@@ -292,6 +292,100 @@ def test_a_mistake_on_every_rank_is_reported_once(train, folder):
     assert ended.err.count("Traceback") == 1
 
 
+LATE = """
+import torch
+
+class Set(torch.utils.data.Dataset):
+    def __init__(self, corrupt):
+        self.corrupt = corrupt
+
+    def __len__(self):
+        return 640
+
+    def __getitem__(self, index):
+        if index == 500 and self.corrupt == "raises":
+            raise ValueError(f"sample {index} is corrupt")
+        return torch.ones(64), 77 if index == 500 and self.corrupt == "class" else index % 10
+
+def data(corrupt="no", tested=None):
+    return Set(corrupt), None if tested is None else Set(tested)
+
+class Loss(torch.nn.CrossEntropyLoss):
+    calls = 0
+
+    def forward(self, outputs, targets):
+        Loss.calls += 1
+        if Loss.calls > 12:
+            raise ArithmeticError("the loss is tired")
+        return super().forward(outputs, targets)
+
+class Late:
+    num_totals = 1
+    higher_is_better = True
+
+    def totals(self, outputs, targets):
+        if (targets == 77).any():
+            raise LookupError("there is no class 77")
+        return torch.zeros(1)
+
+    def result(self, totals):
+        return 0.0
+"""
+LATE_JOB = """
+name: late
+epochs: 1
+data: {name: 'late_parts:data'}
+model: {name: 'torch.nn:Linear', args: {in_features: 64, out_features: 10}}
+batch: {base: 32, micro: 8}
+lr: {base: 0.1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "words"),
+    [
+        (["data.args.corrupt=raises"], "your own code", "ValueError: sample 500 is corrupt ({}, line 13, in __getitem__)"),
+        (["data.args.corrupt=raises", "data.num_workers=1"], "your own code", "ValueError: sample 500 is corrupt ({}, line 13, in __getitem__)"),
+        (["data.args.corrupt=class"], "the model or the loss", "IndexError: Target 77 is out of bounds."),
+        (["loss.name=late_parts:Loss"], "your own code", "ArithmeticError: the loss is tired ({}, line 25, in forward)"),
+        (["data.args.tested=class", "loss.args.ignore_index=77", "evaluate.metrics=['late_parts:Late']"], "your own code",
+         "LookupError: there is no class 77 ({}, line 34, in totals)"),
+    ],
+    ids=["data", "data in a loader process", "class", "loss", "metric"],
+)  # fmt: skip
+def test_a_mistake_of_the_user_in_the_middle_of_training_is_told_as_such(
+    train, folder, changes, where, words
+):
+    (folder / "late_parts.py").write_text(LATE)
+    (folder / "late.yaml").write_text(LATE_JOB)
+    ended = train(None, "late.yaml", *changes)
+    assert ended.code == 70, ended.text
+    assert len(ended.errors) == 1
+    expected = words.format(folder / "late_parts.py")
+    assert ended.errors[0].startswith(f"hvdlarge: error: in {where}, on rank 0 of 1 (")
+    assert ended.errors[0].endswith(f"): {expected}")
+    assert ended.err.count("Traceback") == 1
+    assert "internal error" not in ended.err
+    assert "step" in (folder / "runs/late/decisions.jsonl").read_text()
+
+
+def test_a_full_shared_memory_leads_to_the_doctor(start, folder):
+    """A namespace of its own with a /dev/shm of 100 KB; only root may make one."""
+    (folder / "late_parts.py").write_text(LATE.replace("torch.ones(64)", "torch.ones(64, 512)"))
+    job = LATE_JOB.replace("64, out", "512, out").replace("name: late\n", "name: late\nseed: 1\n")
+    (folder / "late.yaml").write_text(job)
+    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]  # fmt: skip
+    if start([*small, "true"]).code:
+        pytest.skip("this user cannot make a small file system")
+    ended = start([*small, *TRAIN, "late.yaml", "data.num_workers=1"])
+    assert ended.code == 3, ended.text
+    assert len(ended.errors) == 1
+    assert "the loader processes have no shared memory left (" in ended.errors[0]
+    assert "`hvdlarge doctor` checks /dev/shm" in ended.errors[0]
+    checked = start([*small, sys.executable, "-m", "hvdlarge.doctor"])
+    assert "warning  /dev/shm: 0 MiB: loader processes and MPI on one host need more" in checked.out
+
+
 WORKERS = """
 import os, time
 import torch
