@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from hvdlarge.comm.devices import check_gpus, choose_device
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
@@ -18,6 +18,7 @@ from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ran
 from hvdlarge.config import job as sections
 from hvdlarge.config import registry
 from hvdlarge.config.job import Job
+from hvdlarge.config.part_errors import describe
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
@@ -46,7 +47,9 @@ from hvdlarge.models.state import (
     set_extra_states,
     unpack,
 )
-from hvdlarge.models.state import named_parameters as every_parameter
+from hvdlarge.models.state import (
+    named_parameters as every_parameter,
+)
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.param_groups import named_parameters
@@ -102,6 +105,8 @@ def build_components(job: Job, context: RankContext) -> Components:
     notes = check_gpus(device, control, tensors)
     with context.watchdog.during("data"):
         training_set, test_set = raise_on_all_ranks(control, lambda: load_data(job.data, job.seed))
+    if test_set is None and job.checkpoint.best is not None:
+        raise_on_all_ranks(control, lambda: _refuse_best(job))
     sizes = {
         "training samples": len(training_set),
         "test samples": None if test_set is None else len(test_set),
@@ -142,27 +147,44 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
             f"{_kind(pair)}"
         )
     for what, dataset in zip(("training set", "test set"), pair, strict=True):
-        if dataset is None and what == "test set":
-            continue
-        if isinstance(dataset, IterableDataset):
-            raise JobError(
-                f"data.name: the {what} of {data.name} is an IterableDataset "
-                f"({type(dataset).__name__}), which cannot be asked for a sample by its number; "
-                "the engine needs a map-style set, with __len__ and __getitem__"
-            )
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise JobError(
-                f"data.name: the {what} of {data.name} has no length or no items; it is "
-                f"{_kind(dataset)}"
-            )
-        if len(dataset) == 0:
-            raise JobError(f"data.name: the {what} of {data.name} is empty")
+        if dataset is not None or what == "training set":
+            _check_map_style(f"data.name: the {what} of {data.name}", dataset)
     if data.samples is not None and len(pair[0]) != data.samples:
         raise JobError(
             f"data.samples is {data.samples:,}, but the training set of {data.name} has "
             f"{len(pair[0]):,} samples"
         )
     return pair[0], pair[1]
+
+
+def _check_map_style(what: str, dataset: Any) -> None:
+    """Raise JobError unless a set has a length of at least 1, and samples by number."""
+    if isinstance(dataset, DataLoader):
+        raise JobError(f"{what} is a DataLoader: return its data set, the engine makes the batches")
+    iterable_only = not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+    if iterable_only or isinstance(dataset, IterableDataset):
+        kind = "an IterableDataset" if isinstance(dataset, IterableDataset) else _kind(dataset)
+        name = f" ({type(dataset).__name__})" if isinstance(dataset, IterableDataset) else ""
+        raise JobError(
+            f"{what} is {kind}{name}: the engine needs a map-style set, with __len__ and "
+            "__getitem__\nThe order of the samples is a permutation of their numbers, so that it "
+            "does not depend on the number of workers and a resume can enter it anywhere. Use a "
+            "list of the samples if they fit in memory, else an index of files, or of positions in "
+            "them, from which __getitem__ reads one sample"
+        )
+    try:
+        size = len(dataset)
+    except Exception as error:
+        raise JobError(f"{what}: its length raises {describe(error)}") from None
+    if size == 0:
+        raise JobError(f"{what} is empty")
+
+
+def _refuse_best(job: Job) -> None:
+    raise JobError(
+        f"checkpoint.best: {job.checkpoint.best!r} is never measured, since {job.data.name} gives "
+        "no test set: leave checkpoint.best out, or give a test set"
+    )
 
 
 def build_learning(

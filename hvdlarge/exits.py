@@ -104,6 +104,12 @@ def run_exit(code: int, message: str) -> RunExit:
     return kinds.get(code, RunExit)(message)
 
 
+class PartError(Exception):
+    """A part that the job names broke its contract on one rank. Not a RunExit, since the other
+    ranks do not raise it.
+    """
+
+
 class OutOfMemory(Exception):
     """One rank ran out of memory; the message says what to change. Not a RunExit, since the other
     ranks do not raise it.

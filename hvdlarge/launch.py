@@ -23,6 +23,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from hvdlarge import exits
+from hvdlarge.comm.launcher import detect, reports_wrong_launch, wrong_launch
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
@@ -39,6 +40,21 @@ class Hosts(NamedTuple):
 
     value: str  # of mpirun's option --host
     slots: int  # of all hosts together
+
+    def equation(self) -> str:
+        """Where the slots come from.
+
+        >>> parse_hosts("a:4, b:4").equation(), parse_hosts("a:4, b:2").equation()
+        ('2 hosts × 4 slots = 8', '4 + 2 = 6 slots')
+        """
+        counts = [host.rpartition(":")[2] for host in self.value.split(",")]
+        if len(set(counts)) == 1:
+            hosts, slots = (
+                f"{number} {word}{'' if int(number) == 1 else 's'}"
+                for number, word in ((len(counts), "host"), (counts[0], "slot"))
+            )
+            return f"{hosts} × {slots} = {self.slots}"
+        return f"{' + '.join(counts)} = {self.slots} slots"
 
 
 def parse_hosts(text: str) -> Hosts:
@@ -83,6 +99,9 @@ class Launcher:
         restart_stopped: restart also after an orderly stop (exit code 75) that was not requested
             through this launcher.
         progress: returns a number that grows with the run's progress.
+        fresh: pass --fresh to the first start, and to the next as long as one ends before it has
+            set the earlier run aside. A restart resumes what the first start began.
+        folder: of the run; needed for `fresh`.
     """
 
     def __init__(
@@ -95,6 +114,8 @@ class Launcher:
         max_restarts: int,
         restart_stopped: bool,
         progress: Callable[[], int],
+        fresh: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self._command = list(command)
         self._workers = workers
@@ -104,6 +125,10 @@ class Launcher:
         self._max_restarts = max_restarts
         self._restart_stopped = restart_stopped
         self._progress = progress
+        self._folder = folder
+        self._fresh = fresh
+        holds_run = folder is not None and (folder / "job.resolved.yaml").exists()
+        self._earlier_run = self._identity() if holds_run else None
         self._stop_signal: str | None = None  # by which this launcher was asked to stop
         self._stop_time = 0.0  # of that signal, in seconds of time.monotonic
 
@@ -113,11 +138,15 @@ class Launcher:
             signal.signal(number, self._on_signal)
         restarts = without_progress = 0
         while True:
-            before = self._progress()
+            before = -1 if self._fresh else self._progress()
             code = self._start_once()
             if not self._should_restart(code):
                 return code
-            without_progress = 0 if self._progress() > before else without_progress + 1
+            # An earlier run that is still in its place has not been set aside yet
+            self._fresh = self._fresh and self._earlier_run is not None
+            self._fresh = self._fresh and self._identity() == self._earlier_run
+            moved = not self._fresh and self._progress() > before
+            without_progress = 0 if moved else without_progress + 1
             restarts += 1
             if without_progress >= _NO_PROGRESS_LIMIT:
                 print_error(
@@ -137,6 +166,13 @@ class Launcher:
             if self._stop_signal is not None:
                 return code
 
+    def _identity(self) -> int | None:
+        """A number that tells the run folder from another of its name; None if there is none."""
+        try:
+            return None if self._folder is None else self._folder.stat().st_ino
+        except OSError:
+            return None
+
     def _should_restart(self, code: int) -> bool:
         if self._stop_signal is not None:
             return False
@@ -150,8 +186,14 @@ class Launcher:
                 print_status(f"launch: {self._stop_signal}: nothing was started")
                 return exits.STOPPED
             workers, host_option = min(workers, hosts.slots), ["--host", hosts.value]
+            if workers < self._workers:
+                print_status(
+                    f"launch: warning: {hosts.equation()}, fewer than the {self._workers} workers "
+                    f"of -np: the run has {workers}"
+                )
             print_status(f"launch: {workers} workers on {hosts.value}")
-        command = [*self._mpirun, "-np", str(workers), *host_option, *self._command]
+        fresh = ["--fresh"] if self._fresh else []
+        command = [*self._mpirun, "-np", str(workers), *host_option, *self._command, *fresh]
         try:
             process = subprocess.Popen(
                 command, start_new_session=True, preexec_fn=_stop_with_parent
@@ -226,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Launch a job; returns the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if (code := _refuse_launchers()) is not None:
+            return code
         if options.np < 1:
             raise exits.JobError("-np must be at least 1")
         if options.hosts_file and options.hosts_command:
@@ -242,11 +286,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.max_restarts,
             options.restart_stopped,
             lambda: checkpointed_steps(folder),
+            options.fresh,
+            folder,
         )
         return launcher.run()
     except exits.RunExit as end:
         print_error(str(end))
         return end.code
+
+
+def _refuse_launchers() -> int | None:
+    """The exit code where a launcher started this command several times, which one process per
+    host reports; None otherwise.
+    """
+    if wrong := wrong_launch(os.environ):
+        if reports_wrong_launch(os.environ):
+            print_error(wrong)
+        return exits.WRONG_ENVIRONMENT
+    launch = detect(os.environ)
+    if launch is None or launch.size < 2:
+        return None
+    if launch.is_local_leader:
+        print_error(
+            f"hvdlarge launch starts mpirun itself, but {launch.launcher} started it "
+            f"{launch.size} times: run it without a launcher, or start `hvdlarge train` with it"
+        )
+    return exits.WRONG_ENVIRONMENT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -284,6 +349,11 @@ def _parser() -> argparse.ArgumentParser:
         "--restart-stopped",
         action="store_true",
         help="restart also after exit code 75 (stopped on request)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="set an earlier run aside and begin anew; restarts resume the new run",
     )
     parser.add_argument("job", help="the job file")
     parser.add_argument(

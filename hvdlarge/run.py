@@ -105,6 +105,13 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     components = replace(components, rehearsed=rehearsed)
+    best = job.checkpoint.best
+    if best in rehearsed.without_result:
+        note = (
+            f"checkpoint.best: {best} does not apply to the first samples of the test set; as "
+            "long as it applies to none, no best.pt is written"
+        )
+        components = replace(components, notes=[*components.notes, note])
     if not rehearsed.rounds_differently:
         return components
     note = (

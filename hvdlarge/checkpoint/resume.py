@@ -147,7 +147,8 @@ def find_resume_point(
     """
     newest = checkpoints.newest_good()
     if newest is None:
-        _check_same_run(folder, {"job": _read_written_job(folder)}, {"job": facts.job})
+        nothing = "no checkpoint was written there, so nothing that was trained would be lost"
+        _check_same_run(folder, {"job": _read_written_job(folder)}, {"job": facts.job}, nothing)
         return None
     path, plain, problems = newest
     content = _content(path, plain)
@@ -191,7 +192,9 @@ def _read_written_job(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def _check_same_run(
+    folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any], remark: str = ""
+) -> None:
     differences = _differences(saved, current, "")
     if differences:
         lines = [
@@ -203,6 +206,7 @@ def _check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str
                 [
                     f"{folder} holds another job:",
                     *lines,
+                    *([f"  {remark}"] if remark else []),
                     "  --fresh sets it aside and starts a new run; run_dir=… names another folder",
                 ]
             )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from hvdlarge.config import yaml_source
+from hvdlarge.config import registry, yaml_source
 from hvdlarge.config.job import Job
 from hvdlarge.config.validation import cross_field_errors
 from hvdlarge.exits import JobError
@@ -59,7 +59,7 @@ class Written(NamedTuple):
 
 
 def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
-    """Read and validate a job.
+    """Read and validate a job; its own parts are looked for beside its file from then on.
 
     Args:
         path: of the YAML file.
@@ -68,6 +68,7 @@ def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: with one message that lists every problem with its place.
     """
+    registry.look_beside(path)
     return _validated(_read_file(path, ()), overrides)
 
 
@@ -197,6 +198,8 @@ def _is_in(path: yaml_source.Path, section: yaml_source.Path) -> bool:
 def _selects_another(
     base: Mapping[str, Any], own: Mapping[str, Any], path: yaml_source.Path
 ) -> bool:
+    if not path or "args" in path:  # not the name of the job, nor an argument called so
+        return False
     default = {"name": _DEFAULT_NAMES[path]} if path in _DEFAULT_NAMES else {}
     base = {**default, **base}
     return any(key in own and key in base and own[key] != base[key] for key in _SELECTORS)
@@ -253,6 +256,8 @@ def _override(written: Written, override: str) -> None:
             raise JobError(
                 f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section"
             )
+    if _selects_another(section, {parts[-1]: source.values}, parts[:-1]):
+        _keep_from_command_line(written, section, parts[:-1])
     section[parts[-1]] = source.values
     for other in [other for other in written.places if _is_in(other, parts)]:
         del written.places[other]
@@ -263,6 +268,17 @@ def _override(written: Written, override: str) -> None:
             for path, text in source.variables.items()
         }
     )
+
+
+def _keep_from_command_line(
+    written: Written, section: dict[str, Any], path: yaml_source.Path
+) -> None:
+    """Remove the keys of a section that were not given on the command line."""
+    for key in list(section):
+        if written.place((*path, key)).file != _COMMAND_LINE.file:
+            del section[key]
+            for other in [other for other in written.places if _is_in(other, (*path, key))]:
+                del written.places[other]
 
 
 # --- error messages

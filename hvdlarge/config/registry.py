@@ -15,9 +15,11 @@ import operator
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from hvdlarge.exits import JobError
+from hvdlarge.config.part_errors import describe
+from hvdlarge.exits import JobError, RunExit
 
 
 class DataSet(NamedTuple):
@@ -83,6 +85,8 @@ _EXTRAS = {"torchmetrics": "metrics"}  # extras of hvdlarge that packages come w
 
 Registry = Mapping[str, str] | Mapping[str, DataSet]
 
+_JOB_FOLDERS: list[str] = []  # where own parts are looked for after the current folder
+
 
 def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     """Samples of a built-in data set's training set; None for any other, or wrong arguments.
@@ -101,6 +105,13 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     return given if type(given) is int else None
 
 
+def look_beside(job_file: str) -> None:
+    """Look for own parts also in the folder of a job file, after the current folder."""
+    folder = str(Path(job_file).absolute().parent)
+    if folder not in _JOB_FOLDERS:
+        _JOB_FOLDERS.append(folder)
+
+
 def union(registry: Mapping[str, str]) -> Any:
     """The type of a section of the job file that is one of a registry's, as `A | B | …`."""
     return functools.reduce(operator.or_, (load(name, name, registry) for name in registry))
@@ -112,13 +123,13 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
     Args:
         key: the job key that holds the name, for messages.
         name: a short name of `registry`, or package.module:attribute, which is looked for in the
-            current folder too.
+            current folder and beside the job file too.
         arguments: keyword arguments; compared with the part's signature before it is called.
         registry: the built-in parts of this kind.
 
     Raises:
-        JobError: for an unknown name, a module or attribute that does not exist, or arguments that
-            do not fit.
+        JobError: for an unknown name, a module or attribute that does not exist, arguments that do
+            not fit, or an own part that raises, with its line.
     """
     part = load(key, name, registry)
     if problem := _misfit(part, arguments):
@@ -183,8 +194,12 @@ def _misfit(part: Any, arguments: Mapping[str, Any], positional: int = 0) -> str
 def _call(key: str, name: str, part: Any, arguments: Mapping[str, Any], registry: Registry) -> Any:
     try:
         return part(**arguments)
-    except ValueError as error:
-        if name in registry:  # the traceback of an own part says more to its owner
+    except (RunExit, MemoryError):
+        raise
+    except Exception as error:
+        if name not in registry:
+            raise JobError(f"{key}: {name} raises {describe(error)}") from None
+        if isinstance(error, ValueError):
             raise JobError(f"{key}: {name}: {error}") from None
         raise
 
@@ -206,21 +221,24 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
     module_name, _, attribute = target.partition(":")
     if not (module_name and attribute and all(module_name.split("."))):
         raise JobError(f"{key}: {name!r} is not of the form package.module:attribute")
-    if name not in registry and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `python -m` does this, a console script does not
+    folders = [] if name in registry else _extend_search_path()
     try:
         part: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (
-            module_name == error.name or module_name.startswith(error.name + ".")
+    except Exception as error:
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name is not None
+            and (module_name == error.name or module_name.startswith(error.name + "."))
         ):
             extra = _EXTRAS.get(error.name)
             hint = f"; it comes with the extra {extra!r} of hvdlarge" if extra else ""
             raise JobError(
-                f"{key}: there is no module {error.name!r} for {name!r} (looked in {os.getcwd()} "
-                f"too){hint}"
+                f"{key}: there is no module {error.name!r} for {name!r} (looked in "
+                f"{' and in '.join(folders)} too){hint}"
             ) from None
-        raise
+        if name in registry or isinstance(error, (RunExit, MemoryError)):
+            raise
+        raise JobError(f"{key}: {module_name!r} cannot be imported: {describe(error)}") from None
     for step in attribute.split("."):
         try:
             part = getattr(part, step)
@@ -229,6 +247,19 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
     if not callable(part):
         raise JobError(f"{key}: {name} is not callable, it is a {type(part).__name__}")
     return part
+
+
+def _extend_search_path() -> list[str]:
+    """Put the current folder on sys.path, as `python -m` does and a console script does not, and
+    after it those of the job files; returns them. Loader processes get the same path.
+    """
+    folders = list(dict.fromkeys([os.getcwd(), *_JOB_FOLDERS]))
+    if folders[0] not in sys.path:
+        sys.path.insert(0, folders[0])
+    place = sys.path.index(folders[0]) + 1
+    missing = [folder for folder in folders if folder not in sys.path]
+    sys.path[place:place] = missing
+    return folders
 
 
 def _suggestion(name: str, registry: Registry) -> str:

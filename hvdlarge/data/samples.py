@@ -14,6 +14,8 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
+from hvdlarge.exits import PartError
+
 Key = str | int  # of a dict, or the position in a tuple
 
 
@@ -23,7 +25,7 @@ class Targets(enum.Enum):
     WHOLE_BATCH = "the whole batch"  # an Enum: the same object in every process
 
 
-class SampleError(ValueError):
+class SampleError(PartError):
     """Samples do not have the form that the job names."""
 
 
@@ -59,8 +61,8 @@ class SampleForm:
         except (RuntimeError, TypeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise SampleError(
-                f"samples cannot be stacked: {_shortened(reason, 90)} (data.collate names a "
-                "function that makes a batch of a list of samples, e.g. one that pads)"
+                f"samples cannot be stacked: {_shortened(reason, 55)} (data.collate names a "
+                "function that pads)"
             ) from error
         return self.split(_as_sampled(batch, samples[0]))
 

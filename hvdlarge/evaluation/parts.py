@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hvdlarge.exits import PartError
 
-class MetricError(Exception):
+
+class MetricError(PartError):
     """A metric returned totals of a wrong type or shape, or gets a part that is not there. Not a
     RunExit, as a single rank may raise it.
     """

@@ -36,10 +36,10 @@ from hvdlarge.data import seeds
 from hvdlarge.data.batches import twofold
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluation.metric import Metric, Metrics, totals_of
+from hvdlarge.evaluation.metric import Metric, Metrics, result_of, totals_of
 from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.evaluation.states import StateMetric
-from hvdlarge.exits import JobError, RunExit
+from hvdlarge.exits import InvalidEnvironmentError, JobError, RunExit
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -50,9 +50,10 @@ from hvdlarge.models.state import (
 )
 from hvdlarge.preflight.user_code import describe, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
-from hvdlarge.replica.objective import LossError, LossValue, Objective
+from hvdlarge.replica.objective import LossValue, Objective
 from hvdlarge.resilience.digest import tensor_digests
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
+from hvdlarge.resilience.shared_memory import is_shared_memory_error, shared_memory_advice
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
@@ -62,10 +63,11 @@ _COUNT_SHIFT = 1_000_000
 
 
 class Rehearsed(NamedTuple):
-    """What a rehearsal has found out; the same on every rank."""
+    """What the rehearsal found that a run should know; the same on every rank."""
 
-    rounds_differently: bool = False  # whether ranks round differently, as unlike CPUs or GPUs do
+    rounds_differently: bool = False  # whether the ranks do, as different CPUs or GPUs
     weighted_loss: bool = False  # whether the loss returns a sum and its weight
+    without_result: tuple[str, ...] = ()  # metrics that do not apply to the first samples, by name
 
 
 def rehearse(
@@ -86,15 +88,14 @@ def rehearse(
         objective: see Rehearsal.
         metrics: tried on the first micro-batch of the test set.
         loader: of the training set, not used before.
-        test_samples: yields the first micro-batch of the test set twice; None if the run does not
-            evaluate.
+        test_samples: yields the test set's first micro-batch twice; None without evaluations.
         seed: of the run.
         must_be_finite: whether to reject a first loss that is not finite.
         control: the channel between the ranks.
 
     Raises:
-        JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
-            differ when read again.
+        InvalidEnvironmentError: on every rank, if loader processes run out of shared memory.
+        JobError: on every rank, for what Rehearsal rejects, and samples that fail or differ.
         RanksDisagreeError: on every rank, if the ranks read different samples.
         OutOfMemory: on a rank that runs out of memory.
     """
@@ -104,6 +105,7 @@ def rehearse(
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
+    without: list[str] = []
 
     def passes() -> Outcome:
         rehearsal = Rehearsal(objective, seeds.key(seed, seeds.MICRO_BATCH, 0))
@@ -115,14 +117,14 @@ def rehearse(
         if len(loaded) > 1:
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
-            rehearsal.try_metrics(metrics, batch)
+            without.extend(rehearsal.try_metrics(metrics, batch))
         return outcome
 
     where = f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,"
     with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
-    rounding = _rounding(outcome, objective.precision.device)
-    return Rehearsed(len(set(control.allgather(rounding))) > 1, outcome.weighted)
+    roundings = set(control.allgather(_rounding(outcome, objective.precision.device)))
+    return Rehearsed(len(roundings) > 1, outcome.weighted, tuple(without))
 
 
 def _not_finite_message(loss: float) -> str:
@@ -195,6 +197,8 @@ def _read_again(
     except Exception as error:
         if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
+        if is_shared_memory_error(error):
+            raise InvalidEnvironmentError(shared_memory_advice(error)) from None
         raise JobError(
             f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
         ) from None
@@ -334,15 +338,19 @@ class Rehearsal:
         return ""
 
     @torch.no_grad()
-    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> None:
+    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> list[str]:
         """Take the metrics' totals of a micro-batch of the test set, twice.
+
+        Returns:
+            The names of those that do not apply to it.
 
         Raises:
             JobError: naming the metric that raises, has totals of another shape than it promises,
                 or gives other totals for the same samples.
         """
         if not metrics:
-            return
+            return []
+        without_result = []
         size = batch.micro_batch.size
         with (
             _restored(self._modules, self._layers),
@@ -364,6 +372,12 @@ class Rehearsal:
                         f"{again.tolist()}, for the same samples: a metric keeps nothing between "
                         "calls"
                     )
+                if isinstance(metric, StateMetric):
+                    continue
+                with contextlib.suppress(JobError):  # that of the whole test set counts
+                    if result_of(name, metric, first.tolist()) is None:
+                        without_result.append(name)
+        return without_result
 
     def _totals(
         self, name: str, metric: Metric | StateMetric, outputs: Any, targets: Any
@@ -413,10 +427,7 @@ class Rehearsal:
 
     def _forward(self, inputs: Any, targets: Any) -> LossValue:
         seed_all(self._key)
-        try:
-            return self._objective(inputs, targets)
-        except LossError as error:
-            raise JobError(str(error)) from None
+        return self._objective(inputs, targets)
 
     @torch.no_grad()
     def _evaluate(self, inputs: Any, targets: Any) -> float:

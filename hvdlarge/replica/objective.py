@@ -22,12 +22,12 @@ import torch
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.data.samples import Targets
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, PartError
 from hvdlarge.models.state import Modules, trained_modules
 from hvdlarge.optim.precision import Precision
 
 
-class LossError(Exception):
+class LossError(PartError):
     """A loss returned something else than a mean, or a sum and its weight, or the output has no
     such part. Not a RunExit, as a single rank may raise it.
     """

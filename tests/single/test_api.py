@@ -1,10 +1,13 @@
 """The public names, and a job that is trained in this process."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from support.launching import ROOT
 
 import hvdlarge
 from hvdlarge.exits import CheckpointError, InvalidEnvironmentError, JobError
@@ -71,10 +74,68 @@ def test_under_a_launcher_it_points_to_the_command(folder, monkeypatch):
         hvdlarge.run_job(JOB)
 
 
+def test_under_torchrun_it_is_refused_too(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidEnvironmentError, match="2 runs of one would begin"):
+        hvdlarge.run_job(JOB)
+    assert list(folder.iterdir()) == []
+
+
+PAIRS = """
+import torch
+from hvdlarge import InMemory
+
+def numbers(tested=True):
+    inputs = torch.arange(64.0).reshape(32, 2)
+    pairs = InMemory(inputs, inputs.sum(dim=1, keepdim=True) / 64)
+    return pairs, pairs if tested else None
+"""
+REGRESSION = JOB | {
+    "data": {"name": "best_parts:numbers"},
+    "model": {"name": "torch.nn:Linear", "args": {"in_features": 2, "out_features": 1}},
+    "loss": {"name": "mse"},
+    "batch": {"base": 8, "micro": 8},
+    "lr": {"base": 1e-3},
+}
+
+
+def test_a_best_checkpoint_by_a_result_without_a_test_set_is_refused(folder):
+    (folder / "best_parts.py").write_text(PAIRS)
+    untested = REGRESSION | {"data": {"name": "best_parts:numbers", "args": {"tested": False}}}
+    with pytest.raises(JobError, match="'test_loss' is never measured, since best_parts:numbers"):
+        hvdlarge.run_job(untested | {"checkpoint": {"best": "test_loss"}})
+    assert not (folder / "runs").exists()
+    hvdlarge.run_job(untested)
+
+
+@pytest.mark.parametrize(("best", "is_noted"), [("accuracy", True), ("test_loss", False)])
+def test_a_best_checkpoint_by_a_metric_that_does_not_apply_is_noted(folder, capsys, best, is_noted):
+    (folder / "best_parts.py").write_text(PAIRS)
+    hvdlarge.run_job(REGRESSION | {"checkpoint": {"best": best}})
+    note = "note     checkpoint.best: accuracy does not apply to the first samples of the test set"
+    assert (note in capsys.readouterr().out) == is_noted
+    assert (folder / "runs/api/checkpoints/best.pt").exists() != is_noted
+
+
 def test_every_public_name_is_there():
     assert all(getattr(hvdlarge, name) is not None for name in hvdlarge.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hvdlarge.nothing
+
+
+def test_the_public_names_are_those_of_the_documentation_and_of_type_checkers():
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(documented) == sorted(f"{home}.{name}" for name, home in hvdlarge._PUBLIC.items())
+    block = next(
+        node
+        for node in ast.parse((ROOT / "hvdlarge/__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == hvdlarge._PUBLIC
+    assert (ROOT / "hvdlarge/py.typed").exists()
+    assert "hvdlarge = py.typed" in (ROOT / "setup.cfg").read_text()
 
 
 def test_the_package_is_imported_without_torch():

@@ -6,6 +6,7 @@ import torch
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
+from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
 
@@ -59,3 +60,59 @@ def test_steps_that_only_overflowed_do_not_count_against_the_limit_of_skipped_on
         job.on_nonfinite, TrainState(skipped=7, overflows=6, loss_scale=1.0), replica
     )
     assert policy._then.skipped == 1
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(torch.zeros(2), 0)])
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return 1
+
+
+class Sized:
+    """Iterable, with a length."""
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        return iter([(torch.zeros(2), 0)])
+
+
+class Unsure(torch.utils.data.Dataset):
+    def __len__(self):
+        raise FileNotFoundError("the list of files")
+
+    def __getitem__(self, index):
+        return torch.zeros(2), 0
+
+
+PAIRS = [(torch.zeros(2), 0)]
+ITERABLE = "cannot be asked for a sample by its number; the order of the samples, .* a list of the samples if they fit in memory, else an index of files"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Stream, rf"is an IterableDataset \(Stream\), which {ITERABLE}"),
+        (SizedStream, rf"is an IterableDataset \(SizedStream\), which {ITERABLE}"),
+        (Sized, f"is a Sized, which {ITERABLE}"),
+        (lambda: (pair for pair in PAIRS), f"is a generator, which {ITERABLE}"),
+        (lambda: iter(PAIRS), f"is a list_iterator, which {ITERABLE}"),
+        (lambda: torch.utils.data.DataLoader(PAIRS), "is a DataLoader: return its data set"),
+        (Unsure, r"its length raises FileNotFoundError: the list of files \(.*test_build.py, line \d+, in __len__\)"),
+        (list, "is empty"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["training set", "test set"])
+def test_a_set_without_samples_by_number_is_refused_with_the_reason(
+    monkeypatch, make, words, place
+):
+    pair = (make(), None) if place == "training set" else (PAIRS, make())
+    monkeypatch.setattr(build.registry, "instantiate", lambda *arguments: pair)
+    job = parse_job(JOB, "job")
+    with pytest.raises(JobError, match=f"(?s)^data.name: the {place} of digits:? {words}"):
+        build.load_data(job.data, job.seed)

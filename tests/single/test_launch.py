@@ -1,5 +1,7 @@
-"""The launcher's command line: what it refuses before it starts mpirun."""
+"""The launcher's command line: what it refuses or says before it starts mpirun, and what it passes on at each start."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -44,3 +46,118 @@ def test_a_stop_while_the_hosts_are_asked_for_starts_nothing(tmp_path):
     assert done.returncode == 75, done.stdout + done.stderr
     assert "launch: SIGTERM: nothing was started" in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def launch(folder, *options, mpirun="no-such-mpirun", **environ):
+    command = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", mpirun, *options]
+    environment = {**os.environ, **environ}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "workers", "words"),
+    [
+        ("a:2,b:2", 8, "2 hosts × 2 slots = 4, fewer than the 8 workers of -np: the run has 4"),
+        ("a:4,b:2", 8, "4 + 2 = 6 slots, fewer than the 8 workers of -np: the run has 6"),
+        ("a", 2, "1 host × 1 slot = 1, fewer than the 2 workers of -np: the run has 1"),
+        ("a:4,b:4", 8, None),
+        ("a:9", 8, None),
+    ],
+)
+def test_fewer_slots_than_workers_are_told_with_their_arithmetic(tmp_path, hosts, workers, words):
+    done = launch(tmp_path, "-np", str(workers), "--hosts-command", f"echo {hosts}", JOB)
+    assert done.returncode == 3  # there is no such mpirun
+    assert "no-such-mpirun is not on PATH" in done.stderr
+    if words is None:
+        assert "warning" not in done.stdout
+    else:
+        assert f"launch: warning: {words}\nlaunch: " in done.stdout
+
+
+# Stands for mpirun: writes its arguments down, and ends as the next word of `ends` says
+FAKE_MPIRUN = """
+import json, os, pathlib, sys
+starts = pathlib.Path("starts")
+number = len(starts.read_text().splitlines()) if starts.exists() else 0
+with starts.open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+end = os.environ["ENDS"].split()[number]
+run = pathlib.Path("runs/digits")
+if end.startswith("enter") and "--fresh" in sys.argv and (run / "job.resolved.yaml").exists():
+    run.rename("runs/digits.1")
+if end.startswith("enter"):
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "job.resolved.yaml").touch()
+    (run / f"checkpoints/step_{number + 1:09}.pt").touch()
+sys.exit(int(end.rpartition(":")[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("earlier", "ends", "fresh"),
+    [
+        ("run", "enter:137 enter:72 enter:0", [True, False, False]),
+        ("run", "hang:72 enter:137 enter:0", [True, True, False]),  # it hung before it entered
+        ("empty", "enter:137 enter:0", [True, False]),
+        (None, "enter:137 enter:0", [True, False]),
+        (None, "hang:72 enter:137 enter:0", [True, False, False]),  # there is nothing to set aside
+    ],
+)
+def test_fresh_is_passed_until_the_earlier_run_is_set_aside_and_never_to_a_restart(
+    tmp_path, earlier, ends, fresh
+):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    if earlier is not None:
+        (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
+    if earlier == "run":
+        (tmp_path / "runs/digits/job.resolved.yaml").touch()
+        (tmp_path / "runs/digits/checkpoints/step_000000500.pt").touch()
+    fake = f"{sys.executable} mpirun.py"
+    done = launch(tmp_path, "-np", "2", JOB, "--fresh", "epochs=2", mpirun=fake, ENDS=ends)
+    assert done.returncode == 0, done.stdout + done.stderr
+    starts = [json.loads(line) for line in (tmp_path / "starts").read_text().splitlines()]
+    assert ["--fresh" in start for start in starts] == fresh
+    assert all(start[-1] == "epochs=2" or start[-2] == "epochs=2" for start in starts)
+    assert (tmp_path / "runs/digits.1").exists() == (earlier == "run")
+    assert (tmp_path / "runs/digits/checkpoints").exists()
+
+
+def test_restarts_of_a_fresh_run_count_as_progress_although_the_earlier_run_came_further(tmp_path):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/digits/job.resolved.yaml").touch()
+    (tmp_path / "runs/digits/checkpoints/step_000000500.pt").touch()
+    ends = "enter:137 enter:137 enter:137 enter:0"
+    fake = f"{sys.executable} mpirun.py"
+    done = launch(tmp_path, "-np", "2", JOB, "--fresh", mpirun=fake, ENDS=ends)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "hvdlarge launch -np 4 job.yaml"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            "hvdlarge launch starts mpirun itself, but Open MPI started it 2 times",
+        ),
+    ],
+)
+def test_a_launch_within_a_launch_is_refused_once(tmp_path, environ, words):
+    done = launch(tmp_path, "-np", "2", JOB, **environ)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stderr.count("hvdlarge: error:") == 1
+    assert words in done.stderr
+    others = {name: "1" if name.endswith("RANK") else value for name, value in environ.items()}
+    done = launch(tmp_path, "-np", "2", JOB, **others)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["-np", "0"], "-np must be at least 1"), (["-np", "2", "lr.bas=1"], "unknown key 'lr.bas'")],
+)
+def test_a_wrong_command_line_is_code_2(tmp_path, options, words):
+    done = launch(tmp_path, *options[:2], JOB, *options[2:])
+    assert done.returncode == 2
+    assert words in done.stderr

@@ -293,6 +293,59 @@ def test_the_optimizer_may_leave_out_its_name():
     assert parse_job(GOOD + "optimizer: {momentum: 0.8}\n", "job.yaml").optimizer.name == "lars"
 
 
+@pytest.mark.parametrize(
+    ("given", "changes", "section"),
+    [
+        ("", ["batch.growth.policy=none"], ("batch", "growth", {"policy": "none"})),
+        ("", ["lr.warmup.policy=none"], ("lr", "warmup", {"policy": "none"})),
+        (
+            "  decay: {policy: multistep, gamma: 0.1, milestones: [1, 2]}\n",
+            ["lr.decay.policy=cosine"],
+            ("lr", "decay", {"policy": "cosine", "end_factor": 0.0, "after_warmup": True}),
+        ),
+        (
+            "  decay: {policy: multistep, gamma: 0.1, milestones: [1, 2]}\n",
+            ["lr.decay.power=3", "lr.decay.policy=polynomial"],  # in any order
+            ("lr", "decay", {"policy": "polynomial", "power": 3.0}),
+        ),
+        (
+            "optimizer: {trust_coefficient: 0.01}\n",  # lars, by default
+            ["optimizer.name=sgd", "optimizer.momentum=0.8"],
+            ("optimizer", None, {"name": "sgd", "momentum": 0.8}),
+        ),
+        ("loss: {label_smoothing: 0.1}\n", ["loss.name=mse"], ("loss", None, {"name": "mse", "label_smoothing": None})),
+        ("", ["data.name=mine:data", "data.args.size=3"], ("data", None, {"name": "mine:data", "args": {"size": 3}})),
+        ("", ["model.name=mlp"], ("model", None, {"name": "mlp", "args": {}})),
+        ("on_nonfinite: {policy: rollback, lr_factor: 0.3}\n", ["on_nonfinite.policy=skip"], ("on_nonfinite", None, {"policy": "skip", "limit": 10})),
+    ],
+)  # fmt: skip
+def test_another_policy_or_name_on_the_command_line_replaces_its_section(given, changes, section):
+    text = GOOD.replace("{name: digits}", "{name: digits, args: {a: 1}, num_workers: 2}")
+    text = text.replace("{name: convnet}", "{name: convnet, args: {width: 4}}") + given
+    outer, inner, expected = section
+    found = parse_job(text, "job.yaml", changes).resolved()[outer]
+    found = found if inner is None else found[inner]
+    assert {key: found[key] for key in expected} == expected
+    assert set(found) == set(expected) or inner is None or "power" in expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "lr.warmup.policy=legw",
+        "name=other",
+        "model.args.name=big",
+        "model.args={name: big, width: 4}",
+    ],
+)
+def test_a_name_that_selects_nothing_else_replaces_nothing(change):
+    text = GOOD.replace("{name: convnet}", "{name: convnet, args: {name: small, width: 4}}")
+    job = parse_job(text, "job.yaml", [change])
+    assert job.lr.warmup == LegwWarmup(epochs=0.2)
+    assert job.model.args["width"] == 4
+    assert job.batch.micro == 16
+
+
 # --- files that extend others
 
 
