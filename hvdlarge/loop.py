@@ -124,6 +124,7 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
+    parts.watchdog.progress("step")
     if compare:
         parts.buffer_guard.refuse_changes(parts.control, parts.replica)
     return outcome
@@ -330,7 +331,10 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 def fetch_timed(
     parts: LoopComponents, count: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
-    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`."""
+    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
+
+    After the last one begins the phase `allreduce`: other ranks may still wait for their data.
+    """
     fetched = parts.loader.fetch(count)
     for _ in range(count):
         parts.watchdog.progress("fetch")
@@ -338,6 +342,7 @@ def fetch_timed(
             loaded = next(fetched)
         parts.watchdog.progress("step")
         yield loaded
+    parts.watchdog.progress("allreduce")
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:

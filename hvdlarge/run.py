@@ -388,4 +388,5 @@ def _configure_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     if deterministic:
         # torch asks for it, before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    # Also turned off: this process may have run another job before
+    torch.use_deterministic_algorithms(deterministic)

@@ -89,6 +89,7 @@ def run_on_all_ranks(
             )
         control = open_control(launch)
     except WorldMismatchError as error:
+        watchdog.stop()
         return _report_mismatch(error, launch)
     try:
         job = raise_on_all_ranks(control, attempt)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import hvdlarge
 from hvdlarge.exits import CheckpointError, InvalidEnvironmentError, JobError
@@ -46,6 +47,13 @@ def test_a_job_from_a_file_with_overrides(folder):
     summary = hvdlarge.run_job(folder / "my.yaml", "epochs=0.5", "run_dir=elsewhere")
     assert summary["epochs"] == pytest.approx(0.5, abs=1e-3)
     assert (folder / "elsewhere/checkpoints/last.pt").exists()
+
+
+def test_deterministic_algorithms_are_those_of_the_job_alone(folder):
+    """And not those of a job that this process has run before."""
+    for number, wanted in enumerate([True, False]):
+        hvdlarge.run_job(JOB | {"name": f"job{number}", "epochs": 0.1, "deterministic": wanted})
+        assert torch.are_deterministic_algorithms_enabled() == wanted
 
 
 def test_a_wrong_job_is_an_exception_and_leaves_nothing(folder):
