@@ -64,6 +64,7 @@ from hvdlarge.resilience.nonfinite import (
     SkipPolicy,
     StopPolicy,
 )
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
@@ -181,8 +182,11 @@ def build_learning(
         objective = Objective(model, loss, precision, mover, job.model.output)
         modules = objective.modules
         notes = [note for module in modules.values() if (note := _train_mode(module))]
-        for module in modules.values():
-            precision.convert(module)
+        with explain_out_of_memory(
+            "moving the model to the device", "use a smaller model, or a device with more memory"
+        ):
+            for module in modules.values():
+                precision.convert(module)
         _own_memory(modules)
         _check_parameters(modules)
         tracking_layers(modules)  # raises if the engine cannot keep these modules' statistics

@@ -37,7 +37,7 @@ from hvdlarge.config.job import Job
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
-from hvdlarge.exits import Stopped
+from hvdlarge.exits import CheckpointWriteError, Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
 from hvdlarge.preflight.rehearsal import rehearse
@@ -47,7 +47,7 @@ from hvdlarge.reporting.describe import startup_summary
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.telemetry.console import print_status
+from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.world import RankContext
@@ -157,7 +157,19 @@ def _enter(
         finally:
             run.log.close()
     finally:
+        _finish_writing(checkpoints, context)
         start.release()
+
+
+def _finish_writing(checkpoints: CheckpointFolder, context: RankContext) -> None:
+    """Wait for a checkpoint that a run which ends with an error has begun to write: the folder is
+    locked for as long as it changes.
+    """
+    with context.watchdog.during("save"):
+        try:
+            checkpoints.finish()
+        except CheckpointWriteError as error:  # must not hide the error that ends the run
+            print_error(str(error))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class CheckpointContent:
         return cls(
             facts=RunFacts(**{field.name: plain[field.name] for field in fields(RunFacts)}),
             model=plain["model"],
-            loss=plain.get("loss", {}),
+            loss=plain["loss"],
             optimizer=plain["optimizer"],
             progress=RunProgress.from_plain(plain["position"]),
             truncated=plain["truncated"],

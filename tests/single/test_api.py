@@ -3,12 +3,21 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import hvdlarge
-from hvdlarge.exits import CheckpointError, InvalidEnvironmentError, JobError
+from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.exits import (
+    CheckpointError,
+    CheckpointWriteError,
+    DivergedError,
+    InvalidEnvironmentError,
+    JobError,
+)
+from hvdlarge.telemetry.run_folder import FolderLock
 
 JOB = {
     "name": "api",
@@ -54,6 +63,34 @@ def test_deterministic_algorithms_are_those_of_the_job_alone(folder):
     for number, wanted in enumerate([True, False]):
         hvdlarge.run_job(JOB | {"name": f"job{number}", "epochs": 0.1, "deterministic": wanted})
         assert torch.are_deterministic_algorithms_enabled() == wanted
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_with_an_error_unlocks_its_folder_when_nothing_writes_to_it_any_more(
+    folder, monkeypatch, capsys, fails
+):
+    events, write, release = [], CheckpointFolder._write, FolderLock.release
+
+    def slow_write(self, *arguments):
+        time.sleep(1)
+        write(self, *arguments)
+        if fails:
+            self._failure = CheckpointWriteError("disk full")
+        events.append("written")
+
+    def diverge(parts, state, decision, *others):
+        if decision.step == 1:
+            raise DivergedError("as the test wants it")
+
+    monkeypatch.setattr(CheckpointFolder, "_write", slow_write)
+    monkeypatch.setattr(
+        FolderLock, "release", lambda lock: (events.append("unlocked"), release(lock))
+    )
+    monkeypatch.setattr("hvdlarge.loop.record", diverge)
+    with pytest.raises(DivergedError):
+        hvdlarge.run_job(JOB | {"checkpoint": {"every_steps": 1}})
+    assert events == ["written", "unlocked"]
+    assert ("disk full" in capsys.readouterr().err) == fails
 
 
 def test_a_wrong_job_is_an_exception_and_leaves_nothing(folder):

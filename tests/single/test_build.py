@@ -6,6 +6,7 @@ import torch
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
+from hvdlarge.exits import OutOfMemory
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
 
@@ -46,6 +47,15 @@ def test_compile_prepares_the_model_and_keeps_its_names(wanted):
     _, replica = built(f"model.compile={str(wanted).lower()}")
     assert (replica.objective.model._compiled_call_impl is not None) == wanted
     assert all(not name.startswith("_orig_mod") for name in replica.objective.model.state_dict())
+
+
+def test_a_model_that_does_not_fit_on_the_device_is_out_of_memory(monkeypatch):
+    def convert(self, module):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+
+    monkeypatch.setattr(Precision, "convert", convert)
+    with pytest.raises(OutOfMemory, match="in moving the model to the device: use a smaller model"):
+        built()
 
 
 def test_floats_take_the_type_of_the_weights():
