@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, is_out_of_memory
 
 
 class DataSet(NamedTuple):
@@ -176,10 +176,12 @@ def _misfit(part: Any, arguments: Mapping[str, Any], positional: int = 0) -> str
 def _call(key: str, name: str, part: Any, arguments: Mapping[str, Any], registry: Registry) -> Any:
     try:
         return part(**arguments)
-    except ValueError as error:
-        if name in registry:  # the traceback of an own part says more to its owner
-            raise JobError(f"{key}: {name}: {error}") from None
-        raise
+    # What built-in parts raise for arguments of a wrong type or size, torch's errors among it
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        # The traceback of an own part says more to its owner
+        if name not in registry or is_out_of_memory(error):
+            raise
+        raise JobError(f"{key}: {name}: {error}") from None
 
 
 def load(key: str, name: str, registry: Registry | None = None) -> Any:

@@ -37,7 +37,7 @@ from hvdlarge.data.batches import twofold
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metric, MetricError, Metrics, totals_of
-from hvdlarge.exits import JobError, RunExit
+from hvdlarge.exits import JobError, is_out_of_memory
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -46,11 +46,11 @@ from hvdlarge.models.state import (
     pack,
     saved_tensors,
 )
-from hvdlarge.preflight.user_code import describe, user_code
+from hvdlarge.preflight.user_code import describe, reading_samples, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.replica.objective import LossError, LossValue, Objective
 from hvdlarge.resilience.digest import tensor_digests
-from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
@@ -188,14 +188,8 @@ def _read_again(
     read: Callable[[], Iterable[LoadedMicroBatch]], what: str
 ) -> list[LoadedMicroBatch]:
     """The micro-batches of `read` except the second, which must equal the first."""
-    try:
+    with reading_samples(what):
         first, again, *others = read()
-    except Exception as error:
-        if isinstance(error, RunExit) or is_out_of_memory(error):
-            raise
-        raise JobError(
-            f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
-        ) from None
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
             f"data.name: the {what} gives other samples when it is read again with the same seeds: "

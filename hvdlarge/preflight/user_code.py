@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hvdlarge.exits import JobError, RunExit
-from hvdlarge.resilience.out_of_memory import is_out_of_memory
+from hvdlarge.exits import JobError, RunExit, is_out_of_memory
 
 
 @contextmanager
@@ -23,6 +22,19 @@ def user_code(what: str) -> Iterator[None]:
             raise
         raise JobError(
             f"model.name: {what} does not go through model and loss: {describe(error)}"
+        ) from None
+
+
+@contextmanager
+def reading_samples(what: str) -> Iterator[None]:
+    """Turn errors in the `with` block, which reads the first samples of `what`, into JobError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunExit) or is_out_of_memory(error):
+            raise
+        raise JobError(
+            f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
         ) from None
 
 

@@ -64,12 +64,27 @@ def test_built_in_and_own_objects(own_module):
         ("own_parts.deep:thing", {}, "there is no module 'own_parts.deep'"),
         ("own_parts:thing", {}, "the module 'own_parts' has no 'thing'"),
         ("own_parts:not_callable", {}, "is not callable"),
+        ("mlp", {"hidden": 5}, "^model.name: mlp: 'int' object is not iterable$"),
+        ("mlp", {"inputs": -1}, "^model.name: mlp: .*negative dimension"),
+        ("resnet20", {"width": 0}, "^model.name: resnet20: .*zero"),
         ("own_parts:numbers", {}, "missing a required argument: 'count'"),
     ],
 )
 def test_names_that_lead_nowhere(own_module, name, arguments, message):
     with pytest.raises(JobError, match=message):
         registry.instantiate("model.name", name, arguments, registry.MODELS)
+
+
+def test_arguments_of_a_built_in_data_set_that_it_cannot_use_are_an_error_of_the_job():
+    with pytest.raises(JobError, match="^data.name: synthetic_images: "):
+        registry.instantiate(
+            "data.name", "synthetic_images", {"samples": 4, "size": "x"}, registry.DATA_SETS
+        )
+
+
+def test_out_of_memory_in_a_built_in_part_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="can't allocate memory|not enough memory"):
+        registry.instantiate("model.name", "mlp", {"inputs": 2**50}, registry.MODELS)
 
 
 def test_an_import_that_fails_inside_the_users_module_is_not_blamed_on_the_job(own_module):
