@@ -70,6 +70,7 @@ from hvdlarge.resilience.nonfinite import (
     SkipPolicy,
     StopPolicy,
 )
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
@@ -212,8 +213,11 @@ def build_learning(
         modules = objective.modules
         freeze(modules, job.model.freeze)
         notes = [note for module in modules.values() if (note := _train_mode(module))]
-        for module in modules.values():
-            precision.convert(module)
+        with explain_out_of_memory(
+            "moving the model to the device", "use a smaller model, or a device with more memory"
+        ):
+            for module in modules.values():
+                precision.convert(module)
         _own_memory(modules)
         _check_parameters(modules)
         tracking_layers(modules)  # raises if the engine cannot keep these modules' statistics

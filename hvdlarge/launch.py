@@ -29,6 +29,7 @@ from hvdlarge.telemetry.console import print_error, print_status
 
 # A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank
 _RESTARTABLE = frozenset([exits.HUNG, exits.LOST_RANK, 134, 137, 139])
+_USR1_CODE = 128 + signal.SIGUSR1  # of a process that SIGUSR1 has killed
 _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 _HOSTS_COMMAND_SECONDS = 120.0
@@ -135,7 +136,8 @@ class Launcher:
     def run(self) -> int:
         """Run the job, with restarts; returns the exit code of the last start."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
         restarts = without_progress = 0
         while True:
             before = -1 if self._fresh else self._progress()
@@ -203,6 +205,9 @@ class Launcher:
                 f"{command[0]} is not on PATH; install an MPI, or name its launcher with --mpirun"
             )
             return exits.WRONG_ENVIRONMENT
+        except OSError as error:  # it is not executable, for instance
+            print_error(f"{command[0]} cannot be started: {error.strerror}")
+            return exits.WRONG_ENVIRONMENT
         return self._watch(process)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> int:
@@ -213,7 +218,8 @@ class Launcher:
         while True:
             try:
                 code = process.wait(timeout=0.2)
-                return 128 - code if code < 0 else code
+                code = 128 - code if code < 0 else code
+                return self._stopped_early() if signals_sent == 1 and code == _USR1_CODE else code
             except subprocess.TimeoutExpired:
                 pass
             if self._stop_signal is None:
@@ -234,6 +240,16 @@ class Launcher:
             elif signals_sent == 2 and time.monotonic() - terminated > _TERMINATE_SECONDS:
                 _signal_group(process, signal.SIGKILL)
                 signals_sent = 3
+
+    def _stopped_early(self) -> int:
+        """The request to stop reached mpirun or a rank that did not handle it yet (or any more), so
+        this start has trained nothing that is not in a checkpoint.
+        """
+        print_status(
+            f"launch: {self._stop_signal}: stopped before the ranks were ready; the same command "
+            "goes on from the last checkpoint, or begins"
+        )
+        return exits.STOPPED
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop_signal is None:
@@ -281,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command,
             options.np,
             hosts,
-            shlex.split(options.mpirun),
+            _mpirun_command(options.mpirun),
             options.grace_seconds,
             options.max_restarts,
             options.restart_stopped,
@@ -312,6 +328,16 @@ def _refuse_launchers() -> int | None:
             f"{launch.size} times: run it without a launcher, or start `hvdlarge train` with it"
         )
     return exits.WRONG_ENVIRONMENT
+
+
+def _mpirun_command(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise exits.JobError(f"--mpirun {text}: {error}") from None
+    if not words:
+        raise exits.JobError("--mpirun is empty: name the command that starts the ranks")
+    return words
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -125,6 +125,7 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
+    parts.watchdog.progress("step")
     if outcome.applied and replica.ema is not None:
         with timers("update"):
             replica.ema.follow(decision.global_batch)
@@ -349,7 +350,10 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 def fetch_timed(
     parts: LoopComponents, count: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
-    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`."""
+    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
+
+    After the last one begins the phase `allreduce`: other ranks may still wait for their data.
+    """
     fetched = parts.loader.fetch(count)
     for _ in range(count):
         parts.watchdog.progress("fetch")
@@ -357,6 +361,7 @@ def fetch_timed(
             loaded = next(fetched)
         parts.watchdog.progress("step")
         yield loaded
+    parts.watchdog.progress("allreduce")
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:

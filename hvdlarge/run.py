@@ -38,7 +38,7 @@ from hvdlarge.config.job import Job
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
-from hvdlarge.exits import Stopped
+from hvdlarge.exits import CheckpointWriteError, Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import MODEL, Modules
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
@@ -49,7 +49,7 @@ from hvdlarge.reporting.describe import startup_summary
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.telemetry.console import print_status
+from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.world import RankContext
@@ -166,6 +166,7 @@ def _enter(
         finally:
             run.log.close()
     finally:
+        _finish_writing(checkpoints, context)
         start.release()
 
 
@@ -182,6 +183,17 @@ def _start(
     length_may_grow = not job.lr.decay.depends_on_length
     start = resume.enter(job.run_folder, fresh, checkpoints, facts, length_may_grow, modules)
     return replace(start, notes=[*notes, *start.notes])
+
+
+def _finish_writing(checkpoints: CheckpointFolder, context: RankContext) -> None:
+    """Wait for a checkpoint that a run which ends with an error has begun to write: the folder is
+    locked for as long as it changes.
+    """
+    with context.watchdog.during("save"):
+        try:
+            checkpoints.finish()
+        except CheckpointWriteError as error:  # must not hide the error that ends the run
+            print_error(str(error))
 
 
 @dataclass(frozen=True)
@@ -416,4 +428,5 @@ def _configure_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     if deterministic:
         # torch asks for it, before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    # Also turned off: this process may have run another job before
+    torch.use_deterministic_algorithms(deterministic)

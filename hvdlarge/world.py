@@ -87,6 +87,7 @@ def run_on_all_ranks(
         _refuse_other_launchers()
         control = open_control(launch)
     except WorldMismatchError as error:
+        watchdog.stop()
         return _report_mismatch(error, launch)
     try:
         job = raise_on_all_ranks(control, attempt)

@@ -66,7 +66,7 @@ class CheckpointContent:
         return cls(
             facts=RunFacts(**{fact.name: plain[fact.name] for fact in fields(RunFacts)}),
             model=plain["model"],
-            loss=plain.get("loss", {}),
+            loss=plain["loss"],
             optimizer=plain["optimizer"],
             progress=RunProgress.from_plain(plain["position"]),
             truncated=plain["truncated"],

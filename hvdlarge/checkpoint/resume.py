@@ -325,15 +325,20 @@ def _share_optimizer(
     # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which moves the weights
     weights = {name: weight for weight, name in replica.names.items()}
     replica.update.optimizer.state.clear()
+    counted_on_device = {
+        weight
+        for group in replica.update.optimizer.param_groups
+        if group.get("capturable") or group.get("fused")
+        for weight in group["params"]
+    }
     named_tensors = []
     for name, key, value, dtype in entries:
         weight = weights[name]
         if dtype is None:
             replica.update.optimizer.state[weight][key] = value
             continue
-        # State with the weight's shape is on its device. torch keeps "step" on the CPU; its shape
-        # () may equal a scalar weight's.
-        on_device = key != "step" and value == list(weight.shape)
+        # As `Optimizer.load_state_dict` has it: whatever its shape, beside the weight, but "step"
+        on_device = key != "step" or weight in counted_on_device
         tensor = torch.zeros(
             value, dtype=getattr(torch, dtype), device=weight.device if on_device else "cpu"
         )

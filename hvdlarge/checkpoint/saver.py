@@ -107,7 +107,7 @@ class CheckpointSaver:
             return False
         best = state.best
         # After a change of `checkpoint.best` the values cannot be compared: start over
-        if best is not None and best.get("by", by) == by and value <= best["value"]:
+        if best is not None and best["by"] == by and value <= best["value"]:
             return False
         state.best = {"by": by, "value": value, "step": float(decision.step + 1)}
         return True
@@ -198,7 +198,7 @@ def optimizer_state(replica: Replica) -> dict[str, dict[str, Any]]:
     """The optimizer's state by parameter name: numbers, and tensors copied to the CPU."""
     return {
         replica.names[weight]: {  # type: ignore[index]
-            key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+            key: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
             for key, value in state.items()
         }
         for weight, state in replica.update.optimizer.state.items()
@@ -208,7 +208,7 @@ def optimizer_state(replica: Replica) -> dict[str, dict[str, Any]]:
 def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of a state_dict; entries that are not tensors are extra state."""
     return {
-        name: value.detach().cpu().clone()
+        name: value.detach().to("cpu", copy=True)
         if isinstance(value, torch.Tensor)
         else unpack(pack({name: value}))[name]
         for name, value in state.items()

@@ -355,7 +355,7 @@ class Timeouts(Section):
     checkpoint_seconds: Positive = 3600.0
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
-    """Waiting for one micro-batch of data."""
+    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum."""
     evaluate_seconds: Positive = 3600.0
     """One evaluation."""
     save_seconds: Positive = 3600.0
@@ -364,8 +364,9 @@ class Timeouts(Section):
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
         limits = {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
-        # It fetches samples and takes a few passes
-        return limits | {"rehearse": self.fetch_seconds + self.step_seconds}
+        # Others wait there for a rank that waits for its data; a rehearsal fetches samples, too
+        both = self.fetch_seconds + self.step_seconds
+        return limits | {"rehearse": both, "allreduce": both}
 
 
 class Log(Section):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlarge.config.part_errors import describe
-from hvdlarge.exits import JobError, RunExit
+from hvdlarge.exits import JobError, RunExit, is_out_of_memory
 
 
 class DataSet(NamedTuple):
@@ -194,12 +194,15 @@ def _misfit(part: Any, arguments: Mapping[str, Any], positional: int = 0) -> str
 def _call(key: str, name: str, part: Any, arguments: Mapping[str, Any], registry: Registry) -> Any:
     try:
         return part(**arguments)
-    except (RunExit, MemoryError):
+    except RunExit:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if name not in registry:
             raise JobError(f"{key}: {name} raises {describe(error)}") from None
-        if isinstance(error, ValueError):
+        # What built-in parts raise for arguments of a wrong type or size, torch's errors among it
+        if isinstance(error, (ValueError, TypeError, ArithmeticError, RuntimeError)):
             raise JobError(f"{key}: {name}: {error}") from None
         raise
 

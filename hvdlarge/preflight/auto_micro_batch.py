@@ -17,17 +17,16 @@ from hvdlarge.comm.rank_checks import raise_on_all_ranks
 from hvdlarge.config.planning import stages_of
 from hvdlarge.data.batches import repeat
 from hvdlarge.data.loader import LoadedMicroBatch
-from hvdlarge.exits import OutOfMemory
+from hvdlarge.exits import OutOfMemory, is_out_of_memory
 from hvdlarge.models.state import (
     Modules,
     named_buffers,
     named_modules,
     named_parameters,
 )
-from hvdlarge.preflight.user_code import user_code
+from hvdlarge.preflight.user_code import reading_samples, user_code
 from hvdlarge.replica.objective import Objective
 from hvdlarge.replica.train_state import TrainState
-from hvdlarge.resilience.out_of_memory import is_out_of_memory
 from hvdlarge.schedule.plan import Plan
 
 # Memory reserved for the optimizer state (two copies of the weights for LAMB and Adam) and for the
@@ -57,12 +56,14 @@ def with_largest_micro_batch(
 
     Raises:
         OutOfMemory: on every rank, if a single sample does not fit on some rank.
-        JobError: on every rank, for an error of the model or the loss that is not about memory.
+        JobError: on every rank, for a sample that cannot be read, or an error of the model or the
+            loss that is not about memory.
     """
     largest_share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 
     def find_largest() -> int:
-        _, inputs, targets = first_sample()
+        with reading_samples("training set"):
+            _, inputs, targets = first_sample()
 
         def samples(size: int) -> tuple[Any, Any]:
             return repeat(inputs, size), repeat(targets, size)

@@ -39,7 +39,7 @@ from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metric, Metrics, result_of, totals_of
 from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.evaluation.states import StateMetric
-from hvdlarge.exits import InvalidEnvironmentError, JobError, RunExit
+from hvdlarge.exits import JobError, RunExit, is_out_of_memory
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -48,12 +48,11 @@ from hvdlarge.models.state import (
     pack,
     saved_tensors,
 )
-from hvdlarge.preflight.user_code import describe, user_code
+from hvdlarge.preflight.user_code import describe, reading_samples, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.replica.objective import LossValue, Objective
 from hvdlarge.resilience.digest import tensor_digests
-from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
-from hvdlarge.resilience.shared_memory import is_shared_memory_error, shared_memory_advice
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
@@ -192,16 +191,8 @@ def _read_again(
     read: Callable[[], Iterable[LoadedMicroBatch]], what: str
 ) -> list[LoadedMicroBatch]:
     """The micro-batches of `read` except the second, which must equal the first."""
-    try:
+    with reading_samples(what):
         first, again, *others = read()
-    except Exception as error:
-        if isinstance(error, RunExit) or is_out_of_memory(error):
-            raise
-        if is_shared_memory_error(error):
-            raise InvalidEnvironmentError(shared_memory_advice(error)) from None
-        raise JobError(
-            f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
-        ) from None
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
             f"data.name: the {what} gives other samples when it is read again with the same seeds: "

@@ -5,12 +5,22 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from support.launching import ROOT
 
 import hvdlarge
-from hvdlarge.exits import CheckpointError, InvalidEnvironmentError, JobError
+from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.exits import (
+    CheckpointError,
+    CheckpointWriteError,
+    DivergedError,
+    InvalidEnvironmentError,
+    JobError,
+)
+from hvdlarge.telemetry.run_folder import FolderLock
 
 JOB = {
     "name": "api",
@@ -49,6 +59,41 @@ def test_a_job_from_a_file_with_overrides(folder):
     summary = hvdlarge.run_job(folder / "my.yaml", "epochs=0.5", "run_dir=elsewhere")
     assert summary["epochs"] == pytest.approx(0.5, abs=1e-3)
     assert (folder / "elsewhere/checkpoints/last.pt").exists()
+
+
+def test_deterministic_algorithms_are_those_of_the_job_alone(folder):
+    """And not those of a job that this process has run before."""
+    for number, wanted in enumerate([True, False]):
+        hvdlarge.run_job(JOB | {"name": f"job{number}", "epochs": 0.1, "deterministic": wanted})
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_with_an_error_unlocks_its_folder_when_nothing_writes_to_it_any_more(
+    folder, monkeypatch, capsys, fails
+):
+    events, write, release = [], CheckpointFolder._write, FolderLock.release
+
+    def slow_write(self, *arguments):
+        time.sleep(1)
+        write(self, *arguments)
+        if fails:
+            self._failure = CheckpointWriteError("disk full")
+        events.append("written")
+
+    def diverge(parts, state, decision, *others):
+        if decision.step == 1:
+            raise DivergedError("as the test wants it")
+
+    monkeypatch.setattr(CheckpointFolder, "_write", slow_write)
+    monkeypatch.setattr(
+        FolderLock, "release", lambda lock: (events.append("unlocked"), release(lock))
+    )
+    monkeypatch.setattr("hvdlarge.loop.record", diverge)
+    with pytest.raises(DivergedError):
+        hvdlarge.run_job(JOB | {"checkpoint": {"every_steps": 1}})
+    assert events == ["written", "unlocked"]
+    assert ("disk full" in capsys.readouterr().err) == fails
 
 
 def test_a_wrong_job_is_an_exception_and_leaves_nothing(folder):

@@ -6,7 +6,7 @@ import torch
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, OutOfMemory
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
 
@@ -47,6 +47,15 @@ def test_compile_prepares_the_model_and_keeps_its_names(wanted):
     _, replica = built(f"model.compile={str(wanted).lower()}")
     assert (replica.objective.model._compiled_call_impl is not None) == wanted
     assert all(not name.startswith("_orig_mod") for name in replica.objective.model.state_dict())
+
+
+def test_a_model_that_does_not_fit_on_the_device_is_out_of_memory(monkeypatch):
+    def convert(self, module):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+
+    monkeypatch.setattr(Precision, "convert", convert)
+    with pytest.raises(OutOfMemory, match="in moving the model to the device: use a smaller model"):
+        built()
 
 
 def test_floats_take_the_type_of_the_weights():
@@ -91,17 +100,19 @@ class Unsure(torch.utils.data.Dataset):
 
 
 PAIRS = [(torch.zeros(2), 0)]
-ITERABLE = "cannot be asked for a sample by its number; the order of the samples, .* a list of the samples if they fit in memory, else an index of files"
+ITERABLE = (
+    "needs a map-style set.*a list of the samples if they fit in memory, else an index of files"
+)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (Stream, rf"is an IterableDataset \(Stream\), which {ITERABLE}"),
-        (SizedStream, rf"is an IterableDataset \(SizedStream\), which {ITERABLE}"),
-        (Sized, f"is a Sized, which {ITERABLE}"),
-        (lambda: (pair for pair in PAIRS), f"is a generator, which {ITERABLE}"),
-        (lambda: iter(PAIRS), f"is a list_iterator, which {ITERABLE}"),
+        (Stream, rf"is an IterableDataset \(Stream\): the engine {ITERABLE}"),
+        (SizedStream, rf"is an IterableDataset \(SizedStream\): the engine {ITERABLE}"),
+        (Sized, f"is a Sized: the engine {ITERABLE}"),
+        (lambda: (pair for pair in PAIRS), f"is a generator: the engine {ITERABLE}"),
+        (lambda: iter(PAIRS), f"is a list_iterator: the engine {ITERABLE}"),
         (lambda: torch.utils.data.DataLoader(PAIRS), "is a DataLoader: return its data set"),
         (Unsure, r"its length raises FileNotFoundError: the list of files \(.*test_build.py, line \d+, in __len__\)"),
         (list, "is empty"),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from support.launching import ROOT
@@ -161,3 +163,61 @@ def test_a_wrong_command_line_is_code_2(tmp_path, options, words):
     done = launch(tmp_path, *options[:2], JOB, *options[2:])
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mpirun", "code", "words"),
+    [
+        ("mpirun 'a", 2, "--mpirun mpirun 'a: No closing quotation"),
+        ("", 2, "--mpirun is empty"),
+        ("./not-executable", 3, "./not-executable cannot be started: Permission denied"),
+        ("no-such-mpirun", 3, "no-such-mpirun is not on PATH"),
+    ],
+)
+def test_an_mpirun_that_cannot_be_started_is_one_error(tmp_path, mpirun, code, words):
+    (tmp_path / "not-executable").write_text("#!/bin/sh\n")
+    command = [sys.executable, "-m", "hvdlarge.launch", "-np", "2", JOB, "--mpirun", mpirun]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("hvdlarge: error:") == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def begin(folder, script, *prefix):
+    """Start the launcher with a shell script in place of mpirun; returns once the script runs."""
+    (folder / "mpirun").write_text(f"touch started\n{script}\n")
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "hvdlarge.launch", "-np", "1", JOB]
+        + ["--mpirun", "sh mpirun"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+    )
+    deadline = time.monotonic() + 30
+    while not (folder / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("script", ["exec sleep 30", "sleep 1; exit 138"])
+def test_a_stop_that_meets_ranks_without_handlers_is_an_orderly_stop(tmp_path, script):
+    """SIGUSR1 ends mpirun (the first script) or a rank, whose end mpirun reports as 138."""
+    if "exit" in script:
+        script = f"trap '' USR1; {script}"
+    process = begin(tmp_path, script)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 75, text
+    assert "stopped before the ranks were ready" in text
+
+
+def test_signals_that_are_ignored_from_the_start_stay_ignored(tmp_path):
+    """As nohup does for SIGHUP."""
+    process = begin(tmp_path, "sleep 2", "nohup")
+    os.kill(process.pid, signal.SIGHUP)
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, text
+    assert "SIGHUP" not in text

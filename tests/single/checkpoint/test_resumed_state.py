@@ -91,6 +91,21 @@ def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatc
                 assert key == "step" or value.shape == weight.shape
 
 
+def test_optimizer_state_of_another_shape_lies_beside_its_weight_too(monkeypatch):
+    """Such as the factored second moments of Adafactor."""
+    replica = replica_of(monkeypatch, "optimizer={name: sgd}")
+    weight = torch.nn.Parameter(replica.objective.model.weight.detach().to("meta"))
+    replica = replace(replica, names={weight: "weight"})
+    saved = {"weight": {"rows": torch.ones(2), "step": torch.tensor(3.0)}}
+    entries = resume._without_tensors(content(optimizer=saved))["optimizer"]
+    resume._share_optimizer(entries, None, replica, SoloCollectives())
+    state = replica.update.optimizer.state[weight]
+    assert {key: value.device.type for key, value in state.items()} == {
+        "rows": "meta",
+        "step": "cpu",
+    }
+
+
 def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):
     model, loss = Scaled(), Learnt()
     modules = trained_modules(model, loss)

@@ -78,6 +78,8 @@ def test_built_in_and_own_objects(own_module):
         ("own_parts.deep:thing", {}, "there is no module 'own_parts.deep'"),
         ("own_parts:thing", {}, "the module 'own_parts' has no 'thing'"),
         ("own_parts:not_callable", {}, "is not callable"),
+        ("mlp", {"hidden": 5}, "^model.name: mlp: Value after .* must be an iterable"),
+        ("mlp", {"inputs": -1}, "^model.name: mlp: .*negative dimension"),
         ("own_parts:numbers", {}, "missing a required argument: 'count'"),
     ],
 )
@@ -121,6 +123,24 @@ def test_own_parts_are_looked_for_beside_the_job_file_after_the_current_folder(
         registry.instantiate("data.name", "nowhere:thing", {}, {})
     assert f"(looked in {tmp_path} and in {beside} too)" in str(raised.value)
     sys.modules.pop("job_parts")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_built_in_model_without_width_is_an_error_of_the_job():
+    with pytest.raises(JobError, match="^model.name: resnet20: .*zero"):
+        registry.instantiate("model.name", "resnet20", {"width": 0}, registry.MODELS)
+
+
+def test_arguments_of_a_built_in_data_set_that_it_cannot_use_are_an_error_of_the_job():
+    with pytest.raises(JobError, match="^data.name: synthetic_images: "):
+        registry.instantiate(
+            "data.name", "synthetic_images", {"samples": 4, "size": "x"}, registry.DATA_SETS
+        )
+
+
+def test_out_of_memory_in_a_built_in_part_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="can't allocate memory|not enough memory"):
+        registry.instantiate("model.name", "mlp", {"inputs": 2**50}, registry.MODELS)
 
 
 @pytest.mark.parametrize(("section", "key"), [("OPTIMIZERS", "name"), ("DECAYS", "policy")])

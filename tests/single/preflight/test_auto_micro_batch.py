@@ -127,6 +127,19 @@ def test_a_model_that_does_not_fit_its_data_is_an_error_of_the_job():
         with_largest_micro_batch(plan, objective, sample, SoloChannel())
 
 
+def test_a_first_sample_that_cannot_be_read_is_an_error_of_the_job():
+    job = parse_job(JOB, "job")
+    objective, *_ = build_learning(job, CPU)
+
+    def sample():
+        raise OSError("image 0 is truncated")
+
+    with pytest.raises(
+        JobError, match="^data.name: .* training set cannot be read: OSError: image"
+    ):
+        with_largest_micro_batch(plan_run(job, 1437, 1), objective, sample, SoloChannel())
+
+
 def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_still_fits():
     job = parse_job(JOB, "job")
 
