@@ -32,7 +32,7 @@ class WeightAverage:
     def __init__(self, names: Mapping[torch.nn.Parameter, str], half_life: float) -> None:
         self._names = names
         self._half_life = half_life
-        self._weights = list(names)
+        self._weights: list[torch.Tensor] = list(names)
         self._averages = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
