@@ -107,7 +107,9 @@ def renamed(saved: Mapping[str, Any], prefix: str, patterns: Mapping[str, str]) 
     for old, name in names.items():
         if name in result:
             first = next(other for other in names if names[other] == name)
-            raise JobError(f"{first!r} and {old!r} are both {name!r} in the model")
+            raise JobError(
+                f"two of its names are one in the model\n  {first!r} and {old!r} are both {name!r}"
+            )
         result[name] = saved[old]
     return result
 
@@ -186,7 +188,9 @@ def compare(named: Mapping[str, Any], model: nn.Module) -> Fit:
             raise JobError(f"its tensor {name!r} is not finite")
         first = source.setdefault(id(target), name)
         if not torch.equal(loaded[first].to(value.dtype), value):
-            raise JobError(f"{first!r} and {name!r} differ, which are one tensor in the model")
+            raise JobError(
+                f"two of its tensors differ that are one in the model\n  {first!r} and {name!r}"
+            )
     missing = [
         name for name, target in current.items() if name not in named and id(target) not in source
     ]

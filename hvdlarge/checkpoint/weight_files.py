@@ -77,8 +77,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if is_zip:
             raise JobError(
-                "it holds more than tensors and builtins, which could run code: write it anew with "
-                f"torch.save(model.state_dict(), …)\n  {_short(error)}"
+                "it holds more than tensors and builtins: write its state_dict anew with "
+                f"torch.save\n  {_short(error)}"
             ) from None
         raise JobError("it is damaged, cut short, or no file of torch.save") from None
     # torch raises a dozen kinds of exception for damaged files, KeyError among them

@@ -50,5 +50,5 @@ def _nearest(pattern: str, names: Sequence[str]) -> str:
     literal = pattern.replace("*", "").replace("?", "")
     close = difflib.get_close_matches(literal, names, n=3, cutoff=0.4)
     if close:
-        return f"; the nearest names are {', '.join(close)}"
-    return f"; the first names are {', '.join(names[:_SHOWN])}"
+        return f"\n  the nearest names are {', '.join(close)}"
+    return f"\n  the first names are {', '.join(names[:_SHOWN])}"

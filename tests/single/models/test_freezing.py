@@ -46,7 +46,7 @@ def test_parameters_of_a_loss_have_their_prefix():
 
 def test_a_pattern_that_matches_nothing_names_the_nearest():
     with pytest.raises(
-        JobError, match=r"'3.wieght' matches no parameter; .* are 3.weight"
+        JobError, match=r"'3.wieght' matches no parameter\n.* are 3.weight"
     ) as raised:
         frozen("1.*", "3.wieght")
     assert raised.value.code == 2
