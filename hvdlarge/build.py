@@ -47,8 +47,10 @@ from hvdlarge.models.state import (
 from hvdlarge.models.state import named_parameters as every_parameter
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.interface import MeanGradientOptimizer
+from hvdlarge.optim.own import OptimizerRefused
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
+from hvdlarge.optim.sections import OptimizerSection, OwnOptimizer
 from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
@@ -62,9 +64,12 @@ from hvdlarge.resilience.nonfinite import (
     SkipPolicy,
     StopPolicy,
 )
+from hvdlarge.resilience.out_of_memory import is_out_of_memory
+from hvdlarge.resilience.user_errors import describe
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
+from hvdlarge.telemetry.hooks import check_hook
 from hvdlarge.world import RankContext
 
 
@@ -83,6 +88,7 @@ class Components:
     metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
     rounds_differently: bool = False  # whether ranks use different floating-point rounding
+    hooks: Sequence[tuple[str, Any]] = ()  # with their names
 
 
 def build_components(job: Job, context: RankContext) -> Components:
@@ -108,6 +114,7 @@ def build_components(job: Job, context: RankContext) -> Components:
         control, lambda: build_learning(job, precision)
     )
     metrics = raise_on_all_ranks(control, lambda: build_metrics(job.evaluate))
+    hooks = raise_on_all_ranks(control, lambda: build_hooks(job)) if job.hooks else []
     if job.batch.micro == "auto" and device.type == "cuda":
         channels_last = job.model.channels_last
         plan = with_largest_micro_batch(
@@ -115,7 +122,7 @@ def build_components(job: Job, context: RankContext) -> Components:
         )
     return Components(
         precision, training_set, test_set, sizes, plan, model, loss, optimizer, metrics,
-        [*notes, *model_notes],
+        [*notes, *model_notes], hooks=hooks,
     )  # fmt: skip
 
 
@@ -193,10 +200,24 @@ def build_learning(
             model.compile()
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
+    return model, loss, _optimizer(modules, job.optimizer), notes
+
+
+def _optimizer(modules: Modules, section: OptimizerSection) -> MeanGradientOptimizer:
+    """The optimizer of a section; errors in an own class are reported with its line."""
     try:
-        return model, loss, build_optimizer(modules, job.optimizer), notes
+        if not isinstance(section, OwnOptimizer):
+            return build_optimizer(modules, section)
+        return build_optimizer(modules, section, registry.find("optimizer.name", section.name, {}))
+    except OptimizerRefused as error:
+        raise JobError(f"optimizer.name: {section.name}: {error}") from None
     except ValueError as error:
         raise JobError(f"optimizer: {error}") from None
+    except Exception as error:
+        own = isinstance(section, OwnOptimizer) and not isinstance(error, JobError)
+        if not own or is_out_of_memory(error):
+            raise
+        raise JobError(f"optimizer.name: {section.name}: {describe(error)}") from None
 
 
 def _train_mode(module: torch.nn.Module) -> str | None:
@@ -333,6 +354,26 @@ def build_metrics(evaluate: sections.Evaluate) -> Metrics:
         metrics[result] = registry.instantiate("evaluate.metrics", name, {}, registry.METRICS)
         check_metric(name, metrics[result])
     return metrics
+
+
+def build_hooks(job: Job) -> list[tuple[str, Any]]:
+    """The hooks that a job names, each with its name.
+
+    Raises:
+        JobError: for a name that is not there, arguments that do not fit, an error of the hook's
+            own code, or something that is no hook.
+    """
+    hooks = []
+    for entry in job.hooks:
+        try:
+            hook = registry.instantiate("hooks", entry.name, entry.args, {})
+        except JobError:
+            raise
+        except Exception as error:
+            raise JobError(f"hooks: {entry.name} cannot be built: {describe(error)}") from None
+        check_hook(entry.name, hook)
+        hooks.append((entry.name, hook))
+    return hooks
 
 
 def build_evaluation(

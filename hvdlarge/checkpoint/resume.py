@@ -323,8 +323,10 @@ def _share_optimizer(
             replica.update.optimizer.state[weight][key] = value
             continue
         # State with the weight's shape is on its device. torch keeps "step" on the CPU; its shape
-        # () may equal a scalar weight's.
+        # () may equal a scalar weight's. An own optimizer was seen to keep these there:
+        on_cpu = getattr(replica.update.optimizer, "state_on_cpu", None)
         on_device = key != "step" and value == list(weight.shape)
+        on_device = on_device if on_cpu is None else key not in on_cpu
         tensor = torch.zeros(
             value, dtype=getattr(torch, dtype), device=weight.device if on_device else "cpu"
         )

@@ -74,6 +74,8 @@ DECAYS = {
 }
 
 Registry = Mapping[str, str] | Mapping[str, DataSet]
+OWN_PATTERN = r"^[^:]+:[^:]+$"  # package.module:attribute
+_job_folders: list[str] = []
 
 
 def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
@@ -95,7 +97,7 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
 
 def union(registry: Mapping[str, str]) -> Any:
     """The type of a section of the job file that is one of a registry's, as `A | B | …`."""
-    return functools.reduce(operator.or_, (_import(name, name, registry) for name in registry))
+    return functools.reduce(operator.or_, (find(name, name, registry) for name in registry))
 
 
 def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Registry) -> Any:
@@ -104,7 +106,7 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
     Args:
         key: the job key that holds the name, for messages.
         name: a short name of `registry`, or package.module:attribute, which is looked for in the
-            current folder too.
+            current folder and beside the job file too.
         arguments: keyword arguments; compared with the part's signature before it is called.
         registry: the built-in parts of this kind.
 
@@ -112,7 +114,7 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         JobError: for an unknown name, a module or attribute that does not exist, or arguments that
             do not fit.
     """
-    part = _import(key, name, registry)
+    part = find(key, name, registry)
     try:
         inspect.signature(part).bind(**arguments)
     except TypeError as error:
@@ -131,7 +133,19 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         raise
 
 
-def _import(key: str, name: str, registry: Registry) -> Any:
+def look_beside(job_file: str) -> None:
+    """Look for the modules of own parts in the folder of a job file too, after the current one."""
+    folder = os.path.dirname(os.path.abspath(job_file))
+    if folder not in _job_folders:
+        _job_folders.append(folder)
+
+
+def find(key: str, name: str, registry: Registry) -> Any:
+    """The part that a job names, imported; the arguments are those of `instantiate`.
+
+    Raises:
+        JobError: for an unknown name, or a module or attribute that does not exist.
+    """
     if ":" not in name and name not in registry:
         raise JobError(
             f"{key}: unknown name {name!r}; {_suggestion(name, registry)} An own one is written "
@@ -142,8 +156,11 @@ def _import(key: str, name: str, registry: Registry) -> Any:
     module_name, _, attribute = target.partition(":")
     if not (module_name and attribute and all(module_name.split("."))):
         raise JobError(f"{key}: {name!r} is not of the form package.module:attribute")
-    if name not in registry and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `python -m` does this, a console script does not
+    if name not in registry:
+        # `python -m` puts the current folder there, a console script does not
+        for folder in [*reversed(_job_folders), os.getcwd()]:
+            if folder not in sys.path:
+                sys.path.insert(0, folder)
     try:
         part: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -151,8 +168,8 @@ def _import(key: str, name: str, registry: Registry) -> Any:
             module_name == error.name or module_name.startswith(error.name + ".")
         ):
             raise JobError(
-                f"{key}: there is no module {error.name!r} for {name!r} (looked in {os.getcwd()} "
-                "too)"
+                f"{key}: there is no module {error.name!r} for {name!r} (looked in "
+                f"{' and '.join(dict.fromkeys([os.getcwd(), *_job_folders]))} too)"
             ) from None
         raise
     for step in attribute.split("."):
