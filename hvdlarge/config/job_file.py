@@ -204,9 +204,7 @@ def _selects_another(
 
 def _validated(written: Written, overrides: Sequence[str]) -> Job:
     path = written.places[()].file
-    for place in written.places.values():
-        if place != _COMMAND_LINE:
-            registry.look_beside(place.file)
+    registry.look_beside(place.file for place in written.places.values())
     for override in overrides:
         _override(written, override)
     optimizer = written.values.get("optimizer")
@@ -299,6 +297,8 @@ def _describe(problem: Any, written: Written) -> str:
         hint = f" with the keys {', '.join(known)}" if known else ""
         hint = f" with a policy or name, one of {', '.join(policies)}" if policies else hint
         return f"  {place}: {name} is {_show(value)}: it must be a section{hint}"
+    if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == registry.OWN_PATTERN:
+        return f"  {place}: {name} is {_show(value)}: it is written package.module:attribute"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(value, (dict, list)) and kind == "value_error":
         return f"  {place}: {name}: {message}"
@@ -332,8 +332,6 @@ def _hint(kind: str, value: Any) -> str:
         return f"; write {plain}, without quotes"
     if kind == "string_type" and isinstance(value, (int, float)):
         return "; put it in quotes"
-    if kind == "string_pattern_mismatch" and own_parts.is_own(value):
-        return "; an own part is written package.module:attribute"
     return ""
 
 

@@ -15,7 +15,7 @@ import math
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pydantic
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
@@ -160,8 +160,7 @@ class OwnPolicy(_WithOwn):
             raise PydanticCustomError(REFUSED, "{message}", {"message": message}) from None
 
 
-@functools.cache
-def own_policy(name: str, base: Any) -> Any:
+def own_policy(name: str, base: type[Policy]) -> Any:
     """The class of an own policy, whose `policy` is its name in the job.
 
     Args:
@@ -186,6 +185,12 @@ def own_policy(name: str, base: Any) -> Any:
     missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
     if missing:
         raise JobError(f"{name} lacks {missing}, which every class below {where} has")
+    return _named(cast(Any, kind), name)
+
+
+@functools.cache
+def _named(kind: Any, name: str) -> Any:
+    """The same class with the key `policy`, whose one value is `name`."""
     named = dataclasses.make_dataclass(
         kind.__name__,
         [("policy", Literal[name], dataclasses.field(default=name))],

@@ -14,7 +14,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from hvdlarge.exits import JobError
@@ -133,11 +133,9 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         raise
 
 
-def look_beside(job_file: str) -> None:
-    """Look for the modules of own parts in the folder of a job file too, after the current one."""
-    folder = os.path.dirname(os.path.abspath(job_file))
-    if folder not in _job_folders:
-        _job_folders.append(folder)
+def look_beside(job_files: Iterable[str]) -> None:
+    """Look for modules of own parts in the folders of these files too, after the current one."""
+    _job_folders[:] = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in job_files)
 
 
 def find(key: str, name: str, registry: Registry) -> Any:
@@ -157,10 +155,11 @@ def find(key: str, name: str, registry: Registry) -> Any:
     if not (module_name and attribute and all(module_name.split("."))):
         raise JobError(f"{key}: {name!r} is not of the form package.module:attribute")
     if name not in registry:
-        # `python -m` puts the current folder there, a console script does not
-        for folder in [*reversed(_job_folders), os.getcwd()]:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # `python -m` does this, a console script does not
+        for folder in reversed(_job_folders):
             if folder not in sys.path:
-                sys.path.insert(0, folder)
+                sys.path.insert(sys.path.index(os.getcwd()) + 1, folder)
     try:
         part: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
