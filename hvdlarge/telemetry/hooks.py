@@ -176,7 +176,9 @@ class Hooks:
                 with self._watchdog.during(f"hook {name}"):
                     self._run(name, event, method, values)
 
-        with self._watchdog.during("hooks"):  # until every rank's have returned
+        # The phase of a rank that waits for another one's hooks to return
+        names = ", ".join(name for name, _ in self._calls[event])
+        with self._watchdog.during(f"waiting for hook {names}"):
             raise_on_all_ranks(self._control, call_each)
 
     def _run(
