@@ -37,7 +37,7 @@ from hvdlarge.data.samples import SampleForm
 from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
 from hvdlarge.evaluation.states import StateMetric
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, is_out_of_memory
 from hvdlarge.models.freezing import freeze
 from hvdlarge.models.state import (
     Modules,
@@ -52,8 +52,10 @@ from hvdlarge.models.state import (
 )
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.interface import MeanGradientOptimizer
+from hvdlarge.optim.own import OptimizerRefused
 from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
+from hvdlarge.optim.sections import OptimizerSection, OwnOptimizer
 from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
 from hvdlarge.preflight.rehearsal import Rehearsed
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
@@ -74,6 +76,7 @@ from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
+from hvdlarge.telemetry.hooks import check_hook
 from hvdlarge.world import RankContext
 
 
@@ -91,6 +94,7 @@ class Components:
     metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
     rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
+    hooks: Sequence[tuple[str, Any]] = ()  # with their names
 
 
 def build_components(job: Job, context: RankContext) -> Components:
@@ -119,6 +123,7 @@ def build_components(job: Job, context: RankContext) -> Components:
     )
     form = raise_on_all_ranks(control, lambda: sample_form(job.data))
     metrics = raise_on_all_ranks(control, lambda: build_metrics(job))
+    hooks = raise_on_all_ranks(control, lambda: build_hooks(job)) if job.hooks else []
     if job.batch.micro == "auto" and device.type == "cuda":
         first = first_sample(job.data, form, training_set)
         plan = with_largest_micro_batch(
@@ -126,7 +131,7 @@ def build_components(job: Job, context: RankContext) -> Components:
         )
     return Components(
         objective, training_set, test_set, sizes, plan, optimizer, form, metrics,
-        [*notes, *model_notes],
+        [*notes, *model_notes], hooks=hooks,
     )  # fmt: skip
 
 
@@ -227,10 +232,24 @@ def build_learning(
             model.compile()
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
+    return objective, _optimizer(modules, job.optimizer), notes
+
+
+def _optimizer(modules: Modules, section: OptimizerSection) -> MeanGradientOptimizer:
+    """The optimizer of a section; errors in an own class are reported with its line."""
     try:
-        return objective, build_optimizer(modules, job.optimizer), notes
+        if not isinstance(section, OwnOptimizer):
+            return build_optimizer(modules, section)
+        return build_optimizer(modules, section, registry.load("optimizer.name", section.name))
+    except OptimizerRefused as error:
+        raise JobError(f"optimizer.name: {section.name}: {error}") from None
     except ValueError as error:
         raise JobError(f"optimizer: {error}") from None
+    except Exception as error:
+        own = isinstance(section, OwnOptimizer) and not isinstance(error, JobError)
+        if not own or is_out_of_memory(error):
+            raise
+        raise JobError(f"optimizer.name: {section.name}: {describe(error)}") from None
 
 
 def _train_mode(module: torch.nn.Module) -> str | None:
@@ -382,6 +401,21 @@ def build_metrics(job: Job) -> Metrics:
         )
     rankings(job.checkpoint.best, metrics)
     return metrics
+
+
+def build_hooks(job: Job) -> list[tuple[str, Any]]:
+    """The hooks that a job names, each with its name.
+
+    Raises:
+        JobError: for a name that is not there, arguments that do not fit, an error of the hook's
+            own code, or something that is no hook.
+    """
+    hooks = []
+    for entry in job.hooks:
+        hook = registry.instantiate("hooks", entry.name, entry.args, {})
+        check_hook(entry.name, hook)
+        hooks.append((entry.name, hook))
+    return hooks
 
 
 def build_evaluation(

@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -31,6 +32,7 @@ from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import milestones_reached
 from hvdlarge.step import StepOutcome, train_step
+from hvdlarge.telemetry.hooks import Hooks, NoHooks, StepView
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.telemetry.timers import PhaseTimers
 
@@ -64,6 +66,7 @@ class LoopComponents:
     log: RunLog | SilentRunLog  # rank 0's; silent elsewhere
     rounds_differently: bool = False  # whether ranks use different floating-point rounding
     buffer_guard: BufferGuard = field(default_factory=BufferGuard)
+    hooks: Hooks | NoHooks = field(default_factory=NoHooks)
 
 
 def train(parts: LoopComponents, state: TrainState) -> None:
@@ -95,6 +98,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
             state.skipped += 1
         observe(parts, decision, outcome, timers)
         record(parts, state, decision, outcome, timers)
+        call_hooks(parts, "after_step", state, decision)
         best = evaluate(parts, state, decision, timers)
         save_if_due(parts, state, decision, outcome.flags, best, timers)
         if outcome.flags.stop and not decision.is_last:
@@ -155,6 +159,38 @@ def save_if_due(
     wait = flags.stop or decision.is_last
     with timers("save"), parts.watchdog.during("save"):
         save(parts, state, progress, best, scheduled, wait, truncated)
+    call_hooks(parts, "after_checkpoint", state, decision)
+
+
+def call_hooks(parts: LoopComponents, event: str, state: TrainState, decision: Decision) -> None:
+    """Call the hooks after a step that was taken. Every rank calls this together.
+
+    Raises:
+        JobError: on every rank, if a hook raised on any, or changed the model.
+    """
+
+    def view() -> list[StepView]:
+        samples_seen = decision.samples_seen + decision.global_batch
+        return [
+            StepView(
+                step=decision.step,
+                epoch=parts.plan.clock.epoch(samples_seen),
+                samples_seen=samples_seen,
+                global_batch=decision.global_batch,
+                lr=decision.lr,
+                loss=state.results["loss"] if _is_logged(parts, decision) else None,
+                results=MappingProxyType(dict(state.results)),
+                model=parts.replica.objective.model,
+                rank=parts.control.rank,
+                world_size=parts.control.size,
+            )
+        ]
+
+    parts.hooks.call(event, view)
+
+
+def _is_logged(parts: LoopComponents, decision: Decision) -> bool:
+    return decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0
 
 
 def _stopped(parts: LoopComponents, decision: Decision) -> str:
@@ -201,7 +237,7 @@ def record(
     Raises:
         DivergedError, RollBack: on every rank, if the step was applied and its loss is not finite.
     """
-    if not (decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0):
+    if not _is_logged(parts, decision):
         return
     with timers("measure"):
         # Over MPI: for eight bytes a hundred times faster than in Horovod's next cycle
@@ -256,6 +292,7 @@ def evaluate(
         raise DivergedError(
             f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer"
         )
+    call_hooks(parts, "after_evaluation", state, decision)
     return parts.saver.is_best(state, decision, results)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.console import print_error, print_status
+from hvdlarge.telemetry.hooks import Hooks, NoHooks, RunView
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.world import RankContext
@@ -217,7 +219,7 @@ class Run:
             progress: where the run starts or resumes.
             state: results so far.
         """
-        control, has_gone_back = self.context.control, False
+        control, has_gone_back, begun = self.context.control, False, progress
         while True:
             parts = self.build_loop(loader, progress, state)
             try:
@@ -226,7 +228,12 @@ class Run:
                     state.scheduled_step = progress.step
                     with self.context.watchdog.during("save"):
                         save(parts, state, progress, best=False, scheduled=True, wait=True)
+                if not has_gone_back:
+                    self._call_hooks(parts, "on_start", state, begun)
                 train(parts, state)
+            except Stopped:
+                self._call_hooks(parts, "on_end", state, begun, False)
+                raise
             except RollBack as reason:
                 loader.close()
                 progress, state = self._go_back(parts, state, reason)
@@ -241,6 +248,29 @@ class Run:
                 parts.loader.close()
         memory = max(int(peak) for peak in control.allgather(b"%d" % self._peak_memory()))
         on_rank_0(control, lambda: self._finish(parts, state, memory))
+        self._call_hooks(parts, "on_end", state, begun, True)
+
+    def _call_hooks(
+        self, parts: LoopComponents, event: str, state: TrainState, begun: RunProgress, *more: bool
+    ) -> None:
+        """Call the hooks at the start or the end of the run. Every rank calls this together."""
+        job, control = self.job, self.context.control
+
+        def view() -> RunView:
+            return RunView(
+                name=job.name,
+                folder=job.run_folder,
+                rank=control.rank,
+                world_size=control.size,
+                epochs=parts.plan.clock.epochs,
+                training_samples=parts.plan.clock.dataset_size,
+                step=begun.step,
+                samples_seen=begun.samples_seen,
+                results=MappingProxyType(dict(state.results)),
+                model=self.replica.objective.model,
+            )
+
+        parts.hooks.call(event, lambda: [view(), *more])
 
     def build_loop(
         self, loader: Loader, progress: RunProgress, state: TrainState
@@ -295,6 +325,9 @@ class Run:
             ),
             log=self.log,
             rounds_differently=components.rehearsed.rounds_differently,
+            hooks=Hooks(components.hooks, control, context.watchdog, self.replica.modules)
+            if components.hooks
+            else NoHooks(),
         )
 
     def _go_back(

@@ -337,8 +337,11 @@ def _share_optimizer(
         if dtype is None:
             replica.update.optimizer.state[weight][key] = value
             continue
-        # As `Optimizer.load_state_dict` has it: whatever its shape, beside the weight, but "step"
+        # As `Optimizer.load_state_dict` has it: whatever its shape, beside the weight, but "step".
+        # An own optimizer was seen to keep these on the CPU:
+        on_cpu = getattr(replica.update.optimizer, "state_on_cpu", None)
         on_device = key != "step" or weight in counted_on_device
+        on_device = on_device if on_cpu is None else key not in on_cpu
         tensor = torch.zeros(
             value, dtype=getattr(torch, dtype), device=weight.device if on_device else "cpu"
         )

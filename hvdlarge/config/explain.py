@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from hvdlarge.config.json_schema import job_schema
+from hvdlarge.config.registry import OWN_PATTERN
 from hvdlarge.exits import JobError
 
 Schema = dict[str, Any]
 _WIDTH = 88
+OWN_PART = "package.module:Class"
 
 
 def explain(key: str) -> str:
@@ -76,7 +78,7 @@ def _tables(key: str, entry: Schema, schema: Schema) -> Iterator[str]:
 def _table(title: str, about: str, section: Schema, schema: Schema) -> str:
     rows = []
     for name, entry in section["properties"].items():
-        if "const" not in entry:
+        if not _is_choice(entry):
             kind = _kind(entry, schema).replace("|", "\\|")
             default = "" if entry.get("default") is None else f"`{json.dumps(entry['default'])}`"
             default = "*required*" if name in _required(section) else default
@@ -111,12 +113,22 @@ def _tag(section: Schema) -> str:
 
 def _choice(section: Schema) -> str:
     """The policy or name that selects a section; empty for a section without alternatives."""
-    return str(section["properties"].get(_tag(section), {}).get("const", ""))
+    tag = section["properties"].get(_tag(section), {})
+    return OWN_PART if _names_own(tag) else str(tag.get("const", ""))
+
+
+def _names_own(entry: Schema) -> bool:
+    return bool(entry.get("pattern") == OWN_PATTERN)
+
+
+def _is_choice(entry: Schema) -> bool:
+    """Whether an entry is the policy or name that selects its section."""
+    return "const" in entry or _names_own(entry)
 
 
 def _keys(section: Schema, schema: Schema, prefix: str) -> Iterator[str]:
     for name, entry in section["properties"].items():
-        if "const" not in entry:
+        if not _is_choice(entry):
             yield _described(f"{prefix}{name}", entry, schema, name in _required(section))
 
 

@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from hvdlarge.config import registry, yaml_source
-from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, Positive
+from hvdlarge.config.own_parts import OwnPolicy, OwnSection
+from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, OwnOptimizer, Positive
 from hvdlarge.schedule.decay import ConstantDecay, Decay
 from hvdlarge.schedule.growth import LARGEST_BATCH, Growth, NoGrowth
 from hvdlarge.schedule.lr import LRSchedule
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     AnyDecay = Decay
     AnyOptimizer = OptimizerSection
 else:
-    AnyGrowth = registry.union(registry.GROWTHS)
-    AnyWarmup = registry.union(registry.WARMUPS)
-    AnyDecay = registry.union(registry.DECAYS)
-    AnyOptimizer = registry.union(registry.OPTIMIZERS)
+    AnyGrowth = Annotated[registry.union(registry.GROWTHS), OwnPolicy(Growth)]
+    AnyWarmup = Annotated[registry.union(registry.WARMUPS), OwnPolicy(Warmup)]
+    AnyDecay = Annotated[registry.union(registry.DECAYS), OwnPolicy(Decay)]
+    AnyOptimizer = Annotated[registry.union(registry.OPTIMIZERS), OwnSection(OwnOptimizer)]
 
 
 class Section(BaseModel):
@@ -369,6 +370,22 @@ class Timeouts(Section):
         return limits | {"rehearse": both, "allreduce": both}
 
 
+class HookPart(Section):
+    """A hook and its arguments."""
+
+    name: Annotated[str, Field(pattern=registry.OWN_PATTERN)]
+    """`package.module:Class` of your own."""
+    args: Arguments = {}
+    """Keyword arguments of the class."""
+
+
+def _named(entry: Any) -> Any:
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
+AnyHook = Annotated[HookPart, BeforeValidator(_named, json_schema_input_type=str | HookPart)]
+
+
 class Log(Section):
     """What is logged, and how often."""
 
@@ -418,6 +435,8 @@ class Job(Section):
     """When the test set is evaluated, and which metrics are taken."""
     log: Log = Log()
     """How often metrics are logged."""
+    hooks: tuple[AnyHook, ...] = ()
+    """Code of your own that is called between steps: `package.module:Class`, or `{name, args}`."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written, and how many are kept."""
     on_nonfinite: Annotated[
@@ -443,7 +462,7 @@ class Job(Section):
         the run itself sees it.
         """
         job = self.model_copy()
-        job._variables = {path: text for path, text in written.items() if path[1:2] == ("args",)}
+        job._variables = {path: text for path, text in written.items() if "args" in path[1:3]}
         return job
 
     @property
@@ -543,6 +562,7 @@ _NOT_MATHEMATICS = frozenset(
         "name",
         "run_dir",
         "log",
+        "hooks",
         "evaluate",
         "checkpoint",
         "on_nonfinite",

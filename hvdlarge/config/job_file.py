@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from hvdlarge.config import registry, yaml_source
+from hvdlarge.config import own_parts, registry, yaml_source
 from hvdlarge.config.job import Job
 from hvdlarge.config.validation import cross_field_errors
 from hvdlarge.exits import JobError
@@ -68,7 +68,6 @@ def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: with one message that lists every problem with its place.
     """
-    registry.look_beside(path)
     return _validated(_read_file(path, ()), overrides)
 
 
@@ -207,6 +206,8 @@ def _selects_another(
 
 def _validated(written: Written, overrides: Sequence[str]) -> Job:
     path = written.places[()].file
+    for place in written.places.values():
+        registry.look_beside(place.file)
     for override in overrides:
         _override(written, override)
     optimizer = written.values.get("optimizer")
@@ -285,17 +286,19 @@ def _keep_from_command_line(
 
 
 def _describe(problem: Any, written: Written) -> str:
-    keys = _as_written(problem["loc"], written.values)
+    location = tuple(part for part in problem["loc"] if part not in own_parts.TAGS)
+    keys = _as_written(location, written.values)
     name, place = ".".join(map(str, keys)), written.place(keys)
     kind, value = problem["type"], problem["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return (
-            f"  {place}: unknown key {name!r}{_nearest(str(keys[-1]), _known_keys(problem['loc']))}"
-        )
+        known = own_parts.known_keys(_value_at(keys[:-1], written.values)) or _known_keys(location)
+        return f"  {place}: unknown key {name!r}{_nearest(str(keys[-1]), known)}"
+    if kind == own_parts.REFUSED:
+        return f"  {written.place((*keys, 'policy'))}: {name}.policy: {problem['msg']}"
     if kind == "missing":
         return f"  {place}: the key {name!r} is missing"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        known, tag = _known_policies(problem["loc"]), problem["ctx"]["discriminator"].strip("'")
+        known, tag = _known_policies(location), problem["ctx"]["discriminator"].strip("'")
         if kind == "union_tag_not_found":
             return (
                 f"  {place}: the key {f'{name}.{tag}'!r} is missing; it is one of "
@@ -306,10 +309,12 @@ def _describe(problem: Any, written: Written) -> str:
             f"{problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], known)}"
         )
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
-        known, policies = _known_keys((*problem["loc"], "")), _known_policies(problem["loc"])
+        known, policies = _known_keys((*location, "")), _known_policies(location)
         hint = f" with the keys {', '.join(known)}" if known else ""
         hint = f" with a policy or name, one of {', '.join(policies)}" if policies else hint
         return f"  {place}: {name} is {_show(value)}: it must be a section{hint}"
+    if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == registry.OWN_PATTERN:
+        return f"  {place}: {name} is {_show(value)}: it is written package.module:attribute"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(value, (dict, list)) and kind == "value_error":
         return f"  {place}: {name}: {message}"
@@ -380,6 +385,12 @@ def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:
         ):
             path.append(part)  # a key that is missing
     return tuple(path)
+
+
+def _value_at(path: yaml_source.Path, values: Any) -> Any:
+    for part in path:
+        values = values[part]
+    return values
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -16,6 +16,7 @@ _VARIABLE = {"type": "string", "pattern": r"\$\{", "description": "filled in fro
 def job_schema() -> dict[str, Any]:
     """The schema of the job file, JSON Schema 2020-12."""
     schema = Job.model_json_schema()
+    _name_own_sections(schema)
     for definition in [schema, *schema["$defs"].values()]:
         definition.pop("title", None)
         for name, entry in definition.get("properties", {}).items():
@@ -42,6 +43,16 @@ def job_schema() -> dict[str, Any]:
         "title": "hvdlarge job",
         **schema,
     }
+
+
+def _name_own_sections(schema: dict[str, Any]) -> None:
+    """Move the sections of own parts (own_parts.py) to the other sections."""
+    for definition in [schema, *schema["$defs"].values()]:
+        for entry in definition["properties"].values():
+            for number, choice in enumerate(entry.get("oneOf", [])):
+                if "properties" in choice:
+                    schema["$defs"][choice["title"]] = choice
+                    entry["oneOf"][number] = {"$ref": f"#/$defs/{choice['title']}"}
 
 
 def _with_variables(entry: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ DECAYS = {
 _EXTRAS = {"torchmetrics": "metrics"}  # extras of hvdlarge that packages come with
 
 Registry = Mapping[str, str] | Mapping[str, DataSet]
+OWN_PATTERN = r"^[^:]+:[^:]+$"  # package.module:attribute
 
 _JOB_FOLDERS: list[str] = []  # where own parts are looked for after the current folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hvdlarge.config.job import AVERAGED, Job
+from hvdlarge.config.own_parts import policy_problem
 from hvdlarge.schedule.warmup import NoWarmup
 
 # What else a line of metrics.jsonl or summary.json holds beside the metrics
@@ -18,6 +19,9 @@ Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its val
 
 def cross_field_errors(job: Job) -> Iterator[Problem]:
     """Every combination of values that cannot be meant, with the key to look at first."""
+    if own := list(_own_policies(job)):
+        yield from own  # nothing else can be asked of them
+        return
     yield from _batch(job)
     yield from _exact(job)
     yield from _warmup(job)
@@ -27,6 +31,13 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
     for path, policy in job.policies():
         for key, message in policy.errors(job.epochs):
             yield (*path, key), message
+
+
+def _own_policies(job: Job) -> Iterator[Problem]:
+    first = job.batch.first
+    for path, policy in job.policies():
+        if problem := policy_problem(policy, job.epochs, first, first / job.batch.base):
+            yield (*path, "policy"), problem
 
 
 def _batch(job: Job) -> Iterator[Problem]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
 from hvdlarge.models.state import Modules
 from hvdlarge.optim.interface import MeanGradientOptimizer
+from hvdlarge.optim.own import own_optimizer
 from hvdlarge.optim.param_groups import parameter_groups
 from hvdlarge.optim.per_tensor import PerTensor
-from hvdlarge.optim.sections import OptimizerSection
+from hvdlarge.optim.sections import OptimizerSection, OwnOptimizer
 
 
 def build_optimizer(
-    modules: torch.nn.Module | Modules, section: OptimizerSection
+    modules: torch.nn.Module | Modules, section: OptimizerSection, own: Any = None
 ) -> MeanGradientOptimizer:
     """The optimizer of a section over the trainable parameters of `modules`; the learning rate is
     set at each step.
@@ -22,9 +24,11 @@ def build_optimizer(
     Args:
         modules: a model, or several modules; param_groups.py puts their parameters into groups.
         section: as the job has it.
+        own: the class that an `OwnOptimizer` section names.
 
     Raises:
         ValueError: for patterns that match nothing, or a model without trainable parameters.
+        OptimizerRefused: see `own_optimizer`.
     """
     _leave_the_compiler_out()
     groups = parameter_groups(
@@ -34,6 +38,8 @@ def build_optimizer(
         section.exclude_bias_and_norm,
         section.excluded_lr_factor,
     )
+    if isinstance(section, OwnOptimizer):
+        return own_optimizer(own, groups, section.args, section.weight_decay)
     if not section.implementation:
         kind = type(type(section).__name__, (PerTensor,), {})  # the run shows its name
         return kind(groups, section, **section.options)

@@ -165,6 +165,15 @@ class RmsProp(OptimizerSection):
     """Added to the root of the average of squares."""
 
 
+class OwnOptimizer(OptimizerSection):
+    """A class below torch.optim.Optimizer, by its import path."""
+
+    name: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
+    """A class below `torch.optim.Optimizer`: one of torch's, or your own."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the class, beside the parameters, `lr` and `weight_decay`."""
+
+
 def _checked_nesterov(optimizer: Any) -> Any:
     if optimizer.nesterov and optimizer.momentum == 0:
         raise ValueError("nesterov needs a momentum above 0")

@@ -17,7 +17,7 @@ import torch
 from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 
 
-class _TorchOptimizer(MeanGradientOptimizer):
+class TorchOptimizer(MeanGradientOptimizer):
     """Moves the weights as the torch optimizer among a class's bases does."""
 
     def _move(self, norms: GradientNorms) -> None:
@@ -29,21 +29,21 @@ class _TorchOptimizer(MeanGradientOptimizer):
         super(MeanGradientOptimizer, self).step()
 
 
-class SGD(_TorchOptimizer, torch.optim.SGD):
+class SGD(TorchOptimizer, torch.optim.SGD):
     """Stochastic gradient descent with momentum: v ← m·v + (g + β·w); w ← w − lr·v, or Nesterov's w
     ← w − lr·(g + β·w + m·v).
     """
 
 
-class Adam(_TorchOptimizer, torch.optim.Adam):
+class Adam(TorchOptimizer, torch.optim.Adam):
     """Adam, the decay added to the gradient."""
 
 
-class AdamW(_TorchOptimizer, torch.optim.AdamW):
+class AdamW(TorchOptimizer, torch.optim.AdamW):
     """Adam, the decay apart from the gradient."""
 
 
-class Adagrad(_TorchOptimizer, torch.optim.Adagrad):
+class Adagrad(TorchOptimizer, torch.optim.Adagrad):
     """Adagrad."""
 
     def __init__(self, params: Any, **options: Any) -> None:
@@ -66,5 +66,5 @@ class Adagrad(_TorchOptimizer, torch.optim.Adagrad):
         super()._move(norms)
 
 
-class RMSprop(_TorchOptimizer, torch.optim.RMSprop):
+class RMSprop(TorchOptimizer, torch.optim.RMSprop):
     """RMSprop."""

@@ -84,7 +84,7 @@ def fault(moment, passes):
         kind, _, where = described.partition("@")
         number, _, at = where.partition(":")
         mark = f"fired-{kind}-{number}-{at}"
-        if not moment and kind.startswith(("eval-", "build-")):
+        if not moment and kind.startswith(("eval-", "build-", "hook-")):
             continue
         if (
             kind.startswith(moment)
@@ -150,6 +150,15 @@ class Net(torch.nn.Module):
         elif kind is not None:
             ACTIONS[kind]()
         return self.head(self.gain * features + 0.1 * self.extra(features))
+
+
+class Hook:
+    """Called after each step."""
+
+    def after_step(self, step):
+        kind = fault("hook-", step.step)
+        if kind is not None:
+            ACTIONS[kind]()
 
 
 class Slow(torch.utils.data.Dataset):

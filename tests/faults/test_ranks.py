@@ -1,6 +1,7 @@
 """Ranks that die, hang, disagree or compute what is not finite."""
 
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -126,6 +127,27 @@ def test_a_rank_that_hangs_ends_the_run_with_its_stacks(bench, kind):
     assert f"the limit is {6 if kind == 'sleep' else 8} s" in ended.text
     assert "the stacks of this rank:" in ended.text
     assert ended.seconds < 60
+
+
+@pytest.mark.parametrize("kind", ["sleep", "lock"])
+def test_a_hook_that_blocks_is_named(bench, kind):
+    hook = ["timeouts.step_seconds=6", "hooks=['faulty:Hook']"]
+    ended = bench.run(2, *hook, FAULT=f"hook-{kind}@1:25")
+    assert ended.fired
+    assert ended.code == 72, ended.text
+    assert re.search("in phase (waiting for )?hook faulty:Hook of step 25", ended.text)
+
+
+def test_a_hook_that_raises_ends_the_run_as_a_wrong_job(bench):
+    ended = bench.run(2, "hooks=['faulty:Hook']", FAULT="hook-raise@1:25")
+    assert ended.fired
+    assert ended.code == 2, ended.text
+    assert len(ended.errors) == 1, ended.text
+    words = (
+        r"on rank 1: hooks: faulty:Hook: after_step raises RuntimeError: made to fail \(.*faulty.py"
+    )
+    assert re.search(words, ended.errors[0])
+    assert bench.has_checkpoint()
 
 
 def test_a_data_set_that_blocks_ends_the_run(bench):

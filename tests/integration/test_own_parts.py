@@ -101,3 +101,24 @@ def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_a_changed_one_
     assert other.code == 77
     assert 'data.args.token is "sha256:' in other.err
     assert "s3cret" not in ended.out + ended.err + other.out + other.err
+
+
+def test_documented_hooks_and_policy_run_on_two_workers(train, folder):
+    for page in ("hooks.md", "schedules.md"):
+        text = (ROOT / "docs" / page).read_text()
+        for name, code in re.findall(
+            r"`(my_\w+\.py)`:\n\n```python\n(.*?)```", text, flags=re.DOTALL
+        ):
+            (folder / name).write_text(code)
+    decay = "lr.decay={policy: 'my_schedule:InverseTime', halving_epochs: 2}"
+    hooks = "hooks=['my_hooks:Curve', {name: 'my_hooks:Norms', args: {every: 50}}]"
+    optimizer = "optimizer={name: 'torch.optim:NAdam', args: {momentum_decay: 0.004}, weight_decay: 1e-4}"  # fmt: skip
+    ended = train(2, "digits", "epochs=2", "lr.base=0.005", "run_dir=run", decay, hooks, optimizer)
+    assert ended.code == 0, ended.err
+    assert "step 50: " in ended.out
+    lines = (folder / "run/curve.csv").read_text().splitlines()
+    measured = [
+        json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == len(measured) > 5
+    assert json.loads((folder / "run/summary.json").read_text())["accuracy"] > 0.8

@@ -1,6 +1,8 @@
 """Models, data sets and losses as people write them, for the tests of the laws. Named in jobs as own_parts:Name."""
 
 import random
+import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +12,9 @@ from torch.utils.data import Dataset, Subset
 
 from hvdlarge.data.in_memory import InMemory
 from hvdlarge.data.order import Stream
+from hvdlarge.schedule.decay import Decay
+from hvdlarge.schedule.growth import Growth
+from hvdlarge.schedule.warmup import Warmup
 
 FEATURES, CLASSES = 6, 3
 
@@ -645,3 +650,125 @@ class NotApplicable(Wrong):
 
     def result(self, totals):
         return None
+
+
+# --- optimizers
+
+
+class Sharpened(torch.optim.Optimizer):
+    """Momentum with a nod to the sign; a tensor and a number as its state, arguments without defaults."""
+
+    def __init__(self, params, lr, strength, *, betas, weight_decay=0.0):
+        defaults = {"lr": lr, "strength": strength, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["average"], state["count"] = torch.zeros_like(weight), 0
+                state["count"] += 1
+                beta = group["betas"][state["count"] % 2]
+                state["average"].mul_(beta).add_(weight.grad, alpha=1 - beta)
+                direction = torch.tanh(group["strength"] * state["average"]) / state["count"] ** 0.5
+                weight.data.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.data.sub_(direction, alpha=group["lr"])
+
+
+class RaisingInItsStep(torch.optim.SGD):
+    def step(self, closure=None):
+        raise KeyError("no such momentum")
+
+
+class Langevin(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.data.add_(torch.randn_like(weight), alpha=1e-3)
+
+
+# --- policies
+
+
+@dataclass(frozen=True)
+class Halving(Decay):
+    every: float
+
+    def factor(self, epoch, warmup_end, epochs):
+        return 0.5 ** (epoch / self.every)
+
+
+@dataclass(frozen=True)
+class Sudden(Warmup):
+    epochs: float = 1.0
+    on_growth: str = "ramp"
+
+    def length(self, batch_factor):
+        return self.epochs * batch_factor**0.5
+
+    def ramp_length(self, epoch, before, after):
+        return self.epochs / 2
+
+
+@dataclass(frozen=True)
+class Adding(Growth):
+    samples: int = 3
+
+    def next_batch(self, initial, current, epoch, measured):
+        return initial + int(2 * epoch) * self.samples
+
+
+# --- hooks
+
+
+class Observer:
+    """Remembers what it is told, for the test, and looks at the model's weights."""
+
+    told = []
+
+    def __init__(self, every=1):
+        self.every = every
+
+    def on_start(self, run):
+        self.told.append(("start", run.step, run.rank, run.world_size, run.training_samples))
+
+    def after_step(self, step):
+        torch.randn(3), np.random.normal()  # which changes nothing
+        size = sum(float(weight.square().sum()) for weight in step.model.parameters())
+        if step.step % self.every == 0:
+            self.told.append(("step", step.step, step.samples_seen, step.lr, step.loss, size))
+
+    def after_evaluation(self, step):
+        self.told.append(("evaluation", step.step, dict(step.results)))
+
+    def after_checkpoint(self, step):
+        self.told.append(("checkpoint", step.step))
+
+    def on_end(self, run, finished):
+        self.told.append(("end", finished, dict(run.results)))
+
+
+class RaisingHook:
+    def __init__(self, ranks=(0, 1, 2, 3), event="after_step"):
+        self.ranks = ranks
+        setattr(self, event, self.complain)
+
+    def complain(self, moment, *more):
+        if moment.rank in self.ranks:
+            raise LookupError("the dashboard is away")
+
+
+class ChangesWeights:
+    def after_step(self, step):
+        with torch.no_grad():
+            next(step.model.parameters()).mul_(1.0)
+
+
+class Sleeps:
+    def after_step(self, step):
+        if step.step == 2 and step.rank == step.world_size - 1:
+            time.sleep(600)

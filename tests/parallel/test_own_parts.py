@@ -54,6 +54,25 @@ SOUND = {
     "averaged weights": ["model.name=own_parts:Normed", "ema={half_life_samples: 40}"],
     "averaged weights of a loss": ["loss.name=own_parts:Temperature", "ema={half_life_samples: 9}"],
     "averaged weights, tied and frozen": ["model.name=own_parts:Tied", "ema.half_life_samples=40"],
+    "one of torch's optimizers by its path": [
+        "optimizer={name: 'torch.optim:NAdam', weight_decay: 1e-3, excluded_lr_factor: 0.5}",
+        "lr.base=0.01",
+    ],
+    "an optimizer that is built with state": [
+        "optimizer={name: 'torch.optim:Adagrad', args: {initial_accumulator_value: 0.1}}",
+        "lr.base=0.05",
+        "model.name=own_parts:Tied",
+    ],
+    "an own optimizer": [
+        "optimizer={name: 'own_parts:Sharpened', args: {strength: 2, betas: [0.9, 0.8]}, weight_decay: 1e-3}",
+        "lr.base=0.05",
+        "model.name=own_parts:Tied",
+    ],
+    "own policies": [
+        "batch.growth={policy: 'own_parts:Adding', samples: 5}",
+        "lr={base: 0.5, scaling: sqrt, warmup: {policy: 'own_parts:Sudden', epochs: 0.5}, decay: {policy: 'own_parts:Halving', every: 2}}",
+    ],
+    "a hook": ["hooks=['own_parts:Observer']"],
 }
 
 
@@ -82,6 +101,7 @@ def test_any_number_of_workers_and_interruptions_give_the_same_run(
 
 @pytest.mark.parametrize(
     "name", ["averaged weights", "frozen layers", "a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
+             "an own optimizer", "an optimizer that is built with state", "own policies", "a hook",
              "a loss with parameters", "a model that came in evaluation mode", "a model that draws from numpy and random"]
 )  # fmt: skip
 def test_exact_mode_is_bit_identical(control, tensors, folder, name):
@@ -246,6 +266,15 @@ REFUSED = {
     "model.name=mlp model.args.widht=3": "do not fit",
     "data.name=nowhere:thing": "there is no module 'nowhere'",
     "optimizer.exclude=[encoder.*]": "^optimizer: .*matches no trainable parameter",
+    'optimizer={"name":"torch.optim:LBFGS"}': "optimizer.name: torch.optim:LBFGS: its step.. needs 'closure'",
+    'optimizer={"name":"torch.optim:SparseAdam"}': "SparseAdam does not support dense gradients",
+    'optimizer={"name":"torch.optim:Muon"}': "Muon only supports 2D parameters",
+    'optimizer={"name":"own_parts:Langevin"}': "own_parts:Langevin: .*whose .grad is None",
+    'optimizer={"name":"own_parts:RaisingInItsStep"}': r"KeyError: 'no such momentum' \(.*own_parts.py, line \d+, in step\)",
+    'optimizer={"name":"own_parts:Net"}': "not a class below torch.optim.Optimizer",
+    'hooks=["own_parts:Net"]': "hooks: own_parts:Net has none of on_start",
+    'hooks=["own_parts:Observe"]': "has no 'Observe'",
+    'hooks=[{"name":"own_parts:Observer","args":{"evry":1}}]': "the arguments .evry. do not fit",
     "precision=tf32": "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
@@ -388,3 +417,51 @@ def test_loader_processes_change_nothing_that_numpy_and_random_draw(control, ten
         job = job_of([data, part, "epochs=1"])
         results.append(train(job, control, tensors, folder / f"processes-{processes}"))
     assert distance(*results) == 0.0
+
+
+def test_hooks_see_the_run_on_every_rank_alike(control, tensors, folder):
+    import own_parts
+
+    job = job_of(["hooks=['own_parts:Observer']"])
+    without = train(job_of([]), control, tensors, folder / "without")
+    own_parts.Observer.told = told = []
+    with pytest.raises(Stopped):
+        train(job, control, tensors, folder / "run", stop_after=3)
+    assert told[0] == ("start", 0, control.rank, control.size, 53)
+    assert told[-2:] == [("checkpoint", 3), ("end", False, told[-1][2])]
+    first, told[:] = list(told), []
+    kept = train(job, control, tensors, folder / "run")
+    assert distance(kept, without) == 0.0
+    assert told[0] == ("start", 4, control.rank, control.size, 53)
+    assert told[-1] == ("end", True, kept["state"]["results"])
+    steps = [entry for entry in [*first, *told] if entry[0] == "step"]
+    assert [entry[1] for entry in steps] == list(range(kept["position"]["step"]))
+    assert steps[-1][2] == kept["position"]["samples_seen"] == 164
+    decided = read_lines(folder / "run/decisions.jsonl")
+    assert [entry[3] for entry in steps] == [line["lr"] for line in decided]
+    logged = [entry[1] for entry in steps if entry[4] is not None]
+    assert logged == [4, 9, steps[-1][1]]
+    evaluations = [entry[2] for entry in [*first, *told] if entry[0] == "evaluation"]
+    measured = [line for line in read_lines(folder / "run/metrics.jsonl") if "test_loss" in line]
+    assert [entry["test_loss"] for entry in evaluations] == [line["test_loss"] for line in measured]
+    of_all = control.allgather(repr([first[1:], told[1:]]).encode())
+    assert len(set(of_all)) == 1
+
+
+@pytest.mark.parametrize("event", ["on_start", "after_step", "after_checkpoint", "on_end"])
+@pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [0]])
+def test_a_hook_that_raises_ends_all_ranks_with_its_line(control, tensors, folder, event, ranks):
+    arguments = f"{{ranks: {ranks}, event: {event}}}"
+    job = job_of([f"hooks=[{{name: 'own_parts:RaisingHook', args: {arguments}}}]"])
+    where = "on rank 0: " if control.size > 1 and ranks == [0] else ""
+    words = rf"^{where}hooks: own_parts:RaisingHook: {event} raises LookupError: the dashboard is away \(.*own_parts.py, line \d+, in complain\)"
+    with pytest.raises(JobError, match=words):
+        train(job, control, tensors, folder / "run")
+    control.barrier()
+
+
+def test_a_hook_that_changes_weights_ends_the_run(control, tensors, folder):
+    job = job_of(["hooks=['own_parts:ChangesWeights']"])
+    with pytest.raises(JobError, match="own_parts:ChangesWeights: after_step changes 'first.weight'"):  # fmt: skip
+        train(job, control, tensors, folder / "run")
+    control.barrier()

@@ -26,7 +26,10 @@ def test_every_property_of_the_schema_has_a_description():
         ("epochs", ["epochs: number > 0, required", "fractional"]),
         ("precision", ["fp32 | tf32 | bf16 | fp16 | fp64", 'default: "fp32"']),
         ("batch.micro", ["integer ≥ 1", "| auto, required"]),
-        ("lr.warmup", ["section (none, linear, legw)", "lr.warmup: {policy: legw, …}"]),
+        (
+            "lr.warmup",
+            ["section (none, linear, legw, package.module:Class)", "lr.warmup: {policy: legw, …}"],
+        ),
         ("lr.warmup.epochs", ["lr.warmup.epochs (linear)", "lr.warmup.epochs (legw)"]),
         ("optimizer.weight_decay", ["optimizer.weight_decay: number ≥ 0"]),
         ("optimizer.eps", ["optimizer.eps (lars): number ≥ 0, default: 0.0"]),
