@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # isort: off
 if TYPE_CHECKING:  # the names below, for type checkers
-    from hvdlarge.api import run_job as run_job
+    from hvdlarge.train import run_job as run_job
     from hvdlarge.data.in_memory import InMemory as InMemory
     from hvdlarge.data.order import permute as permute
     from hvdlarge.exits import JobError as JobError, RunExit as RunExit
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 # What `from hvdlarge import …` gives, and where it lives. Nothing is imported before it is asked
 # for: `hvdlarge.plan` and `hvdlarge.doctor` work without torch.
 _PUBLIC = {
-    "run_job": "hvdlarge.api",
+    "run_job": "hvdlarge.train",
     "JobError": "hvdlarge.exits",
     "RunExit": "hvdlarge.exits",
     "LARS": "hvdlarge.optim.lars",

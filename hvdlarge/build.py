@@ -109,7 +109,9 @@ def build_components(job: Job, context: RankContext) -> Components:
     precision = raise_on_all_ranks(control, lambda: Precision(job.precision, device))
     notes = check_gpus(device, control, tensors)
     with context.watchdog.during("data"):
-        training_set, test_set = raise_on_all_ranks(control, lambda: load_data(job.data, job.seed))
+        training_set, test_set = raise_on_all_ranks(
+            control, lambda: load_data(job.data, job.seed, context.objects.get("data"))
+        )
     if test_set is None and job.checkpoint.best is not None:
         raise_on_all_ranks(control, lambda: _refuse_best(job))
     sizes = {
@@ -119,7 +121,7 @@ def build_components(job: Job, context: RankContext) -> Components:
     check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
     plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
     objective, optimizer, model_notes = raise_on_all_ranks(
-        control, lambda: build_learning(job, precision)
+        control, lambda: build_learning(job, precision, context.objects)
     )
     form = raise_on_all_ranks(control, lambda: sample_form(job.data))
     metrics = raise_on_all_ranks(control, lambda: build_metrics(job))
@@ -135,16 +137,25 @@ def build_components(job: Job, context: RankContext) -> Components:
     )  # fmt: skip
 
 
-def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
+def load_data(data: sections.Data, seed: int, given: Any = None) -> tuple[Any, Any]:
     """The training set and the test set (or None) that a job names; what they draw at random
     depends on the seed only.
+
+    Args:
+        data: the job's section.
+        seed: of the job.
+        given: the pair itself, in place of what the job names.
 
     Raises:
         JobError: for a name that is not there, or something that is no pair of map-style sets.
     """
     seed_all(seeds.key(seed, seeds.DATA))
     try:
-        pair = registry.instantiate("data.name", data.name, data.args, registry.DATA_SETS)
+        pair = (
+            given
+            if given is not None
+            else registry.instantiate("data.name", data.name, data.args, registry.DATA_SETS)
+        )
     except ModuleNotFoundError as error:
         raise JobError(f"data.name: {data.name}: {error}") from None
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
@@ -194,24 +205,34 @@ def _refuse_best(job: Job) -> None:
 
 
 def build_learning(
-    job: Job, precision: Precision
+    job: Job, precision: Precision, given: Mapping[str, Any] | None = None
 ) -> tuple[Objective, MeanGradientOptimizer, list[str]]:
     """Model and loss, optimizer, and notes for the user, built on this worker alone as the job
     names them. The weights depend on the seed only.
 
     Modes, types and names are settled here, before anything is derived from them.
 
+    Args:
+        job: the job.
+        precision: of this worker.
+        given: model and loss by these names, in place of what the job names.
+
     Raises:
         JobError: for names that are not there, arguments that do not fit, or a model that cannot be
             trained.
     """
     seed_all(seeds.key(job.seed, seeds.WEIGHTS))
-    model = registry.instantiate("model.name", job.model.name, job.model.args, registry.MODELS)
+    objects = given or {}
+    model = objects.get("model")
+    if model is None:
+        model = registry.instantiate("model.name", job.model.name, job.model.args, registry.MODELS)
     if not isinstance(model, torch.nn.Module):
         raise JobError(
             f"model.name: {job.model.name} must give a torch.nn.Module, not {_kind(model)}"
         )
-    loss = registry.instantiate_loss("loss.name", job.loss.name, job.loss.arguments)
+    loss = objects.get("loss")
+    if loss is None:
+        loss = registry.instantiate_loss("loss.name", job.loss.name, job.loss.arguments)
     mover = device_mover(precision, job.model.channels_last)
     try:
         objective = Objective(model, loss, precision, mover, job.model.output)

@@ -154,6 +154,8 @@ def _enter(
         run = Run(job, context, components, replica, facts, checkpoints, SilentRunLog())
         if progress.samples_seen >= plan.clock.total_samples:
             on_rank_0(control, lambda: run.report_finished(start, progress, state))
+            if context.objects:
+                replica.statistics.all_reduce(context.tensors.sum)
             return
         log = on_rank_0(control, lambda: run.open_log(start, job_file, hosts, progress, state))
         run = replace(run, log=log or run.log)
@@ -246,6 +248,8 @@ class Run:
                 break
             finally:
                 parts.loader.close()
+        if self.context.objects:  # whose owner goes on with them
+            self.replica.statistics.all_reduce(self.context.tensors.sum)
         memory = max(int(peak) for peak in control.allgather(b"%d" % self._peak_memory()))
         on_rank_0(control, lambda: self._finish(parts, state, memory))
         self._call_hooks(parts, "on_end", state, begun, True)

@@ -1,4 +1,5 @@
-"""Trains a job: `python -m hvdlarge.train job.yaml [key.sub=value ...]`.
+"""Trains a job: `python -m hvdlarge.train job.yaml [key.sub=value ...]`, or `hvdlarge.run_job(...)`
+in a program.
 
 Runs the job, alone or as one worker of a launch, and exits with a code of `exits.py`. `world.py`
 opens the channels between the ranks; `run.py` builds and trains the run.
@@ -8,20 +9,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import json
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from hvdlarge import __version__, exits
+from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.launcher import Launch, detect, reports_wrong_launch, wrong_launch
+from hvdlarge.config import yaml_source
 from hvdlarge.config.explain import explain
 from hvdlarge.config.job import Job
-from hvdlarge.config.job_file import job_path, read_job
+from hvdlarge.config.job_file import job_path, parse_job, read_job
 from hvdlarge.config.planning import UnknownSamples, known_or_counted_samples, plan_run
 from hvdlarge.telemetry.console import print_error, print_status
-from hvdlarge.world import RankContext, run_on_all_ranks
+from hvdlarge.world import RankContext, on_all_ranks, run_on_all_ranks
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # torch is imported inside functions: it takes a second, and errors in a job should appear at once
 
@@ -42,6 +54,152 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_on_all_ranks(
         launch, lambda: read_job(options.job, options.overrides), {}, work, watched=True
     )
+
+
+def run_job(
+    job: Mapping[str, Any] | str | os.PathLike[str],
+    *overrides: str,
+    model: nn.Module | None = None,
+    data: tuple[Any, Any] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Train a job in this process and return its summary.
+
+    On one worker, or on those of the launcher that has started this program: then every rank calls
+    this together, with the same job and equal objects. An interrupted run is resumed; a finished
+    one is left alone, and its summary is returned. torch's global settings (threads, TF32,
+    deterministic algorithms) are set as the job requires and are not restored.
+
+    Args:
+        job: the keys of a job file as a mapping, its path, or the name of a shipped job. A mapping
+            needs no section for what is given as an object.
+        *overrides: `key.sub=value`, as on the command line.
+        model: what is trained, in place of `model.name`. It holds the trained weights afterwards,
+            on every rank. Its first weights are rank 0's as they are; the job's `seed` does not
+            decide them.
+        data: the training set and the test set, or None, in place of `data.name`.
+        loss: a function of (outputs, targets) or a module, in place of `loss.name`.
+        fresh: set an earlier run in the folder aside and start a new one.
+
+    Returns:
+        The content of summary.json, on every rank: `loss`, `steps`, `epochs`, `train_seconds` and
+        so on; with a test set also `test_loss` and the metrics, such as `accuracy`.
+
+    Raises:
+        JobError: on every rank, if the job is invalid.
+        InvalidEnvironmentError: if a launcher started this program without MPI or Horovod.
+        RunExit: on every rank, for every other end with an exit code (see exits.py). An error that
+            one rank of several raises alone ends all processes.
+
+    >>> run_job({"name": "oops"})
+    Traceback (most recent call last):
+    ...
+    hvdlarge.exits.JobError: job.yaml: 5 problems in the job file
+    ...
+    """
+    if wrong := wrong_launch(os.environ):
+        raise exits.InvalidEnvironmentError(wrong)
+    launch = detect(os.environ)
+    objects = {"model": model, "data": data, "loss": loss}
+    given = {name: value for name, value in objects.items() if value is not None}
+    with tempfile.TemporaryDirectory(prefix="hvdlarge-") as folder:
+        path = Path(folder) / "job.yaml"
+        if isinstance(job, Mapping):
+            text = _written(_with_objects(job, given))
+            path.write_text(text, encoding="utf-8")
+            return _run_objects(
+                launch, lambda: parse_job(text, "job.yaml", overrides), path, given, fresh
+            )
+        path = Path(job_path(os.fspath(job)))
+        names = [f"{name}.name={_name_of(value)}" for name, value in given.items()]
+        return _run_objects(
+            launch, lambda: read_job(str(path), [*names, *overrides]), path, given, fresh
+        )
+
+
+def _with_objects(job: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The job with sections for the objects that are given."""
+    keys = dict(job)
+    for name, value in given.items():
+        section = keys.get(name) or {}
+        if isinstance(section, Mapping):
+            keys[name] = {**section, "name": _name_of(value)}
+    return keys
+
+
+def _name_of(value: Any) -> str:
+    """How the documents of a run name an object that it was given."""
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"object:{kind.__qualname__.rpartition('.')[2].strip('<>')}"
+
+
+def _written(keys: dict[str, Any]) -> str:
+    try:
+        return yaml_source.write(keys)
+    except yaml.representer.RepresenterError as error:
+        raise exits.JobError(
+            "job.yaml: a value is not a number, text, list, mapping, true, false or null: "
+            f"{error.args[-1]!r}"
+        ) from None
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a module; everything else as it is.
+
+    Raises:
+        JobError: if it cannot be copied.
+    """
+    from torch import nn
+
+    if not isinstance(value, nn.Module):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise exits.JobError(
+            f"{type(value).__name__} cannot be copied by copy.deepcopy: {error}"
+        ) from None
+
+
+def _run_objects(
+    launch: Launch | None,
+    read: Callable[[], Job],
+    path: Path,
+    given: Mapping[str, Any],
+    fresh: bool,
+) -> dict[str, Any]:
+    from hvdlarge.comm.rank_checks import on_rank_0
+    from hvdlarge.comm.solo import SoloChannel, SoloCollectives
+    from hvdlarge.resilience.preemption import StopRequest
+    from hvdlarge.resilience.watchdog import Watchdog
+    from hvdlarge.run import run
+
+    summary: dict[str, Any] = {}
+
+    def work(context: RankContext, job: Job) -> None:
+        # Copies, since a run changes device, dtypes and mode, and Horovod leaves hooks behind
+        copies = {name: _copied(value) for name, value in given.items()}
+        run(job, path, fresh, replace(context, objects=copies))
+        for name, trained in copies.items():
+            if trained is not given[name]:
+                given[name].load_state_dict(trained.state_dict())
+        read_summary = (job.run_folder / "summary.json").read_text
+        text = on_rank_0(context.control, lambda: read_summary(encoding="utf-8")) or ""
+        summary.update(json.loads(context.control.allgather(text.encode())[0]))
+
+    if launch is None:
+        job = read()
+        # Never started: it must not end the caller's process
+        watchdog = Watchdog(0, job.timeouts.limits())
+        context = RankContext(None, {}, SoloChannel(), SoloCollectives(), watchdog, StopRequest())
+        work(context, job)
+        return summary
+    try:
+        on_all_ranks(launch, read, {"objects": sorted(given)}, work, watched=True, last=False)
+    except WorldMismatchError as error:
+        raise exits.InvalidEnvironmentError(str(error)) from None
+    return summary
 
 
 def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
@@ -80,8 +238,8 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
         epilog="Many workers: horovodrun -np 64 python -m hvdlarge.train job.yaml (or mpirun). "
         "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 an error "
         "while training, 71 the ranks disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint "
-        "could not be written, 75 stopped on request: run it again, 76 a rank was lost, 77 a checkpoint is "
-        "damaged or of another job.",
+        "could not be written, 75 stopped on request: run it again, 76 a rank was lost, 77 a "
+        "checkpoint is damaged or of another job.",
     )
     parser.add_argument("job", help="the job file, or the name of a shipped job such as digits")
     parser.add_argument(

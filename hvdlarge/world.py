@@ -14,7 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from hvdlarge import exits
@@ -51,6 +51,8 @@ class RankContext:
     tensors: Collectives
     watchdog: Watchdog
     stop: StopRequest
+    # In place of what the job names: "data", "model", "loss"
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_on_all_ranks(
@@ -75,6 +77,39 @@ def run_on_all_ranks(
         rank 0 has printed. If a single rank raises anything else, this does not return: all
         processes are ended.
     """
+    try:
+        on_all_ranks(launch, read, options, work, watched)
+    except WorldMismatchError as error:
+        return _report_mismatch(error, launch)
+    except exits.RunExit as end:
+        if launch is None or launch.rank == 0:
+            (print_status if end.code == exits.STOPPED else print_error)(str(end))
+        return end.code
+    return exits.FINISHED
+
+
+def on_all_ranks(
+    launch: Launch | None,
+    read: Callable[[], JobOrNone],
+    options: Mapping[str, Any],
+    work: Callable[[RankContext, JobOrNone], None],
+    watched: bool,
+    last: bool = True,
+) -> None:
+    """As `run_on_all_ranks`, for a caller that reports errors itself.
+
+    Args:
+        launch: see there, and the next four.
+        read: see there.
+        options: see there.
+        work: see there.
+        watched: see there.
+        last: whether MPI is finalized at the end, and this process opens no channel again.
+
+    Raises:
+        RunExit: on every rank.
+        WorldMismatchError: if the channels cannot be opened.
+    """
     attempt = _attempt(read)
     timeouts, horovod = _before_the_ranks_agree(attempt)
     watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
@@ -86,9 +121,9 @@ def run_on_all_ranks(
     try:
         _refuse_other_launchers()
         control = open_control(launch)
-    except WorldMismatchError as error:
+    except WorldMismatchError:
         watchdog.stop()
-        return _report_mismatch(error, launch)
+        raise
     try:
         job = raise_on_all_ranks(control, attempt)
         _check_equal(control, options, job)
@@ -99,16 +134,14 @@ def run_on_all_ranks(
             tensors.close()
             raise
         tensors.close()
-        code = exits.FINISHED
-    except exits.RunExit as end:
-        if control.rank == 0:
-            (print_status if end.code == exits.STOPPED else print_error)(str(end))
-        code = end.code
+    except exits.RunExit:
+        control.close(last)
+        watchdog.stop()
+        raise
     except BaseException as error:
         _abort_all(error, launch, control)
-    control.close()
+    control.close(last)
     watchdog.stop()
-    return code
 
 
 def _refuse_other_launchers() -> None:

@@ -239,7 +239,7 @@ class ThreadChannel:
         """Wait for every rank. Every rank calls this together."""
         self._call(("barrier",), None, lambda _: None)
 
-    def close(self) -> None:
+    def close(self, last: bool = True) -> None:
         """Close the channel. Every rank calls this together."""
         self._call(("close",), None, lambda _: None)
 

@@ -60,9 +60,12 @@ class ControlChannel(Protocol):
         """Wait until every rank has called this."""
         ...
 
-    def close(self) -> None:
+    def close(self, last: bool = True) -> None:
         """Close the channel, after the collectives. A rank that exits without closing it makes the
         launcher abort the others.
+
+        Args:
+            last: whether this process opens no other channel afterwards.
         """
         ...
 

@@ -108,11 +108,14 @@ class MpiChannel:
         """Wait for every rank. Every rank calls this together."""
         _wait(self._comm.Ibarrier())
 
-    def close(self) -> None:
-        """Finalize MPI, after the collectives are closed. Every rank calls this together."""
+    def close(self, last: bool = True) -> None:
+        """Free the channel, after the collectives are closed, and finalize MPI if this is the
+        `last` one; else mpi4py does it when the process exits. Every rank calls this together.
+        """
         self.barrier()
         self._comm.Free()
-        MPI.Finalize()
+        if last:
+            MPI.Finalize()
 
     def abort(self, code: int) -> NoReturn:
         """End every process of the run with this exit code, at once. One rank suffices."""

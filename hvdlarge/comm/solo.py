@@ -36,7 +36,7 @@ class SoloChannel:
     def barrier(self) -> None:
         """Do nothing."""
 
-    def close(self) -> None:
+    def close(self, last: bool = True) -> None:
         """Do nothing."""
 
     def abort(self, code: int) -> NoReturn:
