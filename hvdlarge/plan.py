@@ -24,7 +24,6 @@ from hvdlarge.config.planning import (
     curve_of,
     estimate,
     plan_run,
-    stages_of,
     training_samples,
 )
 from hvdlarge.controller import Controller
@@ -338,7 +337,7 @@ def draw(path: Path, plans: Sequence[tuple[str, Plan]]) -> None:
     )
     for name, plan in plans:
         epochs, batches, lrs = zip(*curve_of(plan), strict=True)
-        last = stages_of(plan)[-1]
+        last = plan.stages[-1]
         end = last.end if last.open_end else plan.clock.epochs
         upper.plot(epochs, lrs, label=name)
         lower.step([*epochs, end], [*batches, batches[-1]], where="post", label=name)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from hvdlarge import __version__, exits
-from hvdlarge.comm.launcher import Launch, detect
+from hvdlarge.comm.launcher import Launch, detect, is_reporter
 from hvdlarge.config.explain import explain
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.config.planning import UnknownSamples, plan_run, training_samples
-from hvdlarge.telemetry.console import print_error, print_status
+from hvdlarge.telemetry.console import only_if, print_error, print_status
 from hvdlarge.world import RankContext, run_on_all_ranks
 
 # torch is imported inside functions: it takes a second, and errors in a job should appear at once
@@ -29,7 +29,7 @@ from hvdlarge.world import RankContext, run_on_all_ranks
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
-    options = _parse(arguments, is_reporter=launch is None or launch.rank == 0)
+    options = _parse(arguments, launch)
     if options.dry_run:
         return _dry_run(options, launch)
 
@@ -45,21 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
     """Print the job with every default and start nothing; every rank returns the same code."""
-    is_reporter = launch is None or launch.rank == 0
     try:
         job = read_job(options.job, options.overrides)
         with contextlib.suppress(UnknownSamples):  # the plan needs the size of the data set
             plan_run(job, training_samples(job), 1 if launch is None else launch.size)
     except exits.RunExit as end:
-        if is_reporter:
+        if is_reporter(launch):
             print_error(str(end))
         return end.code
-    if is_reporter:
+    if is_reporter(launch):
         print_status(job.to_yaml().rstrip())
     return exits.FINISHED
 
 
-def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, launch: Launch | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.train",
         description="Train a job with LARS, AdaBatch and LEGW, alone or on many workers.",
@@ -91,12 +90,7 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
         help="print what a key of the job means, e.g. lr.warmup, or all top-level keys, and exit",
     )
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
-    with contextlib.ExitStack() as stack:
-        if not is_reporter:
-            # Usage messages are printed by one rank; the others exit with the same code
-            devnull = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(devnull))
-            stack.enter_context(contextlib.redirect_stderr(devnull))
+    with only_if(is_reporter(launch)):
         options = parser.parse_intermixed_args(arguments)
     options.job = job_path(options.job)
     return options

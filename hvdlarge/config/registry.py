@@ -7,7 +7,6 @@ docs/extending.md shows one new part of each kind.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from hvdlarge.config.nearest import nearest
 from hvdlarge.exits import JobError, is_out_of_memory
 
 
@@ -225,9 +225,5 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
 
 
 def _suggestion(name: str, registry: Registry) -> str:
-    close = difflib.get_close_matches(name, registry, n=1)
-    if not registry:
-        return "there are no built-in ones."
-    return (
-        f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(registry))}."
-    )
+    suggestion = nearest(name, sorted(registry), "built in are")
+    return suggestion if suggestion.endswith("?") else f"{suggestion or 'none is built in'}."
