@@ -257,7 +257,7 @@ class Rehearsal:
                 self._refuse_dependent_writes(written, sign, inputs, targets)
             return first
 
-    def run_once(self, inputs: Any, targets: Any, what: str) -> None:
+    def run_once(self, inputs: Any, targets: Any, what: str) -> Outcome:
         """One pass with a micro-batch of another size, for the errors it may raise.
 
         Args:
@@ -265,11 +265,14 @@ class Rehearsal:
             targets: likewise.
             what: describes the micro-batch, for messages.
 
+        Returns:
+            The outcome of the pass.
+
         Raises:
             JobError: if user code raises.
         """
         with _restored(self._modules, self._layers), eager():
-            self._pass(inputs, targets, what)
+            return self._pass(inputs, targets, what)
 
     @torch.no_grad()
     def refuse_sums(self, inputs: Any, targets: Any) -> None:
