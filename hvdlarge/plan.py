@@ -29,7 +29,6 @@ from hvdlarge.config.planning import (
     known_or_counted_samples,
     measured_settings,
     plan_run,
-    stages_of,
 )
 from hvdlarge.controller import Controller
 from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
@@ -374,7 +373,7 @@ def draw(path: Path, plans: Sequence[tuple[str, Plan]]) -> None:
     )
     for name, plan in plans:
         epochs, batches, lrs = zip(*curve_of(plan), strict=True)
-        last = stages_of(plan)[-1]
+        last = plan.stages[-1]
         end = last.end if last.open_end else plan.clock.epochs
         upper.plot(epochs, lrs, label=name)
         lower.step([*epochs, end], [*batches, batches[-1]], where="post", label=name)

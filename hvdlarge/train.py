@@ -8,7 +8,6 @@ opens the channels between the ranks; `run.py` builds and trains the run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -23,13 +22,13 @@ import yaml
 
 from hvdlarge import __version__, exits
 from hvdlarge.comm.interfaces import WorldMismatchError
-from hvdlarge.comm.launcher import Launch, detect, reports_wrong_launch, wrong_launch
+from hvdlarge.comm.launcher import Launch, detect, is_reporter, reports_wrong_launch, wrong_launch
 from hvdlarge.config import yaml_source
 from hvdlarge.config.explain import explain
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, parse_job, read_job
 from hvdlarge.config.planning import UnknownSamples, known_or_counted_samples, plan_run
-from hvdlarge.telemetry.console import print_error, print_status
+from hvdlarge.telemetry.console import only_if, print_error, print_status
 from hvdlarge.world import RankContext, on_all_ranks, run_on_all_ranks
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code. Every rank of a launch calls this together."""
     launch, wrong = detect(os.environ), wrong_launch(os.environ)
-    is_reporter = reports_wrong_launch(os.environ) if wrong else launch is None or launch.rank == 0
-    options = _parse(arguments, is_reporter)
+    reports = reports_wrong_launch(os.environ) if wrong else is_reporter(launch)
+    options = _parse(arguments, reports)
     if options.dry_run and not wrong:
         return _dry_run(options, launch)
 
@@ -204,7 +203,6 @@ def _run_objects(
 
 def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
     """Print the job with every default and start nothing; every rank returns the same code."""
-    is_reporter = launch is None or launch.rank == 0
     lines = []
     try:
         job = read_job(options.job, options.overrides)
@@ -217,10 +215,10 @@ def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
             if samples.was_built:
                 lines.append(f"# {job.data.name} was built: it has {samples.number:,} samples")
     except exits.RunExit as end:
-        if is_reporter:
+        if is_reporter(launch):
             print_error(str(end))
         return end.code
-    if is_reporter:
+    if is_reporter(launch):
         print_status("\n".join([*lines, job.to_yaml().rstrip()]))
     return exits.FINISHED
 
@@ -231,7 +229,7 @@ def _count(job: Job) -> int:
     return len(load_data(job.data, job.seed)[0])
 
 
-def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, reports: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.train",
         description="Train a job with LARS, AdaBatch and LEGW, alone or on many workers.",
@@ -263,12 +261,7 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
         help="print what a key of the job means, e.g. lr.warmup, or all top-level keys, and exit",
     )
     parser.add_argument("--version", action="version", version=f"hvdlarge {__version__}")
-    with contextlib.ExitStack() as stack:
-        if not is_reporter:
-            # Usage messages are printed by one rank; the others exit with the same code
-            devnull = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(devnull))
-            stack.enter_context(contextlib.redirect_stderr(devnull))
+    with only_if(reports):
         options = parser.parse_intermixed_args(arguments)
     options.job = job_path(options.job)
     return options

@@ -6,7 +6,6 @@ Each benchmark runs its variants, such as the engine and a bare loop, interleave
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -18,12 +17,12 @@ from typing import Any
 from hvdlarge import exits
 from hvdlarge.bench.interleave import Timing
 from hvdlarge.comm.environment import host, versions
-from hvdlarge.comm.launcher import detect
+from hvdlarge.comm.launcher import detect, is_reporter
 from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, parse_job, read_job
 from hvdlarge.reporting.describe import columns
-from hvdlarge.telemetry.console import print_status
+from hvdlarge.telemetry.console import only_if, print_status
 from hvdlarge.world import RankContext, run_on_all_ranks
 
 # torch is imported where it is needed: its import takes a second, and a wrong command line should
@@ -44,7 +43,7 @@ _SIZES = [4 * 4**power for power in range(13)]  # 4 bytes to 64 MiB
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code. Every rank of a launch calls this together."""
     launch = detect(os.environ)
-    with contextlib.nullcontext() if launch is None or launch.rank == 0 else _silence():
+    with only_if(is_reporter(launch)):
         options = _parser().parse_intermixed_args(arguments)
     size = 1 if launch is None else launch.size
 
@@ -111,16 +110,6 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
-
-
-@contextlib.contextmanager
-def _silence() -> Any:
-    with (
-        open(os.devnull, "w") as devnull,
-        contextlib.redirect_stdout(devnull),
-        contextlib.redirect_stderr(devnull),
-    ):
-        yield
 
 
 def _job(options: argparse.Namespace, world_size: int) -> Job | None:

@@ -31,18 +31,22 @@ from hvdlarge.build import (
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import NoCheckpoints
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
+from hvdlarge.comm.rank_checks import raise_on_all_ranks
 from hvdlarge.comm.solo import SoloCollectives
 from hvdlarge.config.job import Checkpoint, Job
 from hvdlarge.controller import Controller, DecisionFeed
+from hvdlarge.data import seeds
 from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
 from hvdlarge.optim.param_groups import set_lr
+from hvdlarge.preflight.rehearsal import Rehearsal, Rehearsed
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Run
+from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.growth import NoGrowth
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
@@ -50,6 +54,7 @@ from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.world import RankContext
 
 _WARM_UP = 5  # steps of each turn that are not timed
+_VARIANTS = ("engine", "control", "bare loop", "one worker alone")
 
 
 class StepClock(Watchdog):
@@ -92,8 +97,12 @@ def measure_step(
         of a step.
 
     Raises:
-        JobError: on every rank, for an unknown variant.
+        JobError: on every rank, for an unknown variant, a micro-batch that does not go through
+            model and loss, or a job that the bare loop cannot follow.
     """
+    if only not in (None, *_VARIANTS):
+        raise JobError(f"command line: --only {only}: the variants are {', '.join(_VARIANTS)}")
+    components = raise_on_all_ranks(context.control, lambda: _tried(job, components, only))
     plan = _one_stage(components.plan, _WARM_UP + steps + 1)
     # No checkpoints between the timed steps
     job = job.model_copy(update={"checkpoint": Checkpoint(every_epochs=1e9)})
@@ -105,12 +114,10 @@ def measure_step(
             "engine": lambda: _engine_turn(engine, clock, Path(folder)),
             "control": lambda: _control(plan, context, list(replica.names.values())),
         }
-        if only not in variants:
+        if only not in ("engine", "control"):
             variants["bare loop"] = _bare(job, components, control, tensors, plan)
             alone = SoloCollectives()
             variants["one worker alone"] = _bare(job, components, control, alone, plan)
-        if only is not None and only not in variants:
-            raise JobError(f"command line: --only {only}: the variants are {', '.join(variants)}")
         variants = variants if only is None else {only: variants[only]}
 
         def synchronized(variant: Callable[[], float]) -> Callable[[], float]:
@@ -124,6 +131,30 @@ def measure_step(
         turns = {name: synchronized(variant) for name, variant in variants.items()}
         run_interleaved(turns, 1)  # warm-up: allocates memory, fills caches, opens connections
         return run_interleaved(turns, rounds)
+
+
+def _tried(job: Job, components: Components, only: str | None) -> Components:
+    """The components after a pass of the first micro-batch, which shows what the loss returns."""
+    plan = components.plan
+    loader = build_loader(job.data, components.training_set, job.seed)
+    try:
+        size = min(plan.micro_batch_of(plan.initial_batch), plan.initial_batch)
+        loader.enqueue([MicroBatch(0, 0, size)], is_last=False)
+        _, inputs, targets = next(iter(loader.fetch(1)))
+    finally:
+        loader.close()
+    rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
+    weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weighted
+    if only not in ("engine", "control"):
+        plain = job.data.targets is None and job.data.collate is None and job.model.output is None
+        pairs = isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+        if job.reduction == "exact" or weighted or not (plain and pairs):
+            raise JobError(
+                "bench step: the bare loop takes samples that are pairs of tensors, without "
+                "data.targets, data.collate and model.output, a loss that is a mean, and "
+                "reduction: fast; --only engine times the engine alone"
+            )
+    return replace(components, rehearsed=Rehearsed(weighted_loss=weighted))
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:

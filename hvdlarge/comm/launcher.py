@@ -28,6 +28,11 @@ class Launch:
         return self.local_rank == 0
 
 
+def is_reporter(launch: Launch | None) -> bool:
+    """Whether this process reports for all workers: rank 0, or the only one."""
+    return launch is None or launch.rank == 0
+
+
 # (launcher, rank, size, local rank, local size); the first whose rank and size are both set counts
 _VARIABLES = (
     (

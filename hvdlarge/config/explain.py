@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from hvdlarge.config.json_schema import job_schema
+from hvdlarge.config.nearest import nearest
 from hvdlarge.config.registry import OWN_PATTERN
 from hvdlarge.exits import JobError
 
@@ -207,7 +207,4 @@ def _unknown(part: str, path: list[str], known: list[str]) -> str:
     if not known:
         return f"--explain: {'.'.join(path)} is not a section: it has no keys"
     key = ".".join([*path, part])
-    close = difflib.get_close_matches(part, known, n=1)
-    if close:
-        return f"--explain: unknown key {key!r}; did you mean {'.'.join([*path, close[0]])}?"
-    return f"--explain: unknown key {key!r}; known keys: {', '.join(known)}"
+    return f"--explain: unknown key {key!r}; {nearest(part, known, 'known keys:')}"

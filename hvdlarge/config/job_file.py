@@ -6,7 +6,6 @@ as written, the value, the rule and the nearest known key.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 
 from hvdlarge.config import own_parts, registry, yaml_source
 from hvdlarge.config.job import Job
+from hvdlarge.config.nearest import nearest
 from hvdlarge.config.validation import cross_field_errors
 from hvdlarge.exits import JobError
 from hvdlarge.optim.presets import PRESETS
@@ -361,10 +361,8 @@ def _show(value: Any) -> str:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
+    suggestion = nearest(word, sorted(known))
+    return f"; {suggestion}" if suggestion else ""
 
 
 def _as_written(location: Sequence[str | int], values: Any) -> yaml_source.Path:

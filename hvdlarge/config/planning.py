@@ -19,7 +19,7 @@ from hvdlarge.config.job import Checkpoint, Job
 from hvdlarge.exits import JobError
 from hvdlarge.reduction.tree import depth_of
 from hvdlarge.schedule.batch import BatchLayout
-from hvdlarge.schedule.outline import StageOutline, curve, outline
+from hvdlarge.schedule.outline import StageOutline, curve
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.schedule.progress import Clock, milestones_reached
 
@@ -54,7 +54,7 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
             "can be counted"
         )
     try:
-        stages = stages_of(plan)
+        stages = plan.stages
     except ValueError as error:
         raise JobError(f"batch.growth: {error}") from None
     for stage in stages:
@@ -113,15 +113,8 @@ def known_or_counted_samples(job: Job, count: Callable[[Job], int]) -> TrainingS
         ) from None
 
 
-def stages_of(plan: Plan) -> list[StageOutline]:
-    """The stages that the plan's controller will go through, as far as they are known before the
-    run; the last one says whether they end before the run does.
-    """
-    return outline(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.lr_schedule)
-
-
 def curve_of(plan: Plan) -> list[tuple[float, int, float]]:
-    """Epoch, global batch and lr over the stages of `stages_of`, some hundred points each."""
+    """Epoch, global batch and lr over its stages, some hundred points each."""
     return curve(plan.clock, plan.base_batch, plan.initial_batch, plan.growth, plan.lr_schedule)
 
 
@@ -258,7 +251,7 @@ def estimate(
         allreduce: its cost, for the time on another number of workers; None: as long as in the
             earlier run.
     """
-    stages = stages_of(plan)
+    stages = plan.stages
     checkpoints = checkpoints_of(job.checkpoint, stages, plan.clock)
     steps = sum(stage.steps for stage in stages)
     rows = [

@@ -7,7 +7,6 @@ docs/extending.md shows one new part of each kind.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hvdlarge.config.nearest import nearest
 from hvdlarge.config.part_errors import describe
 from hvdlarge.exits import JobError, RunExit, is_out_of_memory
 
@@ -267,9 +267,5 @@ def _extend_search_path() -> list[str]:
 
 
 def _suggestion(name: str, registry: Registry) -> str:
-    close = difflib.get_close_matches(name, registry, n=1)
-    if not registry:
-        return "there are no built-in ones."
-    return (
-        f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(registry))}."
-    )
+    suggestion = nearest(name, sorted(registry), "built in are")
+    return suggestion if suggestion.endswith("?") else f"{suggestion or 'none is built in'}."

@@ -14,7 +14,6 @@ import torch
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import raise_on_all_ranks
-from hvdlarge.config.planning import stages_of
 from hvdlarge.data.batches import repeat
 from hvdlarge.data.loader import LoadedMicroBatch
 from hvdlarge.exits import OutOfMemory, is_out_of_memory
@@ -24,6 +23,7 @@ from hvdlarge.models.state import (
     named_modules,
     named_parameters,
 )
+from hvdlarge.preflight.trial import eager, restored
 from hvdlarge.preflight.user_code import reading_samples, user_code
 from hvdlarge.replica.objective import Objective
 from hvdlarge.replica.train_state import TrainState
@@ -59,7 +59,7 @@ def with_largest_micro_batch(
         JobError: on every rank, for a sample that cannot be read, or an error of the model or the
             loss that is not about memory.
     """
-    largest_share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
+    largest_share = max(-(-stage.global_batch // plan.world_size) for stage in plan.stages)
 
     def find_largest() -> int:
         with reading_samples("training set"):
@@ -176,21 +176,17 @@ def _reserve(
 
 @contextmanager
 def _preserved(modules: Modules, gpus: list[torch.device]) -> Iterator[None]:
-    """Training mode, uncompiled; restores modes, buffers and torch's random generators."""
+    """Training mode, uncompiled; restores modes, all buffers and torch's random generators."""
     modes = [(module, module.training) for _, module in named_modules(modules)]
-    buffers = [(buffer, buffer.clone()) for _, buffer in named_buffers(modules)]
+    buffers = [buffer for _, buffer in named_buffers(modules)]
     for module in modules.values():
         module.train()
-    # Uncompiled: compiling for each size takes minutes
-    with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices=gpus), eager(), restored(modules, buffers):
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:

@@ -24,14 +24,13 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
-from hvdlarge.config.planning import stages_of
 from hvdlarge.data import seeds
 from hvdlarge.data.batches import twofold
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
@@ -48,6 +47,7 @@ from hvdlarge.models.state import (
     pack,
     saved_tensors,
 )
+from hvdlarge.preflight.trial import clear_gradients, eager, restored
 from hvdlarge.preflight.user_code import describe, reading_samples, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
 from hvdlarge.replica.objective import LossValue, Objective
@@ -164,7 +164,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(plan: Plan) -> _Sizes:
     candidates = []
-    for stage in stages_of(plan):
+    for stage in plan.stages:
         for batch in ([stage.global_batch] if stage.steps > 1 else []) + [stage.last_batch]:
             micro = min(batch, plan.micro_batch_of(batch))
             where = (
@@ -222,7 +222,7 @@ class Rehearsal:
 
     def __init__(self, objective: Objective, key: int) -> None:
         self._objective, self._key = objective, key
-        self._model, self._precision = objective.model, objective.precision
+        self._precision = objective.precision
         self._modules = objective.modules
         self._layers = [layer for layer in tracking_layers(self._modules) if layer.module.training]
 
@@ -238,7 +238,7 @@ class Rehearsal:
             JobError: naming the layer, parameter or buffer that would make results depend on the
                 number of workers, or the error that user code raised, with its line.
         """
-        with _restored(self._modules, self._layers) as restore, _eager(self._model):
+        with _restored(self._modules, self._layers) as restore, eager():
             before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
             before.refuse_changes(self._modules, self._layers)
@@ -261,7 +261,7 @@ class Rehearsal:
                 self._refuse_dependent_writes(written, sign, inputs, targets)
             return first
 
-    def run_once(self, inputs: Any, targets: Any, what: str) -> None:
+    def run_once(self, inputs: Any, targets: Any, what: str) -> Outcome:
         """One pass with a micro-batch of another size, for the errors it may raise.
 
         Args:
@@ -269,11 +269,14 @@ class Rehearsal:
             targets: likewise.
             what: describes the micro-batch, for messages.
 
+        Returns:
+            The outcome of the pass.
+
         Raises:
             JobError: if user code raises.
         """
-        with _restored(self._modules, self._layers), _eager(self._model):
-            self._pass(inputs, targets, what)
+        with _restored(self._modules, self._layers), eager():
+            return self._pass(inputs, targets, what)
 
     @torch.no_grad()
     def refuse_sums(self, inputs: Any, targets: Any) -> None:
@@ -285,7 +288,7 @@ class Rehearsal:
         Raises:
             JobError: for a sum without a weight, or a weight without a sum.
         """
-        with _restored(self._modules, self._layers), _eager(self._model):
+        with _restored(self._modules, self._layers), eager():
             with user_code("the first micro-batch"):
                 seed_all(self._key)
                 once, outputs, targets = self._objective.evaluate(inputs, targets)
@@ -345,7 +348,7 @@ class Rehearsal:
         size = batch.micro_batch.size
         with (
             _restored(self._modules, self._layers),
-            _eager(self._model),
+            eager(),
             self._evaluating(),
             explain_out_of_memory(
                 f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
@@ -392,7 +395,7 @@ class Rehearsal:
     ) -> Outcome:
         """Forward and backward; gradients are accumulated if `add`, and replaced otherwise."""
         if not add:
-            _clear_gradients(self._modules)
+            clear_gradients(self._modules)
         counts = [int(layer.uses) for layer in self._layers]
         with user_code(what):
             value = self._forward(inputs, targets)
@@ -625,41 +628,19 @@ def _changed_message(name: str) -> str:
     )
 
 
-def _eager(model: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Run a compiled model eagerly: compiling takes minutes, and steps may have other sizes."""
-    if model._compiled_call_impl is None:  # avoids importing the compiler
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-@contextmanager
-def _restored(modules: Modules, layers: list[NormLayer]) -> Iterator[Callable[[], None]]:
-    """Restore buffers and counts, and clear gradients, at the end of the `with` block; yields a
-    function that restores the buffers and counts at once.
+def _restored(
+    modules: Modules, layers: list[NormLayer]
+) -> AbstractContextManager[Callable[[], None]]:
+    """Restore saved buffers and counts, and clear gradients; see `restored`. Caches that are not
+    saved stay: a second pass shows whether results depend on them.
     """
-    buffers = {
-        id(value): value
+    saved = (
+        value
         for value in saved_tensors(modules).values()
         if not isinstance(value, torch.nn.Parameter)
-    }
-    buffers |= {id(buffer): buffer for layer in layers for buffer in (*layer.averages, layer.uses)}
-    copies = [(buffer, buffer.clone()) for buffer in buffers.values()]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
-
-    try:
-        yield restore
-    finally:
-        restore()
-        _clear_gradients(modules)
-
-
-def _clear_gradients(modules: Modules) -> None:
-    for _, weight in named_parameters(modules):
-        weight.grad = None
+    )
+    statistics = (buffer for layer in layers for buffer in (*layer.averages, layer.uses))
+    return restored(modules, [*saved, *statistics])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdlarge.comm.launcher import cores_per_worker
 from hvdlarge.config.job import Job
-from hvdlarge.config.planning import layout_of, stages_of
+from hvdlarge.config.planning import layout_of
 from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
@@ -131,7 +131,7 @@ def stage_table(plan: Plan, estimated: Sequence[Mapping[str, Any]] | None = None
     if estimated is not None:
         rows[0] += ("full rate", "samples", "saved")
         rows[0] += ("time",) if "seconds" in estimated[0] else ()
-    stages = stages_of(plan)
+    stages = plan.stages
     for stage in stages:
         more: tuple[str, ...] = ()
         if estimated is not None:
@@ -187,7 +187,7 @@ def notes(plan: Plan, model: Any) -> list[str]:
             "note     batch.micro is auto: dropout, if there is any, depends on the number of "
             "workers"
         )
-    stages = stages_of(plan)
+    stages = plan.stages
     batches = {stage.last_batch for stage in stages}
     batches |= {stage.global_batch for stage in stages if stage.steps > 1}
     single = sorted(batch for batch in batches if (batch - 1) % plan.micro_batch_of(batch) == 0)
@@ -220,7 +220,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
         )
     lines += _loss_notes(job, plan)
     lines += _average_notes(job, plan)
-    last = stages_of(plan)[-1]
+    last = plan.stages[-1]
     if last.full_rate > epochs and not last.open_end:
         lines.append(
             "note     the run ends before the lr reaches its full value, which would be at epoch "
@@ -231,7 +231,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
 
 def _loss_notes(job: Job, plan: Plan) -> list[str]:
     largest = layout_of(
-        plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in stages_of(plan))
+        plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in plan.stages)
     )
     of_torch = job.loss.name.startswith("torch.nn:")
     if not (of_torch and "ignore_index" in job.loss.args and largest.num_micro_batches > 1):

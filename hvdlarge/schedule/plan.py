@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.growth import Growth
 from hvdlarge.schedule.lr import LRSchedule
+from hvdlarge.schedule.outline import StageOutline, outline
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.schedule.warmup import StageStart
 
@@ -29,6 +31,18 @@ class Plan:
     world_size: int  # workers
     # Samples that fit at once on every worker; None: as many as there are
     largest_micro_batch: int | None = None
+
+    @functools.cached_property
+    def stages(self) -> list[StageOutline]:
+        """Its stages, as far as they are known before the run; the last one says whether they end
+        before the run does. Found once: for a long run that takes a second.
+
+        Raises:
+            ValueError: if the growth gives a smaller batch after a larger one.
+        """
+        return outline(
+            self.clock, self.base_batch, self.initial_batch, self.growth, self.lr_schedule
+        )
 
     def micro_batch_of(self, global_batch: int) -> int:
         """Samples of one forward/backward pass in a step of `global_batch` samples."""

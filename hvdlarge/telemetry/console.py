@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 
 
 def print_status(text: str) -> None:
@@ -15,3 +18,19 @@ def print_error(text: str) -> None:
     """Print an error message in one write."""
     sys.stderr.write(f"hvdlarge: error: {text}\n")
     sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def only_if(reports: bool) -> Iterator[None]:
+    """Let the `with` block print only if this process reports for all; others, which exit with the
+    same code, are silent.
+    """
+    if reports:
+        yield
+        return
+    with (
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
+    ):
+        yield

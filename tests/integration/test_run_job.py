@@ -48,7 +48,9 @@ def test_objects_are_trained_on_every_rank_and_hold_the_trained_weights(start, f
         for rank in range(workers):
             weights = torch.load(folder / f"run-{turn}-{rank}.pt", weights_only=True)
             for name, value in weights.items():
-                if "running" not in name and "tracked" not in name:  # the program's own pass moved them
+                if (
+                    "running" not in name and "tracked" not in name
+                ):  # the program's own pass moved them
                     assert torch.equal(value, kept[name].to(value.dtype)), (turn, rank, name)
                 else:
                     assert (value - kept[name]).abs().max() <= 1 + 0.2 * kept[name].abs().max()

@@ -8,7 +8,6 @@ import pytest
 
 from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job_file import read_job
-from hvdlarge.config.planning import stages_of
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.reporting.describe import growth_line, stage_table
 from hvdlarge.schedule.decay import (
@@ -107,7 +106,7 @@ def test_steps_follow_each_other_without_gap_and_end_with_the_last_sample(plan):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_outline_is_what_the_controller_does(plan):
     decisions = all_of(plan)
-    stages = stages_of(plan)
+    stages = plan.stages
     for stage, group in itertools.groupby(decisions, lambda decision: decision.stage):
         steps, outlined = list(group), stages[stage]
         assert (outlined.stage, outlined.steps) == (stage, len(steps))
@@ -134,7 +133,7 @@ def test_a_million_steps_are_outlined_without_taking_them():
     plan = make_plan(
         size=10**9, epochs=90, initial=1024, growth=AdaBatchGrowth(every_epochs=20, max=16384)
     )
-    assert sum(stage.steps for stage in stages_of(plan)) > 10**7
+    assert sum(stage.steps for stage in plan.stages) > 10**7
 
 
 def test_auto_shares_a_step_evenly():

@@ -15,7 +15,7 @@ from support.comparing import distance, read_lines, same
 from hvdlarge import plan as plan_door
 from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job import Batch, Job
-from hvdlarge.config.planning import estimate, plan_run, stages_of
+from hvdlarge.config.planning import estimate, plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.digits import digits
 from hvdlarge.reporting.describe import rule_notes, stage_table
@@ -209,7 +209,7 @@ def test_the_plan_of_a_measured_growth_ends_where_the_first_measurement_is_neede
     plan = plan_run(job, len(digits()[0]), 2)
     lines = read_lines(whole / "decisions.jsonl")
     point = next(line for line in lines if line["epoch"] >= 0.5)
-    (stage,) = stages_of(plan)
+    (stage,) = plan.stages
     assert (stage.open_end, stage.steps, stage.end) == (True, point["step"], point["epoch"])
     estimated = estimate(job, plan, None)
     assert (estimated["steps"], estimated["measured_from_epoch"]) == (point["step"], point["epoch"])

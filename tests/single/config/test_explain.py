@@ -48,7 +48,7 @@ def test_a_key_that_means_the_same_everywhere_is_explained_once():
 @pytest.mark.parametrize(
     ("key", "problem"),
     [
-        ("lr.warmpu", "unknown key 'lr.warmpu'; did you mean lr.warmup"),
+        ("lr.warmpu", "unknown key 'lr.warmpu'; did you mean 'warmup'?"),
         ("zzz", "unknown key 'zzz'; known keys: name, run_dir"),
         ("lr.base.x", "lr.base is not a section: it has no keys"),
         ("lr..base", "unknown key 'lr.'"),
@@ -67,4 +67,4 @@ def test_the_command_explains_and_leaves(capsys):
     with pytest.raises(SystemExit) as left:
         train.main(["--explain", "lr.bas"])
     assert left.value.code == 2
-    assert "did you mean lr.base?" in capsys.readouterr().err
+    assert "did you mean 'base'?" in capsys.readouterr().err

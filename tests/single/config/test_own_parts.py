@@ -10,7 +10,7 @@ import yaml
 from hvdlarge.checkpoint import resume
 from hvdlarge.config.job_file import parse_job, read_job
 from hvdlarge.config.json_schema import job_schema
-from hvdlarge.config.planning import plan_run, stages_of
+from hvdlarge.config.planning import plan_run
 from hvdlarge.exits import CheckpointError, JobError
 
 PARTS = '''
@@ -115,7 +115,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_they_decide_what_they_say(folder):
     job = read_job(str(folder / "job.yaml"))
-    stages = stages_of(plan_run(job, 100, 2))
+    stages = plan_run(job, 100, 2).stages
     assert [stage.global_batch for stage in stages] == [10, 20, 30, 40]
     assert stages[-1].last_lr == pytest.approx(0.5 * 0.5 ** (stages[-1].start / 2), rel=0.3)
     assert job.lr.decay.policy == "policies_for_test:Halving"

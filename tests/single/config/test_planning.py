@@ -17,7 +17,6 @@ from hvdlarge.config.planning import (
     curve_of,
     estimate,
     plan_run,
-    stages_of,
     training_samples,
 )
 from hvdlarge.config.registry import training_samples as built_in_samples
@@ -79,7 +78,7 @@ def test_an_estimate_holds_the_sums_of_the_controllers_decisions(name, world_siz
 def test_checkpoints_are_counted_as_the_run_writes_them(cadence):
     job = read_job(str(ROOT / "jobs/digits.yaml"), [f"checkpoint={cadence}", "epochs=13.3"])
     plan = plan_run(job, 1437, 2)
-    written = dict.fromkeys(range(len(stages_of(plan))), 0)
+    written = dict.fromkeys(range(len(plan.stages)), 0)
     for decision in iter(Controller(plan).decide, None):
         epochs = [
             plan.clock.epoch(decision.samples_seen + more) for more in (0, decision.global_batch)
@@ -92,7 +91,7 @@ def test_checkpoints_are_counted_as_the_run_writes_them(cadence):
         )
         steps = job.checkpoint.every_steps
         written[decision.stage] += bool(due or (steps and (decision.step + 1) % steps == 0))
-    assert checkpoints_of(job.checkpoint, stages_of(plan), plan.clock) == list(written.values())
+    assert checkpoints_of(job.checkpoint, plan.stages, plan.clock) == list(written.values())
 
 
 def test_the_curve_goes_through_the_controllers_decisions():
