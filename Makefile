@@ -1,7 +1,7 @@
 # make demo    set up, then train the main job on two workers
 # make test    set up, then run every test
 # make test-faults  every fault of the list in docs/fault-tests.md; make test-kill: the long kill trial; make test-laws: whole jobs
-# make test-fuzz    the laws on 5,000 jobs drawn at random, and some hundreds of them over MPI and Horovod
+# make test-fuzz    5,000 jobs drawn at random, each beside a plain loop; 600 more over MPI and Horovod
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
@@ -76,7 +76,7 @@ test-kill: $(stamp)
 test-laws: $(stamp)
 	$(bin)/python trials/law_trial.py
 
-# The laws on jobs drawn at random, ranks as threads; then a share of them over the real wires: about half an hour. A violation is
+# The laws on jobs drawn at random, ranks as threads; then on 600 more over MPI and Horovod: about half an hour. A violation is
 # written to violations.jsonl; `python trials/laws.py --replay FILE` judges it again.
 test-fuzz: $(stamp)
 	$(bin)/python trials/laws.py --jobs 5000 --processes 2

@@ -13,6 +13,7 @@ VERBS = {
     "train": ("train a job", "hvdlarge.train"),
     "launch": ("train a job on many workers, with restarts", "hvdlarge.launch"),
     "plan": ("show a run before it is started", "hvdlarge.plan"),
+    "export": ("write the weights of a run to a file", "hvdlarge.export"),
     "doctor": ("check this machine", "hvdlarge.doctor.__main__"),
     "bench": ("measure the engine's speed on this machine", "hvdlarge.bench.__main__"),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hvdlarge.comm.launcher import detect
+from hvdlarge.comm.launcher import detect, wrong_launch
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config import yaml_source
 from hvdlarge.config.job import Job
@@ -43,7 +43,8 @@ def run_job(
 
     Raises:
         JobError: if the job is invalid.
-        InvalidEnvironmentError: if a launcher started this process: use `hvdlarge train` there.
+        InvalidEnvironmentError: if a launcher started several processes: use `hvdlarge train`
+            there, under MPI.
         RunExit: for every other end with an exit code (see exits.py).
 
     >>> run_job({"name": "oops"})
@@ -52,6 +53,8 @@ def run_job(
     hvdlarge.exits.JobError: job.yaml: 5 problems in the job file
     ...
     """
+    if wrong := wrong_launch(os.environ):
+        raise InvalidEnvironmentError(wrong)
     launch = detect(os.environ)
     if launch is not None:
         raise InvalidEnvironmentError(

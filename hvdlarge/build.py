@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from hvdlarge.comm.devices import check_gpus, choose_device
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
@@ -18,6 +18,7 @@ from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ran
 from hvdlarge.config import job as sections
 from hvdlarge.config import registry
 from hvdlarge.config.job import Job
+from hvdlarge.config.part_errors import describe
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
@@ -32,19 +33,23 @@ from hvdlarge.data.loader import (
     make_dataloader,
 )
 from hvdlarge.data.rng import seed_all
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.evaluation.evaluation import Evaluation
-from hvdlarge.evaluation.metric import Metrics, check_metric
-from hvdlarge.exits import JobError
+from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
+from hvdlarge.evaluation.states import StateMetric
+from hvdlarge.exits import JobError, is_out_of_memory
+from hvdlarge.models.freezing import freeze
 from hvdlarge.models.state import (
     Modules,
     extra_states,
     named_buffers,
     pack,
     set_extra_states,
-    trained_modules,
     unpack,
 )
-from hvdlarge.models.state import named_parameters as every_parameter
+from hvdlarge.models.state import (
+    named_parameters as every_parameter,
+)
 from hvdlarge.optim.build import build_optimizer
 from hvdlarge.optim.interface import MeanGradientOptimizer
 from hvdlarge.optim.own import OptimizerRefused
@@ -52,9 +57,12 @@ from hvdlarge.optim.param_groups import named_parameters
 from hvdlarge.optim.precision import LossScaler, Precision, scale_for_compression
 from hvdlarge.optim.sections import OptimizerSection, OwnOptimizer
 from hvdlarge.preflight.auto_micro_batch import with_largest_micro_batch
+from hvdlarge.preflight.rehearsal import Rehearsed
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
+from hvdlarge.replica.ema import WeightAverage
+from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.nonfinite import (
@@ -64,8 +72,7 @@ from hvdlarge.resilience.nonfinite import (
     SkipPolicy,
     StopPolicy,
 )
-from hvdlarge.resilience.out_of_memory import is_out_of_memory
-from hvdlarge.resilience.user_errors import describe
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
@@ -77,17 +84,16 @@ from hvdlarge.world import RankContext
 class Components:
     """What a job names, built on this rank alone; the same on every rank."""
 
-    precision: Precision
+    objective: Objective  # model and loss
     training_set: Any
     test_set: Any  # or None
     sizes: Mapping[str, int | None]  # of both, in samples
     plan: Plan
-    model: torch.nn.Module
-    loss: Callable[[Any, Any], torch.Tensor]
     optimizer: MeanGradientOptimizer
+    form: SampleForm = field(default_factory=SampleForm)  # of the samples of both sets
     metrics: Metrics = field(default_factory=dict)  # none
     notes: Sequence[str] = ()  # what the user may not expect
-    rounds_differently: bool = False  # whether ranks use different floating-point rounding
+    rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
     hooks: Sequence[tuple[str, Any]] = ()  # with their names
 
 
@@ -104,24 +110,27 @@ def build_components(job: Job, context: RankContext) -> Components:
     notes = check_gpus(device, control, tensors)
     with context.watchdog.during("data"):
         training_set, test_set = raise_on_all_ranks(control, lambda: load_data(job.data, job.seed))
+    if test_set is None and job.checkpoint.best is not None:
+        raise_on_all_ranks(control, lambda: _refuse_best(job))
     sizes = {
         "training samples": len(training_set),
         "test samples": None if test_set is None else len(test_set),
     }
     check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
     plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
-    model, loss, optimizer, model_notes = raise_on_all_ranks(
+    objective, optimizer, model_notes = raise_on_all_ranks(
         control, lambda: build_learning(job, precision)
     )
-    metrics = raise_on_all_ranks(control, lambda: build_metrics(job.evaluate))
+    form = raise_on_all_ranks(control, lambda: sample_form(job.data))
+    metrics = raise_on_all_ranks(control, lambda: build_metrics(job))
     hooks = raise_on_all_ranks(control, lambda: build_hooks(job)) if job.hooks else []
     if job.batch.micro == "auto" and device.type == "cuda":
-        channels_last = job.model.channels_last
+        first = first_sample(job.data, form, training_set)
         plan = with_largest_micro_batch(
-            plan, model, loss, precision, training_set, job.data, channels_last, control
+            plan, objective, first, control, averages=job.ema is not None
         )
     return Components(
-        precision, training_set, test_set, sizes, plan, model, loss, optimizer, metrics,
+        objective, training_set, test_set, sizes, plan, optimizer, form, metrics,
         [*notes, *model_notes], hooks=hooks,
     )  # fmt: skip
 
@@ -144,21 +153,8 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
             f"{_kind(pair)}"
         )
     for what, dataset in zip(("training set", "test set"), pair, strict=True):
-        if dataset is None and what == "test set":
-            continue
-        if isinstance(dataset, IterableDataset):
-            raise JobError(
-                f"data.name: the {what} of {data.name} is an IterableDataset "
-                f"({type(dataset).__name__}), which cannot be asked for a sample by its number; "
-                "the engine needs a map-style set, with __len__ and __getitem__"
-            )
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise JobError(
-                f"data.name: the {what} of {data.name} has no length or no items; it is "
-                f"{_kind(dataset)}"
-            )
-        if len(dataset) == 0:
-            raise JobError(f"data.name: the {what} of {data.name} is empty")
+        if dataset is not None or what == "training set":
+            _check_map_style(f"data.name: the {what} of {data.name}", dataset)
     if data.samples is not None and len(pair[0]) != data.samples:
         raise JobError(
             f"data.samples is {data.samples:,}, but the training set of {data.name} has "
@@ -167,11 +163,41 @@ def load_data(data: sections.Data, seed: int) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
+def _check_map_style(what: str, dataset: Any) -> None:
+    """Raise JobError unless a set has a length of at least 1, and samples by number."""
+    if isinstance(dataset, DataLoader):
+        raise JobError(f"{what} is a DataLoader: return its data set, the engine makes the batches")
+    iterable_only = not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+    if iterable_only or isinstance(dataset, IterableDataset):
+        kind = "an IterableDataset" if isinstance(dataset, IterableDataset) else _kind(dataset)
+        name = f" ({type(dataset).__name__})" if isinstance(dataset, IterableDataset) else ""
+        raise JobError(
+            f"{what} is {kind}{name}: the engine needs a map-style set, with __len__ and "
+            "__getitem__\nThe order of the samples is a permutation of their numbers, so that it "
+            "does not depend on the number of workers and a resume can enter it anywhere. Use a "
+            "list of the samples if they fit in memory, else an index of files, or of positions in "
+            "them, from which __getitem__ reads one sample"
+        )
+    try:
+        size = len(dataset)
+    except Exception as error:
+        raise JobError(f"{what}: its length raises {describe(error)}") from None
+    if size == 0:
+        raise JobError(f"{what} is empty")
+
+
+def _refuse_best(job: Job) -> None:
+    raise JobError(
+        f"checkpoint.best: {job.checkpoint.best!r} is never measured, since {job.data.name} gives "
+        "no test set: leave checkpoint.best out, or give a test set"
+    )
+
+
 def build_learning(
     job: Job, precision: Precision
-) -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], MeanGradientOptimizer, list[str]]:
-    """Model, loss, optimizer and notes for the user, built on this worker alone as the job names
-    them. The weights depend on the seed only.
+) -> tuple[Objective, MeanGradientOptimizer, list[str]]:
+    """Model and loss, optimizer, and notes for the user, built on this worker alone as the job
+    names them. The weights depend on the seed only.
 
     Modes, types and names are settled here, before anything is derived from them.
 
@@ -185,12 +211,18 @@ def build_learning(
         raise JobError(
             f"model.name: {job.model.name} must give a torch.nn.Module, not {_kind(model)}"
         )
-    loss = registry.instantiate("loss.name", job.loss.name, job.loss.arguments, registry.LOSSES)
+    loss = registry.instantiate_loss("loss.name", job.loss.name, job.loss.arguments)
+    mover = device_mover(precision, job.model.channels_last)
     try:
-        modules = trained_modules(model, loss)
+        objective = Objective(model, loss, precision, mover, job.model.output)
+        modules = objective.modules
+        freeze(modules, job.model.freeze)
         notes = [note for module in modules.values() if (note := _train_mode(module))]
-        for module in modules.values():
-            precision.convert(module)
+        with explain_out_of_memory(
+            "moving the model to the device", "use a smaller model, or a device with more memory"
+        ):
+            for module in modules.values():
+                precision.convert(module)
         _own_memory(modules)
         _check_parameters(modules)
         tracking_layers(modules)  # raises if the engine cannot keep these modules' statistics
@@ -200,7 +232,7 @@ def build_learning(
             model.compile()
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
-    return model, loss, _optimizer(modules, job.optimizer), notes
+    return objective, _optimizer(modules, job.optimizer), notes
 
 
 def _optimizer(modules: Modules, section: OptimizerSection) -> MeanGradientOptimizer:
@@ -208,7 +240,7 @@ def _optimizer(modules: Modules, section: OptimizerSection) -> MeanGradientOptim
     try:
         if not isinstance(section, OwnOptimizer):
             return build_optimizer(modules, section)
-        return build_optimizer(modules, section, registry.find("optimizer.name", section.name, {}))
+        return build_optimizer(modules, section, registry.load("optimizer.name", section.name))
     except OptimizerRefused as error:
         raise JobError(f"optimizer.name: {section.name}: {error}") from None
     except ValueError as error:
@@ -277,10 +309,11 @@ def build_replica(
         control: the control channel.
         tensors: the collectives.
     """
-    model, loss, optimizer = components.model, components.loss, components.optimizer
-    modules = trained_modules(model, loss)
+    objective, optimizer = components.objective, components.optimizer
+    modules = objective.modules
     share_state(modules, control, tensors)
     named_weights = named_parameters(optimizer.param_groups)
+    names = {weight: name for name, weight in named_weights}
     compression = job.gradients.compression
     update: DistributedOptimizer
     statistics: RunningStatistics
@@ -293,19 +326,17 @@ def build_replica(
         )
         statistics = RunningStatistics(modules, control.rank, control.size, tensors.gather)
     return Replica(
-        model=model,
-        loss=loss,
-        modules=modules,
+        objective=objective,
+        averaging=WeightedMean(control) if components.rehearsed.weighted_loss else SampleMean(),
         update=update,
         statistics=statistics,
-        precision=components.precision,
         loss_scaler=LossScaler(scale_for_compression(compression, control.size)),
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
-        to_device=device_mover(components.precision, job.model.channels_last),
-        names={weight: name for name, weight in named_weights},
+        names=names,
         seed=job.seed,
         rank=control.rank,
+        ema=None if job.ema is None else WeightAverage(names, job.ema.half_life_samples),
     )
 
 
@@ -333,26 +364,42 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
         set_extra_states(modules, unpack(message))
 
 
-def build_loader(data: sections.Data, training_set: Any, seed: int) -> Loader:
+def build_loader(data: sections.Data, form: SampleForm, training_set: Any, seed: int) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
-    fetch = MicroBatchDataset(training_set, seed, shuffled=True)
+    fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form)
     if reads_batches(training_set):
         return TensorLoader(fetch)
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
 
 
-def build_metrics(evaluate: sections.Evaluate) -> Metrics:
+def sample_form(data: sections.Data) -> SampleForm:
+    """How the samples of a job's data sets become inputs and targets.
+
+    Raises:
+        JobError: for a collate function that is not there.
+    """
+    if data.collate is None:
+        return SampleForm(data.targets)
+    return SampleForm(data.targets, registry.load("data.collate", data.collate))
+
+
+def build_metrics(job: Job) -> Metrics:
     """The metrics that a job names, by the names of their results.
 
     Raises:
-        JobError: for a name that is not there, or something that is no metric.
+        JobError: for a name that is not there, something that is no metric, or a best result that
+            has no direction.
     """
-    metrics = {}
-    for result, name in evaluate.names.items():
-        metrics[result] = registry.instantiate("evaluate.metrics", name, {}, registry.METRICS)
-        check_metric(name, metrics[result])
+    metrics: dict[str, Metric | StateMetric] = {}
+    for result, section in job.evaluate.named.items():
+        key, name = "evaluate.metrics", section.name
+        metric = registry.instantiate(key, name, section.args, registry.METRICS)
+        metrics[result] = build_metric(
+            result, name, metric, section.output, section.targets, section.higher_is_better
+        )
+    rankings(job.checkpoint.best, metrics)
     return metrics
 
 
@@ -365,12 +412,7 @@ def build_hooks(job: Job) -> list[tuple[str, Any]]:
     """
     hooks = []
     for entry in job.hooks:
-        try:
-            hook = registry.instantiate("hooks", entry.name, entry.args, {})
-        except JobError:
-            raise
-        except Exception as error:
-            raise JobError(f"hooks: {entry.name} cannot be built: {describe(error)}") from None
+        hook = registry.instantiate("hooks", entry.name, entry.args, {})
         check_hook(entry.name, hook)
         hooks.append((entry.name, hook))
     return hooks
@@ -380,6 +422,7 @@ def build_evaluation(
     data: sections.Data,
     evaluate: sections.Evaluate,
     metrics: Metrics,
+    form: SampleForm,
     test_set: Any,
     rank: int,
     world_size: int,
@@ -389,7 +432,7 @@ def build_evaluation(
         return None
     num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(
-        test_set,
+        MicroBatchDataset(test_set, seed=0, shuffled=False, form=form),
         len(test_set),
         metrics,
         evaluate.micro_batch,
@@ -401,20 +444,34 @@ def build_evaluation(
 
 
 def test_samples(
-    data: sections.Data, evaluate: sections.Evaluate, test_set: Any
+    data: sections.Data, evaluate: sections.Evaluate, form: SampleForm, test_set: Any
 ) -> Callable[[], Iterable[LoadedMicroBatch]]:
     """A function that reads the first micro-batch of a test set twice, in a loader process if there
     are any.
     """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
-    processes = 0 if reads_batches(test_set) else min(1, data.num_workers)
-    loader = make_dataloader(
-        MicroBatchDataset(test_set, 0, shuffled=False),
-        [first, first],
-        processes,
-        data.prefetch_factor,
-    )
+    loader = _in_order(data, form, test_set, [first, first])
     return lambda: loader
+
+
+def first_sample(
+    data: sections.Data, form: SampleForm, training_set: Any
+) -> Callable[[], LoadedMicroBatch]:
+    """A function that reads the first sample of a training set, as a micro-batch of one."""
+    return lambda: next(iter(_in_order(data, form, training_set, [MicroBatch(0, 0, 1)])))
+
+
+def _in_order(
+    data: sections.Data, form: SampleForm, dataset: Any, micro_batches: Sequence[MicroBatch]
+) -> Iterable[LoadedMicroBatch]:
+    """Micro-batches of a data set in its own order.
+
+    They are read in a loader process if there are any: a data set that opens files lazily must not
+    open them in this process.
+    """
+    processes = 0 if reads_batches(dataset) else min(1, data.num_workers)
+    fetch = MicroBatchDataset(dataset, 0, shuffled=False, form=form)
+    return make_dataloader(fetch, micro_batches, processes, data.prefetch_factor)
 
 
 def build_feed(
@@ -445,7 +502,7 @@ def build_policy(not_finite: Any, state: TrainState, replica: Replica) -> NonFin
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:
         policy = StopPolicy()
-    if replica.precision.scales_losses:
+    if replica.objective.precision.scales_losses:
         return LossScalingPolicy(policy, replica.loss_scaler, state)
     return policy
 

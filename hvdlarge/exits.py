@@ -104,7 +104,38 @@ def run_exit(code: int, message: str) -> RunExit:
     return kinds.get(code, RunExit)(message)
 
 
+class PartError(Exception):
+    """A part that the job names broke its contract on one rank. Not a RunExit, since the other
+    ranks do not raise it.
+    """
+
+
 class OutOfMemory(Exception):
     """One rank ran out of memory; the message says what to change. Not a RunExit, since the other
     ranks do not raise it.
     """
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's, on a CPU
+    "not enough memory",
+    "CUDA error: out of memory",  # outside torch's caching allocator
+    "[CUDA]: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a GPU or the host ran out of memory. Needs no torch.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape mismatch"))
+    (True, False)
+    """
+    if isinstance(error, (MemoryError, OutOfMemory)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # torch.OutOfMemoryError, by its name
+    return type(error).__name__ == "OutOfMemoryError" or any(
+        text in str(error) for text in _OUT_OF_MEMORY
+    )

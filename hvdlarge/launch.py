@@ -23,11 +23,13 @@ from types import FrameType
 from typing import NamedTuple
 
 from hvdlarge import exits
+from hvdlarge.comm.launcher import detect, reports_wrong_launch, wrong_launch
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
 # A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank
 _RESTARTABLE = frozenset([exits.HUNG, exits.LOST_RANK, 134, 137, 139])
+_USR1_CODE = 128 + signal.SIGUSR1  # of a process that SIGUSR1 has killed
 _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 _HOSTS_COMMAND_SECONDS = 120.0
@@ -39,6 +41,21 @@ class Hosts(NamedTuple):
 
     value: str  # of mpirun's option --host
     slots: int  # of all hosts together
+
+    def equation(self) -> str:
+        """Where the slots come from.
+
+        >>> parse_hosts("a:4, b:4").equation(), parse_hosts("a:4, b:2").equation()
+        ('2 hosts × 4 slots = 8', '4 + 2 = 6 slots')
+        """
+        counts = [host.rpartition(":")[2] for host in self.value.split(",")]
+        if len(set(counts)) == 1:
+            hosts, slots = (
+                f"{number} {word}{'' if int(number) == 1 else 's'}"
+                for number, word in ((len(counts), "host"), (counts[0], "slot"))
+            )
+            return f"{hosts} × {slots} = {self.slots}"
+        return f"{' + '.join(counts)} = {self.slots} slots"
 
 
 def parse_hosts(text: str) -> Hosts:
@@ -83,6 +100,9 @@ class Launcher:
         restart_stopped: restart also after an orderly stop (exit code 75) that was not requested
             through this launcher.
         progress: returns a number that grows with the run's progress.
+        fresh: pass --fresh to the first start, and to the next as long as one ends before it has
+            set the earlier run aside. A restart resumes what the first start began.
+        folder: of the run; needed for `fresh`.
     """
 
     def __init__(
@@ -95,6 +115,8 @@ class Launcher:
         max_restarts: int,
         restart_stopped: bool,
         progress: Callable[[], int],
+        fresh: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self._command = list(command)
         self._workers = workers
@@ -104,20 +126,29 @@ class Launcher:
         self._max_restarts = max_restarts
         self._restart_stopped = restart_stopped
         self._progress = progress
+        self._folder = folder
+        self._fresh = fresh
+        holds_run = folder is not None and (folder / "job.resolved.yaml").exists()
+        self._earlier_run = self._identity() if holds_run else None
         self._stop_signal: str | None = None  # by which this launcher was asked to stop
         self._stop_time = 0.0  # of that signal, in seconds of time.monotonic
 
     def run(self) -> int:
         """Run the job, with restarts; returns the exit code of the last start."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
         restarts = without_progress = 0
         while True:
-            before = self._progress()
+            before = -1 if self._fresh else self._progress()
             code = self._start_once()
             if not self._should_restart(code):
                 return code
-            without_progress = 0 if self._progress() > before else without_progress + 1
+            # An earlier run that is still in its place has not been set aside yet
+            self._fresh = self._fresh and self._earlier_run is not None
+            self._fresh = self._fresh and self._identity() == self._earlier_run
+            moved = not self._fresh and self._progress() > before
+            without_progress = 0 if moved else without_progress + 1
             restarts += 1
             if without_progress >= _NO_PROGRESS_LIMIT:
                 print_error(
@@ -137,6 +168,13 @@ class Launcher:
             if self._stop_signal is not None:
                 return code
 
+    def _identity(self) -> int | None:
+        """A number that tells the run folder from another of its name; None if there is none."""
+        try:
+            return None if self._folder is None else self._folder.stat().st_ino
+        except OSError:
+            return None
+
     def _should_restart(self, code: int) -> bool:
         if self._stop_signal is not None:
             return False
@@ -150,8 +188,14 @@ class Launcher:
                 print_status(f"launch: {self._stop_signal}: nothing was started")
                 return exits.STOPPED
             workers, host_option = min(workers, hosts.slots), ["--host", hosts.value]
+            if workers < self._workers:
+                print_status(
+                    f"launch: warning: {hosts.equation()}, fewer than the {self._workers} workers "
+                    f"of -np: the run has {workers}"
+                )
             print_status(f"launch: {workers} workers on {hosts.value}")
-        command = [*self._mpirun, "-np", str(workers), *host_option, *self._command]
+        fresh = ["--fresh"] if self._fresh else []
+        command = [*self._mpirun, "-np", str(workers), *host_option, *self._command, *fresh]
         try:
             process = subprocess.Popen(
                 command, start_new_session=True, preexec_fn=_stop_with_parent
@@ -160,6 +204,9 @@ class Launcher:
             print_error(
                 f"{command[0]} is not on PATH; install an MPI, or name its launcher with --mpirun"
             )
+            return exits.WRONG_ENVIRONMENT
+        except OSError as error:  # it is not executable, for instance
+            print_error(f"{command[0]} cannot be started: {error.strerror}")
             return exits.WRONG_ENVIRONMENT
         return self._watch(process)
 
@@ -171,7 +218,8 @@ class Launcher:
         while True:
             try:
                 code = process.wait(timeout=0.2)
-                return 128 - code if code < 0 else code
+                code = 128 - code if code < 0 else code
+                return self._stopped_early() if signals_sent == 1 and code == _USR1_CODE else code
             except subprocess.TimeoutExpired:
                 pass
             if self._stop_signal is None:
@@ -192,6 +240,16 @@ class Launcher:
             elif signals_sent == 2 and time.monotonic() - terminated > _TERMINATE_SECONDS:
                 _signal_group(process, signal.SIGKILL)
                 signals_sent = 3
+
+    def _stopped_early(self) -> int:
+        """The request to stop reached mpirun or a rank that did not handle it yet (or any more), so
+        this start has trained nothing that is not in a checkpoint.
+        """
+        print_status(
+            f"launch: {self._stop_signal}: stopped before the ranks were ready; the same command "
+            "goes on from the last checkpoint, or begins"
+        )
+        return exits.STOPPED
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop_signal is None:
@@ -226,6 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Launch a job; returns the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if (code := _refuse_launchers()) is not None:
+            return code
         if options.np < 1:
             raise exits.JobError("-np must be at least 1")
         if options.hosts_file and options.hosts_command:
@@ -237,16 +297,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command,
             options.np,
             hosts,
-            shlex.split(options.mpirun),
+            _mpirun_command(options.mpirun),
             options.grace_seconds,
             options.max_restarts,
             options.restart_stopped,
             lambda: checkpointed_steps(folder),
+            options.fresh,
+            folder,
         )
         return launcher.run()
     except exits.RunExit as end:
         print_error(str(end))
         return end.code
+
+
+def _refuse_launchers() -> int | None:
+    """The exit code where a launcher started this command several times, which one process per
+    host reports; None otherwise.
+    """
+    if wrong := wrong_launch(os.environ):
+        if reports_wrong_launch(os.environ):
+            print_error(wrong)
+        return exits.WRONG_ENVIRONMENT
+    launch = detect(os.environ)
+    if launch is None or launch.size < 2:
+        return None
+    if launch.is_local_leader:
+        print_error(
+            f"hvdlarge launch starts mpirun itself, but {launch.launcher} started it "
+            f"{launch.size} times: run it without a launcher, or start `hvdlarge train` with it"
+        )
+    return exits.WRONG_ENVIRONMENT
+
+
+def _mpirun_command(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise exits.JobError(f"--mpirun {text}: {error}") from None
+    if not words:
+        raise exits.JobError("--mpirun is empty: name the command that starts the ranks")
+    return words
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -284,6 +375,11 @@ def _parser() -> argparse.ArgumentParser:
         "--restart-stopped",
         action="store_true",
         help="restart also after exit code 75 (stopped on request)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="set an earlier run aside and begin anew; restarts resume the new run",
     )
     parser.add_argument("job", help="the job file")
     parser.add_argument(

@@ -13,6 +13,7 @@ import torch
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
+from hvdlarge.config.job import AVERAGED
 from hvdlarge.controller import DecisionFeed
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.evaluation.evaluation import Evaluation
@@ -81,7 +82,7 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         RollBack: on every rank, by the job's policy.
     """
     timers = PhaseTimers()
-    parts.replica.set_mode(training=True)
+    parts.replica.objective.set_mode(training=True)
     parts.buffer_guard.begin(parts.replica)
     while True:
         with timers("decide"):
@@ -128,6 +129,10 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
+    parts.watchdog.progress("step")
+    if outcome.applied and replica.ema is not None:
+        with timers("update"):
+            replica.ema.follow(decision.global_batch)
     if compare:
         parts.buffer_guard.refuse_changes(parts.control, parts.replica)
     return outcome
@@ -175,7 +180,7 @@ def call_hooks(parts: LoopComponents, event: str, state: TrainState, decision: D
                 lr=decision.lr,
                 loss=state.results["loss"] if _is_logged(parts, decision) else None,
                 results=MappingProxyType(dict(state.results)),
-                model=parts.replica.model,
+                model=parts.replica.objective.model,
                 rank=parts.control.rank,
                 world_size=parts.control.size,
             )
@@ -273,7 +278,7 @@ def evaluate(
         return False
     with timers("measure"), parts.watchdog.during("evaluate"):
         parts.replica.statistics.all_reduce(parts.tensors.sum)
-        results = parts.evaluation.run(parts.replica, parts.tensors)
+        results = evaluate_weights(parts.evaluation, parts.replica, parts.tensors)
         parts.replica.statistics.to_partial()
     # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
@@ -289,6 +294,20 @@ def evaluate(
         )
     call_hooks(parts, "after_evaluation", state, decision)
     return parts.saver.is_best(state, decision, results)
+
+
+def evaluate_weights(
+    evaluation: Evaluation, replica: Replica, tensors: Collectives
+) -> dict[str, float]:
+    """The results of the weights, and those of the averaged ones under names with `ema_`. Every
+    rank calls this together, as `Evaluation.run`.
+    """
+    results = evaluation.run(replica, tensors)
+    if replica.ema is None:
+        return results
+    with replica.ema.in_use():
+        averaged = evaluation.run(replica, tensors)
+    return results | {f"{AVERAGED}{name}": value for name, value in averaged.items()}
 
 
 def save(
@@ -338,7 +357,8 @@ def check_files(parts: LoopComponents) -> None:
 def shared_state(replica: Replica) -> dict[str, torch.Tensor]:
     """The tensors that must be the same on every rank, by name."""
     partial = replica.statistics.partial_buffers()
-    return named_state(replica.modules, replica.update.optimizer, replica.names, partial)
+    state = named_state(replica.modules, replica.update.optimizer, replica.names, partial)
+    return state if replica.ema is None else state | replica.ema.named_tensors()
 
 
 def digests(replica: Replica) -> dict[str, int]:
@@ -367,7 +387,10 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 def fetch_timed(
     parts: LoopComponents, count: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
-    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`."""
+    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
+
+    After the last one begins the phase `allreduce`: other ranks may still wait for their data.
+    """
     fetched = parts.loader.fetch(count)
     for _ in range(count):
         parts.watchdog.progress("fetch")
@@ -375,6 +398,7 @@ def fetch_timed(
             loaded = next(fetched)
         parts.watchdog.progress("step")
         yield loaded
+    parts.watchdog.progress("allreduce")
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:

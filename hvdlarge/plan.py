@@ -1,7 +1,8 @@
 """Shows a run before it is started: `python -m hvdlarge.plan job.yaml --world-size 64`.
 
-Its batches, steps and learning rates, without torch, Horovod, MPI or a single sample. What cannot
-run is refused here in the words of `hvdlarge.train`.
+Its batches, steps and learning rates, without torch, Horovod, MPI or a single sample; only a data
+set whose size is not known otherwise is built. What cannot run is refused here in the words of
+`hvdlarge.train`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.config.json_schema import job_schema
 from hvdlarge.config.planning import (
     Measured,
+    TrainingSamples,
     curve_of,
+    differences,
     estimate,
+    known_or_counted_samples,
+    measured_settings,
     plan_run,
     stages_of,
-    training_samples,
 )
 from hvdlarge.controller import Controller
 from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
@@ -40,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m hvdlarge.plan",
         description=(
             "A run before it is started: batches, steps and learning rates of a job on any number "
-            "of workers. Needs no torch and no MPI."
+            "of workers. Needs no torch and no MPI, except to build a data set whose size is not "
+            "known otherwise."
         ),
         epilog=(
             "Exit codes: 0, or 2 for a wrong job, a wrong command line, or a job that cannot run "
@@ -106,9 +111,15 @@ def _plan(options: argparse.Namespace) -> int:
     jobs = [read_job(job_path(options.job), options.overrides)]
     if options.compare is not None:
         jobs.append(read_job(job_path(options.compare)))
-    plans = [_plan_of(job, options) for job in jobs]
+    samples = [_samples_of(job, options) for job in jobs]
+    plans = [
+        plan_run(job, known.number, options.world_size)
+        for job, known in zip(jobs, samples, strict=True)
+    ]
     estimates = [
-        estimate(job, plan, measured, allreduce) for job, plan in zip(jobs, plans, strict=True)
+        estimate(job, plan, measured, allreduce)
+        | ({"data_set_built": True} if known.was_built else {})
+        for job, plan, known in zip(jobs, plans, samples, strict=True)
     ]
     if options.plot is not None:
         draw(Path(options.plot), [(job.name, plan) for job, plan in zip(jobs, plans, strict=True)])
@@ -125,7 +136,7 @@ def _plan(options: argparse.Namespace) -> int:
     return exits.FINISHED
 
 
-def _plan_of(job: Job, options: argparse.Namespace) -> Plan:
+def _samples_of(job: Job, options: argparse.Namespace) -> TrainingSamples:
     if options.world_size < 1:
         raise exits.JobError(
             f"command line: --world-size is {options.world_size}: at least one worker is needed"
@@ -134,7 +145,15 @@ def _plan_of(job: Job, options: argparse.Namespace) -> Plan:
         raise exits.JobError(
             f"command line: --samples is {options.samples}: at least one sample is needed"
         )
-    return plan_run(job, options.samples or training_samples(job), options.world_size)
+    if options.samples is not None:
+        return TrainingSamples(options.samples)
+    return known_or_counted_samples(job, _count)
+
+
+def _count(job: Job) -> int:
+    from hvdlarge.build import load_data  # needs torch
+
+    return len(load_data(job.data, job.seed)[0])
 
 
 def in_words(
@@ -149,6 +168,7 @@ def in_words(
         f"schedule {estimated['fingerprint']}",
         *stage_table(plan, estimated["stages"]),
         *rule_notes(job, plan),
+        *([built_note(job, plan)] if estimated.get("data_set_built") else []),
         f"steps    {_steps_in_words(plan, estimated)}",
     ]
     warmup = estimated["warmup_epochs"]
@@ -164,6 +184,14 @@ def in_words(
     if measured is not None:
         lines += _costs_in_words(job, plan, estimated, measured)
     return lines
+
+
+def built_note(job: Job, plan: Plan) -> str:
+    """That the data set was built to count its samples."""
+    return (
+        f"note     {job.data.name} was built to count its {plan.clock.dataset_size:,} samples; "
+        f"data.samples: {plan.clock.dataset_size} in the job makes that unnecessary"
+    )
 
 
 def _steps_in_words(plan: Plan, estimated: Mapping[str, Any]) -> str:
@@ -182,8 +210,15 @@ def _steps_in_words(plan: Plan, estimated: Mapping[str, Any]) -> str:
 def _costs_in_words(
     job: Job, plan: Plan, estimated: Mapping[str, Any], measured: Measured
 ) -> list[str]:
-    """Time, memory and disk, a line each."""
+    """Time, memory and disk, a line each, after a note for each way in which the measured run is
+    not like the job.
+    """
     lines = [
+        f"note     --measured: {key} is {_short(there)} in the measured run and {_short(here)} in "
+        "this job; the figures below are those of the measured run"
+        for key, there, here in differences(job, measured)
+    ]
+    lines += [
         f"time     {duration(estimated['seconds'])} at {measured.samples_per_second:,.0f} "
         "samples/s on a busy worker"
     ]
@@ -277,6 +312,7 @@ def read_measured(folder: Path) -> Measured:
             micro_batch=micro if isinstance(micro, int) else None,
             peak_memory_bytes=summary.get("peak_memory_bytes"),
             checkpoint_bytes=last.stat().st_size if last.exists() else None,
+            settings=measured_settings(job),
         )
     except (OSError, ValueError, KeyError, TypeError, yaml_source.SourceError) as error:
         raise exits.JobError(

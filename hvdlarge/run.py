@@ -24,13 +24,13 @@ from hvdlarge.build import (
     build_loader,
     build_policy,
     build_replica,
-    device_mover,
     share_state,
     test_samples,
 )
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder, NoCheckpoints
+from hvdlarge.checkpoint.initial_weights import load_initial_weights
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.environment import host, versions
 from hvdlarge.comm.launcher import cores_per_worker
@@ -39,9 +39,9 @@ from hvdlarge.config.job import Job
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
-from hvdlarge.exits import Stopped
+from hvdlarge.exits import CheckpointWriteError, Stopped
 from hvdlarge.loop import Cadence, LoopComponents, save, train
-from hvdlarge.models.state import trained_modules
+from hvdlarge.models.state import MODEL, Modules
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
 from hvdlarge.preflight.rehearsal import rehearse
 from hvdlarge.replica.replica import Replica
@@ -50,7 +50,7 @@ from hvdlarge.reporting.describe import startup_summary
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
-from hvdlarge.telemetry.console import print_status
+from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, RunView
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
@@ -77,7 +77,7 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
         1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32"
     )
     components = build_components(job, context)
-    loader = build_loader(job.data, components.training_set, job.seed)
+    loader = build_loader(job.data, components.form, components.training_set, job.seed)
     try:
         components = _rehearse(job, components, loader, context)
         _enter(job, job_file, fresh, context, components, loader, hosts)
@@ -87,31 +87,41 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
 
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
     """Rehearse with the first samples; the result also says whether the ranks round differently."""
-    precision, test_set = components.precision, components.test_set
-    read_again = None if test_set is None else test_samples(job.data, job.evaluate, test_set)
+    device, test_set = components.objective.precision.device, components.test_set
+    read_again = (
+        None
+        if test_set is None
+        else test_samples(job.data, job.evaluate, components.form, test_set)
+    )
     with context.watchdog.during("rehearse"):
-        rounds_differently = rehearse(
+        rehearsed = rehearse(
             components.plan,
-            components.model,
-            components.loss,
-            precision,
+            components.objective,
             components.metrics,
-            device_mover(precision, job.model.channels_last),
             loader,
             read_again,
             job.seed,
+            job.on_nonfinite.policy == "stop",
             context.control,
         )
-    if precision.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(precision.device)
-    if not rounds_differently:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    components = replace(components, rehearsed=rehearsed)
+    best = job.checkpoint.best
+    if best in rehearsed.without_result:
+        note = (
+            f"checkpoint.best: {best} does not apply to the first samples of the test set; as "
+            "long as it applies to none, no best.pt is written"
+        )
+        components = replace(components, notes=[*components.notes, note])
+    if not rehearsed.rounds_differently:
         return components
     note = (
         "the ranks round differently (unlike CPUs or GPUs, or numbers of threads): instead of "
         "being compared, weights and optimizer state are taken over from rank 0, every "
         f"{job.compare_every_steps} steps and before each checkpoint"
     )
-    return replace(components, rounds_differently=True, notes=[*components.notes, note])
+    return replace(components, notes=[*components.notes, note])
 
 
 def _enter(
@@ -127,14 +137,10 @@ def _enter(
     control, folder = context.control, job.run_folder
     facts = RunFacts(job.resume_signature(), components.sizes, versions(), control.size)
     checkpoints = CheckpointFolder(folder / "checkpoints", job.checkpoint.keep)  # rank 0's
-    length_may_grow = not job.lr.decay.depends_on_length
-    modules = trained_modules(components.model, components.loss)
+    modules = components.objective.modules
     with context.watchdog.during("checkpoint"):
         start = (
-            on_rank_0(
-                control,
-                lambda: resume.enter(folder, fresh, checkpoints, facts, length_may_grow, modules),
-            )
+            on_rank_0(control, lambda: _start(job, fresh, checkpoints, facts, modules))
             or resume.RunStart()
         )
     try:
@@ -162,7 +168,34 @@ def _enter(
         finally:
             run.log.close()
     finally:
+        _finish_writing(checkpoints, context)
         start.release()
+
+
+def _start(
+    job: Job, fresh: bool, checkpoints: CheckpointFolder, facts: RunFacts, modules: Modules
+) -> resume.RunStart:
+    """Enter the run folder; load the weights from which a run begins, or those of its checkpoint.
+    Rank 0 alone; errors are those of the two.
+    """
+    notes: list[str] = []
+    if job.init_from is not None and (fresh or not checkpoints.newest_first()):
+        # Before the folder is made or set aside: the file may be in it, or be refused
+        notes = load_initial_weights(job.init_from, modules[MODEL])
+    length_may_grow = not job.lr.decay.depends_on_length
+    start = resume.enter(job.run_folder, fresh, checkpoints, facts, length_may_grow, modules)
+    return replace(start, notes=[*notes, *start.notes])
+
+
+def _finish_writing(checkpoints: CheckpointFolder, context: RankContext) -> None:
+    """Wait for a checkpoint that a run which ends with an error has begun to write: the folder is
+    locked for as long as it changes.
+    """
+    with context.watchdog.during("save"):
+        try:
+            checkpoints.finish()
+        except CheckpointWriteError as error:  # must not hide the error that ends the run
+            print_error(str(error))
 
 
 @dataclass(frozen=True)
@@ -205,7 +238,10 @@ class Run:
                 loader.close()
                 progress, state = self._go_back(parts, state, reason)
                 has_gone_back = True
-                loader = build_loader(self.job.data, self.components.training_set, self.job.seed)
+                components = self.components
+                loader = build_loader(
+                    self.job.data, components.form, components.training_set, self.job.seed
+                )
             else:
                 break
             finally:
@@ -231,7 +267,7 @@ class Run:
                 step=begun.step,
                 samples_seen=begun.samples_seen,
                 results=MappingProxyType(dict(state.results)),
-                model=self.replica.model,
+                model=self.replica.objective.model,
             )
 
         parts.hooks.call(event, lambda: [view(), *more])
@@ -274,6 +310,7 @@ class Run:
                 job.data,
                 job.evaluate,
                 components.metrics,
+                components.form,
                 components.test_set,
                 control.rank,
                 control.size,
@@ -287,7 +324,7 @@ class Run:
                 job.log.every_steps, job.evaluate.every_epochs, job.compare_every_steps
             ),
             log=self.log,
-            rounds_differently=components.rounds_differently,
+            rounds_differently=components.rehearsed.rounds_differently,
             hooks=Hooks(components.hooks, control, context.watchdog, self.replica.modules)
             if components.hooks
             else NoHooks(),
@@ -351,7 +388,7 @@ class Run:
         lines = startup_summary(
             job,
             components.plan,
-            components.model,
+            components.objective.model,
             self.replica.update.optimizer,
             components.sizes,
             environment,
@@ -368,7 +405,7 @@ class Run:
             "launcher": None if launch is None else launch.launcher,
             "world_size": self.context.control.size,
             "versions": versions(),
-            "device": str(self.components.precision.device),
+            "device": str(self.components.objective.precision.device),
             "settings": dict(self.context.settings),
             "workers": list(hosts),
         }
@@ -408,7 +445,7 @@ class Run:
 
     def _peak_memory(self) -> int:
         """Peak memory of this rank, in bytes: torch's on its GPU, or the process's on a CPU."""
-        device = self.components.precision.device
+        device = self.components.objective.precision.device
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
@@ -424,4 +461,5 @@ def _configure_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     if deterministic:
         # torch asks for it, before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    # Also turned off: this process may have run another job before
+    torch.use_deterministic_algorithms(deterministic)

@@ -54,7 +54,6 @@ def train_step(
         timers: of the phases.
     """
     numbers = layout.numbers_of_rank(replica.rank)
-    loss_share = torch.zeros((), dtype=torch.float64, device=replica.precision.device)
     policy.before_step(replica)
     replica.update.zero_grad(numbers, layout.num_micro_batches)
     replica.statistics.begin_step()
@@ -64,14 +63,12 @@ def train_step(
     for micro_batch, inputs, targets in micro_batches:
         # Random draws of model and loss are keyed by the micro-batch, not by the worker
         seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
-        with timers("forward"), replica.precision.autocast():
-            outputs = replica.model(replica.to_device(inputs))
-            loss = replica.loss(outputs, replica.to_device(targets))
-            share = loss * (micro_batch.size / decision.global_batch)
+        with timers("forward"):
+            loss = replica.objective(inputs, targets)
+            share = replica.averaging.share(loss, micro_batch.size, decision.global_batch)
         with timers("backward"):
             replica.update.backward(replica.loss_scaler.scaled(share))
             micro_batch_shares.append(share.detach())
-            loss_share += micro_batch_shares[-1]
             without_gradient = {w: name for w, name in without_gradient.items() if w.grad is None}
             replica.update.backward_done()
     got_gradient = _got_gradient(replica, without_gradient) if numbers else None
@@ -82,14 +79,27 @@ def train_step(
         replica.update.synchronize()
         flags = consistency.finish()
         replica.statistics.end_step(layout, flags.uneven)
+        factor = replica.averaging.factor(decision.global_batch)
     # After the all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient
     with timers("update"):
-        replica.loss_scaler.unscale(replica.names)
+        replica.loss_scaler.unscale(replica.names, factor)
         norms = replica.update.optimizer.measure()
         applied = policy.check(decision, replica, norms)
         if applied:
             replica.update.apply(norms.clipped(replica.clip_norm), decision.lr)
-    return StepOutcome(loss_share, micro_batch_shares, flags, applied)
+    return StepOutcome(*_shares(micro_batch_shares, factor, replica), flags, applied)
+
+
+def _shares(
+    micro_batch_shares: list[torch.Tensor], factor: float, replica: Replica
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The share of this worker in the mean loss, and those of its micro-batches."""
+    if factor != 1:
+        micro_batch_shares = [share.double() * factor for share in micro_batch_shares]
+    loss_share = torch.zeros((), dtype=torch.float64, device=replica.objective.precision.device)
+    for share in micro_batch_shares:
+        loss_share += share
+    return loss_share, micro_batch_shares
 
 
 def _got_gradient(

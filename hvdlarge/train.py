@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hvdlarge import __version__, exits
-from hvdlarge.comm.launcher import Launch, detect
+from hvdlarge.comm.launcher import Launch, detect, reports_wrong_launch, wrong_launch
 from hvdlarge.config.explain import explain
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, read_job
-from hvdlarge.config.planning import UnknownSamples, plan_run, training_samples
+from hvdlarge.config.planning import UnknownSamples, known_or_counted_samples, plan_run
 from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.world import RankContext, run_on_all_ranks
 
@@ -28,9 +28,10 @@ from hvdlarge.world import RankContext, run_on_all_ranks
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code. Every rank of a launch calls this together."""
-    launch = detect(os.environ)
-    options = _parse(arguments, is_reporter=launch is None or launch.rank == 0)
-    if options.dry_run:
+    launch, wrong = detect(os.environ), wrong_launch(os.environ)
+    is_reporter = reports_wrong_launch(os.environ) if wrong else launch is None or launch.rank == 0
+    options = _parse(arguments, is_reporter)
+    if options.dry_run and not wrong:
         return _dry_run(options, launch)
 
     def work(context: RankContext, job: Job) -> None:
@@ -46,17 +47,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
     """Print the job with every default and start nothing; every rank returns the same code."""
     is_reporter = launch is None or launch.rank == 0
+    lines = []
     try:
         job = read_job(options.job, options.overrides)
-        with contextlib.suppress(UnknownSamples):  # the plan needs the size of the data set
-            plan_run(job, training_samples(job), 1 if launch is None else launch.size)
+        try:
+            samples = known_or_counted_samples(job, _count)
+        except UnknownSamples as unknown:
+            lines.append(f"# the schedule was not checked: {unknown}")
+        else:
+            plan_run(job, samples.number, 1 if launch is None else launch.size)
+            if samples.was_built:
+                lines.append(f"# {job.data.name} was built: it has {samples.number:,} samples")
     except exits.RunExit as end:
         if is_reporter:
             print_error(str(end))
         return end.code
     if is_reporter:
-        print_status(job.to_yaml().rstrip())
+        print_status("\n".join([*lines, job.to_yaml().rstrip()]))
     return exits.FINISHED
+
+
+def _count(job: Job) -> int:
+    from hvdlarge.build import load_data
+
+    return len(load_data(job.data, job.seed)[0])
 
 
 def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Namespace:
@@ -64,9 +78,9 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
         prog="python -m hvdlarge.train",
         description="Train a job with LARS, AdaBatch and LEGW, alone or on many workers.",
         epilog="Many workers: horovodrun -np 64 python -m hvdlarge.train job.yaml (or mpirun). "
-        "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 internal "
-        "error, 71 the ranks disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint could not be "
-        "written, 75 stopped on request: run it again, 76 a rank was lost, 77 a checkpoint is "
+        "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 an error "
+        "while training, 71 the ranks disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint "
+        "could not be written, 75 stopped on request: run it again, 76 a rank was lost, 77 a checkpoint is "
         "damaged or of another job.",
     )
     parser.add_argument("job", help="the job file, or the name of a shipped job such as digits")

@@ -28,10 +28,12 @@ from hvdlarge.comm.interfaces import (
     RankLostError,
     WorldMismatchError,
 )
-from hvdlarge.comm.launcher import Launch
+from hvdlarge.comm.launcher import Launch, reports_wrong_launch, wrong_launch
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.job import Horovod, Job, Timeouts
+from hvdlarge.config.part_errors import describe, origin
 from hvdlarge.resilience.preemption import StopRequest
+from hvdlarge.resilience.shared_memory import is_shared_memory_error, shared_memory_advice
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.telemetry.console import print_error, print_status
 
@@ -82,13 +84,10 @@ def run_on_all_ranks(
         stop.install_handlers()
     settings = set_environment(launch, horovod)
     try:
-        if os.environ.get("HOROVOD_ELASTIC") == "1":
-            raise WorldMismatchError(
-                "elastic Horovod is not supported; hvdlarge.launch restarts a run with fewer or "
-                "more workers instead"
-            )
+        _refuse_other_launchers()
         control = open_control(launch)
     except WorldMismatchError as error:
+        watchdog.stop()
         return _report_mismatch(error, launch)
     try:
         job = raise_on_all_ranks(control, attempt)
@@ -110,6 +109,16 @@ def run_on_all_ranks(
     control.close()
     watchdog.stop()
     return code
+
+
+def _refuse_other_launchers() -> None:
+    if wrong := wrong_launch(os.environ):
+        raise WorldMismatchError(wrong)
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        raise WorldMismatchError(
+            "elastic Horovod is not supported; hvdlarge.launch restarts a run with fewer or more "
+            "workers instead"
+        )
 
 
 def _check_equal(control: ControlChannel, options: Mapping[str, Any], job: Job | None) -> None:
@@ -146,7 +155,11 @@ def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def _report_mismatch(error: WorldMismatchError, launch: Launch | None) -> int:
-    if launch is None or launch.is_local_leader:
+    if wrong_launch(os.environ):
+        reports = reports_wrong_launch(os.environ)
+    else:
+        reports = launch is None or launch.is_local_leader
+    if reports:
         print_error(f"{error} (host {socket.gethostname()})")
     return exits.WRONG_ENVIRONMENT
 
@@ -172,6 +185,11 @@ def _abort_all(error: BaseException, launch: Launch | None, control: ControlChan
         print_error(f"communication failed on {rank}: {error}")
     elif isinstance(error, exits.OutOfMemory):
         print_error(f"{rank}: {error}")
+    elif is_shared_memory_error(error):
+        print_error(f"{rank}: {shared_memory_advice(error)}")
+        control.abort(exits.WRONG_ENVIRONMENT)
+    elif not isinstance(error, KeyboardInterrupt) and (part := origin(error)):
+        print_error(f"in {part}, on {rank}: {describe(error)}")
     else:
         kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "internal error"
         print_error(f"{kind} on {rank}\n{''.join(traceback.format_exception(error)).rstrip()}")

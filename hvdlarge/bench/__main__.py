@@ -160,7 +160,7 @@ def _step(context: RankContext, job: Job | None, options: argparse.Namespace) ->
         f"seconds per step of {job.model.name}, global batch {components.plan.initial_batch}, on "
         f"{context.control.size} workers"
     )
-    return _figures("step", what, components.precision.device, timings, "bare loop")
+    return _figures("step", what, components.objective.precision.device, timings, "bare loop")
 
 
 def _allreduce(
@@ -200,11 +200,12 @@ def _allreduce(
 
 def _data(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     from hvdlarge.bench.data import loading_speed, loads_in_place, measure_waits
-    from hvdlarge.build import load_data
+    from hvdlarge.build import load_data, sample_form
     from hvdlarge.config.planning import plan_run
 
     assert job is not None  # see _job
     training_set, _ = raise_on_all_ranks(context.control, lambda: load_data(job.data, job.seed))
+    raise_on_all_ranks(context.control, lambda: sample_form(job.data))
     plan = raise_on_all_ranks(
         context.control, lambda: plan_run(job, len(training_set), context.control.size)
     )

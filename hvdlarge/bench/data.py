@@ -46,7 +46,7 @@ def loading_speed(
     assert decision is not None  # a plan has at least one step
     micro_batches = plan.layout(decision).of_rank(0, 0)[:1]
     prefetched = max(1, num_workers * data.prefetch_factor)
-    loader = build.build_loader(section, training_set, seed)
+    loader = build.build_loader(section, build.sample_form(data), training_set, seed)
     loader.enqueue(micro_batches * (prefetched + 1), is_last=False)
     next(loader.fetch(1))
     start, samples = time.perf_counter(), 0
@@ -80,7 +80,7 @@ def measure_waits(
         sample_seconds: simulated compute time per sample.
         steps: limit on the number of steps.
     """
-    loader = build.build_loader(data, training_set, seed)
+    loader = build.build_loader(data, build.sample_form(data), training_set, seed)
     controller = Controller(plan) if control.rank == 0 else None
     feed = build.build_feed(data, plan, control, controller, loader)
     waits: list[tuple[bool, float]] = []

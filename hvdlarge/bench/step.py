@@ -21,7 +21,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from hvdlarge.bench.interleave import run_interleaved
-from hvdlarge.build import Components, build_learning, build_loader, build_replica
+from hvdlarge.build import (
+    Components,
+    build_learning,
+    build_loader,
+    build_replica,
+    device_mover,
+)
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import NoCheckpoints
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
@@ -139,7 +145,9 @@ def _engine_turn(run: Run, clock: StepClock, folder: Path) -> float:
     state, plan = TrainState(), run.components.plan
     if run.context.control.rank == 0:
         run = replace(run, log=RunLog(folder, plan, {}, RunProgress(), state))
-    loader = build_loader(run.job.data, run.components.training_set, run.job.seed)
+    loader = build_loader(
+        run.job.data, run.components.form, run.components.training_set, run.job.seed
+    )
     parts = run.build_loop(loader, RunProgress(), state)
     run.replica.statistics.to_partial()
     clock.starts.clear()
@@ -167,8 +175,8 @@ def _control(plan: Plan, context: RankContext, names: list[str]) -> float:
 
 def _rebuilt(job: Job, components: Components) -> Components:
     """The components with a new model, loss and optimizer."""
-    model, loss, optimizer, _ = build_learning(job, components.precision)
-    return replace(components, model=model, loss=loss, optimizer=optimizer)
+    objective, optimizer, _ = build_learning(job, components.objective.precision)
+    return replace(components, objective=objective, optimizer=optimizer)
 
 
 def _bare(
@@ -180,7 +188,9 @@ def _bare(
 ) -> Callable[[], float]:
     """A hand-written training loop, on its own model."""
     components = _rebuilt(job, components)
-    model, loss, precision = components.model, components.loss, components.precision
+    objective, precision = components.objective, components.objective.precision
+    model, loss = objective.model, objective.loss
+    move = device_mover(precision, job.model.channels_last)
     replica = build_replica(job, components, control, tensors)
     layout = plan.layout(_first(plan))
     numbers = layout.numbers_of_rank(control.rank)
@@ -199,7 +209,7 @@ def _bare(
             starts.append(time.perf_counter())
             optimizer.zero_grad()
             for size in sizes:
-                inputs, targets = (replica.to_device(part) for part in batches(size))
+                inputs, targets = (move(part) for part in batches(size))
                 with precision.autocast():
                     scaled_loss = loss(model(inputs), targets) * (size / plan.initial_batch)
                 scaled_loss.backward()

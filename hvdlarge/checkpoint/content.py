@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -36,11 +36,15 @@ class CheckpointContent:
     # Each rank's partial running statistics, as bytes; empty in a scheduled checkpoint
     local_stats: tuple[torch.Tensor, ...]
     log_offsets: Mapping[str, int]  # the length of each log, in bytes
+    # The state_dicts of model and loss with the averaged weights; empty without `ema` in the job
+    ema: Mapping[str, Any] = field(default_factory=dict)
+    ema_loss: Mapping[str, Any] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """The content as tensors and builtins, which `torch.load(weights_only=True)` accepts."""
+        averaged = {"ema": dict(self.ema), "ema_loss": dict(self.ema_loss)} if self.ema else {}
         return {
-            **{field.name: _plain(getattr(self.facts, field.name)) for field in fields(RunFacts)},
+            **{fact.name: _plain(getattr(self.facts, fact.name)) for fact in fields(RunFacts)},
             "model": dict(self.model),
             "loss": dict(self.loss),
             "optimizer": dict(self.optimizer),
@@ -49,6 +53,7 @@ class CheckpointContent:
             "state": {**vars(self.state), "results": dict(self.state.results)},
             "statistics": {"world_size": self.facts.world_size, "parts": list(self.local_stats)},
             "logs": dict(self.log_offsets),
+            **averaged,
         }
 
     @classmethod
@@ -59,15 +64,17 @@ class CheckpointContent:
             KeyError, TypeError: if an entry is missing or malformed.
         """
         return cls(
-            facts=RunFacts(**{field.name: plain[field.name] for field in fields(RunFacts)}),
+            facts=RunFacts(**{fact.name: plain[fact.name] for fact in fields(RunFacts)}),
             model=plain["model"],
-            loss=plain.get("loss", {}),
+            loss=plain["loss"],
             optimizer=plain["optimizer"],
             progress=RunProgress.from_plain(plain["position"]),
             truncated=plain["truncated"],
             state=TrainState(**plain["state"]),
             local_stats=tuple(plain["statistics"]["parts"]),
             log_offsets=plain["logs"],
+            ema=plain.get("ema", {}),
+            ema_loss=plain.get("ema_loss", {}),
         )
 
 

@@ -149,7 +149,7 @@ class CheckpointFolder:
                 torch.save({"format": FORMAT, **content}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            digest = _sha256(temporary)
+            digest = file_sha256(temporary)
             self._remove_from_list({name})  # its checksum is that of the file replaced next
             os.replace(temporary, path)
             self._damaged.discard(name)
@@ -261,6 +261,23 @@ class CheckpointFolder:
             )
         return None
 
+    def read(self, name: str) -> dict[str, Any]:
+        """Verify and load one checkpoint.
+
+        Args:
+            name: of the file; a link such as best.pt is verified by the SHA-256 of the checkpoint
+                that it links to while that is kept, and then by the checksums inside the file.
+
+        Raises:
+            CheckpointError: as `read_checkpoint`.
+        """
+        path, listed = self.folder / name, self.listed()
+        digest = listed.get(name)
+        if digest is None and path.is_file():
+            own = file_sha256(path)
+            digest = own if own in listed.values() else None
+        return read_checkpoint(path, digest)
+
     def _read_all(self, up_to: int | None) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
         listed = self.listed()
         for path in self.newest_first():
@@ -285,7 +302,7 @@ def read_checkpoint(path: Path, sha256: str | None) -> dict[str, Any]:
     """
     try:
         if sha256 is not None:
-            if _sha256(path) != sha256:
+            if file_sha256(path) != sha256:
                 raise CheckpointError(f"{path}: damaged: its SHA-256 differs from that in {_LIST}")
         else:
             with zipfile.ZipFile(path) as archive:
@@ -314,7 +331,8 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

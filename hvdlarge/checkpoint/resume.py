@@ -16,7 +16,7 @@ from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
 from hvdlarge.exits import CheckpointError, CheckpointWriteError, JobError
-from hvdlarge.models.state import Modules
+from hvdlarge.models.state import LOSS, MODEL, Modules
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
@@ -147,7 +147,8 @@ def find_resume_point(
     """
     newest = checkpoints.newest_good()
     if newest is None:
-        _check_same_run(folder, {"job": _read_written_job(folder)}, {"job": facts.job})
+        nothing = "no checkpoint was written there, so nothing that was trained would be lost"
+        _check_same_run(folder, {"job": _read_written_job(folder)}, {"job": facts.job}, nothing)
         return None
     path, plain, problems = newest
     content = _content(path, plain)
@@ -191,7 +192,9 @@ def _read_written_job(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def _check_same_run(
+    folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any], remark: str = ""
+) -> None:
     differences = _differences(saved, current, "")
     if differences:
         lines = [
@@ -203,6 +206,7 @@ def _check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str
                 [
                     f"{folder} holds another job:",
                     *lines,
+                    *([f"  {remark}"] if remark else []),
                     "  --fresh sets it aside and starts a new run; run_dir=… names another folder",
                 ]
             )
@@ -236,7 +240,7 @@ def load_modules(modules: Modules, content: CheckpointContent, path: Path) -> No
     Raises:
         CheckpointError: if names, shapes or dtypes differ; the modules are unchanged then.
     """
-    states = {"": content.model, "loss.": content.loss}
+    states = {MODEL: content.model, LOSS: content.loss}
     for prefix, module in modules.items():
         saved, current, what = states[prefix], module.state_dict(), "loss" if prefix else "model"
         for name in sorted(saved.keys() | current.keys()):
@@ -266,8 +270,8 @@ def share(
 
     Args:
         resumed: on rank 0 the checkpoint, or None for a new run; None elsewhere.
-        replica: its optimizer state and running statistics are set; the latter are partial
-            afterwards.
+        replica: its optimizer state, averages and running statistics are set; the latter are
+            partial afterwards.
         control: for everything but tensors.
         tensors: for tensors.
 
@@ -281,6 +285,11 @@ def share(
         replica.statistics.to_partial()
         return RunProgress(), TrainState()
     _share_optimizer(record["optimizer"], content, replica, tensors)
+    if replica.ema is not None:
+        if content is not None:
+            of_loss = {f"{LOSS}{name}": value for name, value in content.ema_loss.items()}
+            replica.ema.load({**content.ema, **of_loss})
+        tensors.broadcast_(list(replica.ema.named_tensors().items()))
     replica.statistics.to_partial()
     if record["has_local_stats"] and record["world_size"] == control.size:
         _share_local_stats(content, replica, tensors, control)
@@ -316,16 +325,22 @@ def _share_optimizer(
     # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which moves the weights
     weights = {name: weight for weight, name in replica.names.items()}
     replica.update.optimizer.state.clear()
+    counted_on_device = {
+        weight
+        for group in replica.update.optimizer.param_groups
+        if group.get("capturable") or group.get("fused")
+        for weight in group["params"]
+    }
     named_tensors = []
     for name, key, value, dtype in entries:
         weight = weights[name]
         if dtype is None:
             replica.update.optimizer.state[weight][key] = value
             continue
-        # State with the weight's shape is on its device. torch keeps "step" on the CPU; its shape
-        # () may equal a scalar weight's. An own optimizer was seen to keep these there:
+        # As `Optimizer.load_state_dict` has it: whatever its shape, beside the weight, but "step".
+        # An own optimizer was seen to keep these on the CPU:
         on_cpu = getattr(replica.update.optimizer, "state_on_cpu", None)
-        on_device = key != "step" and value == list(weight.shape)
+        on_device = key != "step" or weight in counted_on_device
         on_device = on_device if on_cpu is None else key not in on_cpu
         tensor = torch.zeros(
             value, dtype=getattr(torch, dtype), device=weight.device if on_device else "cpu"

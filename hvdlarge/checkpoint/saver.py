@@ -8,6 +8,7 @@ the sum and restored, so that the run continues bit for bit.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.folder import CheckpointWriter
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
 from hvdlarge.config.job import Checkpoint
-from hvdlarge.models.state import pack, unpack
+from hvdlarge.models.state import LOSS, MODEL, pack, unpack
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.decision import Decision
@@ -102,9 +103,11 @@ class CheckpointSaver:
         if by is None:
             return False
         value = results[by] if self._rankings[by] else -results[by]
+        if math.isnan(value):  # as averaged weights may give with the statistics of the current
+            return False
         best = state.best
         # After a change of `checkpoint.best` the values cannot be compared: start over
-        if best is not None and best.get("by", by) == by and value <= best["value"]:
+        if best is not None and best["by"] == by and value <= best["value"]:
             return False
         state.best = {"by": by, "value": value, "step": float(decision.step + 1)}
         return True
@@ -155,17 +158,28 @@ class CheckpointSaver:
         state: TrainState,
         local_stats: Sequence[torch.Tensor],
     ) -> CheckpointContent:
-        loss = self._replica.loss
+        states = {
+            prefix: _copy_to_cpu(module.state_dict())
+            for prefix, module in self._replica.modules.items()
+        }
+        averaged: dict[str, Mapping[str, Any]] = {}
+        if (ema := self._replica.ema) is not None:
+            averaged = {
+                prefix: ema.state_of(module, states[prefix])
+                for prefix, module in self._replica.modules.items()
+            }
         return CheckpointContent(
             facts=self._facts,
-            model=_copy_to_cpu(self._replica.model.state_dict()),
-            loss=_copy_to_cpu(loss.state_dict()) if isinstance(loss, torch.nn.Module) else {},
+            model=states[MODEL],
+            loss=states.get(LOSS, {}),
             optimizer=optimizer_state(self._replica),
             progress=progress,
             truncated=truncated,
             state=state,
             local_stats=tuple(local_stats),
             log_offsets=self._log_offsets(),
+            ema=averaged.get(MODEL, {}),
+            ema_loss=averaged.get(LOSS, {}),
         )
 
     def _gather(self, local_stats: torch.Tensor) -> list[torch.Tensor]:
@@ -184,7 +198,7 @@ def optimizer_state(replica: Replica) -> dict[str, dict[str, Any]]:
     """The optimizer's state by parameter name: numbers, and tensors copied to the CPU."""
     return {
         replica.names[weight]: {  # type: ignore[index]
-            key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+            key: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
             for key, value in state.items()
         }
         for weight, state in replica.update.optimizer.state.items()
@@ -194,7 +208,7 @@ def optimizer_state(replica: Replica) -> dict[str, dict[str, Any]]:
 def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of a state_dict; entries that are not tensors are extra state."""
     return {
-        name: value.detach().cpu().clone()
+        name: value.detach().to("cpu", copy=True)
         if isinstance(value, torch.Tensor)
         else unpack(pack({name: value}))[name]
         for name, value in state.items()

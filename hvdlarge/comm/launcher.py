@@ -71,6 +71,35 @@ def detect(environ: Mapping[str, str]) -> Launch | None:
     return None
 
 
+def wrong_launch(environ: Mapping[str, str]) -> str | None:
+    """What is wrong with a launch by torchrun, `accelerate launch` or another launcher that starts
+    several processes without MPI, each of which would train the whole job alone; None otherwise.
+
+    >>> wrong_launch({"RANK": "1", "WORLD_SIZE": "4"})[:52]
+    'RANK=1 and WORLD_SIZE=4 are set as by torchrun or ac'
+    >>> wrong_launch({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    True
+    """
+    size = environ.get("WORLD_SIZE", "")
+    if "RANK" not in environ or not size.isdigit() or int(size) < 2:
+        return None
+    # One torchrun on each host may be started by MPI or Slurm, whose variables it passes on
+    if "TORCHELASTIC_RUN_ID" not in environ and detect(environ) is not None:
+        return None
+    return (
+        f"RANK={environ['RANK']} and WORLD_SIZE={size} are set as by torchrun or accelerate "
+        f"launch, but workers find each other over MPI only: {size} runs of one would begin. "
+        f"Start it with `hvdlarge launch -np {size} job.yaml`, `mpirun -np {size} hvdlarge "
+        f"train job.yaml` or `horovodrun -np {size} hvdlarge train job.yaml`, or unset RANK and "
+        "WORLD_SIZE for a run on one worker"
+    )
+
+
+def reports_wrong_launch(environ: Mapping[str, str]) -> bool:
+    """Whether this process is the one of its host that reports such a launch."""
+    return environ.get("LOCAL_RANK", environ.get("RANK")) == "0"
+
+
 def _leading_number(text: str, default: int) -> int:
     """4 for '4(x2)', Slurm's notation of tasks per node."""
     digits = text.split("(")[0].split(",")[0]

@@ -37,6 +37,8 @@ from hvdlarge.schedule.warmup import NoWarmup, Warmup
 Count = Annotated[int, Field(ge=1)]
 Samples = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]  # of a batch
 Arguments = dict[str, Any]
+Key = str | int  # of a dict, or a position in a tuple
+AVERAGED = "ema_"  # before the names of results of the averaged weights
 
 if TYPE_CHECKING:
     AnyGrowth = Growth
@@ -69,6 +71,15 @@ class Data(Section):
     """A built-in data set, or `package.module:attribute` of your own."""
     args: Arguments = {}
     """Keyword arguments of the attribute, which returns (training set, test set or None)."""
+    targets: Key | tuple[Key, ...] | None = None
+    """Key of the targets in samples that are dicts, or their position in tuples, or a list of
+    these; default: a pair is (input, target), and everything else goes to the model whole, as `[]`
+    asks for.
+    """
+    collate: str | None = None
+    """Function that makes a batch of a list of samples, as `package.module:attribute`; default:
+    torch's `default_collate`.
+    """
     samples: Count | None = None
     """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -88,17 +99,57 @@ class Model(Section):
     """A built-in model, or `package.module:attribute` of your own."""
     args: Arguments = {}
     """Keyword arguments of the model."""
+    output: Key | None = None
+    """Key, attribute or position of the model's output that loss and metrics get, such as `logits`;
+    default: the whole output.
+    """
     channels_last: bool = False
     """Store images in channels-last memory format, which is faster on most GPUs."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
+    freeze: tuple[str, ...] = ()
+    """Name patterns (with * and ?) of parameters that are not trained; running statistics of frozen
+    layers are still updated.
+    """
+
+
+class InitFrom(Section):
+    """Weights from which a new run starts, instead of random ones."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A checkpoint of hvdlarge, a `state_dict` saved by `torch.save`, or a .safetensors file; only
+    rank 0 reads it, and only when a run begins.
+    """
+    strict: bool = True
+    """Whether the file must hold every tensor of the model, and no other; `false` starts without
+    those that are missing, unexpected or of another shape, and lists them in a note.
+    """
+    prefix: str = ""
+    """Removed from the names in the file that begin with it, e.g. `module.`."""
+    map: dict[str, str] = {}
+    """Renames tensors: patterns (with * and ?) of names in the file, without the prefix, and the
+    names in the model; each wildcard of the new name stands for what that of the old one matched.
+    """
+
+
+def _as_section(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Ema(Section):
+    """An exponential moving average of the weights, which is evaluated and saved beside them."""
+
+    half_life_samples: Positive
+    """Samples after which the share of earlier weights in the average has halved."""
 
 
 class Loss(Section):
-    """The loss; it must be a mean over the samples of a micro-batch."""
+    """The loss: a mean over the samples of a micro-batch, or a pair (sum, weight)."""
 
     name: Annotated[str, Field(examples=list(registry.LOSSES))] = "cross_entropy"
-    """A built-in loss, or `package.module:attribute` of your own."""
+    """A built-in loss, or `package.module:attribute` of your own: a function of (outputs, targets),
+    a class or a factory. `from_model` is the loss that the model computes itself.
+    """
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Label smoothing of the cross entropy."""
     args: Arguments = {}
@@ -106,8 +157,8 @@ class Loss(Section):
 
     @property
     def is_torchs(self) -> bool:
-        """Whether it is one of torch.nn: all built-in ones are."""
-        return registry.LOSSES.get(self.name, self.name).startswith("torch.nn:")
+        """Whether it has the arguments of the losses of torch.nn."""
+        return self.name in ("cross_entropy", "mse") or self.name.startswith("torch.nn:")
 
     @property
     def arguments(self) -> Arguments:
@@ -160,6 +211,21 @@ class LearningRate(Section):
         return LRSchedule(self.base, self.scaling, self.warmup, self.decay)
 
 
+class EvaluationMetric(Section):
+    """A result of the evaluation."""
+
+    name: Annotated[str, Field(examples=list(registry.METRICS))]
+    """A built-in metric, or `package.module:attribute` of your own or of torchmetrics."""
+    args: Arguments = {}
+    """Keyword arguments of the metric."""
+    output: Key | None = None
+    """Key, attribute or position of what it gets of the outputs; default: the whole."""
+    targets: Key | None = None
+    """Key, attribute or position of what it gets of the targets; default: the whole."""
+    higher_is_better: bool | None = None
+    """Which direction `checkpoint.best` takes for better; default: as the metric says."""
+
+
 class Evaluate(Section):
     """When the test set is evaluated, and what is measured; the end of a run always is."""
 
@@ -167,15 +233,21 @@ class Evaluate(Section):
     """Epochs between evaluations."""
     micro_batch: Count = 256
     """Samples in one forward pass on one worker."""
-    metrics: tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...] = ("accuracy",)
-    """Results beside the test loss: built-in metrics, or `package.module:attribute` of your own.
-    One that does not apply, such as the accuracy of targets that are no classes, is left out.
+    metrics: (
+        tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...]
+        | dict[str, EvaluationMetric]
+    ) = ("accuracy",)
+    """Results beside the test loss: a list of built-in metrics or `package.module:attribute`, or a
+    section for each, by the name of its result. One that does not apply, such as the accuracy of
+    targets that are no classes, is left out.
     """
 
     @property
-    def names(self) -> dict[str, str]:
-        """Each metric by the name of its result: of an own one the attribute."""
-        return {name.rpartition(":")[2]: name for name in self.metrics}
+    def named(self) -> dict[str, EvaluationMetric]:
+        """Each metric by the name of its result: of one in a list the name or the attribute."""
+        if isinstance(self.metrics, dict):
+            return self.metrics
+        return {name.rpartition(":")[2]: EvaluationMetric(name=name) for name in self.metrics}
 
 
 class Checkpoint(Section):
@@ -190,8 +262,8 @@ class Checkpoint(Section):
     keep: Count = 3
     """How many of the newest checkpoints are kept."""
     best: str | None = None
-    """Which result decides on `best.pt`: `test_loss` or a metric's name; default: the first of
-    `evaluate.metrics` that applies, else `test_loss`.
+    """Which result decides on `best.pt`: `test_loss` or a metric's name, with `ema` also `ema_` and
+    one of these; default: the first of `evaluate.metrics` that applies, else `test_loss`.
     """
 
     @property
@@ -284,7 +356,7 @@ class Timeouts(Section):
     checkpoint_seconds: Positive = 3600.0
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
-    """Waiting for one micro-batch of data."""
+    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum."""
     evaluate_seconds: Positive = 3600.0
     """One evaluation."""
     save_seconds: Positive = 3600.0
@@ -293,8 +365,9 @@ class Timeouts(Section):
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
         limits = {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
-        # It fetches samples and takes a few passes
-        return limits | {"rehearse": self.fetch_seconds + self.step_seconds}
+        # Others wait there for a rank that waits for its data; a rehearsal fetches samples, too
+        both = self.fetch_seconds + self.step_seconds
+        return limits | {"rehearse": both, "allreduce": both}
 
 
 class HookPart(Section):
@@ -341,6 +414,11 @@ class Job(Section):
     """The training and test data."""
     model: Model
     """The model."""
+    init_from: (
+        Annotated[InitFrom, BeforeValidator(_as_section, json_schema_input_type=InitFrom | str)]
+        | None
+    ) = None
+    """A file with the weights from which a new run starts: a section, or just its path."""
     loss: Loss = Loss()
     """The loss."""
     batch: Batch
@@ -351,6 +429,8 @@ class Job(Section):
     """Clipping, compression and missing gradients."""
     optimizer: Annotated[AnyOptimizer, Field(discriminator="name")] = Lars()
     """The optimizer; default: LARS as in its paper."""
+    ema: Ema | None = None
+    """Averages the weights over the steps; default: no average."""
     evaluate: Evaluate = Evaluate()
     """When the test set is evaluated, and which metrics are taken."""
     log: Log = Log()
@@ -438,10 +518,17 @@ class Job(Section):
             key: value for key, value in resolved["gradients"].items() if key != "missing"
         }
         # Of these sections the other keys say how samples come and how the model is carried out.
-        return signature | {
-            section: {key: resolved[section][key] for key in ("name", "args")}
-            for section in ("data", "model")
+        kept = {"data": ("name", "args", "targets", "collate"), "model": ("name", "args", "output")}
+        signature |= {
+            section: {key: resolved[section][key] for key in keys} for section, keys in kept.items()
         }
+        if self.model.freeze:
+            signature["model"]["freeze"] = resolved["model"]["freeze"]
+        if self.init_from is not None:  # the file may be moved: a resumed run does not read it
+            signature["init_from"] = {
+                key: value for key, value in resolved["init_from"].items() if key != "path"
+            }
+        return signature
 
     def fingerprint(self) -> str:
         """SHA-256 of all keys and values."""

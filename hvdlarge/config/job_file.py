@@ -59,7 +59,7 @@ class Written(NamedTuple):
 
 
 def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
-    """Read and validate a job.
+    """Read and validate a job; its own parts are looked for beside its file from then on.
 
     Args:
         path: of the YAML file.
@@ -197,6 +197,8 @@ def _is_in(path: yaml_source.Path, section: yaml_source.Path) -> bool:
 def _selects_another(
     base: Mapping[str, Any], own: Mapping[str, Any], path: yaml_source.Path
 ) -> bool:
+    if not path or "args" in path:  # not the name of the job, nor an argument called so
+        return False
     default = {"name": _DEFAULT_NAMES[path]} if path in _DEFAULT_NAMES else {}
     base = {**default, **base}
     return any(key in own and key in base and own[key] != base[key] for key in _SELECTORS)
@@ -204,7 +206,8 @@ def _selects_another(
 
 def _validated(written: Written, overrides: Sequence[str]) -> Job:
     path = written.places[()].file
-    registry.look_beside(place.file for place in written.places.values())
+    for place in written.places.values():
+        registry.look_beside(place.file)
     for override in overrides:
         _override(written, override)
     optimizer = written.values.get("optimizer")
@@ -254,6 +257,8 @@ def _override(written: Written, override: str) -> None:
             raise JobError(
                 f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section"
             )
+    if _selects_another(section, {parts[-1]: source.values}, parts[:-1]):
+        _keep_from_command_line(written, section, parts[:-1])
     section[parts[-1]] = source.values
     for other in [other for other in written.places if _is_in(other, parts)]:
         del written.places[other]
@@ -264,6 +269,17 @@ def _override(written: Written, override: str) -> None:
             for path, text in source.variables.items()
         }
     )
+
+
+def _keep_from_command_line(
+    written: Written, section: dict[str, Any], path: yaml_source.Path
+) -> None:
+    """Remove the keys of a section that were not given on the command line."""
+    for key in list(section):
+        if written.place((*path, key)).file != _COMMAND_LINE.file:
+            del section[key]
+            for other in [other for other in written.places if _is_in(other, (*path, key))]:
+                del written.places[other]
 
 
 # --- error messages
@@ -397,6 +413,8 @@ def _schema_of(location: Sequence[str | int]) -> dict[str, Any]:
             node.get("discriminator", {}).get("mapping", {}),
         )
         node = properties.get(part) or ({"$ref": mapping[part]} if part in mapping else {})
+        # A section that may be left out, or given as a text
+        node = next((choice for choice in node.get("anyOf", []) if "$ref" in choice), node)
         while "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return node

@@ -48,7 +48,7 @@ def known_keys(section: Any) -> list[str]:
     if not isinstance(section, Mapping):
         return []
     if is_own(section.get("policy")):
-        fields = dataclasses.fields(registry.find("policy", section["policy"], {}))
+        fields = dataclasses.fields(registry.load("policy", section["policy"]))
         return list(dict.fromkeys(["policy", *(field.name for field in fields)]))
     return list(OwnOptimizer.model_fields) if is_own(section.get("name")) else []
 
@@ -171,7 +171,7 @@ def own_policy(name: str, base: type[Policy]) -> Any:
         JobError: if it is not there, or is no frozen dataclass below `base`.
     """
     try:
-        kind = registry.find("policy", name, {})
+        kind = registry.load("policy", name)
     except JobError as error:
         raise JobError(str(error).removeprefix("policy: ")) from None
     except Exception as error:

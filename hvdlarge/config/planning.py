@@ -6,12 +6,15 @@ there. Needs no torch, Horovod or MPI.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from hvdlarge.comm.cost_model import AllreduceCost
-from hvdlarge.config import registry
+from hvdlarge.config import registry, yaml_source
 from hvdlarge.config.job import Checkpoint, Job
 from hvdlarge.exits import JobError
 from hvdlarge.reduction.tree import depth_of
@@ -76,6 +79,38 @@ def training_samples(job: Job) -> int:
             "or give --samples N"
         )
     return samples
+
+
+class TrainingSamples(NamedTuple):
+    """Samples of a training set, and how they are known."""
+
+    number: int
+    was_built: bool = False  # the set was built to count them
+
+
+def known_or_counted_samples(job: Job, count: Callable[[Job], int]) -> TrainingSamples:
+    """Samples of the job's training set, which is built to count them where nothing else says it.
+
+    Args:
+        job: the job.
+        count: builds the training set and returns its size; what it prints goes to stderr.
+
+    Raises:
+        UnknownSamples: where the set cannot be built here either.
+    """
+    try:
+        return TrainingSamples(training_samples(job))
+    except UnknownSamples:
+        pass
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return TrainingSamples(count(job), was_built=True)
+    except (JobError, ImportError) as error:
+        raise UnknownSamples(
+            f"data.samples: {job.data.name} cannot be built here to count its samples "
+            f"({str(error).splitlines()[0]}); write data.samples in the job, or give --samples N "
+            "to a plan"
+        ) from None
 
 
 def stages_of(plan: Plan) -> list[StageOutline]:
@@ -172,6 +207,40 @@ class Measured:
     peak_memory_bytes: int | None  # of the worker that needed most
     checkpoint_bytes: int | None
     gradient_bytes: int | None  # that a worker sends in each step
+    # Of its job, by key, what the figures depend on
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Speed, memory and disk depend on these
+_MEASURED_KEYS = (
+    *("data.name", "data.args", "data.num_workers", "model.name", "model.args"),
+    *("model.channels_last", "model.compile", "loss.name", "optimizer.name", "precision"),
+    *("reduction", "deterministic", "batch.micro", "gradients.compression"),
+)
+
+
+def measured_settings(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a job as it is written, the values that its speed, memory and disk depend on, by key; keys
+    that an older version did not write are left out.
+    """
+    settings = {}
+    for key in _MEASURED_KEYS:
+        value: Any = written
+        for part in key.split("."):
+            value = value.get(part, ...) if isinstance(value, Mapping) else ...
+        if value is not ...:
+            settings[key] = value
+    return settings
+
+
+def differences(job: Job, measured: Measured) -> list[tuple[str, Any, Any]]:
+    """Where a measured run is not like the job: key, value there, value in the job."""
+    own = measured_settings(yaml_source.read(job.to_yaml(), fill_in=False).values)
+    return [
+        (key, value, own[key])
+        for key, value in measured.settings.items()
+        if key in own and own[key] != value
+    ]
 
 
 def estimate(
@@ -213,6 +282,7 @@ def estimate(
         "stages": rows,
     }
     if measured is not None:
+        figures["measured_differs"] = [key for key, _, _ in differences(job, measured)]
         figures |= _costs(plan, sum(row["seconds"] for row in rows), steps, measured, allreduce)
     return figures
 

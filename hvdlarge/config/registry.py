@@ -14,10 +14,12 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from hvdlarge.exits import JobError
+from hvdlarge.config.part_errors import describe
+from hvdlarge.exits import JobError, RunExit, is_out_of_memory
 
 
 class DataSet(NamedTuple):
@@ -39,11 +41,17 @@ MODELS = {
     "row_lstm": "hvdlarge.models.row_lstm:RowLSTM",
 }
 LOSSES = {
-    "cross_entropy": "torch.nn:CrossEntropyLoss",
+    "cross_entropy": "hvdlarge.models.losses:CrossEntropyLoss",
+    "from_model": "hvdlarge.models.losses:FromModel",
     "mse": "torch.nn:MSELoss",
 }
 METRICS = {
     "accuracy": "hvdlarge.evaluation.accuracy:Accuracy",
+    "top5": "hvdlarge.evaluation.accuracy:Top5",
+    "f1": "hvdlarge.evaluation.accuracy:F1",
+    "perplexity": "hvdlarge.evaluation.errors:Perplexity",
+    "mse": "hvdlarge.evaluation.errors:MeanSquaredError",
+    "mae": "hvdlarge.evaluation.errors:MeanAbsoluteError",
 }
 # Sections of the job file, importable without torch; each names itself as here.
 OPTIMIZERS = {
@@ -73,9 +81,12 @@ DECAYS = {
     "one_cycle": "hvdlarge.schedule.decay:OneCycle",
 }
 
+_EXTRAS = {"torchmetrics": "metrics"}  # extras of hvdlarge that packages come with
+
 Registry = Mapping[str, str] | Mapping[str, DataSet]
 OWN_PATTERN = r"^[^:]+:[^:]+$"  # package.module:attribute
-_job_folders: list[str] = []
+
+_JOB_FOLDERS: list[str] = []  # where own parts are looked for after the current folder
 
 
 def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
@@ -95,9 +106,16 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     return given if type(given) is int else None
 
 
+def look_beside(job_file: str) -> None:
+    """Look for own parts also in the folder of a job file, after the current folder."""
+    folder = str(Path(job_file).absolute().parent)
+    if folder not in _JOB_FOLDERS:
+        _JOB_FOLDERS.append(folder)
+
+
 def union(registry: Mapping[str, str]) -> Any:
     """The type of a section of the job file that is one of a registry's, as `A | B | …`."""
-    return functools.reduce(operator.or_, (find(name, name, registry) for name in registry))
+    return functools.reduce(operator.or_, (load(name, name, registry) for name in registry))
 
 
 def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Registry) -> Any:
@@ -111,39 +129,92 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         registry: the built-in parts of this kind.
 
     Raises:
-        JobError: for an unknown name, a module or attribute that does not exist, or arguments that
-            do not fit.
+        JobError: for an unknown name, a module or attribute that does not exist, arguments that do
+            not fit, or an own part that raises, with its line.
     """
-    part = find(key, name, registry)
-    try:
-        inspect.signature(part).bind(**arguments)
-    except TypeError as error:
-        # Not their values, which may be secrets and cannot be what is wrong
-        given = ", ".join(arguments) or "none"
+    part = load(key, name, registry)
+    if problem := _misfit(part, arguments):
+        raise JobError(f"{key}: {_given(arguments)} do not fit {name}{problem}")
+    return _call(key, name, part, arguments, registry)
+
+
+def instantiate_loss(key: str, name: str, arguments: Mapping[str, Any]) -> Any:
+    """The loss that a job names, a callable of (outputs, targets).
+
+    Args:
+        key: the job key that holds the name, for messages.
+        name: of a class or factory, which is called with the arguments; of a function of (outputs,
+            targets, **arguments); or of a callable object.
+        arguments: keyword arguments.
+
+    Raises:
+        JobError: as `instantiate`; and for a factory that returns nothing callable.
+    """
+    part = load(key, name, LOSSES)
+    if not (inspect.isclass(part) or inspect.isroutine(part)):  # an object is a loss as it is
+        if arguments:
+            raise JobError(f"{key}: {name} is an object, which takes no arguments")
+        return part
+    problem = _misfit(part, arguments)
+    if inspect.isroutine(part) and problem and not _misfit(part, arguments, positional=2):
+        return functools.partial(part, **arguments)
+    if problem:
         raise JobError(
-            f"{key}: the arguments ({given}) do not fit {name}{inspect.signature(part)}: {error}"
-        ) from None
-    except ValueError:  # a callable without a signature reports itself what it does not accept
-        pass
+            f"{key}: {_given(arguments)} fit {name} neither as a factory of a loss nor as a "
+            f"function of (outputs, targets): {name}{problem}"
+        )
+    loss = _call(key, name, part, arguments, LOSSES)
+    if not callable(loss):
+        raise JobError(
+            f"{key}: {name}({', '.join(arguments)}) must return a loss, a callable of (outputs, "
+            f"targets), not a {type(loss).__name__}"
+        )
+    return loss
+
+
+def _given(arguments: Mapping[str, Any]) -> str:
+    # Not their values, which may be secrets and cannot be what is wrong
+    return f"the arguments ({', '.join(arguments) or 'none'})"
+
+
+def _misfit(part: Any, arguments: Mapping[str, Any], positional: int = 0) -> str:
+    """The signature of a callable and why these arguments do not fit it; empty if they do, or if
+    it has no signature: then it reports itself what it does not accept.
+    """
+    try:
+        signature = inspect.signature(part)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*[None] * positional, **arguments)
+    except TypeError as error:
+        return f"{signature}: {error}"
+    return ""
+
+
+def _call(key: str, name: str, part: Any, arguments: Mapping[str, Any], registry: Registry) -> Any:
     try:
         return part(**arguments)
-    except ValueError as error:
-        if name in registry:  # the traceback of an own part says more to its owner
+    except RunExit:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if name not in registry:
+            raise JobError(f"{key}: {name} raises {describe(error)}") from None
+        # What built-in parts raise for arguments of a wrong type or size, torch's errors among it
+        if isinstance(error, (ValueError, TypeError, ArithmeticError, RuntimeError)):
             raise JobError(f"{key}: {name}: {error}") from None
         raise
 
 
-def look_beside(job_files: Iterable[str]) -> None:
-    """Look for modules of own parts in the folders of these files too, after the current one."""
-    _job_folders[:] = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in job_files)
-
-
-def find(key: str, name: str, registry: Registry) -> Any:
-    """The part that a job names, imported; the arguments are those of `instantiate`.
+def load(key: str, name: str, registry: Registry | None = None) -> Any:
+    """The callable that a job names: a part of `registry`, or package.module:attribute.
 
     Raises:
         JobError: for an unknown name, or a module or attribute that does not exist.
     """
+    registry = registry or {}
     if ":" not in name and name not in registry:
         raise JobError(
             f"{key}: unknown name {name!r}; {_suggestion(name, registry)} An own one is written "
@@ -154,23 +225,24 @@ def find(key: str, name: str, registry: Registry) -> Any:
     module_name, _, attribute = target.partition(":")
     if not (module_name and attribute and all(module_name.split("."))):
         raise JobError(f"{key}: {name!r} is not of the form package.module:attribute")
-    if name not in registry:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # `python -m` does this, a console script does not
-        for folder in reversed(_job_folders):
-            if folder not in sys.path:
-                sys.path.insert(sys.path.index(os.getcwd()) + 1, folder)
+    folders = [] if name in registry else _extend_search_path()
     try:
         part: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (
-            module_name == error.name or module_name.startswith(error.name + ".")
+    except Exception as error:
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name is not None
+            and (module_name == error.name or module_name.startswith(error.name + "."))
         ):
+            extra = _EXTRAS.get(error.name)
+            hint = f"; it comes with the extra {extra!r} of hvdlarge" if extra else ""
             raise JobError(
                 f"{key}: there is no module {error.name!r} for {name!r} (looked in "
-                f"{' and '.join(dict.fromkeys([os.getcwd(), *_job_folders]))} too)"
+                f"{' and in '.join(folders)} too){hint}"
             ) from None
-        raise
+        if name in registry or isinstance(error, (RunExit, MemoryError)):
+            raise
+        raise JobError(f"{key}: {module_name!r} cannot be imported: {describe(error)}") from None
     for step in attribute.split("."):
         try:
             part = getattr(part, step)
@@ -181,8 +253,23 @@ def find(key: str, name: str, registry: Registry) -> Any:
     return part
 
 
+def _extend_search_path() -> list[str]:
+    """Put the current folder on sys.path, as `python -m` does and a console script does not, and
+    after it those of the job files; returns them. Loader processes get the same path.
+    """
+    folders = list(dict.fromkeys([os.getcwd(), *_JOB_FOLDERS]))
+    if folders[0] not in sys.path:
+        sys.path.insert(0, folders[0])
+    place = sys.path.index(folders[0]) + 1
+    missing = [folder for folder in folders if folder not in sys.path]
+    sys.path[place:place] = missing
+    return folders
+
+
 def _suggestion(name: str, registry: Registry) -> str:
     close = difflib.get_close_matches(name, registry, n=1)
+    if not registry:
+        return "there are no built-in ones."
     return (
         f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(sorted(registry))}."
     )

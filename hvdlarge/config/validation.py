@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hvdlarge.config.job import Job
+from hvdlarge.config.job import AVERAGED, Job
 from hvdlarge.config.own_parts import policy_problem
 from hvdlarge.schedule.warmup import NoWarmup
 
@@ -113,12 +113,14 @@ def _loss(job: Job) -> Iterator[Problem]:
 
 
 def _results(job: Job) -> Iterator[Problem]:
-    results = job.evaluate.names
-    if len(results) < len(job.evaluate.metrics):
+    names = job.evaluate.named.keys()
+    results = ["test_loss", *names]
+    averaged = [] if job.ema is None else [f"{AVERAGED}{name}" for name in results]
+    if len(names) < len(job.evaluate.metrics):
         yield ("evaluate", "metrics"), "two metrics have the same name, under which results stand"
-    for name in sorted(results.keys() & RESERVED_RESULTS):
+    for name in sorted(names & {*RESERVED_RESULTS, *averaged}):
         yield ("evaluate", "metrics"), f"{name!r} is the name of another figure of the run's files"
     best = job.checkpoint.best
-    if best is not None and best not in {"test_loss", *results}:
-        known = ", ".join(["test_loss", *results])
+    if best is not None and best not in [*results, *averaged]:
+        known = ", ".join([*results, *averaged])
         yield ("checkpoint", "best"), f"{best!r} is no result of the evaluation; these are: {known}"

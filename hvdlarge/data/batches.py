@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,39 +12,59 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype, channels_las
     """Copy a batch to `device`, including tensors nested in lists, tuples and dicts.
 
     Args:
-        batch: the batch.
+        batch: the batch. A mapping becomes a dict; an object of another class with a method `to`
+            is moved by it, and keeps its dtypes.
         device: where the model is.
         dtype: of the weights; floating-point tensors are cast to it, others keep their dtype.
         channels_last: use this memory format for floating-point tensors of four dimensions.
     """
-    if isinstance(batch, torch.Tensor):
-        use_channels_last = channels_last and batch.is_floating_point() and batch.ndim == 4
-        return batch.to(
-            device=device,
-            dtype=dtype if batch.is_floating_point() else batch.dtype,
-            non_blocking=True,  # asynchronous only from pinned memory
-            memory_format=torch.channels_last if use_channels_last else torch.preserve_format,
-        )
-    if isinstance(batch, dict):
-        return {key: to_device(value, device, dtype, channels_last) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        values = [to_device(value, device, dtype, channels_last) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            use_channels_last = channels_last and value.is_floating_point() and value.ndim == 4
+            return value.to(
+                device=device,
+                dtype=dtype if value.is_floating_point() else value.dtype,
+                non_blocking=True,  # asynchronous only from pinned memory
+                memory_format=torch.channels_last if use_channels_last else torch.preserve_format,
+            )
+        return value.to(device) if callable(getattr(value, "to", None)) else value
+
+    return _map(batch, move)
 
 
 def repeat(batch: Any, size: int) -> Any:
     """Expand a batch of one sample to `size` copies, including tensors nested in lists, tuples and
     dicts.
     """
-    if isinstance(batch, torch.Tensor):
-        channels_last = batch.ndim == 4 and batch.is_contiguous(memory_format=torch.channels_last)
-        return batch.expand(size, *batch.shape[1:]).contiguous(
+
+    def expand(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+        return value.expand(size, *value.shape[1:]).contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
-    if isinstance(batch, dict):
-        return {key: repeat(value, size) for key, value in batch.items()}
+
+    return _map(batch, expand)
+
+
+def twofold(batch: Any) -> Any:
+    """Every sample of a batch twice."""
+    return _map(
+        batch, lambda value: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
+    )
+
+
+def _map(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """The batch with each of its leaves changed."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: _map(value, change) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        repeated = [repeat(value, size) for value in batch]
-        return type(batch)(*repeated) if hasattr(batch, "_fields") else type(batch)(repeated)
-    return batch
+        if hasattr(batch, "to"):  # e.g. a PackedSequence, a named tuple that moves itself
+            return change(batch)
+        values = [_map(value, change) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return change(batch)

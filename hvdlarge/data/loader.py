@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from hvdlarge.data import order, seeds
 from hvdlarge.data.in_memory import reads_batches, reads_many
 from hvdlarge.data.rng import seed_all
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.schedule.batch import MicroBatch
 
 _JOIN_SECONDS = 5.0  # as torch waits for its own worker processes
@@ -33,7 +34,7 @@ class LoadedMicroBatch(NamedTuple):
 
     micro_batch: MicroBatch
     inputs: Any  # a tensor, shape (n, …), or what the inputs collate to
-    targets: Any  # likewise
+    targets: Any  # likewise; Targets.WHOLE_BATCH if the samples have no separate targets
 
 
 class Loader(Protocol):
@@ -58,13 +59,17 @@ class MicroBatchDataset(Dataset):
     """A data set whose indices are micro-batches; loader processes run it.
 
     Args:
-        dataset: map-style, of pairs (input, target).
+        dataset: map-style.
         seed: of the run.
         shuffled: whether a micro-batch numbers samples of the run's shuffled stream (training) or
             of the data set in its own order (evaluation).
+        form: how samples become inputs and targets.
     """
 
-    def __init__(self, dataset: Any, seed: int, shuffled: bool) -> None:
+    def __init__(
+        self, dataset: Any, seed: int, shuffled: bool, form: SampleForm | None = None
+    ) -> None:
+        self._form = form or SampleForm()
         self._size = len(dataset)
         self._subset_indices: list[Sequence[int]] = []
         # Subset.__getitems__ would seed once for the whole micro-batch, not for each sample. A
@@ -87,16 +92,16 @@ class MicroBatchDataset(Dataset):
         if self._reads_batches or self._reads_many:
             seed_all(seeds.key(self._seed, seeds.SAMPLE, micro_batch.start))
         if self._reads_batches:
-            return LoadedMicroBatch(micro_batch, *self._dataset.batch(torch.from_numpy(indices)))
+            batch = self._dataset.batch(torch.from_numpy(indices))
+            return LoadedMicroBatch(micro_batch, *self._form.split(batch))
         if self._reads_many:
-            pairs = self._dataset.__getitems__(indices.tolist())
+            samples = self._dataset.__getitems__(indices.tolist())
         else:
-            pairs = []
+            samples = []
             for key, index in zip(self._keys(micro_batch), indices.tolist(), strict=True):
                 seed_all(key)
-                pairs.append(self._dataset[index])
-        inputs, targets = default_collate(pairs)
-        return LoadedMicroBatch(micro_batch, inputs, targets)
+                samples.append(self._dataset[index])
+        return LoadedMicroBatch(micro_batch, *self._form(samples))
 
     def indices(self, micro_batch: MicroBatch) -> np.ndarray:
         """Data-set indices of the samples of a micro-batch, shape (n,), int64."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from hvdlarge import __version__, exits
-from hvdlarge.comm.launcher import detect
+from hvdlarge.comm.launcher import detect, wrong_launch
 from hvdlarge.doctor.checks import Finding, join_launch_check, run_checks
 from hvdlarge.telemetry.console import print_status
 
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         join_launch_check()
         return exits.FINISHED
     findings = list(run_checks(os.environ, launch))
+    if wrong := wrong_launch(os.environ):
+        findings.append(Finding("launch", "error", wrong, "hvdlarge launch -np N job.yaml"))
     if options.json:
         report = {
             "host": socket.gethostname(),

@@ -399,19 +399,7 @@ def _gpus(torch: Mapping[str, Any], horovod: Mapping[str, Any] | None) -> Iterat
 
 
 def _system() -> Iterator[Finding]:
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        size = shutil.disk_usage(shared).total
-        if size < _SMALL_SHARED_MEMORY:
-            text = f"{size // 2**20} MiB: loader processes and MPI on one host need more"
-            yield Finding(
-                "/dev/shm",
-                "warning",
-                text,
-                "docker run --shm-size=2g …  (or: mount -o remount,size=2g /dev/shm)",
-            )
-        else:
-            yield Finding("/dev/shm", "ok", f"{size / 2**30:.1f} GiB")
+    yield from _shared_memory(Path("/dev/shm"))
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
         import resource
 
@@ -443,6 +431,26 @@ def _system() -> Iterator[Finding]:
         )
     else:
         yield Finding("ssh", "ok", str(shutil.which("ssh")))
+
+
+def _shared_memory(folder: Path) -> Iterator[Finding]:
+    """Whether loader processes and MPI have room to pass data on this host."""
+    if not folder.is_dir():
+        return
+    usage = shutil.disk_usage(folder)
+    if usage.total < _SMALL_SHARED_MEMORY:
+        text = f"{usage.total // 2**20} MiB: loader processes and MPI on one host need more"
+        fix = "docker run --shm-size=2g …  (or: mount -o remount,size=2g /dev/shm)"
+        yield Finding(str(folder), "warning", text, fix)
+    elif usage.free < _SMALL_SHARED_MEMORY:
+        text = (
+            f"{usage.free // 2**20} MiB of {usage.total / 2**30:.1f} GiB are free: loader "
+            "processes and MPI on one host need more"
+        )
+        fix = f"ls -l {folder}  (files of processes that were killed may be removed)"
+        yield Finding(str(folder), "warning", text, fix)
+    else:
+        yield Finding(str(folder), "ok", f"{usage.total / 2**30:.1f} GiB")
 
 
 def _try_module(module: str, *names: str, **environ: str) -> dict[str, Any]:

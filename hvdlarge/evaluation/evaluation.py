@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metrics, result_of, totals_of
+from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
 from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory
@@ -23,7 +23,7 @@ class Evaluation:
     """Evaluates a test set, split over the workers in consecutive micro-batches.
 
     Args:
-        dataset: map-style, of pairs (input, target).
+        dataset: the test set, in its own order.
         size: its samples.
         metrics: results beside the loss, by name.
         micro_batch: samples in one forward pass.
@@ -35,7 +35,7 @@ class Evaluation:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: MicroBatchDataset,
         size: int,
         metrics: Metrics,
         micro_batch: int,
@@ -44,12 +44,16 @@ class Evaluation:
         num_workers: int,
         prefetch_factor: int,
     ) -> None:
-        fetch = MicroBatchDataset(dataset, seed=0, shuffled=False)
         local: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
-        self._size = size
-        self._metrics = metrics
+        self._names = list(metrics)
+        self._with_states = {
+            name: metric for name, metric in metrics.items() if isinstance(metric, StateMetric)
+        }
+        self._with_totals = {
+            name: metric for name, metric in metrics.items() if not isinstance(metric, StateMetric)
+        }
         self._loader: Iterable[LoadedMicroBatch] = make_dataloader(
-            fetch, local, num_workers, prefetch_factor
+            dataset, local, num_workers, prefetch_factor
         )
 
     @torch.no_grad()
@@ -65,15 +69,24 @@ class Evaluation:
             JobError: on every rank, if a metric of a finite loss is not a number.
             MetricError: on one rank, if a metric's totals have another shape than it promised.
         """
-        replica.set_mode(training=False)
+        for state_metric in self._with_states.values():
+            state_metric.begin(replica.objective.precision.device)
+        replica.objective.set_mode(training=False)
         totals = self._local_totals(replica)
-        replica.set_mode(training=True)
-        total_loss, *others = tensors.sum(totals, "evaluation").tolist()
-        results = {"test_loss": total_loss / self._size}
-        for name, metric in self._metrics.items():
-            own, others = others[: metric.num_totals], others[metric.num_totals :]
+        replica.objective.set_mode(training=True)
+        total_loss, total_weight, *others = tensors.sum(totals, "evaluation").tolist()
+        results = {"test_loss": total_loss / total_weight if total_weight else math.nan}
+        for state_metric in self._with_states.values():
+            state_metric.combine(tensors)
+        sums = {}
+        for name, metric in self._with_totals.items():
+            sums[name], others = others[: metric.num_totals], others[metric.num_totals :]
+        for name in self._names:
             try:
-                result = result_of(name, metric, own)
+                if name in sums:
+                    result = result_of(name, self._with_totals[name], sums[name])
+                else:
+                    result = self._with_states[name].result()
             except JobError:
                 if math.isfinite(total_loss):
                     raise
@@ -83,25 +96,28 @@ class Evaluation:
         return results
 
     def _local_totals(self, replica: Replica) -> torch.Tensor:
-        """Sums over this rank's samples, float64: the loss, then each metric's totals."""
-        sizes = [metric.num_totals for metric in self._metrics.values()]
-        totals = torch.zeros(1 + sum(sizes), dtype=torch.float64, device=replica.precision.device)
-        total_loss, *parts = totals.split([1, *sizes])  # views
+        """Sums over this rank's samples, float64: the loss and its weight, then each metric's
+        totals.
+        """
+        objective = replica.objective
+        sizes = [metric.num_totals for metric in self._with_totals.values()]
+        device = objective.precision.device
+        totals = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=device)
+        total_loss, total_weight, *parts = totals.split([1, 1, *sizes])  # views
         for micro_batch, inputs, targets in self._loader:
-            targets = replica.to_device(targets)
             size = micro_batch.size
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same
             # in every evaluation.
             seed_all(seeds.key(replica.seed, seeds.EVALUATION, micro_batch.start))
-            with (
-                explain_out_of_memory(
-                    f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
-                ),
-                replica.precision.autocast(),
+            with explain_out_of_memory(
+                f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
             ):
-                outputs = replica.model(replica.to_device(inputs))
-                loss = replica.loss(outputs, targets)
-            total_loss += loss.double() * size
-            for part, (name, metric) in zip(parts, self._metrics.items(), strict=True):
+                loss, outputs, targets = objective.evaluate(inputs, targets)
+            loss_sum, weight = loss.totals(size)
+            total_loss += loss_sum
+            total_weight += weight
+            for part, (name, metric) in zip(parts, self._with_totals.items(), strict=True):
                 part += totals_of(name, metric, outputs, targets).to(totals)
+            for state_metric in self._with_states.values():
+                state_metric.update(outputs, targets)
         return totals

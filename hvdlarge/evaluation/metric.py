@@ -1,7 +1,8 @@
 """Metrics: totals that are summed over samples, and the result computed from them.
 
 Contract: sums over micro-batches and workers are taken in float64, so that every sample counts once
-          on any number of workers.
+          on any number of workers. A metric of torchmetrics keeps states instead, which
+          `states.py` combines over the workers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from hvdlarge.config.job import AVERAGED
+from hvdlarge.evaluation.parts import MetricError, part
+from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
 
 
@@ -40,18 +44,57 @@ class Metric(Protocol):
         ...
 
 
-Metrics = Mapping[str, Metric]  # by the name of the result
+Metrics = Mapping[str, Metric | StateMetric]  # by the name of the result
 
 
-class MetricError(Exception):
-    """A metric returned totals of a wrong type or shape. Not a RunExit, as a single rank may raise
-    it.
+class OfParts:
+    """A metric of a part of the outputs and targets.
+
+    Args:
+        metric: gets the parts.
+        output: key, attribute or position in the outputs; None: the whole.
+        targets: likewise in the targets.
     """
 
+    def __init__(self, metric: Metric, output: str | int | None, targets: str | int | None) -> None:
+        self.num_totals, self.higher_is_better = metric.num_totals, metric.higher_is_better
+        self._metric, self._output, self._targets = metric, output, targets
 
-def check_metric(name: str, metric: Any) -> None:
-    """Raise JobError unless `metric` has what a metric needs."""
-    missing = [part for part in ("totals", "result") if not callable(getattr(metric, part, None))]
+    def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """The metric's totals of the parts."""
+        return self._metric.totals(part(outputs, self._output), part(targets, self._targets))
+
+    def result(self, totals: Sequence[float]) -> float | None:
+        """The metric's result."""
+        return self._metric.result(totals)
+
+
+def build_metric(
+    result: str,
+    name: str,
+    metric: Any,
+    output: str | int | None,
+    targets: str | int | None,
+    higher_is_better: bool | None,
+) -> Metric | StateMetric:
+    """A metric ready for evaluations.
+
+    Args:
+        result: name of the result.
+        name: of the metric as the job has it, for messages.
+        metric: what the job names: a `Metric`, or a metric of torchmetrics.
+        output: the part of the outputs that it gets; None: the whole.
+        targets: likewise of the targets.
+        higher_is_better: overrides the metric's own; None: its own.
+
+    Raises:
+        JobError: if it lacks what a metric needs.
+    """
+    if StateMetric.fits(metric):
+        if higher_is_better is None:
+            higher_is_better = metric.higher_is_better
+        return StateMetric(result, metric, (output, targets), higher_is_better)
+    missing = [each for each in ("totals", "result") if not callable(getattr(metric, each, None))]
     count = getattr(metric, "num_totals", None)
     if not isinstance(count, int) or count < 1:
         missing.append("num_totals (an integer of at least 1)")
@@ -62,6 +105,11 @@ def check_metric(name: str, metric: Any) -> None:
             f"evaluate.metrics: {name} must give a metric; this {type(metric).__name__} has no "
             f"{', '.join(missing)}"
         )
+    if output is not None or targets is not None:
+        metric = OfParts(metric, output, targets)
+    if higher_is_better is not None:
+        metric.higher_is_better = higher_is_better
+    return metric
 
 
 def rankings(best_by: str | None, metrics: Metrics) -> dict[str, bool]:
@@ -69,12 +117,25 @@ def rankings(best_by: str | None, metrics: Metrics) -> dict[str, bool]:
     higher is better.
 
     Args:
-        best_by: the one that a job names; None: the metrics, then the test loss.
+        best_by: the one that a job names, of the weights or of the averaged ones; None: the
+            metrics of the weights, then their test loss.
         metrics: of the evaluation.
+
+    Raises:
+        JobError: if the job names a metric that does not say whether higher is better.
     """
-    all_results = {name: metric.higher_is_better for name, metric in metrics.items()}
+    directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+    all_results = {name: higher for name, higher in directions.items() if higher is not None}
     all_results["test_loss"] = False
-    return all_results if best_by is None else {best_by: all_results[best_by]}
+    if best_by is None:
+        return all_results
+    name = best_by if best_by in {*directions, *all_results} else best_by.removeprefix(AVERAGED)
+    if name not in all_results:
+        raise JobError(
+            f"checkpoint.best: {name} does not say whether higher is better: set "
+            f"evaluate.metrics.{name}.higher_is_better"
+        )
+    return {best_by: all_results[name]}
 
 
 def totals_of(name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:

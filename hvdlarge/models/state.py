@@ -16,7 +16,7 @@ from torch import nn
 
 Modules = Mapping[str, nn.Module]  # by the prefix of their names
 
-_LOSS = "loss."
+MODEL, LOSS = "", "loss."  # the prefixes
 
 
 def trained_modules(model: nn.Module, loss: Any) -> dict[str, nn.Module]:
@@ -26,19 +26,19 @@ def trained_modules(model: nn.Module, loss: Any) -> dict[str, nn.Module]:
         ValueError: if a name of the model's state_dict equals a prefixed name of the loss's.
     """
     if not isinstance(loss, nn.Module):
-        return {"": model}
-    duplicates = sorted(model.state_dict().keys() & {_LOSS + name for name in loss.state_dict()})
+        return {MODEL: model}
+    duplicates = sorted(model.state_dict().keys() & {LOSS + name for name in loss.state_dict()})
     if duplicates:
         raise ValueError(
             f"{duplicates[0]!r} is in the state_dict of the model and in that of the loss: rename "
             "the model's"
         )
-    return {"": model, _LOSS: loss}
+    return {MODEL: model, LOSS: loss}
 
 
 def join_names(module: str, part: str) -> str:
     """The full name of the part `part` of a module, itself named as by `named_modules`."""
-    return module + part if module in ("", _LOSS) else f"{module}.{part}"
+    return module + part if module in (MODEL, LOSS) else f"{module}.{part}"
 
 
 def named_modules(modules: Modules) -> Iterator[tuple[str, nn.Module]]:

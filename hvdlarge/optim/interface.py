@@ -102,18 +102,33 @@ class MeanGradientOptimizer(torch.optim.Optimizer):
         self._move(norms)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """Move the weights once, with the learning rates of the groups.
 
+        Args:
+            closure: computes the gradients anew and returns the loss, as Lightning passes it. Not
+                under `hvd.DistributedOptimizer`, which averages the gradients before it is called.
+
+        Returns:
+            The closure's loss; None without a closure.
+
         Raises:
-            ValueError: if a closure is given, or for a sparse gradient.
+            ValueError: for a closure under Horovod, or a sparse gradient.
         """
+        loss = None
         if closure is not None:
-            raise ValueError(
-                f"{type(self).__name__} takes no closure: its gradients would not be averaged over "
-                "the workers"
-            )
+            if hasattr(self, "set_backward_passes_per_step"):  # of hvd.DistributedOptimizer
+                raise ValueError(
+                    f"{type(self).__name__} takes no closure under hvd.DistributedOptimizer: it "
+                    "would compute gradients after those of the workers have been averaged, and "
+                    "each worker would move by its own; call backward() before step()"
+                )
+            with torch.enable_grad():
+                loss = closure()
         self._move(self.measure())
+        return loss
 
     def _weights_to_measure(self) -> Sequence[torch.nn.Parameter]:
         """Weights whose norms `measure` reads along with the gradients'."""

@@ -59,11 +59,11 @@ class LossScaler:
         """The product s·loss."""
         return loss if self.value == 1 else loss * self.value
 
-    def unscale(self, weights: Iterable[torch.Tensor]) -> None:
-        """Divide the gradients of `weights` by s, in place."""
-        if self.value != 1:
+    def unscale(self, weights: Iterable[torch.Tensor], factor: float = 1.0) -> None:
+        """Multiply the gradients of `weights` by factor / s, in place."""
+        if factor != self.value:
             torch._foreach_mul_(
-                [weight.grad for weight in weights if weight.grad is not None], 1 / self.value
+                [weight.grad for weight in weights if weight.grad is not None], factor / self.value
             )
 
 

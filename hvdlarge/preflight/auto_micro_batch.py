@@ -14,24 +14,19 @@ import torch
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import raise_on_all_ranks
-from hvdlarge.config.job import Data
 from hvdlarge.config.planning import stages_of
-from hvdlarge.data.batches import repeat, to_device
-from hvdlarge.data.in_memory import reads_batches
-from hvdlarge.data.loader import MicroBatchDataset, make_dataloader
-from hvdlarge.exits import OutOfMemory
+from hvdlarge.data.batches import repeat
+from hvdlarge.data.loader import LoadedMicroBatch
+from hvdlarge.exits import OutOfMemory, is_out_of_memory
 from hvdlarge.models.state import (
     Modules,
     named_buffers,
     named_modules,
     named_parameters,
-    trained_modules,
 )
-from hvdlarge.optim.precision import Precision
-from hvdlarge.preflight.user_code import user_code
+from hvdlarge.preflight.user_code import reading_samples, user_code
+from hvdlarge.replica.objective import Objective
 from hvdlarge.replica.train_state import TrainState
-from hvdlarge.resilience.out_of_memory import is_out_of_memory
-from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
 # Memory reserved for the optimizer state (two copies of the weights for LAMB and Adam) and for the
@@ -44,49 +39,38 @@ _RESERVED_PART, _RESERVED_MIN_BYTES = 20, 2**30
 
 def with_largest_micro_batch(
     plan: Plan,
-    model: torch.nn.Module,
-    loss: Callable[[Any, Any], torch.Tensor],
-    precision: Precision,
-    training_set: Any,
-    data: Data,
-    channels_last: bool,
+    objective: Objective,
+    first_sample: Callable[[], LoadedMicroBatch],
     control: ControlChannel,
+    averages: bool = False,
 ) -> Plan:
     """The plan with the largest micro-batch that fits on every worker's GPU. Every rank calls this
     together.
 
     Args:
         plan: of the run.
-        model: on the device.
-        loss: a mean over samples.
-        precision: of this worker.
-        training_set: its first sample is repeated to fill the micro-batches that are tried.
-        data: the job's section.
-        channels_last: whether images use this memory format.
+        objective: model and loss, on the device.
+        first_sample: reads a sample, which is repeated to fill the micro-batches that are tried.
         control: the channel between the ranks.
+        averages: whether the run also keeps an average of the weights.
 
     Raises:
         OutOfMemory: on every rank, if a single sample does not fit on some rank.
-        JobError: on every rank, for an error of the model or the loss that is not about memory.
+        JobError: on every rank, for a sample that cannot be read, or an error of the model or the
+            loss that is not about memory.
     """
     largest_share = max(-(-stage.global_batch // plan.world_size) for stage in stages_of(plan))
 
     def find_largest() -> int:
-        # In a loader process if there are any: a data set that opens files lazily must not open
-        # them in this process.
-        num_workers = 0 if reads_batches(training_set) else min(1, data.num_workers)
-        dataset = MicroBatchDataset(training_set, 0, shuffled=False)
-        first = [MicroBatch(0, 0, 1)]
-        _, *sample = next(iter(make_dataloader(dataset, first, num_workers, data.prefetch_factor)))
-        inputs, targets = (
-            to_device(part, precision.device, precision.weights, channels_last) for part in sample
-        )
+        with reading_samples("training set"):
+            _, inputs, targets = first_sample()
 
         def samples(size: int) -> tuple[Any, Any]:
             return repeat(inputs, size), repeat(targets, size)
 
         with user_code("a micro-batch of copies of the first sample"):
-            return largest_micro_batch(model, loss, precision, samples, largest_share)
+            copies = _RESERVED_COPIES + averages
+            return largest_micro_batch(objective, samples, largest_share, copies)
 
     local_largest = raise_on_all_ranks(control, find_largest)
     largest = min(int(message) for message in control.allgather(b"%d" % local_largest))
@@ -95,8 +79,9 @@ def with_largest_micro_batch(
             "out of memory: a micro-batch of one sample does not fit on every GPU; use fewer bits "
             "(precision: bf16) or a smaller model"
         )
-    if precision.device.type == "cuda":  # exclude the search from the run's peak
-        torch.cuda.reset_peak_memory_stats(precision.device)
+    device = objective.precision.device
+    if device.type == "cuda":  # exclude the search from the run's peak
+        torch.cuda.reset_peak_memory_stats(device)
     return replace(plan, largest_micro_batch=largest)
 
 
@@ -126,22 +111,20 @@ def keep_micro_batches(plan: Plan, state: TrainState) -> tuple[Plan, list[str]]:
 
 
 def largest_micro_batch(
-    model: torch.nn.Module,
-    loss: Callable[[Any, Any], torch.Tensor],
-    precision: Precision,
+    objective: Objective,
     samples: Callable[[int], tuple[Any, Any]],
     most: int,
+    reserved_copies: int = _RESERVED_COPIES,
 ) -> int:
     """The largest micro-batch whose forward and backward pass fit in this worker's memory.
 
     Gradients, buffers, module modes and torch's random generators are left as they were.
 
     Args:
-        model: on the device, without the hooks of a distributed optimizer.
-        loss: a mean over samples.
-        precision: of this worker.
-        samples: number of samples -> inputs and targets on the device.
+        objective: model and loss, on the device, without the hooks of a distributed optimizer.
+        samples: number of samples -> inputs and targets, as loaded.
         most: upper limit, in samples.
+        reserved_copies: copies of the weights for which room is left.
 
     Returns:
         Samples, 1 … `most`, at most a sixteenth below the largest size that fits; 0 if one sample
@@ -150,19 +133,16 @@ def largest_micro_batch(
     Raises:
         RuntimeError: an error of the model or the loss that is not about memory.
     """
-    modules = trained_modules(model, loss)
+    modules, device = objective.modules, objective.precision.device
     weights = [weight for _, weight in named_parameters(modules) if weight.requires_grad]
-    is_gpu = precision.device.type == "cuda"
+    is_gpu = device.type == "cuda"
 
     def fits(size: int) -> bool:
         try:
-            _reserved = _reserve(weights, precision.device)
-            inputs, targets = samples(size)
-            with precision.autocast():
-                value = loss(model(inputs), targets)
-            value.backward()
+            _reserved = _reserve(weights, device, reserved_copies)
+            objective(*samples(size)).value.backward()
             if is_gpu:
-                torch.cuda.synchronize(precision.device)
+                torch.cuda.synchronize(device)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) and size <= 2:
                 raise
@@ -179,13 +159,15 @@ def largest_micro_batch(
             torch.cuda.empty_cache()  # cached blocks of one size may not fit the next
         return result
 
-    with _preserved(modules, [precision.device] if is_gpu else []):
+    with _preserved(modules, [device] if is_gpu else []):
         return largest_that_fits(fits_alone, most)
 
 
-def _reserve(weights: list[torch.nn.Parameter], device: torch.device) -> list[torch.Tensor]:
+def _reserve(
+    weights: list[torch.nn.Parameter], device: torch.device, copies: int
+) -> list[torch.Tensor]:
     """Allocate what a run needs beside its forward and backward passes."""
-    reserved = [torch.empty_like(weight) for weight in weights for _ in range(_RESERVED_COPIES)]
+    reserved = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
     if device.type == "cuda":
         size = max(torch.cuda.mem_get_info(device)[1] // _RESERVED_PART, _RESERVED_MIN_BYTES)
         reserved.append(torch.empty(size, dtype=torch.uint8, device=device))

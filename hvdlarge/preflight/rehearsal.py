@@ -33,10 +33,13 @@ from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.planning import stages_of
 from hvdlarge.data import seeds
+from hvdlarge.data.batches import twofold
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluation.metric import Metric, MetricError, Metrics, totals_of
-from hvdlarge.exits import JobError, RunExit
+from hvdlarge.evaluation.metric import Metric, Metrics, result_of, totals_of
+from hvdlarge.evaluation.parts import MetricError
+from hvdlarge.evaluation.states import StateMetric
+from hvdlarge.exits import JobError, RunExit, is_out_of_memory
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -44,13 +47,12 @@ from hvdlarge.models.state import (
     named_parameters,
     pack,
     saved_tensors,
-    trained_modules,
 )
-from hvdlarge.optim.precision import Precision
-from hvdlarge.preflight.user_code import describe, user_code
+from hvdlarge.preflight.user_code import describe, reading_samples, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
+from hvdlarge.replica.objective import LossValue, Objective
 from hvdlarge.resilience.digest import tensor_digests
-from hvdlarge.resilience.out_of_memory import explain_out_of_memory, is_out_of_memory, oom_hint
+from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.plan import Plan
 
@@ -59,40 +61,40 @@ _TOLERANCE = {"fp64": 1e-9, "fp32": 1e-6, "tf32": 1e-4, "bf16": 1e-2, "fp16": 1e
 _COUNT_SHIFT = 1_000_000
 
 
+class Rehearsed(NamedTuple):
+    """What the rehearsal found that a run should know; the same on every rank."""
+
+    rounds_differently: bool = False  # whether the ranks do, as different CPUs or GPUs
+    weighted_loss: bool = False  # whether the loss returns a sum and its weight
+    without_result: tuple[str, ...] = ()  # metrics that do not apply to the first samples, by name
+
+
 def rehearse(
     plan: Plan,
-    model: torch.nn.Module,
-    loss: Callable[[Any, Any], torch.Tensor],
-    precision: Precision,
+    objective: Objective,
     metrics: Metrics,
-    to_device: Callable[[Any], Any],
     loader: Loader,
     test_samples: Callable[[], Iterable[LoadedMicroBatch]] | None,
     seed: int,
+    must_be_finite: bool,
     control: ControlChannel,
-) -> bool:
+) -> Rehearsed:
     """Rehearse the first samples of a run. Every rank calls this together, before the first
     decision is announced.
 
     Args:
         plan: of the run; its first and its smallest micro-batch are tried.
-        model: see Rehearsal.
-        loss: see Rehearsal.
-        precision: see Rehearsal.
+        objective: see Rehearsal.
         metrics: tried on the first micro-batch of the test set.
-        to_device: see Rehearsal.
         loader: of the training set, not used before.
-        test_samples: yields the first micro-batch of the test set twice; None if the run does not
-            evaluate.
+        test_samples: yields the test set's first micro-batch twice; None without evaluations.
         seed: of the run.
+        must_be_finite: whether to reject a first loss that is not finite.
         control: the channel between the ranks.
 
-    Returns:
-        Whether the ranks round differently, as different CPUs or GPUs do; the same on every rank.
-
     Raises:
-        JobError: on every rank, for what Rehearsal rejects, and for samples that cannot be read or
-            differ when read again.
+        InvalidEnvironmentError: on every rank, if loader processes run out of shared memory.
+        JobError: on every rank, for what Rehearsal rejects, and samples that fail or differ.
         RanksDisagreeError: on every rank, if the ranks read different samples.
         OutOfMemory: on a rank that runs out of memory.
     """
@@ -102,22 +104,34 @@ def rehearse(
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
+    without: list[str] = []
 
     def passes() -> Outcome:
-        rehearsal = Rehearsal(
-            model, loss, precision, to_device, seeds.key(seed, seeds.MICRO_BATCH, 0)
-        )
-        outcome = rehearsal.run(loaded[0].inputs, loaded[0].targets, test_samples is not None)
+        rehearsal = Rehearsal(objective, seeds.key(seed, seeds.MICRO_BATCH, 0))
+        inputs, targets = loaded[0].inputs, loaded[0].targets
+        outcome = rehearsal.run(inputs, targets, test_samples is not None)
+        rehearsal.refuse_sums(inputs, targets)
+        if must_be_finite and not outcome.is_finite:
+            raise JobError(_not_finite_message(outcome.loss))
         if len(loaded) > 1:
             rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
         for batch in tested:
-            rehearsal.try_metrics(metrics, batch)
+            without.extend(rehearsal.try_metrics(metrics, batch))
         return outcome
 
     where = f"the rehearsal of the first micro-batch, of {sizes.first:,} samples,"
     with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
-    return len(set(control.allgather(_rounding(outcome, precision.device)))) > 1
+    roundings = set(control.allgather(_rounding(outcome, objective.precision.device)))
+    return Rehearsed(len(roundings) > 1, outcome.weighted, tuple(without))
+
+
+def _not_finite_message(loss: float) -> str:
+    return (
+        f"loss.name: the loss of the first micro-batch is {loss} before the first update: look for "
+        "samples or initial weights that are not finite, a logarithm of zero, or targets that are "
+        "all ignored"
+    )
 
 
 def _compare_samples(control: ControlChannel, first: LoadedMicroBatch) -> None:
@@ -177,14 +191,8 @@ def _read_again(
     read: Callable[[], Iterable[LoadedMicroBatch]], what: str
 ) -> list[LoadedMicroBatch]:
     """The micro-batches of `read` except the second, which must equal the first."""
-    try:
+    with reading_samples(what):
         first, again, *others = read()
-    except Exception as error:
-        if isinstance(error, RunExit) or is_out_of_memory(error):
-            raise
-        raise JobError(
-            f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
-        ) from None
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
             f"data.name: the {what} gives other samples when it is read again with the same seeds: "
@@ -200,30 +208,22 @@ class Outcome(NamedTuple):
     loss: float
     gradient: float  # L2 norm of all gradients together
     uses: tuple[int, ...]  # of each layer with running statistics in training mode
+    weighted: bool = False  # whether the loss is a sum with a weight
+    is_finite: bool = True  # whether the loss is; a sum and weight of zero are
 
 
 class Rehearsal:
     """Checks a model and a loss on one micro-batch.
 
     Args:
-        model: on the device, in training mode, with the dtypes of the run.
-        loss: a mean over samples.
-        precision: of this worker.
-        to_device: moves inputs or targets.
+        objective: model and loss, on the device, in training mode, with the dtypes of the run.
         key: the seed of the micro-batch.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        loss: Callable[[Any, Any], torch.Tensor],
-        precision: Precision,
-        to_device: Callable[[Any], Any],
-        key: int,
-    ) -> None:
-        self._model, self._loss = model, loss
-        self._precision, self._to_device, self._key = precision, to_device, key
-        self._modules = trained_modules(model, loss)
+    def __init__(self, objective: Objective, key: int) -> None:
+        self._objective, self._key = objective, key
+        self._model, self._precision = objective.model, objective.precision
+        self._modules = objective.modules
         self._layers = [layer for layer in tracking_layers(self._modules) if layer.module.training]
 
     def run(self, inputs: Any, targets: Any, evaluates: bool = False) -> Outcome:
@@ -276,15 +276,72 @@ class Rehearsal:
             self._pass(inputs, targets, what)
 
     @torch.no_grad()
-    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> None:
+    def refuse_sums(self, inputs: Any, targets: Any) -> None:
+        """Take the loss of the outputs and targets, and of the same twice over.
+
+        A mean stays as it is then, and both parts of (sum, weight) double. A loss that cannot take
+        its samples twice, such as one of the model's own, is not tried.
+
+        Raises:
+            JobError: for a sum without a weight, or a weight without a sum.
+        """
+        with _restored(self._modules, self._layers), _eager(self._model):
+            with user_code("the first micro-batch"):
+                seed_all(self._key)
+                once, outputs, targets = self._objective.evaluate(inputs, targets)
+            twice = once
+            if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
+                try:
+                    seed_all(self._key)
+                    twice = self._objective.loss_of(twofold(outputs), twofold(targets))
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+        if problem := self._sum_problem(once, twice):
+            raise JobError(f"loss.name: {problem}")
+
+    def _sum_problem(self, once: LossValue, twice: LossValue) -> str:
+        close = _TOLERANCE[self._precision.name]
+
+        def grows(before: torch.Tensor, after: torch.Tensor, factor: float) -> bool:
+            value = before.item()
+            if value == 0 or not math.isfinite(value):
+                return False
+            return math.isclose(after.item(), factor * value, rel_tol=close)
+
+        doubles = grows(once.value, twice.value, 2)
+        if once.weight is not None and not once.weight.item() >= 0:
+            return (
+                f"the weight of the first micro-batch is {once.weight.item():g}: it must be 0 or "
+                "more, such as the number of targets that count"
+            )
+        if once.weight is None and doubles:
+            return (
+                "the loss of twice the samples is twice as large: it is a sum, so the result would "
+                "depend on batch.micro; return the mean, or the pair (sum, number of samples)"
+            )
+        if once.weight is None or twice.weight is None or once.weight.item() == 0:
+            return ""
+        if doubles and not grows(once.weight, twice.weight, 2):
+            return "of the pair (sum, weight) the sum doubles with the samples, and the weight not"
+        if grows(once.weight, twice.weight, 2) and grows(once.value, twice.value, 1):
+            return "of the pair (sum, weight) the first is a mean: return the sum"
+        return ""
+
+    @torch.no_grad()
+    def try_metrics(self, metrics: Metrics, batch: LoadedMicroBatch) -> list[str]:
         """Take the metrics' totals of a micro-batch of the test set, twice.
+
+        Returns:
+            The names of those that do not apply to it.
 
         Raises:
             JobError: naming the metric that raises, has totals of another shape than it promises,
                 or gives other totals for the same samples.
         """
         if not metrics:
-            return
+            return []
+        without_result = []
         size = batch.micro_batch.size
         with (
             _restored(self._modules, self._layers),
@@ -296,9 +353,7 @@ class Rehearsal:
             user_code("the first micro-batch of the test set"),
         ):
             seed_all(self._key)
-            targets = self._to_device(batch.targets)
-            with self._precision.autocast():
-                outputs = self._model(self._to_device(batch.inputs))
+            _, outputs, targets = self._objective.evaluate(batch.inputs, batch.targets)
             for name, metric in metrics.items():
                 first, again = (self._totals(name, metric, outputs, targets) for _ in range(2))
                 close = _TOLERANCE[self._precision.name]
@@ -308,11 +363,23 @@ class Rehearsal:
                         f"{again.tolist()}, for the same samples: a metric keeps nothing between "
                         "calls"
                     )
+                if isinstance(metric, StateMetric):
+                    continue
+                with contextlib.suppress(JobError):  # that of the whole test set counts
+                    if result_of(name, metric, first.tolist()) is None:
+                        without_result.append(name)
+        return without_result
 
-    def _totals(self, name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:
+    def _totals(
+        self, name: str, metric: Metric | StateMetric, outputs: Any, targets: Any
+    ) -> torch.Tensor:
         seed_all(self._key)
         try:
+            if isinstance(metric, StateMetric):
+                return torch.tensor([metric.try_out(outputs, targets)])
             return totals_of(name, metric, outputs, targets).double()
+        except RunExit:
+            raise
         except MetricError as error:
             raise JobError(str(error)) from None
         except Exception as error:
@@ -329,7 +396,7 @@ class Rehearsal:
         counts = [int(layer.uses) for layer in self._layers]
         with user_code(what):
             value = self._forward(inputs, targets)
-            value.backward()
+            value.mean().backward()
         grads = {
             name: weight.grad
             for name, weight in named_parameters(self._modules)
@@ -346,40 +413,27 @@ class Rehearsal:
         uses = tuple(
             int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True)
         )
-        return Outcome(value.item(), math.hypot(*norms), uses)
+        weighted, finite = value.weight is not None, bool(value.value.isfinite())
+        return Outcome(value.mean().item(), math.hypot(*norms), uses, weighted, finite)
 
-    def _forward(self, inputs: Any, targets: Any) -> torch.Tensor:
+    def _forward(self, inputs: Any, targets: Any) -> LossValue:
         seed_all(self._key)
-        with self._precision.autocast():
-            value: Any = self._loss(self._model(self._to_device(inputs)), self._to_device(targets))
-        if not isinstance(value, torch.Tensor) or value.dim() != 0:
-            shape = (
-                f"a tensor of shape {tuple(value.shape)}"
-                if isinstance(value, torch.Tensor)
-                else f"a {type(value).__name__}"
-            )
-            raise JobError(
-                "loss.name: a loss must be a mean over samples, a tensor of shape (); this one is "
-                f"{shape}"
-            )
-        return value
+        return self._objective(inputs, targets)
 
     @torch.no_grad()
     def _evaluate(self, inputs: Any, targets: Any) -> float:
         """The loss in evaluation mode."""
         with self._evaluating(), user_code("the first micro-batch, in evaluation mode,"):
-            return self._forward(inputs, targets).item()
+            return self._forward(inputs, targets).mean().item()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Model and loss are in evaluation mode during the `with` block."""
-        for module in self._modules.values():
-            module.eval()
+        self._objective.set_mode(training=False)
         try:
             yield
         finally:
-            for module in self._modules.values():
-                module.train()
+            self._objective.set_mode(training=True)
 
     def _refuse_other_loss(self, first: float, again: float) -> None:
         if not self._same(Outcome(first, 0.0, ()), Outcome(again, 0.0, ())):

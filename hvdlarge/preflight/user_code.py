@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hvdlarge.exits import JobError, RunExit
-from hvdlarge.resilience.out_of_memory import is_out_of_memory
-from hvdlarge.resilience.user_errors import describe
+from hvdlarge.config.part_errors import describe
+from hvdlarge.exits import InvalidEnvironmentError, JobError, PartError, RunExit, is_out_of_memory
+from hvdlarge.resilience.shared_memory import is_shared_memory_error, shared_memory_advice
 
 
 @contextmanager
@@ -18,6 +18,25 @@ def user_code(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RunExit) or is_out_of_memory(error):
             raise
+        if isinstance(error, PartError):
+            raise JobError(describe(error)) from None
         raise JobError(
             f"model.name: {what} does not go through model and loss: {describe(error)}"
+        ) from None
+
+
+@contextmanager
+def reading_samples(what: str) -> Iterator[None]:
+    """Turn errors in the `with` block, which reads the first samples of `what`, into JobError, and
+    shared memory that runs out into InvalidEnvironmentError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunExit) or is_out_of_memory(error):
+            raise
+        if is_shared_memory_error(error):
+            raise InvalidEnvironmentError(shared_memory_advice(error)) from None
+        raise JobError(
+            f"data.name: the first samples of the {what} cannot be read: {describe(error)}"
         ) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Results and counters, saved in checkpoints and the same on every rank."""
+    """Results and counters, saved in checkpoints and the same on every rank, but for the time."""
 
     results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation
     # The best evaluation: the name of the result ("by"), "value" (higher is better) and "step"
@@ -19,7 +19,7 @@ class TrainState:
     overflows: int = 0  # steps skipped only to lower the loss scale
     loss_scale: float | None = None  # the dynamic part, for fp16
     steps_at_loss_scale: int = 0
-    train_seconds: float = 0.0  # of all starts of the run
+    train_seconds: float = 0.0  # of all starts of the run, by rank 0's clock; saved by rank 0
     # With micro: auto, the samples that fit into memory on every one of `workers` workers
     largest_micro_batch: int | None = None
     workers: int | None = None

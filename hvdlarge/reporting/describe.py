@@ -42,6 +42,7 @@ def startup_summary(
         f"{sizes['test samples'] or 0:,} for testing",
         f"model    {job.model.name}: {model_line(model)}",
         f"update   {update_line(optimizer)}",
+        *average_lines(job),
         f"batch    {batch_line(plan)}",
         f"schedule {plan.fingerprint()}",
         *stage_table(plan),
@@ -100,6 +101,17 @@ def update_line(optimizer: Any) -> str:
         f"{type(optimizer).__name__}, {settings}; {adapted:,} weights {' and '.join(verbs)}, "
         f"{others:,} not"
     )
+
+
+def average_lines(job: Job) -> list[str]:
+    """The average of the weights, a line; none without one."""
+    if job.ema is None:
+        return []
+    half_life, batch = job.ema.half_life_samples, job.batch.first
+    return [
+        f"average  half-life {half_life:,.0f} samples: a decay of {0.5 ** (batch / half_life):.6g} "
+        f"in a step of {batch:,}"
+    ]
 
 
 def batch_line(plan: Plan) -> str:
@@ -207,6 +219,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
             "best evaluation"
         )
     lines += _loss_notes(job, plan)
+    lines += _average_notes(job, plan)
     last = stages_of(plan)[-1]
     if last.full_rate > epochs and not last.open_end:
         lines.append(
@@ -220,13 +233,26 @@ def _loss_notes(job: Job, plan: Plan) -> list[str]:
     largest = layout_of(
         plan, max(min(stage.global_batch, plan.clock.total_samples) for stage in stages_of(plan))
     )
-    if not (
-        job.loss.is_torchs and "ignore_index" in job.loss.args and largest.num_micro_batches > 1
-    ):
+    of_torch = job.loss.name.startswith("torch.nn:")
+    if not (of_torch and "ignore_index" in job.loss.args and largest.num_micro_batches > 1):
         return []
     return [
         f"note     loss.args.ignore_index: {largest.equation()}; each micro-batch is averaged over "
-        "its own targets that are not ignored, and all micro-batches have equal weight"
+        "its own targets that are not ignored, and all micro-batches have equal weight; the "
+        "built-in cross_entropy takes the mean over the whole step"
+    ]
+
+
+def _average_notes(job: Job, plan: Plan) -> list[str]:
+    if job.ema is None:
+        return []
+    half_life, samples = job.ema.half_life_samples, plan.clock.total_samples
+    share = 0.5 ** (samples / half_life)
+    if share < 0.01:
+        return []
+    return [
+        f"note     ema.half_life_samples is {half_life:,.0f}, the run has {samples:,} samples: "
+        f"{share:.0%} of the average at its end are the first weights"
     ]
 
 

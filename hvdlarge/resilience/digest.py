@@ -90,6 +90,8 @@ def _odd_weighted(sums: torch.Tensor) -> torch.Tensor:
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes as int32 words, shape (n,); each left over byte is a word."""
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if raw.storage_offset() % 4:  # as in a slice such as `mask[1:]`
+        raw = raw.clone()
     end = raw.numel() // 4 * 4
     words = raw[:end].view(torch.int32)
     return words if end == raw.numel() else torch.cat([words, raw[end:].to(torch.int32)])

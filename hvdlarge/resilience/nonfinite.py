@@ -168,7 +168,9 @@ class LossScalingPolicy:
             self._state.overflows += 1
         else:
             applied = self._then.check(decision, replica, norms)
-            if clean == LossScaler.STEPS_BEFORE_GROWTH:
+            if not applied:  # its gradients were not finite
+                clean = 0
+            elif clean == LossScaler.STEPS_BEFORE_GROWTH:
                 clean, scale.dynamic = 0, min(2 * scale.dynamic, LossScaler.LARGEST)
         self._state.loss_scale, self._state.steps_at_loss_scale = scale.dynamic, clean
         return applied

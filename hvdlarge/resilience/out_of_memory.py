@@ -5,17 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
-from hvdlarge.exits import OutOfMemory
-
-_MESSAGES = (
-    "can't allocate memory",  # torch's, on a CPU
-    "not enough memory",
-    "CUDA error: out of memory",  # outside torch's caching allocator
-    "[CUDA]: out of memory",
-    "_STATUS_ALLOC_FAILED",
-)
+from hvdlarge.exits import OutOfMemory, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -49,10 +39,3 @@ def oom_hint(micro_batch: int, global_batch: int) -> str:
         f"set batch.micro lower, e.g. to {micro_batch // 2}; the global batch of {global_batch:,} "
         "stays the same, with more accumulation steps"
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a GPU or the host ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)

@@ -27,6 +27,7 @@ class StopRequest:
         self._stop_file: Path | None = None
         self._minutes: float | None = None
         self._next_poll = 0.0
+        self._interrupts = 0  # Ctrl-C so far
 
     def watch(self, stop_file: Path | None, after_minutes: float | None) -> None:
         """Also watch for a file and a time limit.
@@ -63,7 +64,9 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGINT and self.reason == name:
-            os.write(2, b"hvdlarge: second Ctrl-C: leaving without a checkpoint\n")
-            os._exit(130)
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                os.write(2, b"hvdlarge: second Ctrl-C: leaving without a checkpoint\n")
+                os._exit(130)
         self.reason = self.reason or name

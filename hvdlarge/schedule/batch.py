@@ -103,9 +103,10 @@ class BatchLayout:
         """(micro-batches, number of workers that have so many), the busiest first, idle workers
         left out.
         """
-        counts = [len(self.numbers_of_rank(rank)) for rank in range(self.world_size)]
-        for count in sorted(set(counts) - {0}, reverse=True):
-            yield count, counts.count(count)
+        count, more = divmod(self.num_micro_batches, self.world_size)
+        for each, workers in ((count + 1, more), (count, self.world_size - more)):
+            if each and workers:
+                yield each, workers
 
     def _micro_batch(self, number: int, start: int) -> MicroBatch:
         first = number * self.micro_batch

@@ -90,11 +90,11 @@ class RunProgress:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RunProgress:
-        """The progress that `to_plain` gave; older checkpoints hold no measurements."""
+        """The progress that `to_plain` gave."""
         return cls(
             **{name: plain[name] for name in _PLAIN},
             stages=tuple(StageStart(*stage) for stage in plain["stages"]),
-            measured=dict(plain.get("measured", {})),
+            measured=dict(plain["measured"]),
         )
 
 

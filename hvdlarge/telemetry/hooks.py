@@ -17,10 +17,10 @@ import torch
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import raise_on_all_ranks
+from hvdlarge.config.part_errors import describe
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import Modules, named_buffers, named_modules, named_parameters
 from hvdlarge.resilience.out_of_memory import is_out_of_memory
-from hvdlarge.resilience.user_errors import describe
 from hvdlarge.resilience.watchdog import Watchdog
 
 

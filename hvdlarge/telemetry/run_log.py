@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvdlarge.config.job import AVERAGED
 from hvdlarge.exits import CheckpointWriteError
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.reporting.describe import duration, growth_line
@@ -180,7 +181,8 @@ class RunLog:
 
 
 def _metrics_of(results: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in results.items() if name not in ("loss", "test_loss")}
+    losses = {"loss", "test_loss", f"{AVERAGED}test_loss"}
+    return {name: value for name, value in results.items() if name not in losses}
 
 
 class SilentRunLog:

@@ -179,6 +179,8 @@ class Slow(torch.utils.data.Dataset):
                 file.write(str(os.getpid()))
             if described == "raise":
                 raise ValueError("sample 77 is corrupt")
+            if described == "slow":
+                time.sleep(10)
             if described == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if described == "block":

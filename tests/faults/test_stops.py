@@ -105,7 +105,8 @@ def test_a_signal_with_loader_processes_stops_the_run(bench):
 
 
 def test_a_stop_request_while_a_rank_hangs_ends_the_run(bench):
-    process = bench.begin(2, "epochs=100", "timeouts.step_seconds=6")
+    limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=2"]
+    process = bench.begin(2, "epochs=100", *limits)
     bench.until(bench.has_checkpoint)
     os.kill(max(bench.ranks()), signal.SIGSTOP)
     process.send_signal(signal.SIGUSR1)
@@ -146,9 +147,8 @@ def test_a_lost_rank_is_started_again_until_the_end(bench, whole):
 
 
 def test_a_hanging_rank_is_started_again_until_the_end(bench, whole):
-    process = begin_launch(
-        bench, ["-np", "2", "job.yaml", "timeouts.step_seconds=6"], FAULT="stop@1:25"
-    )
+    limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=2"]
+    process = begin_launch(bench, ["-np", "2", "job.yaml", *limits], FAULT="stop@1:25")
     ended = bench.end(process, timeout=200)
     assert ended.fired
     assert ended.code == 0, ended.text

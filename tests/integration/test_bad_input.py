@@ -1,6 +1,7 @@
 """Wrong jobs end in one message and exit code 2 on all ranks; a wrong environment in 3; ranks that differ in 71."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -111,10 +112,13 @@ IGNORED_PARTS = """
 import torch
 from hvdlarge.data.digits import digits
 from hvdlarge.data.in_memory import InMemory
+from hvdlarge.data.order import Stream
 
-def data():  # a set whose targets are all left out of the mean, as those of padding are
+def data():  # a set whose targets are left out of the mean, as those of padding, after the first
     train, test = digits()
-    return InMemory(train.inputs, torch.full_like(train.targets, -100)), test
+    targets, first = torch.full_like(train.targets, -100), Stream(0, len(train)).samples(0, 16)
+    targets[first] = train.targets[first]
+    return InMemory(train.inputs, targets), test
 """
 
 
@@ -122,6 +126,7 @@ def data():  # a set whose targets are all left out of the mean, as those of pad
 def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(train, folder, workers):
     (folder / "ignored_parts.py").write_text(IGNORED_PARTS)
     job = ["jobs/digits.yaml", "data.name=ignored_parts:data", "model={name: mlp}", "epochs=1"]
+    job.append("loss={name: 'torch.nn:CrossEntropyLoss'}")
     ended = train(workers, *job, "on_nonfinite={policy: stop}", "log.every_steps=1000")
     assert ended.code == 73, ended.out + ended.err
     assert len(ended.errors) == 1
@@ -155,6 +160,28 @@ def test_a_launcher_that_mpi_does_not_know_of_is_refused(train, folder):
     )
     assert ended.code == 3
     assert "started 2 workers, but MPI sees 1" in ended.err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_several_processes_without_mpi_are_never_many_solo_runs(train, folder, more):
+    started = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ended = train(None, "jobs/digits.yaml", *more, RANK="0", LOCAL_RANK="0", **started)
+    assert ended.code == 3
+    assert len(ended.errors) == 1
+    assert "`hvdlarge launch -np 2 job.yaml`" in ended.err
+    other = train(None, "jobs/digits.yaml", *more, RANK="1", LOCAL_RANK="1", **started)
+    assert (other.code, other.text) == (3, "")
+    assert not (folder / "runs").exists()
+
+
+def test_torchrun_is_refused_with_what_to_use_instead(start, folder):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = start([*torchrun, "-m", "hvdlarge.train", "jobs/digits.yaml"])
+    assert ended.code == 1  # torchrun's own
+    assert len(ended.errors) == 1
+    assert "RANK=0 and WORLD_SIZE=2 are set as by torchrun" in ended.err
+    assert "exitcode  : 3" in ended.err
+    assert not (folder / "runs").exists()
 
 
 def test_elastic_horovod_is_refused(train, folder):
@@ -209,8 +236,12 @@ def test_one_rank_that_fails_ends_the_run_with_one_traceback(train, folder, work
     ended = train(workers, "jobs/digits.yaml", "model={name: 'failing:Failing'}")
     assert ended.code == 70
     assert len(ended.errors) == 1
-    assert f"internal error on rank {(workers or 1) - 1} of {workers or 1}" in ended.err
-    assert ended.err.count("RuntimeError: made to fail") == 1
+    rank = f"rank {(workers or 1) - 1} of {workers or 1}"
+    assert f"hvdlarge: error: in your own code, on {rank}" in ended.errors[0]
+    assert "RuntimeError: made to fail (" in ended.errors[0]
+    assert "failing.py, line 14, in forward)" in ended.errors[0]
+    assert ended.err.count("Traceback") == 1
+    assert "hvdlarge/loop.py" not in ended.err
 
 
 EVERYWHERE = """
@@ -259,8 +290,104 @@ def test_a_mistake_on_every_rank_is_reported_once(train, folder):
     )
     assert ended.code == 70
     assert len(ended.errors) == 1
-    assert "internal error on rank 1 of 3" in ended.err  # rank 0 has no micro-batch in these steps
+    # rank 0 has no micro-batch in these steps
+    assert "in your own code, on rank 1 of 3" in ended.err
+    assert "everywhere.py, line 11, in forward" in ended.errors[0]
     assert ended.err.count("Traceback") == 1
+
+
+LATE = """
+import torch
+
+class Set(torch.utils.data.Dataset):
+    def __init__(self, corrupt):
+        self.corrupt = corrupt
+
+    def __len__(self):
+        return 640
+
+    def __getitem__(self, index):
+        if index == 500 and self.corrupt == "raises":
+            raise ValueError(f"sample {index} is corrupt")
+        return torch.ones(64), 77 if index == 500 and self.corrupt == "class" else index % 10
+
+def data(corrupt="no", tested=None):
+    return Set(corrupt), None if tested is None else Set(tested)
+
+class Loss(torch.nn.CrossEntropyLoss):
+    calls = 0
+
+    def forward(self, outputs, targets):
+        Loss.calls += 1
+        if Loss.calls > 12:
+            raise ArithmeticError("the loss is tired")
+        return super().forward(outputs, targets)
+
+class Late:
+    num_totals = 1
+    higher_is_better = True
+
+    def totals(self, outputs, targets):
+        if (targets == 77).any():
+            raise LookupError("there is no class 77")
+        return torch.zeros(1)
+
+    def result(self, totals):
+        return 0.0
+"""
+LATE_JOB = """
+name: late
+epochs: 1
+data: {name: 'late_parts:data'}
+model: {name: 'torch.nn:Linear', args: {in_features: 64, out_features: 10}}
+batch: {base: 32, micro: 8}
+lr: {base: 0.1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "words"),
+    [
+        (["data.args.corrupt=raises"], "your own code", "ValueError: sample 500 is corrupt ({}, line 13, in __getitem__)"),
+        (["data.args.corrupt=raises", "data.num_workers=1"], "your own code", "ValueError: sample 500 is corrupt ({}, line 13, in __getitem__)"),
+        (["data.args.corrupt=class"], "the model or the loss", "IndexError: Target 77 is out of bounds."),
+        (["loss.name=late_parts:Loss"], "your own code", "ArithmeticError: the loss is tired ({}, line 25, in forward)"),
+        (["data.args.tested=class", "loss.args.ignore_index=77", "evaluate.metrics=['late_parts:Late']"], "your own code",
+         "LookupError: there is no class 77 ({}, line 34, in totals)"),
+    ],
+    ids=["data", "data in a loader process", "class", "loss", "metric"],
+)  # fmt: skip
+def test_a_mistake_of_the_user_in_the_middle_of_training_is_told_as_such(
+    train, folder, changes, where, words
+):
+    (folder / "late_parts.py").write_text(LATE)
+    (folder / "late.yaml").write_text(LATE_JOB)
+    ended = train(None, "late.yaml", *changes)
+    assert ended.code == 70, ended.text
+    assert len(ended.errors) == 1
+    expected = words.format(folder / "late_parts.py")
+    assert ended.errors[0].startswith(f"hvdlarge: error: in {where}, on rank 0 of 1 (")
+    assert ended.errors[0].endswith(f"): {expected}")
+    assert ended.err.count("Traceback") == 1
+    assert "internal error" not in ended.err
+    assert "step" in (folder / "runs/late/decisions.jsonl").read_text()
+
+
+def test_a_full_shared_memory_leads_to_the_doctor(start, folder):
+    """A namespace of its own with a /dev/shm of 100 KB; only root may make one."""
+    (folder / "late_parts.py").write_text(LATE.replace("torch.ones(64)", "torch.ones(64, 512)"))
+    job = LATE_JOB.replace("64, out", "512, out").replace("name: late\n", "name: late\nseed: 1\n")
+    (folder / "late.yaml").write_text(job)
+    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]  # fmt: skip
+    if start([*small, "true"]).code:
+        pytest.skip("this user cannot make a small file system")
+    ended = start([*small, *TRAIN, "late.yaml", "data.num_workers=1"])
+    assert ended.code == 3, ended.text
+    assert len(ended.errors) == 1
+    assert "the loader processes have no shared memory left (" in ended.errors[0]
+    assert "`hvdlarge doctor` checks /dev/shm" in ended.errors[0]
+    checked = start([*small, sys.executable, "-m", "hvdlarge.doctor"])
+    assert "warning  /dev/shm: 0 MiB: loader processes and MPI on one host need more" in checked.out
 
 
 WORKERS = """

@@ -40,6 +40,38 @@ def test_documented_model_and_data_give_the_same_result_on_any_world(train, fold
             ), name
 
 
+BESIDE = """
+import torch
+
+class Beside(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.full((4,), index / 64), index % 2
+
+def data():
+    return Beside(), None
+"""
+BESIDE_JOB = """
+name: beside
+epochs: 1
+data: {name: 'beside_parts:data', num_workers: 1}
+model: {name: 'torch.nn:Linear', args: {in_features: 4, out_features: 2}}
+batch: {base: 16, micro: 8}
+lr: {base: 0.1}
+"""
+
+
+def test_parts_beside_the_job_file_are_found_by_loader_processes_too(train, folder):
+    (folder / "study").mkdir()
+    (folder / "study/beside_parts.py").write_text(BESIDE)
+    (folder / "study/job.yaml").write_text(BESIDE_JOB)
+    ended = train(2, "study/job.yaml")
+    assert ended.code == 0, ended.text
+    assert (folder / "runs/beside/summary.json").exists()
+
+
 SECRET_PARTS = """
 from hvdlarge.data.digits import digits
 

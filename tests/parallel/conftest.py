@@ -5,7 +5,9 @@ A rank whose test fails ends the whole run at once, since the others would wait 
 
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,14 @@ def tensors(control):
     yield wire
     wire.close()
     control.close()
+
+
+@pytest.fixture
+def folder(control):
+    """A folder that all ranks share."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(control.allgather(own.encode())[0].decode())
+        control.barrier()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import torch
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.optim.precision import Precision
 
 JOB = """
@@ -25,14 +26,16 @@ evaluate: {metrics: ["own_parts:Squares", accuracy, "own_parts:NotApplicable", "
 def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_batch):
     job = parse_job(JOB, "job", [f"evaluate.micro_batch={micro_batch}"])
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
-    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    objective, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(objective, None, None, {}, None, optimizer)
     replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
     _, test_set = build.load_data(job.data, job.seed)
 
     def results(rank, size, collectives):
-        metrics = build.build_metrics(job.evaluate)
-        evaluation = build.build_evaluation(job.data, job.evaluate, metrics, test_set, rank, size)
+        metrics = build.build_metrics(job)
+        evaluation = build.build_evaluation(
+            job.data, job.evaluate, metrics, SampleForm(), test_set, rank, size
+        )
         return evaluation.run(replica, collectives)
 
     together, alone = results(control.rank, control.size, tensors), results(0, 1, SoloCollectives())

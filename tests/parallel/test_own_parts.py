@@ -3,89 +3,13 @@
 Whole runs through the door that `train` uses, with run folders and checkpoints, on this world and on one worker.
 """
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from support.comparing import distance, read_lines
+from support.whole_runs import alone, job_of, train, worlds
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
-from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import DIVERGED, JobError, RanksDisagreeError, RunExit, Stopped
-from hvdlarge.resilience.preemption import StopRequest
-from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import run
-from hvdlarge.world import RankContext
-
-JOB = """
-name: law
-epochs: 3.1
-precision: fp64
-data: {name: 'own_parts:plain'}
-model: {name: 'own_parts:Net'}
-batch: {base: 8, micro: 4, growth: {policy: adabatch, factor: 2, every_epochs: 1, max: 30}}
-lr: {base: 0.5}
-optimizer: {name: lars, weight_decay: 1e-3, trust_coefficient: 0.02}
-evaluate: {every_epochs: 1, micro_batch: 7}
-log: {every_steps: 5}
-compare_every_steps: 2
-"""
-
-
-class StopAfter(StopRequest):
-    """Asks for a stop in a step."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-
-@pytest.fixture
-def folder(control):
-    """A folder that all ranks share."""
-    with tempfile.TemporaryDirectory() as own:
-        yield Path(control.allgather(own.encode())[0].decode())
-        control.barrier()
-
-
-def job_of(changes):
-    return parse_job(JOB, "law", changes)
-
-
-def train(job, control, tensors, place, stop_after=None):
-    """Train a job, or go on with it; what its last checkpoint holds."""
-    job = job.model_copy(update={"run_dir": str(place)})
-    stop = StopRequest() if stop_after is None else StopAfter(stop_after)
-    file = place.parent / f"job-{control.rank}.yaml"
-    file.write_text(JOB)
-    watchdog = Watchdog(control.rank, job.timeouts.limits())
-    try:
-        run(job, file, False, RankContext(None, {}, control, tensors, watchdog, stop))
-    finally:
-        watchdog.stop()
-        torch.use_deterministic_algorithms(False)  # what exact mode has set for the whole process
-    control.barrier()
-    return torch.load(place / "checkpoints/last.pt", weights_only=True)
-
-
-def alone(job, control, place):
-    """What the last checkpoint holds where rank 0 trains the job alone, on every rank."""
-    if control.rank == 0:
-        train(job, SoloChannel(), SoloCollectives(), place / "alone")
-    control.barrier()
-    return torch.load(place / "alone/checkpoints/last.pt", weights_only=True)
-
-
-def worlds(control, tensors):
-    """The channels of a run by name: all ranks together, and on rank 0 that rank alone."""
-    many = {"many": (control, tensors)}
-    return many | ({"alone": (SoloChannel(), SoloCollectives())} if control.rank == 0 else {})
-
 
 SOUND = {
     "a subset with a transform": ["data={name: 'own_parts:subset'}"],
@@ -125,6 +49,11 @@ SOUND = {
     "an expanded buffer": ["model.name=own_parts:Expanded"],
     "a hook on the gradient of each pass": ["model.name=own_parts:ClipsEachPass"],
     "more groups than tensors": ["horovod={groups: 80}"],
+    "frozen layers": ["model.name=own_parts:Normed", "model.freeze=[first.*, norm.weight]"],
+    "a frozen part of a loss": ["loss.name=own_parts:Temperature", "model.freeze=[loss.shift.*]"],
+    "averaged weights": ["model.name=own_parts:Normed", "ema={half_life_samples: 40}"],
+    "averaged weights of a loss": ["loss.name=own_parts:Temperature", "ema={half_life_samples: 9}"],
+    "averaged weights, tied and frozen": ["model.name=own_parts:Tied", "ema.half_life_samples=40"],
     "one of torch's optimizers by its path": [
         "optimizer={name: 'torch.optim:NAdam', weight_decay: 1e-3, excluded_lr_factor: 0.5}",
         "lr.base=0.01",
@@ -171,7 +100,7 @@ def test_any_number_of_workers_and_interruptions_give_the_same_run(
 
 
 @pytest.mark.parametrize(
-    "name", ["a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
+    "name", ["averaged weights", "frozen layers", "a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
              "an own optimizer", "an optimizer that is built with state", "own policies", "a hook",
              "a loss with parameters", "a model that came in evaluation mode", "a model that draws from numpy and random"]
 )  # fmt: skip
@@ -239,14 +168,81 @@ def test_parameters_of_a_loss_are_trained_and_saved(control, tensors, folder):
     assert not any(name.startswith("loss") for name in found["model"])
 
 
+def test_frozen_parameters_stay_and_their_statistics_follow(control, tensors, folder):
+    changes = ["model.name=own_parts:Normed", "model.freeze=['first.*', 'norm.*']"]
+    found = train(job_of(changes), control, tensors, folder / "frozen")
+    assert (found["model"]["norm.weight"] == 1).all()
+    assert found["model"]["norm.running_mean"].abs().max() > 0.01
+    assert found["optimizer"].keys() == {"last.weight", "last.bias"}
+    with pytest.raises(RunExit, match="model.freeze is .* in the folder, null in this job"):
+        train(job_of(changes[:1]), control, tensors, folder / "frozen")
+
+
+def test_weights_from_a_file_that_rank_0_alone_reads(control, tensors, folder, monkeypatch):
+    whole = train(job_of(["model.name=own_parts:Normed"]), control, tensors, folder / "source")
+    if control.rank == 0:
+        torch.save({f"module.{n}": v for n, v in whole["model"].items()}, folder / "weights.pt")
+    else:
+        monkeypatch.setattr("hvdlarge.run.load_initial_weights", None)
+    control.barrier()
+    job = job_of(
+        [
+            f"init_from={{path: '{folder}/weights.pt', prefix: module.}}",
+            "model.name=own_parts:Normed",
+            "seed=1",
+        ]
+    )
+    expected = alone(job, control, folder)
+    found = train(job, control, tensors, folder / "whole")
+    assert distance(found, expected) < 1e-12
+    assert distance(found, whole) > 1e-6
+    with pytest.raises(Stopped):
+        train(job, control, tensors, folder / "parts", stop_after=3)
+    control.barrier()
+    if control.rank == 0:
+        (folder / "weights.pt").unlink()  # a resumed run does not read it
+    control.barrier()
+    moved = job.model_copy(
+        update={"init_from": job.init_from.model_copy(update={"path": "moved.pt"})}
+    )
+    assert distance(train(moved, control, tensors, folder / "parts"), found) == 0.0
+    with pytest.raises(JobError, match="init_from: .*there is no such file"):
+        train(job, control, tensors, folder / "anew")
+    control.barrier()
+    assert not (folder / "anew").exists()
+
+
+def test_averages_follow_the_weights_of_a_plain_loop(control, tensors, folder):
+    """The average after a growth, from the weights that every step has left."""
+    changes = ["checkpoint={every_steps: 1, keep: 1000}", "on_nonfinite={policy: rollback}"]
+    job = job_of([*changes, "model.name=own_parts:Normed", "ema={half_life_samples: 40}"])
+    found = train(job, control, tensors, folder / "run")
+    batches = [line["global_batch"] for line in read_lines(folder / "run/decisions.jsonl")]
+    assert len(set(batches)) > 2  # growths, and a short last step
+    files = [folder / f"run/checkpoints/step_{step:09d}.pt" for step in range(len(batches) + 1)]
+    first, *others = (torch.load(file, weights_only=True)["model"] for file in files)
+    averages = dict(first)
+    for batch, weights in zip(batches, others, strict=True):
+        d = 0.5 ** (batch / 40)
+        for name, value in weights.items():
+            is_buffer = name.startswith(("norm.running", "norm.num"))
+            averages[name] = value if is_buffer else d * averages[name] + (1 - d) * value
+    assert distance({"model": averages}, {"model": found["ema"]}) < 1e-12
+    results = found["state"]["results"]
+    assert {"ema_test_loss", "ema_accuracy"} <= results.keys()
+    assert results["ema_test_loss"] != results["test_loss"]
+
+
 REFUSED = {
+    "model.freeze=[frist.*]": "model.freeze: the pattern 'frist.*' matches no parameter.*the nearest names are first",
+    "init_from=nothing.pt": "init_from: nothing.pt: there is no such file",
     "data={name: 'own_parts:own_generator'}": "training set gives other samples when it is read again",
     "data={name: 'own_parts:iterable'}": "IterableDataset",
     "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set gives other samples when it is read again",
     "model.name=own_parts:RemembersEvaluations": "changes 'evaluations', which is saved",
     "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives another result",
     "model.name=own_parts:ClipsWhatIsAccumulated": "a hook changes what has been accumulated",
-    "loss.name=own_parts:Unreduced": r"a loss must be a mean over samples, .* this one is a tensor of shape \(4,\)",
+    "loss.name=own_parts:Unreduced": r"a loss must return a mean over samples, .* returned a float64 tensor of shape \(4,\)",
     "evaluate.metrics=['own_parts:ShapelessMetric']": r"evaluate.metrics: ShapelessMetric: totals\(\) must return a tensor of 1 real",
     "evaluate.metrics=['own_parts:RememberingMetric']": "evaluate.metrics: RememberingMetric gives totals .* for the same samples",
     "evaluate.metrics=['own_parts:RaisingMetric']": r"evaluate.metrics: RaisingMetric raises ZeroDivisionError.*own_parts.py, line \d+",
@@ -264,6 +260,8 @@ REFUSED = {
     "model.name=own_parts:Sparse": "'table.weight' has a sparse gradient",
     "model.name=own_parts:TrainedComplex": "'filter' is trained and complex128",
     "model.name=own_parts:Raising": r"ValueError: heads must divide the width \(.*own_parts.py, line \d+, in between\)",
+    "data.name=own_parts:ignored": r"a target is -100, .*ignore_index: -100",
+    "data.name=own_parts:ignored loss.name=torch.nn:CrossEntropyLoss": "loss of the first micro-batch is nan",
     "model.name=convnt": "did you mean 'convnet'",
     "model.name=mlp model.args.widht=3": "do not fit",
     "data.name=nowhere:thing": "there is no module 'nowhere'",
@@ -301,8 +299,8 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["on_nonfinite={policy: stop}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
-        (["on_nonfinite={policy: stop}", "log.every_steps=1000"], ["the loss is nan at step 6 "]),
+        (["data.args={kept: 4}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
+        (["data.args={kept: 4}", "log.every_steps=1000"], ["the loss is nan at step 6 "]),
         (["on_nonfinite={policy: skip}", "log.every_steps=3"], ["the loss is nan at step 2 "]),
         (
             ["on_nonfinite={policy: rollback, limit: 2}", "log.every_steps=3"],
@@ -314,7 +312,8 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
 def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
     control, tensors, folder, capsys, changes, words
 ):
-    job = job_of(["data.name=own_parts:ignored", "epochs=1", *changes])
+    names = ["data.name=own_parts:ignored", "loss.name=torch.nn:CrossEntropyLoss"]
+    job = job_of([*names, "epochs=1", *changes])
     for where, wires in worlds(control, tensors).items():
         with pytest.raises(RunExit) as raised:
             train(job, *wires, folder / where)
@@ -405,6 +404,19 @@ def test_decisions_are_those_of_one_worker(control, tensors, folder):
     train(job, control, tensors, folder / "many")
     ours, theirs = (read_lines(folder / where / "decisions.jsonl") for where in ("many", "alone"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "part", ["model.name=own_parts:NumpyNoise", "loss.name=own_parts:Mixed"], ids=["model", "loss"]
+)
+def test_loader_processes_change_nothing_that_numpy_and_random_draw(control, tensors, folder, part):
+    """Without loader processes, reading a micro-batch seeds the process that trains too."""
+    results = []
+    for processes in (0, 1):
+        data = f"data={{name: 'own_parts:augmented', num_workers: {processes}}}"
+        job = job_of([data, part, "epochs=1"])
+        results.append(train(job, control, tensors, folder / f"processes-{processes}"))
+    assert distance(*results) == 0.0
 
 
 def test_hooks_see_the_run_on_every_rank_alike(control, tensors, folder):

@@ -22,6 +22,21 @@ def loss_of(model, rank, step):
 
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
+def test_a_closure_under_distributed_optimizer_is_refused(control, tensors, kind):
+    import horovod.torch as hvd
+
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = hvd.DistributedOptimizer(
+        kind(model.parameters(), lr=0.1), named_parameters=model.named_parameters()
+    )
+    loss_of(model, control.rank, 0).backward()
+    with pytest.raises(ValueError, match="takes no closure under hvd.DistributedOptimizer"):
+        optimizer.step(lambda: loss_of(model, control.rank, 0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [LARS, LAMB])
 @pytest.mark.parametrize("measured", [False, True])
 def test_optimizer_inside_distributed_optimizer_follows_the_mean_gradient(
     control, tensors, kind, measured

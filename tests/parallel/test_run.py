@@ -15,6 +15,7 @@ from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.in_memory import InMemory
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.exits import JobError
 from hvdlarge.loop import train
 from hvdlarge.optim.precision import Precision
@@ -60,17 +61,15 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     small = wrap(InMemory(train_set.inputs[:203], train_set.targets[:203]))
     plan = plan_run(job, len(small), control.size)
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
+    objective, optimizer, _ = build.build_learning(job, precision)
     components = build.Components(
-        precision,
+        objective,
         small,
         wrap(test_set),
         {},
         plan,
-        model,
-        loss,
         optimizer,
-        build.build_metrics(job.evaluate),
+        metrics=build.build_metrics(job),
     )
     replica = build.build_replica(job, components, control, tensors)
     replica.statistics.to_partial()
@@ -79,14 +78,14 @@ def run(job, control, tensors, wrap=lambda dataset: dataset):
     )  # never started, so that it leaves nothing armed behind
     context = RankContext(None, {}, control, tensors, not_watching, StopRequest())
     state = TrainState()
-    loader = build.build_loader(job.data, small, job.seed)
+    loader = build.build_loader(job.data, SampleForm(), small, job.seed)
     facts = RunFacts({}, {}, {}, control.size)
     whole = Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
     parts = whole.build_loop(loader, RunProgress(), state)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in objective.model.state_dict().items()}
     train(parts, state)
     replica.statistics.all_reduce(tensors.sum)
-    after = model.state_dict()
+    after = objective.model.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())
     return after, state.results

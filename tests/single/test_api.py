@@ -1,13 +1,26 @@
 """The public names, and a job that is trained in this process."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from support.launching import ROOT
 
 import hvdlarge
-from hvdlarge.exits import CheckpointError, InvalidEnvironmentError, JobError
+from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.exits import (
+    CheckpointError,
+    CheckpointWriteError,
+    DivergedError,
+    InvalidEnvironmentError,
+    JobError,
+)
+from hvdlarge.telemetry.run_folder import FolderLock
 
 JOB = {
     "name": "api",
@@ -48,6 +61,41 @@ def test_a_job_from_a_file_with_overrides(folder):
     assert (folder / "elsewhere/checkpoints/last.pt").exists()
 
 
+def test_deterministic_algorithms_are_those_of_the_job_alone(folder):
+    """And not those of a job that this process has run before."""
+    for number, wanted in enumerate([True, False]):
+        hvdlarge.run_job(JOB | {"name": f"job{number}", "epochs": 0.1, "deterministic": wanted})
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_with_an_error_unlocks_its_folder_when_nothing_writes_to_it_any_more(
+    folder, monkeypatch, capsys, fails
+):
+    events, write, release = [], CheckpointFolder._write, FolderLock.release
+
+    def slow_write(self, *arguments):
+        time.sleep(1)
+        write(self, *arguments)
+        if fails:
+            self._failure = CheckpointWriteError("disk full")
+        events.append("written")
+
+    def diverge(parts, state, decision, *others):
+        if decision.step == 1:
+            raise DivergedError("as the test wants it")
+
+    monkeypatch.setattr(CheckpointFolder, "_write", slow_write)
+    monkeypatch.setattr(
+        FolderLock, "release", lambda lock: (events.append("unlocked"), release(lock))
+    )
+    monkeypatch.setattr("hvdlarge.loop.record", diverge)
+    with pytest.raises(DivergedError):
+        hvdlarge.run_job(JOB | {"checkpoint": {"every_steps": 1}})
+    assert events == ["written", "unlocked"]
+    assert ("disk full" in capsys.readouterr().err) == fails
+
+
 def test_a_wrong_job_is_an_exception_and_leaves_nothing(folder):
     with pytest.raises(JobError, match="lr.bsae"):
         hvdlarge.run_job(JOB | {"lr": {"bsae": 1.0}})
@@ -71,10 +119,68 @@ def test_under_a_launcher_it_points_to_the_command(folder, monkeypatch):
         hvdlarge.run_job(JOB)
 
 
+def test_under_torchrun_it_is_refused_too(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidEnvironmentError, match="2 runs of one would begin"):
+        hvdlarge.run_job(JOB)
+    assert list(folder.iterdir()) == []
+
+
+PAIRS = """
+import torch
+from hvdlarge import InMemory
+
+def numbers(tested=True):
+    inputs = torch.arange(64.0).reshape(32, 2)
+    pairs = InMemory(inputs, inputs.sum(dim=1, keepdim=True) / 64)
+    return pairs, pairs if tested else None
+"""
+REGRESSION = JOB | {
+    "data": {"name": "best_parts:numbers"},
+    "model": {"name": "torch.nn:Linear", "args": {"in_features": 2, "out_features": 1}},
+    "loss": {"name": "mse"},
+    "batch": {"base": 8, "micro": 8},
+    "lr": {"base": 1e-3},
+}
+
+
+def test_a_best_checkpoint_by_a_result_without_a_test_set_is_refused(folder):
+    (folder / "best_parts.py").write_text(PAIRS)
+    untested = REGRESSION | {"data": {"name": "best_parts:numbers", "args": {"tested": False}}}
+    with pytest.raises(JobError, match="'test_loss' is never measured, since best_parts:numbers"):
+        hvdlarge.run_job(untested | {"checkpoint": {"best": "test_loss"}})
+    assert not (folder / "runs").exists()
+    hvdlarge.run_job(untested)
+
+
+@pytest.mark.parametrize(("best", "is_noted"), [("accuracy", True), ("test_loss", False)])
+def test_a_best_checkpoint_by_a_metric_that_does_not_apply_is_noted(folder, capsys, best, is_noted):
+    (folder / "best_parts.py").write_text(PAIRS)
+    hvdlarge.run_job(REGRESSION | {"checkpoint": {"best": best}})
+    note = "note     checkpoint.best: accuracy does not apply to the first samples of the test set"
+    assert (note in capsys.readouterr().out) == is_noted
+    assert (folder / "runs/api/checkpoints/best.pt").exists() != is_noted
+
+
 def test_every_public_name_is_there():
     assert all(getattr(hvdlarge, name) is not None for name in hvdlarge.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hvdlarge.nothing
+
+
+def test_the_public_names_are_those_of_the_documentation_and_of_type_checkers():
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(documented) == sorted(f"{home}.{name}" for name, home in hvdlarge._PUBLIC.items())
+    block = next(
+        node
+        for node in ast.parse((ROOT / "hvdlarge/__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == hvdlarge._PUBLIC
+    assert (ROOT / "hvdlarge/py.typed").exists()
+    assert "hvdlarge = py.typed" in (ROOT / "setup.cfg").read_text()
 
 
 def test_the_package_is_imported_without_torch():

@@ -6,6 +6,9 @@ import re
 import pytest
 from support.launching import ROOT
 
+from hvdlarge import exits
+from hvdlarge.train import main
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -40,3 +43,19 @@ def test_every_page_is_in_the_navigation_and_linked_from_the_readme():
     for page in sorted((ROOT / "docs").glob("*.md")):
         assert page.name in navigation
         assert page.name in ("index.md", "api.md") or f"docs/{page.name}" in readme
+
+
+def test_every_exit_code_is_in_the_table_and_in_the_help(capsys):
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").split("## ")[0]
+    codes = {
+        int(code)
+        for row in re.findall(r"^\| ([0-9, ]+) \|", text, re.MULTILINE)
+        for code in row.split(",")
+    }
+    own = {value for name, value in vars(exits).items() if name.isupper() and type(value) is int}
+    assert own | {kind.code for kind in exits.RunExit.__subclasses__()} == own
+    assert codes == own | {1} | {134, 137, 139}  # of mpirun, and of ranks that a signal ended
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split("Exit codes:")[1].split())
+    assert {int(code) for code in re.findall(r"\b\d+\b", shown)} == own

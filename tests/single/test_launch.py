@@ -1,7 +1,11 @@
-"""The launcher's command line: what it refuses before it starts mpirun."""
+"""The launcher's command line: what it refuses or says before it starts mpirun, and what it passes on at each start."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from support.launching import ROOT
@@ -44,3 +48,176 @@ def test_a_stop_while_the_hosts_are_asked_for_starts_nothing(tmp_path):
     assert done.returncode == 75, done.stdout + done.stderr
     assert "launch: SIGTERM: nothing was started" in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def launch(folder, *options, mpirun="no-such-mpirun", **environ):
+    command = [sys.executable, "-m", "hvdlarge.launch", "--mpirun", mpirun, *options]
+    environment = {**os.environ, **environ}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "workers", "words"),
+    [
+        ("a:2,b:2", 8, "2 hosts × 2 slots = 4, fewer than the 8 workers of -np: the run has 4"),
+        ("a:4,b:2", 8, "4 + 2 = 6 slots, fewer than the 8 workers of -np: the run has 6"),
+        ("a", 2, "1 host × 1 slot = 1, fewer than the 2 workers of -np: the run has 1"),
+        ("a:4,b:4", 8, None),
+        ("a:9", 8, None),
+    ],
+)
+def test_fewer_slots_than_workers_are_told_with_their_arithmetic(tmp_path, hosts, workers, words):
+    done = launch(tmp_path, "-np", str(workers), "--hosts-command", f"echo {hosts}", JOB)
+    assert done.returncode == 3  # there is no such mpirun
+    assert "no-such-mpirun is not on PATH" in done.stderr
+    if words is None:
+        assert "warning" not in done.stdout
+    else:
+        assert f"launch: warning: {words}\nlaunch: " in done.stdout
+
+
+# Stands for mpirun: writes its arguments down, and ends as the next word of `ends` says
+FAKE_MPIRUN = """
+import json, os, pathlib, sys
+starts = pathlib.Path("starts")
+number = len(starts.read_text().splitlines()) if starts.exists() else 0
+with starts.open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+end = os.environ["ENDS"].split()[number]
+run = pathlib.Path("runs/digits")
+if end.startswith("enter") and "--fresh" in sys.argv and (run / "job.resolved.yaml").exists():
+    run.rename("runs/digits.1")
+if end.startswith("enter"):
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "job.resolved.yaml").touch()
+    (run / f"checkpoints/step_{number + 1:09}.pt").touch()
+sys.exit(int(end.rpartition(":")[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("earlier", "ends", "fresh"),
+    [
+        ("run", "enter:137 enter:72 enter:0", [True, False, False]),
+        ("run", "hang:72 enter:137 enter:0", [True, True, False]),  # it hung before it entered
+        ("empty", "enter:137 enter:0", [True, False]),
+        (None, "enter:137 enter:0", [True, False]),
+        (None, "hang:72 enter:137 enter:0", [True, False, False]),  # there is nothing to set aside
+    ],
+)
+def test_fresh_is_passed_until_the_earlier_run_is_set_aside_and_never_to_a_restart(
+    tmp_path, earlier, ends, fresh
+):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    if earlier is not None:
+        (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
+    if earlier == "run":
+        (tmp_path / "runs/digits/job.resolved.yaml").touch()
+        (tmp_path / "runs/digits/checkpoints/step_000000500.pt").touch()
+    fake = f"{sys.executable} mpirun.py"
+    done = launch(tmp_path, "-np", "2", JOB, "--fresh", "epochs=2", mpirun=fake, ENDS=ends)
+    assert done.returncode == 0, done.stdout + done.stderr
+    starts = [json.loads(line) for line in (tmp_path / "starts").read_text().splitlines()]
+    assert ["--fresh" in start for start in starts] == fresh
+    assert all(start[-1] == "epochs=2" or start[-2] == "epochs=2" for start in starts)
+    assert (tmp_path / "runs/digits.1").exists() == (earlier == "run")
+    assert (tmp_path / "runs/digits/checkpoints").exists()
+
+
+def test_restarts_of_a_fresh_run_count_as_progress_although_the_earlier_run_came_further(tmp_path):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/digits/job.resolved.yaml").touch()
+    (tmp_path / "runs/digits/checkpoints/step_000000500.pt").touch()
+    ends = "enter:137 enter:137 enter:137 enter:0"
+    fake = f"{sys.executable} mpirun.py"
+    done = launch(tmp_path, "-np", "2", JOB, "--fresh", mpirun=fake, ENDS=ends)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "hvdlarge launch -np 4 job.yaml"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            "hvdlarge launch starts mpirun itself, but Open MPI started it 2 times",
+        ),
+    ],
+)
+def test_a_launch_within_a_launch_is_refused_once(tmp_path, environ, words):
+    done = launch(tmp_path, "-np", "2", JOB, **environ)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stderr.count("hvdlarge: error:") == 1
+    assert words in done.stderr
+    others = {name: "1" if name.endswith("RANK") else value for name, value in environ.items()}
+    done = launch(tmp_path, "-np", "2", JOB, **others)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["-np", "0"], "-np must be at least 1"), (["-np", "2", "lr.bas=1"], "unknown key 'lr.bas'")],
+)
+def test_a_wrong_command_line_is_code_2(tmp_path, options, words):
+    done = launch(tmp_path, *options[:2], JOB, *options[2:])
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mpirun", "code", "words"),
+    [
+        ("mpirun 'a", 2, "--mpirun mpirun 'a: No closing quotation"),
+        ("", 2, "--mpirun is empty"),
+        ("./not-executable", 3, "./not-executable cannot be started: Permission denied"),
+        ("no-such-mpirun", 3, "no-such-mpirun is not on PATH"),
+    ],
+)
+def test_an_mpirun_that_cannot_be_started_is_one_error(tmp_path, mpirun, code, words):
+    (tmp_path / "not-executable").write_text("#!/bin/sh\n")
+    command = [sys.executable, "-m", "hvdlarge.launch", "-np", "2", JOB, "--mpirun", mpirun]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("hvdlarge: error:") == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def begin(folder, script, *prefix):
+    """Start the launcher with a shell script in place of mpirun; returns once the script runs."""
+    (folder / "mpirun").write_text(f"touch started\n{script}\n")
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "hvdlarge.launch", "-np", "1", JOB]
+        + ["--mpirun", "sh mpirun"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+    )
+    deadline = time.monotonic() + 30
+    while not (folder / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("script", ["exec sleep 30", "sleep 1; exit 138"])
+def test_a_stop_that_meets_ranks_without_handlers_is_an_orderly_stop(tmp_path, script):
+    """SIGUSR1 ends mpirun (the first script) or a rank, whose end mpirun reports as 138."""
+    if "exit" in script:
+        script = f"trap '' USR1; {script}"
+    process = begin(tmp_path, script)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 75, text
+    assert "stopped before the ranks were ready" in text
+
+
+def test_signals_that_are_ignored_from_the_start_stay_ignored(tmp_path):
+    """As nohup does for SIGHUP."""
+    process = begin(tmp_path, "sleep 2", "nohup")
+    os.kill(process.pid, signal.SIGHUP)
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, text
+    assert "SIGHUP" not in text

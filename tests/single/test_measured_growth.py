@@ -269,12 +269,6 @@ def test_a_skipped_step_leaves_the_last_measurement():
     assert again.decide().stage_batch == 128
 
 
-def test_progress_of_a_checkpoint_without_measurements_is_read():
-    plain = RunProgress(step=3, samples_seen=60, stage_batch=20).to_plain()
-    del plain["measured"]
-    assert RunProgress.from_plain(plain) == RunProgress(step=3, samples_seen=60, stage_batch=20)
-
-
 def test_a_growth_that_shrinks_the_batch_is_an_error():
     @dataclass(frozen=True)
     class Shrinks(LossGrowth):

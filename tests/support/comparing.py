@@ -16,10 +16,11 @@ def same(ours, theirs):
 
 
 def distance(ours, theirs):
-    """The largest relative distance of any tensor of two checkpoints, model and loss."""
+    """The largest relative distance of any tensor of two checkpoints: model, loss, their averages."""
 
     def tensors(checkpoint):
-        parts = ((part, checkpoint.get(part, {})) for part in ("model", "loss"))
+        kinds = ("model", "loss", "ema", "ema_loss")
+        parts = ((part, checkpoint.get(part, {})) for part in kinds)
         return {f"{part}.{name}": value for part, held in parts for name, value in held.items()}
 
     return weight_distance(tensors(ours), tensors(theirs))

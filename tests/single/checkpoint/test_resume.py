@@ -48,6 +48,20 @@ def test_words_that_yaml_1_1_reads_otherwise_when_a_run_left_no_checkpoint_are_t
         find(tmp_path / "run", parse_job(JOB, "job", [WORDS, "model.args.mode=off"]))
 
 
+def test_a_folder_without_a_checkpoint_is_taken_over_by_its_job_and_by_no_other(tmp_path):
+    begin(tmp_path / "run", parse_job(JOB, "job"))
+    assert find(tmp_path / "run", parse_job(JOB, "job", ["log.every_steps=3"])) is None
+    with pytest.raises(CheckpointError) as raised:
+        find(tmp_path / "run", parse_job(JOB, "job", ["seed=1"]))
+    assert str(raised.value).splitlines() == [
+        f"{tmp_path / 'run'} holds another job:",
+        "  seed is 0 in the folder, 1 in this job",
+        "  no checkpoint was written there, so nothing that was trained would be lost",
+        "  --fresh sets it aside and starts a new run; run_dir=… names another folder",
+    ]
+    assert raised.value.code == 77
+
+
 def test_a_job_that_cannot_be_read_when_a_run_left_no_checkpoint_is_refused(tmp_path):
     begin(tmp_path / "run", parse_job(JOB, "job"))
     (tmp_path / "run/job.resolved.yaml").write_text("name: [trial\n")

@@ -55,8 +55,8 @@ def replica_of(monkeypatch, *changes):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     job = parse_job(JOB, "job", changes)
     precision = Precision("fp32", torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
-    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    objective, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(objective, None, None, {}, None, optimizer)
     return build.build_replica(job, components, SoloChannel(), SoloCollectives())
 
 
@@ -73,7 +73,7 @@ def content(model=None, loss=None, optimizer=None):
 def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatch, optimizer):
     """The device "meta" stands for a GPU."""
     replica = replica_of(monkeypatch, f"optimizer={{name: {optimizer}}}")
-    replica.model(torch.ones(4, 3)).sum().backward()
+    replica.objective.model(torch.ones(4, 3)).sum().backward()
     replica.update.optimizer.step()
     entries = resume._without_tensors(content(optimizer=optimizer_state(replica)))
     there = {
@@ -89,6 +89,21 @@ def test_optimizer_state_lies_beside_its_weight_and_counts_on_the_cpu(monkeypatc
             if isinstance(value, torch.Tensor):
                 assert value.device.type == ("cpu" if key == "step" else "meta")
                 assert key == "step" or value.shape == weight.shape
+
+
+def test_optimizer_state_of_another_shape_lies_beside_its_weight_too(monkeypatch):
+    """Such as the factored second moments of Adafactor."""
+    replica = replica_of(monkeypatch, "optimizer={name: sgd}")
+    weight = torch.nn.Parameter(replica.objective.model.weight.detach().to("meta"))
+    replica = replace(replica, names={weight: "weight"})
+    saved = {"weight": {"rows": torch.ones(2), "step": torch.tensor(3.0)}}
+    entries = resume._without_tensors(content(optimizer=saved))["optimizer"]
+    resume._share_optimizer(entries, None, replica, SoloCollectives())
+    state = replica.update.optimizer.state[weight]
+    assert {key: value.device.type for key, value in state.items()} == {
+        "rows": "meta",
+        "step": "cpu",
+    }
 
 
 def test_a_loss_and_extra_state_come_back(monkeypatch, tmp_path):

@@ -57,7 +57,3 @@ def test_the_best_so_far_when_a_resume_goes_by_the_same_result_stays():
     state = TrainState()
     assert best_of(state, None, [(45, {"accuracy": 0.26, "test_loss": 2.15})]) == [45]
     assert best_of(resumed(state), "accuracy", [(90, {"accuracy": 0.2, "test_loss": 1.0})]) == []
-    old = TrainState(
-        best={"value": 0.26, "step": 45.0}
-    )  # of a checkpoint that does not say by which result
-    assert best_of(old, "accuracy", [(90, {"accuracy": 0.2, "test_loss": 1.0})]) == []

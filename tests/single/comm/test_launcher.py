@@ -2,7 +2,15 @@ import os
 
 import pytest
 
-from hvdlarge.comm.launcher import Launch, bound_cores, cores_per_worker, detect, starting_settings
+from hvdlarge.comm.launcher import (
+    Launch,
+    bound_cores,
+    cores_per_worker,
+    detect,
+    reports_wrong_launch,
+    starting_settings,
+    wrong_launch,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +28,35 @@ from hvdlarge.comm.launcher import Launch, bound_cores, cores_per_worker, detect
 )  # fmt: skip
 def test_launchers_are_told_by_their_variables(environ, expected):
     assert detect(environ) == expected
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_wrong"),
+    [
+        (TORCHRUN, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),  # as of Kubernetes' operators, or set by hand
+        (TORCHRUN | MPI, True),  # mpirun -np 2 torchrun …: each of the two starts several
+        ({"RANK": "0", "WORLD_SIZE": "2"} | MPI, False),  # mpirun, with variables of one's own
+        (TORCHRUN | {"WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "4"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "four"}, False),
+        (MPI, False),
+        ({}, False),
+    ],
+)
+def test_several_processes_without_mpi_are_a_wrong_launch(environ, is_wrong):
+    assert (wrong_launch(environ) is not None) == is_wrong
+
+
+def test_one_process_per_host_reports_a_wrong_launch():
+    assert reports_wrong_launch({"RANK": "8", "LOCAL_RANK": "0"})
+    assert not reports_wrong_launch({"RANK": "8", "LOCAL_RANK": "3"})
+    assert reports_wrong_launch({"RANK": "0"})
+    assert not reports_wrong_launch({"RANK": "1"})
 
 
 def test_cores_are_those_of_the_binding_shared_with_the_workers_of_the_same_binding():

@@ -1,6 +1,7 @@
 """The job file: what is accepted, what every mistake is answered with."""
 
 import json
+import re
 
 import jsonschema
 import pytest
@@ -193,6 +194,9 @@ def test_files_that_cannot_be_read(tmp_path):
         (["evaluate.metrics=['mine:steps']"], "evaluate.metrics: 'steps' is the name of another figure of the run's files"),
         (["checkpoint.best=top5"], "checkpoint.best: 'top5' is no result of the evaluation; these are: test_loss, accuracy"),
         (["checkpoint.best=accuracy", "evaluate.metrics=[]"], "checkpoint.best: 'accuracy' is no result of the evaluation"),
+        (["checkpoint.best=ema_accuracy"], "checkpoint.best: 'ema_accuracy' is no result of the evaluation"),
+        (["checkpoint.best=ema_f1", "ema.half_life_samples=9"], "these are: test_loss, accuracy, ema_test_loss, ema_accuracy"),
+        (["evaluate.metrics=[accuracy, 'mine:ema_accuracy']", "ema.half_life_samples=9"], "'ema_accuracy' is the name of another figure"),
     ],
 )  # fmt: skip
 def test_impossible_combinations_are_refused(changes, message):
@@ -206,6 +210,48 @@ def test_the_best_checkpoint_may_go_by_the_loss_or_any_metric():
     for best, metrics in (("accuracy", "[accuracy]"), ("test_loss", "[]"), ("f1", "['mine:f1']")):
         changes = [f"checkpoint.best={best}", f"evaluate.metrics={metrics}"]
         assert parse_job(GOOD, "job.yaml", changes).checkpoint.best == best
+
+
+def test_the_best_checkpoint_may_go_by_the_averaged_weights():
+    for best in ("ema_accuracy", "ema_test_loss"):
+        changes = [f"checkpoint.best={best}", "ema.half_life_samples=9"]
+        assert parse_job(GOOD, "job.yaml", changes).checkpoint.best == best
+
+
+def test_initial_weights_are_a_path_or_a_section():
+    short = parse_job(GOOD, "job.yaml", ["init_from=a.pt"])
+    assert short == parse_job(GOOD, "job.yaml", ["init_from={path: a.pt}"])
+    assert parse_job(short.to_yaml(), "job.yaml") == short
+    patterns = {"z.*": "a.*", "b.*": "c.*", "*": "d.*"}  # their order counts
+    long = parse_job(GOOD, "job.yaml", [f"init_from={{path: a.pt, map: {json.dumps(patterns)}}}"])
+    assert list(long.init_from.map.items()) == list(patterns.items())
+    assert list(parse_job(long.to_yaml(), "x").init_from.map.items()) == list(patterns.items())
+    for wrong, message in {
+        "{prefix: a}": "the key 'init_from.path' is missing",
+        "{path: a, prefx: b}": "unknown key 'init_from.prefx'; did you mean 'prefix'?",
+        "3": "init_from is 3: it must be a section with the keys path, strict, prefix, map",
+    }.items():
+        with pytest.raises(JobError, match=re.escape(message)):
+            parse_job(GOOD, "job.yaml", [f"init_from={wrong}"])
+
+
+def test_what_weights_come_from_what_is_averaged_and_frozen_decide_the_weights():
+    before = parse_job(GOOD, "job.yaml").resume_signature()
+    assert "freeze" not in before["model"]  # as in checkpoints of before there was any
+    signatures = [
+        parse_job(GOOD, "job.yaml", [change]).resume_signature()
+        for change in (
+            "init_from=a.pt",
+            "init_from={path: a.pt, prefix: b}",
+            "model.freeze=[a]",
+            "ema.half_life_samples=9",
+            "ema.half_life_samples=8",
+        )
+    ]
+    assert before not in signatures
+    assert all(signatures.count(signature) == 1 for signature in signatures)
+    moved = parse_job(GOOD, "job.yaml", ["init_from=b.pt"]).resume_signature()
+    assert moved == signatures[0]
 
 
 def test_metrics_do_not_decide_the_weights():
@@ -246,6 +292,59 @@ def test_hints_for_what_was_perhaps_meant(change, message):
 
 def test_the_optimizer_may_leave_out_its_name():
     assert parse_job(GOOD + "optimizer: {momentum: 0.8}\n", "job.yaml").optimizer.name == "lars"
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "section"),
+    [
+        ("", ["batch.growth.policy=none"], ("batch", "growth", {"policy": "none"})),
+        ("", ["lr.warmup.policy=none"], ("lr", "warmup", {"policy": "none"})),
+        (
+            "  decay: {policy: multistep, gamma: 0.1, milestones: [1, 2]}\n",
+            ["lr.decay.policy=cosine"],
+            ("lr", "decay", {"policy": "cosine", "end_factor": 0.0, "after_warmup": True}),
+        ),
+        (
+            "  decay: {policy: multistep, gamma: 0.1, milestones: [1, 2]}\n",
+            ["lr.decay.power=3", "lr.decay.policy=polynomial"],  # in any order
+            ("lr", "decay", {"policy": "polynomial", "power": 3.0}),
+        ),
+        (
+            "optimizer: {trust_coefficient: 0.01}\n",  # lars, by default
+            ["optimizer.name=sgd", "optimizer.momentum=0.8"],
+            ("optimizer", None, {"name": "sgd", "momentum": 0.8}),
+        ),
+        ("loss: {label_smoothing: 0.1}\n", ["loss.name=mse"], ("loss", None, {"name": "mse", "label_smoothing": None})),
+        ("", ["data.name=mine:data", "data.args.size=3"], ("data", None, {"name": "mine:data", "args": {"size": 3}})),
+        ("", ["model.name=mlp"], ("model", None, {"name": "mlp", "args": {}})),
+        ("on_nonfinite: {policy: rollback, lr_factor: 0.3}\n", ["on_nonfinite.policy=skip"], ("on_nonfinite", None, {"policy": "skip", "limit": 10})),
+    ],
+)  # fmt: skip
+def test_another_policy_or_name_on_the_command_line_replaces_its_section(given, changes, section):
+    text = GOOD.replace("{name: digits}", "{name: digits, args: {a: 1}, num_workers: 2}")
+    text = text.replace("{name: convnet}", "{name: convnet, args: {width: 4}}") + given
+    outer, inner, expected = section
+    found = parse_job(text, "job.yaml", changes).resolved()[outer]
+    found = found if inner is None else found[inner]
+    assert {key: found[key] for key in expected} == expected
+    assert set(found) == set(expected) or inner is None or "power" in expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "lr.warmup.policy=legw",
+        "name=other",
+        "model.args.name=big",
+        "model.args={name: big, width: 4}",
+    ],
+)
+def test_a_name_that_selects_nothing_else_replaces_nothing(change):
+    text = GOOD.replace("{name: convnet}", "{name: convnet, args: {name: small, width: 4}}")
+    job = parse_job(text, "job.yaml", [change])
+    assert job.lr.warmup == LegwWarmup(epochs=0.2)
+    assert job.model.args["width"] == 4
+    assert job.batch.micro == 16
 
 
 # --- files that extend others
@@ -363,12 +462,16 @@ def test_the_schema_takes_jobs_and_refuses_mistakes():
     check.validate(good | {"epochs": "${EPOCHS:-3}", "deterministic": "${D}"})
     check.validate({"extends": "base.yaml", "seed": 3})
     check.validate(good | {"optimizer": {"momentum": 0.5}})
+    check.validate(good | {"init_from": "a.pt", "ema": {"half_life_samples": 9}})
+    check.validate(good | {"init_from": {"path": "a.pt", "map": {"a.*": "b.*"}}})
     for wrong in (
         {"epochs": "3"},
         {"epochz": 3},
         {"lr": 0.1},
         {"batch": {"base": 0, "micro": 1}},
         {"optimizer": {"name": "x"}},
+        {"init_from": {"prefix": "a"}},
+        {"ema": {}},
     ):
         assert list(check.iter_errors(good | wrong)), wrong
     assert list(check.iter_errors({"seed": 3}))

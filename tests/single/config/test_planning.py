@@ -29,6 +29,7 @@ from hvdlarge.plan import main
 from hvdlarge.reporting.describe import notes
 from hvdlarge.schedule.growth import AdaBatchGrowth
 from hvdlarge.schedule.progress import milestones_reached
+from hvdlarge.train import main as train
 
 IMAGENET = """\
 name: imagenet
@@ -168,7 +169,7 @@ def test_the_door_needs_no_torch_horovod_or_mpi(world_size, tmp_path):
         (["JOB", "--world-size", "0"], "at least one worker"),
         (["JOB", "--samples", "0"], "at least one sample"),
         (["JOB", "reduction=exact", "--world-size", "3"], "exact needs 1, 2, 4, 8"),
-        (["JOB", "data.name=mine:data"], "data.samples: a plan does not load mine:data"),
+        (["JOB", "data.name=mine:data"], "data.samples: mine:data cannot be built here to count its samples (data.name: there is no module 'mine'"),
         (["JOB", "lr.bas=3"], "unknown key 'lr.bas'"),
         (["JOB", "--measured", "nowhere"], "not the folder of a finished run"),
         (["JOB", "--plot", "nowhere/there.png"], "--plot"),
@@ -176,7 +177,7 @@ def test_the_door_needs_no_torch_horovod_or_mpi(world_size, tmp_path):
         (["JOB", "--decisions", "nowhere/there"], "--decisions"),
         (["JOB", "epochs=1e18"], "longer than can be counted"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_planned_is_refused(arguments, message, capsys):
     assert (
         main([str(ROOT / "jobs/digits.yaml") if word == "JOB" else word for word in arguments]) == 2
@@ -202,7 +203,7 @@ def test_a_plan_in_words_and_side_by_side(capsys):
 @pytest.mark.parametrize(
     ("changes", "is_said"),
     [
-        (["loss.args={ignore_index: -1}"], True),
+        (["loss.args={ignore_index: -1}"], False),
         (
             [
                 "loss={name: 'torch.nn:NLLLoss', args: {ignore_index: 0}}",
@@ -304,6 +305,94 @@ def test_figures_of_a_measured_run_give_time_memory_and_disk(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(seconds, rel=0.01)
     assert main([str(ROOT / "jobs/digits.yaml"), "batch.micro=8", "--measured", str(run)]) == 0
     assert "not measured with this micro-batch" in capsys.readouterr().out
+
+
+def test_a_measured_run_of_another_job_is_noted_key_by_key(tmp_path, capsys):
+    digits = str(ROOT / "jobs/digits.yaml")
+    job = read_job(digits, ["model.args={width: 8}", "precision=bf16", "data.num_workers=2"])
+    (tmp_path / "job.resolved.yaml").write_text(job.to_yaml())
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"samples_per_second": 4000.0, "world_size": 2})
+    )
+    changed = [digits, "model={name: mlp}", "data.name=synthetic_images", "data.args.samples=900"]
+    changed += ["batch.micro=8", "--measured", str(tmp_path)]
+    assert main(changed) == 0
+    notes = [
+        line.split("; ")[0].removeprefix("note     --measured: ")
+        for line in capsys.readouterr().out.splitlines()
+        if "--measured" in line
+    ]
+    assert notes == [
+        "data.name is digits in the measured run and synthetic_images in this job",
+        "data.args is {} in the measured run and {'samples': 900} in this job",
+        "data.num_workers is 2 in the measured run and 0 in this job",
+        "model.name is convnet in the measured run and mlp in this job",
+        "model.args is {'width': 8} in the measured run and {} in this job",
+        "precision is bf16 in the measured run and fp32 in this job",
+        "batch.micro is 16 in the measured run and 8 in this job",
+    ]
+    assert main([*changed, "--json"]) == 0
+    differs = json.loads(capsys.readouterr().out)["measured_differs"]
+    assert differs == [note.split()[0] for note in notes]
+    same = ["model.args={width: 8}", "precision=bf16", "data.num_workers=2", "lr.base=3"]
+    assert main([digits, *same, "--measured", str(tmp_path)]) == 0
+    assert "--measured" not in capsys.readouterr().out
+
+
+OWN_SET = """
+print("reading the files")
+
+def data(size=700, readable=True):
+    if not readable:
+        raise FileNotFoundError("no folder of images here")
+    return [([0.0], 0)] * size, None
+"""
+
+
+@pytest.fixture
+def own_set(tmp_path, monkeypatch):
+    (tmp_path / "counted_parts.py").write_text(OWN_SET)
+    digits = (ROOT / "jobs/digits.yaml").read_text()
+    (tmp_path / "job.yaml").write_text(digits)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yield [str(tmp_path / "job.yaml"), "data.name=counted_parts:data"]
+    sys.modules.pop("counted_parts", None)
+
+
+def test_an_own_data_set_beside_the_job_is_built_to_count_its_samples(own_set, capsys):
+    assert main(own_set) == 0
+    said = capsys.readouterr()
+    assert "30 epochs of 700 samples" in said.out
+    assert "note     counted_parts:data was built to count its 700 samples" in said.out
+    assert said.err == "reading the files\n"
+    assert main([*own_set, "data.args.size=600", "--json"]) == 0
+    estimated = json.loads(capsys.readouterr().out)
+    assert (estimated["training_samples"], estimated["data_set_built"]) == (600, True)
+    assert main([*own_set, "data.samples=500"]) == 0
+    assert "was built" not in capsys.readouterr().out
+
+
+def test_a_dry_run_checks_the_schedule_of_an_own_data_set(own_set, capsys):
+    assert train([*own_set, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# counted_parts:data was built: it has 700 samples\n")
+    assert parse_job(shown, "shown").data.name == "counted_parts:data"
+    assert train([*own_set, "--dry-run", "epochs=1e-9", "lr.warmup.policy=none"]) == 2
+    assert "has no sample in it" in capsys.readouterr().err
+
+
+def test_a_data_set_that_cannot_be_built_here_asks_for_data_samples(own_set, capsys):
+    words = (
+        "data.samples: counted_parts:data cannot be built here to count its samples (data.name: "
+        "counted_parts:data raises FileNotFoundError: no folder of images here"
+    )
+    assert main([*own_set, "data.args.readable=false"]) == 2
+    assert words in capsys.readouterr().err
+    assert train([*own_set, "data.args.readable=false", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"# the schedule was not checked: {words}")
+    assert parse_job(shown, "shown").data.name == "counted_parts:data"
 
 
 def test_a_measured_run_whose_job_has_words_that_yaml_1_1_reads_as_dates_is_read(

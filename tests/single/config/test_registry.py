@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 
 from hvdlarge.config import registry
 from hvdlarge.exits import JobError
+from hvdlarge.models.losses import CrossEntropyLoss
 
 OWN = """
 def numbers(count, *, start=0):
@@ -19,14 +20,27 @@ import_error = None
 """
 
 
+FAILING = """
+def data(size=3):
+    return read(size)
+
+def read(size):
+    raise TypeError(f"size {size} is no path")
+"""
+
+
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_parts.py").write_text(OWN)
     (tmp_path / "broken_parts.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "typing_error.py").write_text("def data(:\n    pass\n")
+    (tmp_path / "failing_parts.py").write_text(FAILING)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(registry, "_JOB_FOLDERS", [])
     yield
-    sys.modules.pop("own_parts", None)
+    for name in ("own_parts", "failing_parts"):
+        sys.modules.pop(name, None)
 
 
 def test_built_in_and_own_objects(own_module):
@@ -34,7 +48,7 @@ def test_built_in_and_own_objects(own_module):
         registry.instantiate(
             "loss.name", "cross_entropy", {"label_smoothing": 0.1}, registry.LOSSES
         ),
-        torch.nn.CrossEntropyLoss,
+        CrossEntropyLoss,
     )
     assert registry.instantiate(
         "data.name", "own_parts:numbers", {"count": 2, "start": 5}, registry.DATA_SETS
@@ -64,6 +78,8 @@ def test_built_in_and_own_objects(own_module):
         ("own_parts.deep:thing", {}, "there is no module 'own_parts.deep'"),
         ("own_parts:thing", {}, "the module 'own_parts' has no 'thing'"),
         ("own_parts:not_callable", {}, "is not callable"),
+        ("mlp", {"hidden": 5}, "^model.name: mlp: Value after .* must be an iterable"),
+        ("mlp", {"inputs": -1}, "^model.name: mlp: .*negative dimension"),
         ("own_parts:numbers", {}, "missing a required argument: 'count'"),
     ],
 )
@@ -72,9 +88,59 @@ def test_names_that_lead_nowhere(own_module, name, arguments, message):
         registry.instantiate("model.name", name, arguments, registry.MODELS)
 
 
-def test_an_import_that_fails_inside_the_users_module_is_not_blamed_on_the_job(own_module):
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        registry.instantiate("model.name", "broken_parts:thing", {}, registry.MODELS)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken_parts:thing", r"'broken_parts' cannot be imported: ModuleNotFoundError: No module named 'a_module_that_is_not_there' \(.*broken_parts.py, line 1, in <module>\)\n"),
+        ("typing_error:data", r"'typing_error' cannot be imported: SyntaxError: .* \(.*typing_error.py, line 1\)\n"),
+        ("failing_parts:data", r"failing_parts:data raises TypeError: size 3 is no path \(.*failing_parts.py, line 6, in read\)\n"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["data.name", "model.name", "loss.name", "evaluate.metrics"])
+def test_an_own_part_that_fails_is_reported_with_its_line_and_without_the_engines(
+    own_module, key, name, words
+):
+    with pytest.raises(JobError, match=f"^{key}: {words}") as raised:
+        registry.instantiate(key, name, {}, {})
+    assert "hvdlarge/" not in str(raised.value)
+    assert str(raised.value).count("Traceback") == (name != "typing_error:data")
+
+
+def test_own_parts_are_looked_for_beside_the_job_file_after_the_current_folder(
+    own_module, tmp_path
+):
+    beside = tmp_path / "jobs"
+    beside.mkdir()
+    (beside / "own_parts.py").write_text("def numbers(count):\n    return 'of the job'\n")
+    (beside / "job_parts.py").write_text("def numbers(count):\n    return ['of the job'] * count\n")
+    registry.look_beside("jobs/job.yaml")
+    assert registry.instantiate("data.name", "job_parts:numbers", {"count": 1}, {}) == [
+        "of the job"
+    ]
+    assert registry.instantiate("data.name", "own_parts:numbers", {"count": 1}, {}) == [0]
+    assert sys.path.index(str(tmp_path)) < sys.path.index(str(beside))
+    with pytest.raises(JobError) as raised:
+        registry.instantiate("data.name", "nowhere:thing", {}, {})
+    assert f"(looked in {tmp_path} and in {beside} too)" in str(raised.value)
+    sys.modules.pop("job_parts")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_built_in_model_without_width_is_an_error_of_the_job():
+    with pytest.raises(JobError, match="^model.name: resnet20: .*zero"):
+        registry.instantiate("model.name", "resnet20", {"width": 0}, registry.MODELS)
+
+
+def test_arguments_of_a_built_in_data_set_that_it_cannot_use_are_an_error_of_the_job():
+    with pytest.raises(JobError, match="^data.name: synthetic_images: "):
+        registry.instantiate(
+            "data.name", "synthetic_images", {"samples": 4, "size": "x"}, registry.DATA_SETS
+        )
+
+
+def test_out_of_memory_in_a_built_in_part_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="can't allocate memory|not enough memory"):
+        registry.instantiate("model.name", "mlp", {"inputs": 2**50}, registry.MODELS)
 
 
 @pytest.mark.parametrize(("section", "key"), [("OPTIMIZERS", "name"), ("DECAYS", "policy")])

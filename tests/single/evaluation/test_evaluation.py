@@ -9,7 +9,8 @@ from support.comparing import read_lines
 from hvdlarge import build, run_job
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
-from hvdlarge.evaluation.metric import MetricError
+from hvdlarge.data.samples import SampleForm
+from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 
@@ -68,14 +69,14 @@ def evaluate(*metrics, prepare=lambda model: None):
     """(results, sums, model, test set) of an untrained net."""
     job = parse_job(JOB, "job", [f"evaluate.metrics=[{', '.join(map(repr, metrics))}]"])
     precision = Precision(job.precision, torch.device("cpu"))
-    model, loss, optimizer, _ = build.build_learning(job, precision)
-    components = build.Components(precision, None, None, {}, None, model, loss, optimizer)
+    objective, optimizer, _ = build.build_learning(job, precision)
+    components = build.Components(objective, None, None, {}, None, optimizer)
     replica = build.build_replica(job, components, SoloChannel(), SoloCollectives())
-    prepare(replica.model)
+    prepare(replica.objective.model)
     _, test_set = build.load_data(job.data, job.seed)
-    found, tensors = build.build_metrics(job.evaluate), CountedSums()
-    evaluation = build.build_evaluation(job.data, job.evaluate, found, test_set, 0, 1)
-    return evaluation.run(replica, tensors), tensors.sums, replica.model, test_set
+    found, tensors = build.build_metrics(job), CountedSums()
+    evaluation = build.build_evaluation(job.data, job.evaluate, found, SampleForm(), test_set, 0, 1)
+    return evaluation.run(replica, tensors), tensors.sums, replica.objective.model, test_set
 
 
 def test_results_are_those_of_a_plain_loop_in_one_sum():
@@ -89,13 +90,13 @@ def test_results_are_those_of_a_plain_loop_in_one_sum():
     assert results["test_loss"] == pytest.approx(loss, rel=1e-6)
     assert results["accuracy"] == right / 360
     assert results["Wrong"] == 360 - right
-    assert sums == [("evaluation", torch.float64, (4,))]
+    assert sums == [("evaluation", torch.float64, (5,))]
 
 
 def test_an_evaluation_without_metrics_gives_the_loss():
     results, sums, *_ = evaluate()
     assert list(results) == ["test_loss"]
-    assert sums == [("evaluation", torch.float64, (1,))]
+    assert sums == [("evaluation", torch.float64, (2,))]
 
 
 def test_metrics_do_not_change_each_other():
@@ -134,7 +135,7 @@ def test_a_diverged_model_is_reported_by_its_loss_and_not_by_a_metric():
 def test_what_is_no_metric_is_the_jobs_error(name, message):
     job = parse_job(JOB, "job", [f"evaluate.metrics=[{name!r}]"])
     with pytest.raises(JobError, match=f"evaluate.metrics: .*{message}"):
-        build.build_metrics(job.evaluate)
+        build.build_metrics(job)
 
 
 RUN = {

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hvdlarge.evaluation.accuracy import Accuracy
-from hvdlarge.evaluation.metric import MetricError, check_metric, rankings, result_of, totals_of
+from hvdlarge.evaluation.metric import build_metric, rankings, result_of, totals_of
+from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.exits import JobError
 
 
@@ -29,8 +30,8 @@ class Always:
 
 
 def test_a_metric_is_accepted():
-    check_metric("always", Always())
-    check_metric("accuracy", Accuracy())
+    build_metric("always", "always", Always(), None, None, None)
+    build_metric("accuracy", "accuracy", Accuracy(), None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +43,12 @@ def test_what_lacks_a_part_of_a_metric_is_refused_by_name(part, value):
     metric = Always()
     setattr(metric, part, value)
     with pytest.raises(JobError, match=rf"evaluate\.metrics: odd must give a metric; .* {part}"):
-        check_metric("odd", metric)
+        build_metric("odd", "odd", metric, None, None, None)
 
 
 def test_a_function_is_no_metric():
     with pytest.raises(JobError, match="no totals, result, num_totals .* higher_is_better"):
-        check_metric("odd", len)
+        build_metric("odd", "odd", len, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,5 @@ def test_rankings_put_the_metrics_before_the_loss():
     ]
     assert rankings("error", metrics) == {"error": False}
     assert rankings("test_loss", metrics) == {"test_loss": False}
+    assert rankings("ema_accuracy", metrics) == {"ema_accuracy": True}
+    assert rankings("ema_test_loss", metrics) == {"ema_test_loss": False}

@@ -113,7 +113,7 @@ def test_measure_moves_nothing_and_sets_no_rate(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_closures_and_sparse_gradients_are_refused(kind):
+def test_sparse_gradients_are_refused(kind):
     table = torch.nn.Embedding(4, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
     optimizer = kind(table.parameters())
@@ -121,8 +121,32 @@ def test_closures_and_sparse_gradients_are_refused(kind):
         optimizer.measure()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
-    with pytest.raises(ValueError, match=f"{kind.__name__} takes no closure"):
-        optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_is_a_backward_pass_before_the_step(kind):
+    """As Lightning passes it: it computes the gradients, and its loss is what a step returns."""
+    (model, optimizer), (twin, plain) = built(kind), built(kind)
+    inputs = torch.ones(5, 4)
+
+    def loss_of(net):
+        return net.second(net.first(inputs)).square().mean()
+
+    for _ in range(2):
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        plain.zero_grad()
+        expected = loss_of(twin)
+        expected.backward()
+        assert plain.step() is None
+        assert torch.equal(optimizer.step(closure), expected)
+    for weight, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(weight, other)
 
 
 @pytest.mark.parametrize("kind", [LARS, LarsInLists])

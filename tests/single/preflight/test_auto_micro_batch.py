@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hvdlarge.build import build_learning, load_data
+from hvdlarge.build import build_learning, first_sample, load_data
 from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
+from hvdlarge.data.samples import SampleForm
 from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 from hvdlarge.preflight.auto_micro_batch import (
@@ -20,9 +21,14 @@ from hvdlarge.preflight.auto_micro_batch import (
     largest_that_fits,
     with_largest_micro_batch,
 )
+from hvdlarge.replica.objective import Objective
 from hvdlarge.replica.train_state import TrainState
 
 CPU = Precision("fp32", torch.device("cpu"))
+
+
+def unmoved(batch):
+    return batch
 
 
 def samples(size):
@@ -57,7 +63,7 @@ def test_the_search_leaves_no_trace():
     model = net().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert largest_micro_batch(model, cross_entropy, CPU, samples, 6) == 6
+    assert largest_micro_batch(Objective(model, cross_entropy, CPU, unmoved), samples, 6) == 6
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert all(weight.grad is None for weight in model.parameters())
@@ -68,10 +74,10 @@ LIMITED = """
 import resource, torch
 from test_auto_micro_batch import *
 model = net()
-largest_micro_batch(model, cross_entropy, CPU, samples, 2)  # threads and caches are there before the limit is set
+largest_micro_batch(Objective(model, cross_entropy, CPU, unmoved), samples, 2)  # threads and caches are there before the limit is set
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, used + 400 * 2**20))
-print(largest_micro_batch(model, cross_entropy, CPU, samples, 10**6))
+print(largest_micro_batch(Objective(model, cross_entropy, CPU, unmoved), samples, 10**6))
 """
 
 
@@ -104,10 +110,9 @@ def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
     )
     training_set, _ = load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
-    model, loss, *_ = build_learning(job, CPU)
-    plan = with_largest_micro_batch(
-        plan, model, loss, CPU, training_set, job.data, True, SoloChannel()
-    )
+    objective, *_ = build_learning(job, CPU)
+    sample = first_sample(job.data, SampleForm(), training_set)
+    plan = with_largest_micro_batch(plan, objective, sample, SoloChannel())
     assert plan.largest_micro_batch == 16
 
 
@@ -115,17 +120,24 @@ def test_a_model_that_does_not_fit_its_data_is_an_error_of_the_job():
     job = parse_job(JOB, "job")
     training_set, _ = load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10))
+    objective = Objective(model, cross_entropy, CPU, unmoved)
+    sample = first_sample(job.data, SampleForm(), training_set)
     with pytest.raises(JobError, match="^model.name: a micro-batch .* RuntimeError: mat1 and mat2"):
-        with_largest_micro_batch(
-            plan,
-            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10)),
-            cross_entropy,
-            CPU,
-            training_set,
-            job.data,
-            False,
-            SoloChannel(),
-        )
+        with_largest_micro_batch(plan, objective, sample, SoloChannel())
+
+
+def test_a_first_sample_that_cannot_be_read_is_an_error_of_the_job():
+    job = parse_job(JOB, "job")
+    objective, *_ = build_learning(job, CPU)
+
+    def sample():
+        raise OSError("image 0 is truncated")
+
+    with pytest.raises(
+        JobError, match="^data.name: .* training set cannot be read: OSError: image"
+    ):
+        with_largest_micro_batch(plan_run(job, 1437, 1), objective, sample, SoloChannel())
 
 
 def test_steps_are_cut_as_before_an_interruption_on_as_many_workers_if_that_still_fits():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hvdlarge.data.loader import MicroBatchDataset
+from hvdlarge.data.samples import SampleError
 from hvdlarge.preflight.user_code import describe
 from hvdlarge.schedule.batch import MicroBatch
 
@@ -19,7 +20,7 @@ class Unequal(torch.utils.data.Dataset):
 
 
 def test_an_error_without_a_line_of_user_code_is_not_attributed_to_the_loader():
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(SampleError) as raised:
         MicroBatchDataset(Unequal(), seed=0, shuffled=False)[MicroBatch(0, 0, 2)]
     error = raised.value.with_traceback(raised.tb.tb_next)  # from hvdlarge/data/loader.py on
     first_line = describe(error).splitlines()[0]

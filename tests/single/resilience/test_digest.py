@@ -35,6 +35,14 @@ def test_a_tensor_without_elements_has_one():
     assert tensor_digests({"x": torch.empty(0, 3)}) == {"x": 0}
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.bfloat16])
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_a_slice_has_the_digest_of_its_values(dtype, start):
+    """Whatever its place in memory."""
+    tensor = (torch.arange(50) % 3).to(dtype)[start:]
+    assert tensor_digests({"x": tensor}) == tensor_digests({"x": tensor.clone()})
+
+
 def test_names_and_state_belong_to_it():
     model = torch.nn.Linear(2, 2)
     optimizer = LARS(model.parameters())

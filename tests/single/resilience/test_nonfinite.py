@@ -7,7 +7,15 @@ from support.counting import CountingReplica
 
 from hvdlarge.exits import DivergedError
 from hvdlarge.optim.interface import GradientNorms
-from hvdlarge.resilience.nonfinite import RollBack, RollbackPolicy, SkipPolicy, StopPolicy
+from hvdlarge.optim.precision import LossScaler
+from hvdlarge.replica.train_state import TrainState
+from hvdlarge.resilience.nonfinite import (
+    LossScalingPolicy,
+    RollBack,
+    RollbackPolicy,
+    SkipPolicy,
+    StopPolicy,
+)
 from hvdlarge.schedule.decision import Decision
 
 DECISION = Decision(
@@ -62,3 +70,15 @@ def test_skip_within_its_limit_puts_the_running_statistics_back():
 def test_policy_loss_that_is_not_finite_ends_the_run_or_goes_back(policy, error):
     with pytest.raises(error, match="the loss is nan at step 3"):
         policy.check_loss(DECISION, math.nan)
+
+
+def test_loss_scale_grows_after_finite_steps_only():
+    """A step that the other policy skips, at the lowest scale, is none of them."""
+    before = LossScaler.STEPS_BEFORE_GROWTH - 1
+    state = TrainState(loss_scale=1.0, steps_at_loss_scale=before)
+    policy = LossScalingPolicy(SkipPolicy(limit=5), LossScaler(1.0), state)
+    assert check(policy, NOT_FINITE)[0] is False
+    assert (state.loss_scale, state.steps_at_loss_scale) == (1.0, 0)
+    state.steps_at_loss_scale = before
+    assert check(policy, FINITE)[0] is True
+    assert (state.loss_scale, state.steps_at_loss_scale) == (2.0, 0)

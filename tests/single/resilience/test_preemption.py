@@ -50,10 +50,13 @@ def test_the_file_and_the_clock(tmp_path, monkeypatch):
     assert limited.reason == "the time limit of 1 minutes"
 
 
-def test_a_second_ctrl_c_leaves_at_once():
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM, SIGINT"])
+def test_a_second_ctrl_c_leaves_at_once(first):
     program = (
         "import os, signal, time\nfrom hvdlarge.resilience.preemption import StopRequest\n"
-        "stop = StopRequest(); stop.install_handlers()\nos.kill(os.getpid(), signal.SIGINT); print(stop.requested(), flush=True)\n"
+        "stop = StopRequest(); stop.install_handlers()\n"
+        f"for name in '{first}'.split(', '): os.kill(os.getpid(), getattr(signal, name))\n"
+        "print(stop.requested(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
     done = subprocess.run(

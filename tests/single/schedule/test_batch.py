@@ -43,7 +43,13 @@ def test_the_equation_is_arithmetic():
     assert BatchLayout(8192, 64, 64).equation() == "8192 = 64 × 2 × 64"
     assert BatchLayout(100, 16, 3).equation() == "100 = 16 × 6 + 4, dealt 3+2×2 to 3 workers"
     assert BatchLayout(32, 16, 16).equation() == "32 = 16 × 2, dealt 1×2 to 16 workers"
+    assert BatchLayout(100, 10, 4).equation() == "100 = 10 × 10, dealt 3×2+2×2 to 4 workers"
     assert BatchLayout(10, 16, 2).equation() == "10 = 10, dealt 1 to 2 workers"
+
+
+def test_a_world_of_any_size_is_planned_at_once():
+    layout = BatchLayout(8192, 64, 10**9)
+    assert layout.equation() == "8192 = 64 × 128, dealt 1×128 to 1000000000 workers"
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
