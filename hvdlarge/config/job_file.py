@@ -206,8 +206,8 @@ def _selects_another(
 
 def _validated(written: Written, overrides: Sequence[str]) -> Job:
     path = written.places[()].file
-    for place in written.places.values():
-        registry.look_beside(place.file)
+    for file in reversed(dict.fromkeys(place.file for place in written.places.values())):
+        registry.look_beside(file)
     for override in overrides:
         _override(written, override)
     optimizer = written.values.get("optimizer")

@@ -107,10 +107,11 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
 
 
 def look_beside(job_file: str) -> None:
-    """Look for own parts also in the folder of a job file, after the current folder."""
+    """Look for own parts also in the folder of a job file, after the current folder and before the
+    folders of jobs that were read earlier.
+    """
     folder = str(Path(job_file).absolute().parent)
-    if folder not in _JOB_FOLDERS:
-        _JOB_FOLDERS.append(folder)
+    _JOB_FOLDERS[:] = [folder, *(other for other in _JOB_FOLDERS if other != folder)]
 
 
 def union(registry: Mapping[str, str]) -> Any:
