@@ -79,9 +79,9 @@ def _parse(arguments: Sequence[str] | None, is_reporter: bool) -> argparse.Names
         description="Train a job with LARS, AdaBatch and LEGW, alone or on many workers.",
         epilog="Many workers: horovodrun -np 64 python -m hvdlarge.train job.yaml (or mpirun). "
         "Exit codes: 0 finished, 2 wrong job or command line, 3 wrong environment, 70 an error "
-        "while training, 71 the ranks disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint could not be "
-        "written, 75 stopped on request: run it again, 76 a rank was lost, 77 a checkpoint is "
-        "damaged or of another job.",
+        "while training, 71 the ranks disagree, 72 a rank hangs, 73 diverged, 74 a checkpoint "
+        "could not be written, 75 stopped on request: run it again, 76 a rank was lost, 77 a "
+        "checkpoint is damaged or of another job.",
     )
     parser.add_argument("job", help="the job file, or the name of a shipped job such as digits")
     parser.add_argument(
