@@ -23,7 +23,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from hvdlarge import exits
-from hvdlarge.comm.launcher import detect, reports_wrong_launch, wrong_launch
+from hvdlarge.comm.launcher import detect, report_wrong_launch, wrong_launch
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
@@ -316,8 +316,7 @@ def _refuse_launchers() -> int | None:
     host reports; None otherwise.
     """
     if wrong := wrong_launch(os.environ):
-        if reports_wrong_launch(os.environ):
-            print_error(wrong)
+        report_wrong_launch(os.environ, lambda: print_error(wrong))
         return exits.WRONG_ENVIRONMENT
     launch = detect(os.environ)
     if launch is None or launch.size < 2:

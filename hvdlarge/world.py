@@ -28,7 +28,7 @@ from hvdlarge.comm.interfaces import (
     RankLostError,
     WorldMismatchError,
 )
-from hvdlarge.comm.launcher import Launch, reports_wrong_launch, wrong_launch
+from hvdlarge.comm.launcher import Launch, report_wrong_launch, wrong_launch
 from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
 from hvdlarge.config.job import Horovod, Job, Timeouts
 from hvdlarge.config.part_errors import describe, origin
@@ -188,12 +188,12 @@ def _attempt(action: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def _report_mismatch(error: WorldMismatchError, launch: Launch | None) -> int:
+    message = f"{error} (host {socket.gethostname()})"
     if wrong_launch(os.environ):
-        reports = reports_wrong_launch(os.environ)
-    else:
-        reports = launch is None or launch.is_local_leader
-    if reports:
-        print_error(f"{error} (host {socket.gethostname()})")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends the others
+        report_wrong_launch(os.environ, lambda: print_error(message))
+    elif launch is None or launch.is_local_leader:
+        print_error(message)
     return exits.WRONG_ENVIRONMENT
 
 

@@ -8,7 +8,8 @@ Contract: reads the environment only; works without Horovod and MPI.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -53,6 +54,7 @@ _VARIABLES = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
 
+_REPORT_SECONDS = 5.0  # within which another process of this host has reported
 _STALL_CHECK_SECONDS = 60  # Horovod's default
 
 
@@ -103,6 +105,16 @@ def wrong_launch(environ: Mapping[str, str]) -> str | None:
 def reports_wrong_launch(environ: Mapping[str, str]) -> bool:
     """Whether this process is the one of its host that reports such a launch."""
     return environ.get("LOCAL_RANK", environ.get("RANK")) == "0"
+
+
+def report_wrong_launch(environ: Mapping[str, str], report: Callable[[], None]) -> None:
+    """Call `report` in the process of its host that reports such a launch. The others wait, since
+    torchrun ends all processes of a host as soon as one of them has ended.
+    """
+    if reports_wrong_launch(environ):
+        report()
+    else:
+        time.sleep(_REPORT_SECONDS)
 
 
 def _leading_number(text: str, default: int) -> int:

@@ -112,7 +112,8 @@ def missing_gradient(
     differing = sorted(set.union(*names_of.values()) - set.intersection(*names_of.values()))
     present = [str(rank) for rank, names in names_of.items() if differing[0] in names]
     missing = [str(rank) for rank, names in names_of.items() if differing[0] not in names]
-    more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    others = [repr(name) for name in differing[1:4]] + ["…"] * (len(differing) > 4)
+    more = f" (and {len(differing) - 1} more: {', '.join(others)})" if others else ""
     return RanksDisagreeError(
         f"the ranks disagree about the set of gradients: the parameter {differing[0]!r}{more} has "
         f"a gradient on rank {', '.join(present)} and none on rank {', '.join(missing)}; if the "

@@ -50,6 +50,8 @@ def origin(error: BaseException) -> str | None:
     """
     if isinstance(error, PartError):
         return "a part that the job names"
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return "a loader process"  # which was ended from outside
     frames, _ = _frames_and_summary(error)
     if own := own_frames(frames):
         below = [frame for frame in frames[frames.index(own[-1]) :] if _layer(frame) == "engine"]

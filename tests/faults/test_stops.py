@@ -146,6 +146,18 @@ def test_a_lost_rank_is_started_again_until_the_end(bench, whole):
     assert same(bench.checkpoint(), whole)
 
 
+def test_a_fresh_launch_sets_an_earlier_run_aside_once_and_restarts_resume(bench, whole):
+    assert bench.run(2, "seed=9", "epochs=0.5").code == 0
+    process = begin_launch(bench, ["-np", "2", "job.yaml", "--fresh"], FAULT="kill@1:35")
+    ended = bench.end(process, timeout=200)
+    assert ended.fired
+    assert ended.code == 0, ended.text
+    assert ended.text.count("the earlier run was moved to runs/faults.1") == 1
+    assert ended.text.count("resuming from runs/faults/checkpoints/") == 1
+    assert not (bench.folder / "runs/faults.2").exists()
+    assert same(bench.checkpoint(), whole)
+
+
 def test_a_hanging_rank_is_started_again_until_the_end(bench, whole):
     limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=2"]
     process = begin_launch(bench, ["-np", "2", "job.yaml", *limits], FAULT="stop@1:25")

@@ -296,6 +296,38 @@ def test_a_mistake_on_every_rank_is_reported_once(train, folder):
     assert ended.err.count("Traceback") == 1
 
 
+UNBUILT = """
+def part(*arguments, **named):
+    return open_files()
+
+def open_files():
+    raise FileNotFoundError("weights.bin")
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "key", "change"),
+    [
+        (2, "model.name", "model={name: 'unbuilt:part'}"),
+        (None, "data.name", "data={name: 'unbuilt:part'}"),
+        (None, "loss.name", "loss={name: 'unbuilt:part'}"),
+        (None, "evaluate.metrics", "evaluate.metrics=['unbuilt:part']"),
+    ],
+)
+def test_an_own_part_that_cannot_be_built_is_told_with_its_line(
+    train, folder, workers, key, change
+):
+    (folder / "unbuilt.py").write_text(UNBUILT)
+    ended = train(workers, "jobs/digits.yaml", change)
+    assert ended.code == 2, ended.text
+    place = f"{folder / 'unbuilt.py'}, line 6, in open_files"
+    words = f"{key}: unbuilt:part raises FileNotFoundError: weights.bin ({place})"
+    assert ended.errors == [f"hvdlarge: error: {words}"]
+    assert ended.err.count("Traceback") == 1
+    assert "hvdlarge/" not in ended.err
+    assert not (folder / "runs").exists()
+
+
 LATE = """
 import torch
 

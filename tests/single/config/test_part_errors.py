@@ -74,6 +74,11 @@ def test_a_graph_that_cannot_be_passed_again_is_the_models():
     assert origin(error_of(loss.backward)) == "the backward pass"
 
 
+def test_a_loader_process_that_was_ended_is_not_the_engines():
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert origin(killed) == "a loader process"
+
+
 def test_a_metric_of_another_shape_is_the_jobs():
     error = MetricError("evaluate.metrics: f1: totals() must return a tensor of 2 real numbers")
     assert origin(error) == "a part that the job names"
