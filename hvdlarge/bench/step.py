@@ -136,7 +136,7 @@ def measure_step(
 def _tried(job: Job, components: Components, only: str | None) -> Components:
     """The components after a pass of the first micro-batch, which shows what the loss returns."""
     plan = components.plan
-    loader = build_loader(job.data, components.training_set, job.seed)
+    loader = build_loader(job.data, components.form, components.training_set, job.seed)
     try:
         size = min(plan.micro_batch_of(plan.initial_batch), plan.initial_batch)
         loader.enqueue([MicroBatch(0, 0, size)], is_last=False)
