@@ -109,6 +109,8 @@ class PartError(Exception):
     ranks do not raise it.
     """
 
+    origin = "a part that the job names"  # in words
+
 
 class OutOfMemory(Exception):
     """One rank ran out of memory; the message says what to change. Not a RunExit, since the other

@@ -49,7 +49,7 @@ def origin(error: BaseException) -> str | None:
     the engine itself.
     """
     if isinstance(error, PartError):
-        return "a part that the job names"
+        return error.origin
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return "a loader process"  # which was ended from outside
     frames, _ = _frames_and_summary(error)

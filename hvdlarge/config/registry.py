@@ -239,7 +239,7 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
             hint = f"; it comes with the extra {extra!r} of hvdlarge" if extra else ""
             raise JobError(
                 f"{key}: there is no module {error.name!r} for {name!r} (looked in "
-                f"{' and in '.join(folders)} too){hint}"
+                f"{' and in '.join(folders[:2])} too){hint}"
             ) from None
         if name in registry or isinstance(error, (RunExit, MemoryError)):
             raise

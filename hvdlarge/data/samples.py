@@ -28,6 +28,8 @@ class Targets(enum.Enum):
 class SampleError(PartError):
     """Samples do not have the form that the job names."""
 
+    origin = "the data set"
+
 
 class SampleForm:
     """How samples become inputs and targets.

@@ -32,6 +32,8 @@ class LossError(PartError):
     such part. Not a RunExit, as a single rank may raise it.
     """
 
+    origin = "the model or the loss"
+
     def __init__(self, message: str, key: str = "loss.name") -> None:
         super().__init__(f"{key}: {message}")
 

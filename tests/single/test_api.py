@@ -112,10 +112,10 @@ def test_a_folder_of_another_job_is_refused(folder):
         hvdlarge.run_job(JOB | {"seed": 1})
 
 
-def test_under_a_launcher_it_points_to_the_command(folder, monkeypatch):
+def test_under_a_launcher_whose_world_mpi_does_not_see_it_is_refused(folder, monkeypatch):
     for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
-    with pytest.raises(InvalidEnvironmentError, match="hvdlarge train"):
+    with pytest.raises(InvalidEnvironmentError, match="Open MPI started 2 workers, but MPI sees 1"):
         hvdlarge.run_job(JOB)
 
 
