@@ -9,6 +9,7 @@ where Python handles no signals, while Horovod's thread blocks in the same MPI.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -43,7 +44,8 @@ class MpiChannel:
             WorldMismatchError: if MPI sees another number of workers than the launcher started, or
                 does not support MPI_THREAD_MULTIPLE.
         """
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        if not MPI.Is_initialized():  # by an earlier channel of this process, or the user's program
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
         if MPI.COMM_WORLD.size != launch.size:
             raise WorldMismatchError(
                 f"{launch.launcher} started {launch.size} workers, but MPI sees "
@@ -110,12 +112,14 @@ class MpiChannel:
 
     def close(self, last: bool = True) -> None:
         """Free the channel, after the collectives are closed, and finalize MPI if this is the
-        `last` one; else mpi4py does it when the process exits. Every rank calls this together.
+        `last` one, else when the process exits. Every rank calls this together.
         """
         self.barrier()
         self._comm.Free()
         if last:
             MPI.Finalize()
+        else:
+            atexit.register(_finalize)
 
     def abort(self, code: int) -> NoReturn:
         """End every process of the run with this exit code, at once. One rank suffices."""
@@ -123,6 +127,11 @@ class MpiChannel:
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)  # for the type checker: Abort does not return
+
+
+def _finalize() -> None:
+    if not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def _wait(request: MPI.Request) -> None:
