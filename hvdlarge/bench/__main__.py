@@ -235,7 +235,7 @@ def _figures(
         "of": of,
         "device": str(device),
         "reference": reference,
-        "sides": variants,
+        "variants": variants,
     }
 
 
@@ -284,7 +284,7 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
         ]
     last = "fitted" if figures["what"] == "allreduce" else f"× {figures['reference']}"
     rows: list[tuple[str, ...]] = [("", "median ms", "lowest", "highest", last)]
-    for name, variant in figures["sides"].items():
+    for name, variant in figures["variants"].items():
         cell = f"{variant['ratio']:.3f}" if "ratio" in variant else ""
         if figures["what"] == "allreduce":
             cell = f"{1e3 * figures['fitted'][name.split()[0].replace(',', '')]:.3f}"

@@ -199,7 +199,7 @@ def test_a_run_stopped_near_its_end_and_given_another_length_is_the_undisturbed_
     stopped = bench.run(workers, *arguments, "epochs=1", FAULT=fault)
     assert stopped.fired
     assert stopped.code == 75, stopped.text
-    assert bench.checkpoint()["position"]["step"] == pass_of_stop
+    assert bench.checkpoint()["progress"]["step"] == pass_of_stop
     ended = bench.run(workers, *arguments, f"epochs={epochs}", FAULT="")
     assert ended.code == 0, ended.text
     assert f"epochs changes from 1 to {epochs}" in ended.text

@@ -361,7 +361,7 @@ def test_a_gradient_of_any_micro_batch_of_a_rank_counts_as_there(
         ["model.name=own_parts:Sometimes", f"epochs={3 * batch / 53 + 1e-9}", *changes]
     )
     kept = train(trained, control, tensors, folder / "run")
-    assert kept["position"]["step"] == 3
+    assert kept["progress"]["step"] == 3
 
 
 def test_every_rank_reads_the_same_samples_or_the_difference_is_told(
@@ -435,8 +435,8 @@ def test_hooks_see_the_run_on_every_rank_alike(control, tensors, folder):
     assert told[0] == ("start", 4, control.rank, control.size, 53)
     assert told[-1] == ("end", True, kept["state"]["results"])
     steps = [entry for entry in [*first, *told] if entry[0] == "step"]
-    assert [entry[1] for entry in steps] == list(range(kept["position"]["step"]))
-    assert steps[-1][2] == kept["position"]["samples_seen"] == 164
+    assert [entry[1] for entry in steps] == list(range(kept["progress"]["step"]))
+    assert steps[-1][2] == kept["progress"]["samples_seen"] == 164
     decided = read_lines(folder / "run/decisions.jsonl")
     assert [entry[3] for entry in steps] == [line["lr"] for line in decided]
     logged = [entry[1] for entry in steps if entry[4] is not None]
