@@ -80,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
     )
     parser.add_argument(
-        "--rounds", type=_count, default=7, metavar="N", help="turns of each variant (default: 7)"
+        "--rounds", type=_count, default=7, metavar="N", help="rounds of each variant (default: 7)"
     )
     parser.add_argument(
         "--steps",
         type=_count,
         default=30,
         metavar="N",
-        help="for step: steps per turn; for data: maximum number of steps (default: 30)",
+        help="for step: steps per round; for data: maximum number of steps (default: 30)",
     )
     parser.add_argument("--only", metavar="VARIANT", help="for step: measure this variant only")
     parser.add_argument(

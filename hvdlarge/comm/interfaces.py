@@ -130,7 +130,7 @@ class Collectives(Protocol):
 
     local_rank: int
     local_size: int
-    carries_gpu_tensors: bool
+    supports_gpu_tensors: bool
     needs_own_gpus: bool  # whether two workers cannot share one
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

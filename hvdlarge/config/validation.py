@@ -98,7 +98,7 @@ def _gradients(job: Job) -> Iterator[Problem]:
 
 
 def _loss(job: Job) -> Iterator[Problem]:
-    if not job.loss.is_torchs:
+    if not job.loss.is_torch_loss:
         return
     given = job.loss.args
     sums = {"reduction": given.get("reduction", "mean") not in ("mean", "batchmean")}

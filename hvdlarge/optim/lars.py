@@ -27,7 +27,7 @@ import torch
 
 from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 from hvdlarge.optim.momentum import MomentumStep, list_update, momentum_update
-from hvdlarge.optim.norms import norm, norms, norms_of_list, works_in_lists
+from hvdlarge.optim.norms import norm, norms, norms_of_list, uses_foreach
 
 
 class LARS(MeanGradientOptimizer):
@@ -61,7 +61,7 @@ class LARS(MeanGradientOptimizer):
     # Of the last step; replaced by each. Of the class, since a copy of an optimizer has not been
     # through __init__.
     _ratios: dict[torch.Tensor, float] = {}
-    works_in_lists = staticmethod(works_in_lists)
+    uses_foreach = staticmethod(uses_foreach)
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class LARS(MeanGradientOptimizer):
             weight
             for group in self.param_groups
             for weight in group["params"]
-            if group["adapt"] and weight.grad is not None and self.works_in_lists(weight.device)
+            if group["adapt"] and weight.grad is not None and self.uses_foreach(weight.device)
         ]
 
     def _move(self, norms: GradientNorms) -> None:
@@ -110,7 +110,7 @@ class LARS(MeanGradientOptimizer):
             if not weights:
                 continue
             velocities = [self._velocity(weight) for weight in weights]
-            if self.works_in_lists(weights[0].device):
+            if self.uses_foreach(weights[0].device):
                 self._move_list(group, weights, velocities, norms)
             elif group["adapt"]:
                 self._move_one_by_one(group, weights, velocities, norms)

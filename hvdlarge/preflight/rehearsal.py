@@ -241,12 +241,12 @@ class Rehearsal:
         with _restored(self._modules, self._layers) as restore, eager():
             before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
-            before.refuse_changes(self._modules, self._layers)
+            before.check_unchanged(self._modules, self._layers)
             after = self._versions()
             written = [name for name, version in versions.items() if after.get(name) != version]
             restore()
             evaluated = self._evaluate(inputs, targets) if evaluates else None
-            before.refuse_changes(self._modules, [])
+            before.check_unchanged(self._modules, [])
             shifts = _shift(self._layers)
             second = self._pass(inputs, targets, add=True)
             if not self._same(first, second._replace(gradient=second.gradient / 2)):
@@ -595,7 +595,7 @@ class _State(NamedTuple):
             {name: module.training for name, module in named_modules(modules)},
         )
 
-    def refuse_changes(self, modules: Modules, layers: list[NormLayer]) -> None:
+    def check_unchanged(self, modules: Modules, layers: list[NormLayer]) -> None:
         after = _State.of(modules, layers)
         changed = [name for name in self.digests if after.digests.get(name) != self.digests[name]]
         changed += [name for name in self.extra if after.extra.get(name) != self.extra[name]]

@@ -212,7 +212,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
         epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
         lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
     scheduled = job.checkpoint.epochs or job.checkpoint.every_steps
-    if job.on_nonfinite.goes_back and not scheduled:
+    if job.on_nonfinite.can_roll_back and not scheduled:
         lines.append(
             f"note     on_nonfinite: {job.on_nonfinite.policy} returns only to checkpoints at "
             "fixed steps or epochs: with checkpoint.every_minutes alone, to the start or to the "
