@@ -60,7 +60,7 @@ def printed(launcher, script, steps, *more):
     text = run([*launcher, PYTHON, str(HERE / script), "--steps", str(steps), *more])
     return float(
         re.search(r"seconds a step: ([0-9.e-]+)", text)[1]
-    )  # horovodrun prints the rank's mark behind it
+    )  # horovodrun prints the rank's mark after it
 
 
 def free_port():

@@ -1,5 +1,5 @@
 """From the sections of a job to the objects of a run. Each is built on this rank alone, unless its
-function says that every rank calls it together.
+function states that every rank calls it together.
 """
 
 from __future__ import annotations

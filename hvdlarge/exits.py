@@ -113,7 +113,7 @@ class PartError(Exception):
 
 
 class OutOfMemory(Exception):
-    """One rank ran out of memory; the message says what to change. Not a RunExit, since the other
+    """One rank ran out of memory; the message names what to change. Not a RunExit, since the other
     ranks do not raise it.
     """
 

@@ -73,7 +73,7 @@ def train(components: LoopComponents, state: TrainState) -> None:
     """Follow every decision to the end of the run. Every rank calls this together.
 
     Args:
-        components: the run's objects; the running statistics are scattered already.
+        components: the run's objects; the running statistics are partial already.
         state: results so far; changed in place, and the same on every rank.
 
     Raises:

@@ -86,7 +86,7 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
 
 
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
-    """Rehearse with the first samples; the result also says whether the ranks round differently."""
+    """Rehearse with the first samples; the result also records whether the ranks round differently."""
     device, test_set = components.objective.precision.device, components.test_set
     read_again = (
         None

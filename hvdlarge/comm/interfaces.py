@@ -1,7 +1,7 @@
 """Interfaces for communication between workers, and the errors that they raise.
 
 Two channels (docs/design.md): tensors go over Horovod, decisions over MPI. Both
-have a solo form, so the code behind them never asks whether it runs alone. Only
+have a solo form, so the code above them never asks whether it runs alone. Only
 `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
 """
 

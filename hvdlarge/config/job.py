@@ -223,7 +223,7 @@ class EvaluationMetric(Section):
     targets: Key | None = None
     """Key, attribute or position of what it gets of the targets; default: the whole."""
     higher_is_better: bool | None = None
-    """Which direction `checkpoint.best` takes for better; default: as the metric says."""
+    """Which direction `checkpoint.best` takes for better; default: as the metric declares."""
 
 
 class Evaluate(Section):
@@ -316,7 +316,7 @@ class StopWhenNotFinite(Section):
 
 
 class SkipWhenNotFinite(Section):
-    """A step whose gradients are not finite is left out on every rank."""
+    """A step whose gradients are not finite is skipped on every rank."""
 
     can_roll_back: ClassVar[bool] = False
 

@@ -24,7 +24,7 @@ from hvdlarge.optim.torch_optimizers import TorchOptimizer
 
 
 class OptimizerRefused(ValueError):
-    """A class that cannot keep the laws of the engine; the message says why."""
+    """A class that cannot keep the laws of the engine; the message gives the reason."""
 
 
 class _OwnOptimizer(TorchOptimizer):

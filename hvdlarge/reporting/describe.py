@@ -1,4 +1,4 @@
-"""What a run says before its first step: the batch as arithmetic, the schedule as a small table,
+"""What a run reports before its first step: the batch as arithmetic, the schedule as a small table,
 where the files go.
 """
 
@@ -24,7 +24,7 @@ def startup_summary(
     environment: Mapping[str, Any],
     messages: Sequence[str],
 ) -> list[str]:
-    """What a run says before its first step, as lines.
+    """What a run reports before its first step, as lines.
 
     Args:
         job: of the run.

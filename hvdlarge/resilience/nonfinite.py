@@ -159,7 +159,7 @@ class LossScalingPolicy:
         self._then.before_step(replica)
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
-        """Leave the step out with half the scale, or let the other policy check."""
+        """Skip the step and halve the scale, or let the other policy check."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
         if scale.dynamic > 1 and norms.not_finite(replica.names):
             assert self._snapshot is not None

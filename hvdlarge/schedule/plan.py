@@ -34,7 +34,7 @@ class Plan:
 
     @functools.cached_property
     def stages(self) -> list[StageOutline]:
-        """Its stages, as far as they are known before the run; the last one says whether they end
+        """Its stages, as far as they are known before the run; the last one records whether they end
         before the run does. Found once: for a long run that takes a second.
 
         Raises:

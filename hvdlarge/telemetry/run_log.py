@@ -75,7 +75,7 @@ class RunLog:
 
     @property
     def failed(self) -> bool:
-        """Whether something could not be written; `check` says what."""
+        """Whether something could not be written; `check` raises its error."""
         return self._failure is not None
 
     def check(self) -> None:

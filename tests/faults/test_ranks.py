@@ -237,7 +237,7 @@ def test_weights_that_change_on_one_rank_are_detected(bench):
     assert ended.code == 71, ended.text
     assert len(ended.errors) == 1
     assert "head.weight" in ended.errors[0]
-    assert bench.checkpoint()["progress"]["step"] <= 25  # nothing was saved behind the drift
+    assert bench.checkpoint()["progress"]["step"] <= 25  # nothing was saved after the drift
 
 
 def test_a_buffer_that_changes_on_one_rank_is_detected(bench):

@@ -288,9 +288,9 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
     job = job_of(
         changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split()
     )
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit, match=f"(?s){message}") as raised:
-            train(job, *wires, folder / where)
+            train(job, *channels, folder / where)
         assert raised.value.code == JobError.code
         assert not (folder / where).exists()
     control.barrier()
@@ -314,12 +314,12 @@ def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
 ):
     names = ["data.name=own_parts:ignored", "loss.name=torch.nn:CrossEntropyLoss"]
     job = job_of([*names, "epochs=1", *changes])
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit) as raised:
-            train(job, *wires, folder / where)
+            train(job, *channels, folder / where)
         assert raised.value.code == DIVERGED
         told = str(raised.value) + capsys.readouterr().out
-        if wires[0].rank == 0:  # which prints
+        if channels[0].rank == 0:  # which prints
             for word in ["most often all targets of a micro-batch are ignored", *words]:
                 assert word in told
     control.barrier()
@@ -329,11 +329,11 @@ def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
 def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(
     control, tensors, folder, every
 ):
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit, match="'scale'|disagree about the digest|scale is"):
             train(
                 job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]),
-                *wires,
+                *channels,
                 folder / where,
             )
     control.barrier()

@@ -121,7 +121,7 @@ def test_damaged_checkpoints_are_not_among_those_that_are_kept(folder, keep):
     path, _, problems = CheckpointFolder(folder.folder, keep).newest_good()
     assert (path.name, len(problems)) == ("step_000000025.pt", 2)
     save(again, 30)  # written anew
-    save(again, 45)  # and the last damaged one lies behind
+    save(again, 45)  # and the last damaged one comes after it
     assert [path.stem[-2:] for path in again.newest_first()] == ["45", "30"][:keep]
     assert set(again.listed()) == {path.name for path in again.newest_first()}
 
@@ -205,7 +205,7 @@ SITUATIONS = {  # steps that are there, those of them that are damaged, the step
     "the only one anew, as a rollback does with step 0": ("0", "", "0", "3"),
     "the newest anew": ("10 20", "", "20", "2"),
     "the only one that is kept anew": ("20", "", "20", "1"),
-    "one behind which a damaged one lies": ("10 20 30", "30", "25", "1"),
+    "one after which a damaged one comes": ("10 20 30", "30", "25", "1"),
     "one in the place of a damaged one": ("10 20 30", "30", "30", "1"),
 }
 

@@ -1,4 +1,4 @@
-"""What receives the records of a run: the log files, byte by byte, and a sink of one's own behind the run log."""
+"""What receives the records of a run: the log files, byte by byte, and a sink of one's own after the run log."""
 
 import json
 
