@@ -209,7 +209,7 @@ def _stopped(components: LoopComponents, decision: Decision) -> str:
     reasons = sorted({answer.decode() for answer in answers} - {""})
     return (
         f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
-        f"{' and '.join(reasons)}; the checkpoint is written: the same command goes on from here"
+        f"{' and '.join(reasons)}; a checkpoint was written; run the same command to resume"
     )
 
 

@@ -86,7 +86,7 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
 
 
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
-    """Rehearse with the first samples; the result also records whether the ranks round differently."""
+    """Rehearse with the first samples; the result records whether the ranks round differently."""
     device, test_set = components.objective.precision.device, components.test_set
     read_again = (
         None
@@ -117,8 +117,8 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
     if not rehearsed.rounds_differently:
         return components
     note = (
-        "the ranks round differently (unlike CPUs or GPUs, or numbers of threads): instead of "
-        "being compared, weights and optimizer state are taken over from rank 0, every "
+        "the ranks round differently (different CPUs, GPUs or thread counts): weights and "
+        "optimizer state are not compared but broadcast from rank 0, every "
         f"{job.compare_every_steps} steps and before each checkpoint"
     )
     return replace(components, notes=[*components.notes, note])
@@ -427,10 +427,10 @@ class Run:
                 plan, state, progress, state.train_seconds, None, self._gradient_bytes()
             )
             write_summary(folder, summary)
-            written = ", and its summary.json, which was missing, is written"
+            written = " (the missing summary.json was written)"
         print_status(
-            f"already finished: {folder} holds this run, complete{written}; --fresh sets it aside "
-            "and begins anew"
+            f"already finished: {folder} holds the complete run{written}; --fresh moves it aside "
+            "and starts over"
         )
 
     def _finish(self, parts: LoopComponents, state: TrainState, peak_memory: int) -> None:

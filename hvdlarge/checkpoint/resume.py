@@ -322,7 +322,7 @@ def _share_optimizer(
     replica: Replica,
     tensors: Collectives,
 ) -> None:
-    # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which moves the weights
+    # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which updates the weights
     weights = {name: weight for weight, name in replica.names.items()}
     replica.update.optimizer.state.clear()
     counted_on_device = {

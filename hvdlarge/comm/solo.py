@@ -100,5 +100,5 @@ class SoloOptimizer:
         """The gradients of one worker are the sum already."""
 
     def apply(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights."""
+        """Update the weights."""
         self.optimizer.update(norms, lr)

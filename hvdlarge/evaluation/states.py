@@ -1,7 +1,7 @@
 """Metrics of torchmetrics: their states, combined over the workers by the engine's collectives.
 
-Formula:  a state is combined as its `dist_reduce_fx` specifies: sums, maxima, minima, or concatenation
-          in the order of the test set.
+Formula:  a state is combined as its `dist_reduce_fx` specifies: sums, maxima, minima, or
+          concatenation in the order of the test set.
 Source:   torchmetrics.Metric.add_state; torchmetrics itself combines states by torch.distributed.
 Contract: each sample counts once on any number of workers. torchmetrics is not imported here: a
           metric is recognised by what it has.

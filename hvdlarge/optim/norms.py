@@ -60,7 +60,7 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
 
 
 def uses_foreach(device: torch.device) -> bool:
-    """Whether the tensors of a device are measured and moved as whole lists.
+    """Whether the tensors of a device are measured and updated as whole lists.
 
     On a GPU a launch costs more than a pass over a small tensor, so an update is a few launches
     over lists. On a CPU it goes tensor by tensor, so that the update finds in the cache what the

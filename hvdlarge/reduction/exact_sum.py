@@ -17,7 +17,7 @@ from hvdlarge.reduction import tree
 
 
 class ExactOptimizer:
-    """An optimizer behind the exact sum.
+    """An optimizer whose gradients are reduced by the exact sum.
 
     Args:
         optimizer: a plain one; nothing else may sum its gradients.
@@ -105,7 +105,7 @@ class ExactOptimizer:
             weight.grad = part.view(weight.shape).clone()
 
     def apply(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights."""
+        """Update the weights."""
         self.optimizer.update(norms, lr)
 
     @staticmethod

@@ -236,11 +236,11 @@ def test_averages_follow_the_weights_of_a_plain_loop(control, tensors, folder):
 REFUSED = {
     "model.freeze=[frist.*]": "model.freeze: the pattern 'frist.*' matches no parameter.*the nearest names are first",
     "init_from=nothing.pt": "init_from: nothing.pt: there is no such file",
-    "data={name: 'own_parts:own_generator'}": "training set gives other samples when it is read again",
+    "data={name: 'own_parts:own_generator'}": "training set returns different samples when read again",
     "data={name: 'own_parts:iterable'}": "IterableDataset",
-    "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set gives other samples when it is read again",
+    "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set returns different samples when read again",
     "model.name=own_parts:RemembersEvaluations": "changes 'evaluations', which is saved",
-    "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives another result",
+    "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives a different result",
     "model.name=own_parts:ClipsWhatIsAccumulated": "a hook changes what has been accumulated",
     "loss.name=own_parts:Unreduced": r"a loss must return a mean over samples, .* returned a float64 tensor of shape \(4,\)",
     "evaluate.metrics=['own_parts:ShapelessMetric']": r"evaluate.metrics: ShapelessMetric: totals\(\) must return a tensor of 1 real",
@@ -275,7 +275,7 @@ REFUSED = {
     'hooks=["own_parts:Net"]': "hooks: own_parts:Net has none of on_start",
     'hooks=["own_parts:Observe"]': "has no 'Observe'",
     'hooks=[{"name":"own_parts:Observer","args":{"evry":1}}]': "the arguments .evry. do not fit",
-    "precision=tf32": "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64",
+    "precision=tf32": "tf32 is not supported on a CPU; supported: fp32, bf16, fp16, fp64",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
 }
