@@ -195,7 +195,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (["checkpoint.best=top5"], "checkpoint.best: 'top5' is not an evaluation result; known: test_loss, accuracy"),
         (["checkpoint.best=accuracy", "evaluate.metrics=[]"], "checkpoint.best: 'accuracy' is not an evaluation result"),
         (["checkpoint.best=ema_accuracy"], "checkpoint.best: 'ema_accuracy' is not an evaluation result"),
-        (["checkpoint.best=ema_f1", "ema.half_life_samples=9"], "these are: test_loss, accuracy, ema_test_loss, ema_accuracy"),
+        (["checkpoint.best=ema_f1", "ema.half_life_samples=9"], "known: test_loss, accuracy, ema_test_loss, ema_accuracy"),
         (["evaluate.metrics=[accuracy, 'mine:ema_accuracy']", "ema.half_life_samples=9"], "'ema_accuracy' is a reserved field"),
     ],
 )  # fmt: skip
