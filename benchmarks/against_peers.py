@@ -52,7 +52,7 @@ def engine(launcher, steps):
             str(found),
         ]
         run([*launcher, PYTHON, "-m", "hvdlarge.bench", *asked])
-        return json.loads(found.read_text())["sides"]["engine"]["median"]
+        return json.loads(found.read_text())["variants"]["engine"]["median"]
 
 
 def printed(launcher, script, steps, *more):
@@ -60,7 +60,7 @@ def printed(launcher, script, steps, *more):
     text = run([*launcher, PYTHON, str(HERE / script), "--steps", str(steps), *more])
     return float(
         re.search(r"seconds a step: ([0-9.e-]+)", text)[1]
-    )  # horovodrun prints the rank's mark behind it
+    )  # horovodrun prints the rank's mark after it
 
 
 def free_port():
@@ -71,16 +71,16 @@ def free_port():
 
 
 def main():
-    """Measure every side in turn and print the medians."""
+    """Measure every variant in turn and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
     options = parser.parse_args()
     plain = LAUNCHERS["mpirun"]
-    sides = {
-        f"{what}, {name}": side
+    variants = {
+        f"{what}, {name}": variant
         for name, launcher in LAUNCHERS.items()
-        for what, side in (
+        for what, variant in (
             ("engine", lambda launcher=launcher: engine(launcher, options.steps)),
             (
                 "stock Horovod loop",
@@ -88,13 +88,13 @@ def main():
             ),
         )
     }
-    sides["DDP (gloo), mpirun"] = lambda: printed(
+    variants["DDP (gloo), mpirun"] = lambda: printed(
         plain, "ddp_textbook.py", options.steps, "--port", free_port()
     )
-    seconds = {name: [] for name in sides}
+    seconds = {name: [] for name in variants}
     for number in range(options.rounds):
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            seconds[name].append(sides[name]())
+        for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(variants[name]())
             print(f"round {number}: {name}: {1e3 * seconds[name][-1]:.1f} ms", flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():

@@ -1,5 +1,5 @@
 """From the sections of a job to the objects of a run. Each is built on this rank alone, unless its
-function says that every rank calls it together.
+function states that every rank calls it together.
 """
 
 from __future__ import annotations
@@ -277,18 +277,21 @@ def _train_mode(module: torch.nn.Module) -> str | None:
     """Put a module into training mode, as its own `train` does it; what the user may not expect of
     that.
     """
-    were = [name for name, part in module.named_modules() if not part.training and name]
+    before = [name for name, part in module.named_modules() if not part.training and name]
     entire = not module.training
     module.train()
     now = {name for name, part in module.named_modules() if not part.training}
-    trained = [name for name in were if name not in now]
+    trained = [name for name in before if name not in now]
     if entire or not trained:
         return None
-    return (
-        f"{trained[0]!r}{f' and {len(trained) - 1} more' if len(trained) > 1 else ''} came in "
-        "evaluation mode and now train, as after any call of train(); a layer stays frozen where "
-        "the model's own train() keeps it in evaluation mode"
+    more = len(trained) - 1
+    were = (
+        f"{trained[0]!r} was in evaluation mode and is"
+        if more == 0
+        else f"{trained[0]!r} and {more} more module{'s' if more > 1 else ''} were in evaluation "
+        "mode and are"
     )
+    return f"{were} now in training mode; to keep a layer frozen, override the model's train()"
 
 
 def _own_memory(modules: Modules) -> None:
@@ -307,7 +310,7 @@ def _check_parameters(modules: Modules) -> None:
     for name, parameter in every_parameter(modules):
         if not parameter.is_contiguous():
             raise ValueError(
-                f"the parameter {name!r} is not contiguous, which Horovod does not carry"
+                f"the parameter {name!r} is not contiguous, which Horovod does not support"
             )
         if parameter.requires_grad and not parameter.is_floating_point():
             raise ValueError(
@@ -515,7 +518,7 @@ def build_feed(
 
 
 def build_policy(not_finite: Any, state: TrainState, replica: Replica) -> NonFinitePolicy:
-    """What becomes of steps that are not finite, by the job's section `on_nonfinite`."""
+    """The policy for steps whose gradients are not finite, from the job's `on_nonfinite`."""
     policy: StopPolicy | SkipPolicy | RollbackPolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
         policy = SkipPolicy(not_finite.limit, state.skipped - state.overflows)

@@ -128,7 +128,7 @@ class DecisionFeed:
         control: the channel between the ranks.
         controller: on rank 0; None elsewhere.
         ahead: decisions in hand beyond the current one.
-        announce: called with every decision as soon as it is known, in order (the loader starts
+        on_decision: called with every decision as soon as it is known, in order (the loader starts
             fetching).
         waits_after: see `Plan.waits_after`; None where no decision waits.
     """
@@ -138,7 +138,7 @@ class DecisionFeed:
         control: ControlChannel,
         controller: Controller | None,
         ahead: int,
-        announce: Callable[[Decision], None],
+        on_decision: Callable[[Decision], None],
         waits_after: Callable[[Decision], bool] | None = None,
     ) -> None:
         if (control.rank == 0) != (controller is not None):
@@ -146,7 +146,7 @@ class DecisionFeed:
         self._control = control
         self._controller = controller
         self._ahead = ahead
-        self._announce = announce
+        self._on_decision = on_decision
         self._waits_after = waits_after
         self._known: deque[Decision] = deque()
         self._complete = False
@@ -195,4 +195,4 @@ class DecisionFeed:
         decision = Decision.from_bytes(self._control.broadcast(record, DECISION_BYTES))
         self._complete = decision.is_last
         self._known.append(decision)
-        self._announce(decision)
+        self._on_decision(decision)

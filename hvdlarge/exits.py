@@ -16,10 +16,10 @@ INTERNAL_ERROR = 70
 RANKS_DISAGREE = 71
 HUNG = 72
 DIVERGED = 73
-CANNOT_SAVE = 74
+CHECKPOINT_WRITE_FAILED = 74
 STOPPED = 75
-LOST_RANK = 76
-BAD_CHECKPOINT = 77
+RANK_LOST = 76
+INVALID_CHECKPOINT = 77
 
 
 class RunExit(Exception):
@@ -55,7 +55,7 @@ class DivergedError(RunExit):
 class CheckpointWriteError(RunExit):
     """A checkpoint, or another file of the run, could not be written."""
 
-    code = CANNOT_SAVE
+    code = CHECKPOINT_WRITE_FAILED
 
     @classmethod
     def of(cls, what: str, folder: Path, error: BaseException, intact: str) -> CheckpointWriteError:
@@ -91,7 +91,7 @@ class Stopped(RunExit):
 class CheckpointError(RunExit):
     """A checkpoint is damaged or belongs to another job."""
 
-    code = BAD_CHECKPOINT
+    code = INVALID_CHECKPOINT
 
 
 def run_exit(code: int, message: str) -> RunExit:
@@ -113,7 +113,7 @@ class PartError(Exception):
 
 
 class OutOfMemory(Exception):
-    """One rank ran out of memory; the message says what to change. Not a RunExit, since the other
+    """One rank ran out of memory; the message names what to change. Not a RunExit, since the other
     ranks do not raise it.
     """
 

@@ -68,20 +68,20 @@ def _export(options: argparse.Namespace) -> int:
             f"--ema: {folder / 'checkpoints' / name} holds no averaged weights: the job has no "
             "section ema"
         )
-    position = content["position"]
+    progress = content["progress"]
     metadata = {
         "format": "pt",  # that the tensors are torch's: other programs look for it
         "job": _job_name(folder),
         "weights": "averaged" if options.ema else "plain",
-        "step": str(position["step"]),
-        "samples_seen": str(position["samples_seen"]),
+        "step": str(progress["step"]),
+        "samples_seen": str(progress["samples_seen"]),
     }
     write_weights(output, state, metadata)
     for note in notes:
         print_status(f"note     {note}")
     print_status(
         f"{output}: {len(state)} {metadata['weights']} tensors of {name}, after "
-        f"{position['step']:,} steps and {position['samples_seen']:,} samples"
+        f"{progress['step']:,} steps and {progress['samples_seen']:,} samples"
     )
     return exits.FINISHED
 

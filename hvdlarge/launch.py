@@ -28,7 +28,7 @@ from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
 # A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank
-_RESTARTABLE = frozenset([exits.HUNG, exits.LOST_RANK, 134, 137, 139])
+_RESTARTABLE = frozenset([exits.HUNG, exits.RANK_LOST, 134, 137, 139])
 _USR1_CODE = 128 + signal.SIGUSR1  # of a process that SIGUSR1 has killed
 _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL

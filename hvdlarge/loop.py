@@ -69,11 +69,11 @@ class LoopComponents:
     hooks: Hooks | NoHooks = field(default_factory=NoHooks)
 
 
-def train(parts: LoopComponents, state: TrainState) -> None:
+def train(components: LoopComponents, state: TrainState) -> None:
     """Follow every decision to the end of the run. Every rank calls this together.
 
     Args:
-        parts: the run's objects; the running statistics are scattered already.
+        components: the run's objects; the running statistics are partial already.
         state: results so far; changed in place, and the same on every rank.
 
     Raises:
@@ -82,30 +82,32 @@ def train(parts: LoopComponents, state: TrainState) -> None:
         RollBack: on every rank, by the job's policy.
     """
     timers = PhaseTimers()
-    parts.replica.objective.set_mode(training=True)
-    parts.buffer_guard.begin(parts.replica)
+    components.replica.objective.set_mode(training=True)
+    components.buffer_guard.begin(components.replica)
     while True:
         with timers("decide"):
-            decision = parts.feed.next()
+            decision = components.feed.next()
         if decision is None:
             return
-        parts.watchdog.progress("step", decision.step)
-        parts.log.decision(decision)
-        outcome = take_step(parts, decision, timers)
+        components.watchdog.progress("step", decision.step)
+        components.log.decision(decision)
+        outcome = take_step(components, decision, timers)
         if outcome.flags.failed:  # rank 0 knows what could not be written, and why
-            raise_on_all_ranks(parts.control, lambda: check_files(parts), name_ranks=False)
+            raise_on_all_ranks(
+                components.control, lambda: check_files(components), name_ranks=False
+            )
         if not outcome.applied:
             state.skipped += 1
-        observe(parts, decision, outcome, timers)
-        record(parts, state, decision, outcome, timers)
-        call_hooks(parts, "after_step", state, decision)
-        best = evaluate(parts, state, decision, timers)
-        save_if_due(parts, state, decision, outcome.flags, best, timers)
+        observe(components, decision, outcome, timers)
+        record(components, state, decision, outcome, timers)
+        call_hooks(components, "after_step", state, decision)
+        best = evaluate(components, state, decision, timers)
+        save_if_due(components, state, decision, outcome.flags, best, timers)
         if outcome.flags.stop and not decision.is_last:
-            raise Stopped(_stopped(parts, decision))
+            raise Stopped(_stopped(components, decision))
 
 
-def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) -> StepOutcome:
+def take_step(components: LoopComponents, decision: Decision, timers: PhaseTimers) -> StepOutcome:
     """Take the decided step; every `compare_every_steps` steps, compare the ranks' states first.
     Every rank calls this together.
 
@@ -113,15 +115,21 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
         JobError: on every rank, if a forward pass changed a module's mode.
         RanksDisagreeError: on every rank.
     """
-    layout = parts.plan.layout(decision)
-    micro_batches = fetch_timed(parts, len(layout.numbers_of_rank(parts.replica.rank)), timers)
-    compare = decision.step % parts.cadence.compare_every_steps == 0
-    if compare and parts.rounds_differently:
-        take_over(parts.replica, parts.tensors)
-    digest = combined(digests(parts.replica)) if compare and not parts.rounds_differently else None
+    layout = components.plan.layout(decision)
+    micro_batches = fetch_timed(
+        components, len(layout.numbers_of_rank(components.replica.rank)), timers
+    )
+    compare = decision.step % components.cadence.compare_every_steps == 0
+    if compare and components.rounds_differently:
+        take_over(components.replica, components.tensors)
+    digest = (
+        combined(digests(components.replica))
+        if compare and not components.rounds_differently
+        else None
+    )
     where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
     hint = oom_hint(decision.micro_batch, decision.global_batch)
-    replica, consistency, policy = parts.replica, parts.consistency, parts.policy
+    replica, consistency, policy = components.replica, components.consistency, components.policy
     try:
         with explain_out_of_memory(where, hint):
             outcome = train_step(
@@ -129,17 +137,17 @@ def take_step(parts: LoopComponents, decision: Decision, timers: PhaseTimers) ->
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
-    parts.watchdog.progress("step")
+    components.watchdog.progress("step")
     if outcome.applied and replica.ema is not None:
         with timers("update"):
             replica.ema.follow(decision.global_batch)
     if compare:
-        parts.buffer_guard.refuse_changes(parts.control, parts.replica)
+        components.buffer_guard.check_unchanged(components.control, components.replica)
     return outcome
 
 
 def save_if_due(
-    parts: LoopComponents,
+    components: LoopComponents,
     state: TrainState,
     decision: Decision,
     flags: StepFlags,
@@ -149,20 +157,22 @@ def save_if_due(
     """Write a checkpoint if the cadence, the clock or a stop request asks for one, or after the
     best evaluation so far. Every rank calls this together; errors are those of `save`.
     """
-    scheduled = best or parts.saver.is_scheduled(decision)
+    scheduled = best or components.saver.is_scheduled(decision)
     if not (scheduled or flags.save or flags.stop):
         return
     if scheduled:
         state.scheduled_step = decision.step + 1
-    progress = parts.feed.progress_after(decision)
+    progress = components.feed.progress_after(decision)
     truncated = decision.global_batch < decision.stage_batch
     wait = flags.stop or decision.is_last
-    with timers("save"), parts.watchdog.during("save"):
-        save(parts, state, progress, best, scheduled, wait, truncated)
-    call_hooks(parts, "after_checkpoint", state, decision)
+    with timers("save"), components.watchdog.during("save"):
+        save(components, state, progress, best, scheduled, wait, truncated)
+    call_hooks(components, "after_checkpoint", state, decision)
 
 
-def call_hooks(parts: LoopComponents, event: str, state: TrainState, decision: Decision) -> None:
+def call_hooks(
+    components: LoopComponents, event: str, state: TrainState, decision: Decision
+) -> None:
     """Call the hooks after a step that was taken. Every rank calls this together.
 
     Raises:
@@ -174,37 +184,37 @@ def call_hooks(parts: LoopComponents, event: str, state: TrainState, decision: D
         return [
             StepView(
                 step=decision.step,
-                epoch=parts.plan.clock.epoch(samples_seen),
+                epoch=components.plan.clock.epoch(samples_seen),
                 samples_seen=samples_seen,
                 global_batch=decision.global_batch,
                 lr=decision.lr,
-                loss=state.results["loss"] if _is_logged(parts, decision) else None,
+                loss=state.results["loss"] if _is_logged(components, decision) else None,
                 results=MappingProxyType(dict(state.results)),
-                model=parts.replica.objective.model,
-                rank=parts.control.rank,
-                world_size=parts.control.size,
+                model=components.replica.objective.model,
+                rank=components.control.rank,
+                world_size=components.control.size,
             )
         ]
 
-    parts.hooks.call(event, view)
+    components.hooks.call(event, view)
 
 
-def _is_logged(parts: LoopComponents, decision: Decision) -> bool:
-    return decision.is_last or (decision.step + 1) % parts.cadence.log_every_steps == 0
+def _is_logged(components: LoopComponents, decision: Decision) -> bool:
+    return decision.is_last or (decision.step + 1) % components.cadence.log_every_steps == 0
 
 
-def _stopped(parts: LoopComponents, decision: Decision) -> str:
+def _stopped(components: LoopComponents, decision: Decision) -> str:
     """The message of an orderly stop. Every rank calls this together."""
-    answers = parts.control.allgather((parts.stop.reason or "").encode())
+    answers = components.control.allgather((components.stop.reason or "").encode())
     reasons = sorted({answer.decode() for answer in answers} - {""})
     return (
         f"stopped after step {decision.step} (epoch {decision.epoch:.2f}) as asked by "
-        f"{' and '.join(reasons)}; the checkpoint is written: the same command goes on from here"
+        f"{' and '.join(reasons)}; a checkpoint was written; run the same command to resume"
     )
 
 
 def observe(
-    parts: LoopComponents, decision: Decision, outcome: StepOutcome, timers: PhaseTimers
+    components: LoopComponents, decision: Decision, outcome: StepOutcome, timers: PhaseTimers
 ) -> None:
     """Pass the step's mean loss to the controller, if the growth depends on measurements. Every
     rank calls this together.
@@ -212,21 +222,21 @@ def observe(
     The loss is the exact sum of the micro-batches' shares, rounded once, so its bits do not depend
     on the number of workers.
     """
-    if not parts.plan.growth.depends_on_measurement:
+    if not components.plan.growth.depends_on_measurement:
         return
     measured = {}
     if outcome.applied:
         with timers("measure"):
             own = [share.item() for share in outcome.micro_batch_shares]
-            messages = parts.control.allgather(struct.pack(f"<{len(own)}d", *own))
+            messages = components.control.allgather(struct.pack(f"<{len(own)}d", *own))
         shares = [share for message in messages for (share,) in struct.iter_unpack("<d", message)]
         finite = all(map(math.isfinite, shares))
         measured["loss"] = math.fsum(shares) if finite else math.nan
-    parts.feed.observe(decision.step, measured)
+    components.feed.observe(decision.step, measured)
 
 
 def record(
-    parts: LoopComponents,
+    components: LoopComponents,
     state: TrainState,
     decision: Decision,
     outcome: StepOutcome,
@@ -237,32 +247,32 @@ def record(
     Raises:
         DivergedError, RollBack: on every rank, if the step was applied and its loss is not finite.
     """
-    if not _is_logged(parts, decision):
+    if not _is_logged(components, decision):
         return
     with timers("measure"):
         # Over MPI: for eight bytes a hundred times faster than in Horovod's next cycle
-        shares = parts.control.allgather(struct.pack("<d", outcome.loss_share.item()))
+        shares = components.control.allgather(struct.pack("<d", outcome.loss_share.item()))
         loss = sum(struct.unpack("<d", share)[0] for share in shares)
     samples_seen = decision.samples_seen + decision.global_batch
     # After a skipped step the optimizer still holds the ratios of an earlier one
-    ratios = trust_ratios(parts.replica.update.optimizer) if outcome.applied else {}
+    ratios = trust_ratios(components.replica.update.optimizer) if outcome.applied else {}
     measured = {
         "step": decision.step,
-        "epoch": parts.plan.clock.epoch(samples_seen),
+        "epoch": components.plan.clock.epoch(samples_seen),
         "samples_seen": samples_seen,
         "global_batch": decision.global_batch,
         "lr": decision.lr,
         "loss": loss,
     }
-    parts.log.metrics(measured | ratios | timers.read())
-    parts.log.progress(decision, samples_seen, loss)
+    components.log.metrics(measured | ratios | timers.read())
+    components.log.progress(decision, samples_seen, loss)
     state.results["loss"] = loss
     if outcome.applied and not math.isfinite(loss):
-        parts.policy.check_loss(decision, loss)
+        components.policy.check_loss(decision, loss)
 
 
 def evaluate(
-    parts: LoopComponents, state: TrainState, decision: Decision, timers: PhaseTimers
+    components: LoopComponents, state: TrainState, decision: Decision, timers: PhaseTimers
 ) -> bool:
     """Evaluate every `evaluate_every_epochs` epochs and at the end. Every rank calls this together.
 
@@ -270,30 +280,33 @@ def evaluate(
         Whether this is the best evaluation so far; the same on every rank.
     """
     samples_seen = decision.samples_seen + decision.global_batch
-    epoch, every = parts.plan.clock.epoch(samples_seen), parts.cadence.evaluate_every_epochs
+    epoch, every = (
+        components.plan.clock.epoch(samples_seen),
+        components.cadence.evaluate_every_epochs,
+    )
     passed = milestones_reached(epoch, every, None) > milestones_reached(
         decision.epoch, every, None
     )
-    if parts.evaluation is None or not (passed or decision.is_last):
+    if components.evaluation is None or not (passed or decision.is_last):
         return False
-    with timers("measure"), parts.watchdog.during("evaluate"):
-        parts.replica.statistics.all_reduce(parts.tensors.sum)
-        results = evaluate_weights(parts.evaluation, parts.replica, parts.tensors)
-        parts.replica.statistics.to_partial()
+    with timers("measure"), components.watchdog.during("evaluate"):
+        components.replica.statistics.all_reduce(components.tensors.sum)
+        results = evaluate_weights(components.evaluation, components.replica, components.tensors)
+        components.replica.statistics.to_partial()
     # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
         del state.results[name]
     state.results.update(results)
-    parts.log.metrics(
+    components.log.metrics(
         {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | results
     )
-    parts.log.evaluated(results)
+    components.log.evaluated(results)
     if not math.isfinite(loss := results["test_loss"]):
         raise DivergedError(
             f"the test loss is {loss} at epoch {epoch:.2f}: lower lr.base or warm up longer"
         )
-    call_hooks(parts, "after_evaluation", state, decision)
-    return parts.saver.is_best(state, decision, results)
+    call_hooks(components, "after_evaluation", state, decision)
+    return components.saver.is_best(state, decision, results)
 
 
 def evaluate_weights(
@@ -311,7 +324,7 @@ def evaluate_weights(
 
 
 def save(
-    parts: LoopComponents,
+    components: LoopComponents,
     state: TrainState,
     progress: RunProgress | None,
     best: bool,
@@ -327,31 +340,33 @@ def save(
     Raises:
         RanksDisagreeError, DivergedError: on every rank.
     """
-    if parts.rounds_differently:
-        take_over(parts.replica, parts.tensors)
+    if components.rounds_differently:
+        take_over(components.replica, components.tensors)
     else:
-        compare_states(parts.control, parts.replica)
-    parts.buffer_guard.refuse_changes(parts.control, parts.replica)
+        compare_states(components.control, components.replica)
+    components.buffer_guard.check_unchanged(components.control, components.replica)
     not_finite = [
-        name for weight, name in parts.replica.names.items() if not torch.isfinite(weight).all()
+        name
+        for weight, name in components.replica.names.items()
+        if not torch.isfinite(weight).all()
     ]
     if not_finite:
         raise DivergedError(
             f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm "
             "up longer"
         )
-    state.train_seconds = parts.log.seconds
+    state.train_seconds = components.log.seconds
     raise_on_all_ranks(
-        parts.control,
-        lambda: parts.saver.save(progress, state, best, scheduled, wait, truncated),
+        components.control,
+        lambda: components.saver.save(progress, state, best, scheduled, wait, truncated),
         name_ranks=False,
     )
 
 
-def check_files(parts: LoopComponents) -> None:
+def check_files(components: LoopComponents) -> None:
     """Raise CheckpointWriteError on rank 0 if the last checkpoint or a log could not be written."""
-    parts.saver.finish()
-    parts.log.check()
+    components.saver.finish()
+    components.log.check()
 
 
 def shared_state(replica: Replica) -> dict[str, torch.Tensor]:
@@ -385,20 +400,20 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 
 
 def fetch_timed(
-    parts: LoopComponents, count: int, timers: PhaseTimers
+    components: LoopComponents, count: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
     """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
 
     After the last one begins the phase `allreduce`: other ranks may still wait for their data.
     """
-    fetched = parts.loader.fetch(count)
+    fetched = components.loader.fetch(count)
     for _ in range(count):
-        parts.watchdog.progress("fetch")
+        components.watchdog.progress("fetch")
         with timers("fetch"):
             loaded = next(fetched)
-        parts.watchdog.progress("step")
+        components.watchdog.progress("step")
         yield loaded
-    parts.watchdog.progress("allreduce")
+    components.watchdog.progress("allreduce")
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -227,7 +227,7 @@ def _costs_in_words(
             f"sums     {cost['bytes'] / 2**20:,.1f} MiB in each step: "
             f"{1e3 * cost['seconds']:.3g} ms by bench allreduce, and "
             f"{1e3 * cost['seconds_measured']:.3g} ms on the {measured.world_size} workers of "
-            "the measured run; if none of the difference hides behind the backward pass, the "
+            "the measured run; if none of the difference overlaps with the backward pass, the "
             f"run takes {duration(estimated['seconds_if_none_hides'])}"
         )
     memory, size = estimated["peak_memory_bytes"], estimated["checkpoint_bytes"]

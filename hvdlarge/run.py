@@ -80,13 +80,13 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
     loader = build_loader(job.data, components.form, components.training_set, job.seed)
     try:
         components = _rehearse(job, components, loader, context)
-        _enter(job, job_file, fresh, context, components, loader, hosts)
+        _train_in_folder(job, job_file, fresh, context, components, loader, hosts)
     finally:
         loader.close()
 
 
 def _rehearse(job: Job, components: Components, loader: Loader, context: RankContext) -> Components:
-    """Rehearse with the first samples; the result also says whether the ranks round differently."""
+    """Rehearse with the first samples; the result records whether the ranks round differently."""
     device, test_set = components.objective.precision.device, components.test_set
     read_again = (
         None
@@ -117,14 +117,14 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
     if not rehearsed.rounds_differently:
         return components
     note = (
-        "the ranks round differently (unlike CPUs or GPUs, or numbers of threads): instead of "
-        "being compared, weights and optimizer state are taken over from rank 0, every "
+        "the ranks round differently (different CPUs, GPUs or thread counts): weights and "
+        "optimizer state are not compared but broadcast from rank 0, every "
         f"{job.compare_every_steps} steps and before each checkpoint"
     )
     return replace(components, notes=[*components.notes, note])
 
 
-def _enter(
+def _train_in_folder(
     job: Job,
     job_file: Path,
     fresh: bool,
@@ -147,9 +147,9 @@ def _enter(
         replica = build_replica(job, components, control, context.tensors)
         with context.watchdog.during("checkpoint"):
             progress, state = resume.share(start.resumed, replica, control, context.tensors)
-        plan, cut_notes = keep_micro_batches(components.plan, state)
+        plan, micro_batch_notes = keep_micro_batches(components.plan, state)
         components = replace(
-            components, plan=plan, notes=[*components.notes, *cut_notes, *start.notes]
+            components, plan=plan, notes=[*components.notes, *micro_batch_notes, *start.notes]
         )
         run = Run(job, context, components, replica, facts, checkpoints, SilentRunLog())
         if progress.samples_seen >= plan.clock.total_samples:
@@ -184,8 +184,8 @@ def _start(
     if job.init_from is not None and (fresh or not checkpoints.newest_first()):
         # Before the folder is made or set aside: the file may be in it, or be refused
         notes = load_initial_weights(job.init_from, modules[MODEL])
-    length_may_grow = not job.lr.decay.depends_on_length
-    start = resume.enter(job.run_folder, fresh, checkpoints, facts, length_may_grow, modules)
+    length_may_change = not job.lr.decay.depends_on_length
+    start = resume.enter(job.run_folder, fresh, checkpoints, facts, length_may_change, modules)
     return replace(start, notes=[*notes, *start.notes])
 
 
@@ -221,16 +221,16 @@ class Run:
             progress: where the run starts or resumes.
             state: results so far.
         """
-        control, has_gone_back, begun = self.context.control, False, progress
+        control, rolled_back, begun = self.context.control, False, progress
         while True:
             parts = self.build_loop(loader, progress, state)
             try:
-                if has_gone_back or (self.job.on_nonfinite.goes_back and progress.step == 0):
+                if rolled_back or (self.job.on_nonfinite.can_roll_back and progress.step == 0):
                     # A checkpoint to return to; after a rollback it also saves the lower lr
                     state.scheduled_step = progress.step
                     with self.context.watchdog.during("save"):
                         save(parts, state, progress, best=False, scheduled=True, wait=True)
-                if not has_gone_back:
+                if not rolled_back:
                     self._call_hooks(parts, "on_start", state, begun)
                 train(parts, state)
             except Stopped:
@@ -238,8 +238,8 @@ class Run:
                 raise
             except RollBack as reason:
                 loader.close()
-                progress, state = self._go_back(parts, state, reason)
-                has_gone_back = True
+                progress, state = self._roll_back(parts, state, reason)
+                rolled_back = True
                 components = self.components
                 loader = build_loader(
                     self.job.data, components.form, components.training_set, self.job.seed
@@ -292,7 +292,7 @@ class Run:
             rankings(job.checkpoint.best, components.metrics),
             self.facts,
             self.log.offsets,
-            goes_back=job.on_nonfinite.goes_back,
+            can_roll_back=job.on_nonfinite.can_roll_back,
         )
 
         def flags() -> dict[str, bool]:
@@ -334,7 +334,7 @@ class Run:
             else NoHooks(),
         )
 
-    def _go_back(
+    def _roll_back(
         self, parts: LoopComponents, state: TrainState, reason: RollBack
     ) -> tuple[RunProgress, TrainState]:
         """Return to the last scheduled checkpoint, with a lower learning rate. Every rank calls
@@ -342,20 +342,19 @@ class Run:
         """
         control, tensors, modules = parts.control, parts.tensors, self.replica.modules
         rolled_back, step = state.rolled_back + 1, state.scheduled_step
-        cutting = state.largest_micro_batch, state.workers
+        micro_batch_settings = state.largest_micro_batch, state.workers
         with parts.watchdog.during("save"):
             on_rank_0(control, parts.saver.finish)
         with parts.watchdog.during("checkpoint"):
-            point = on_rank_0(control, lambda: resume.go_back(self._folder, modules, step))
+            point = on_rank_0(control, lambda: resume.roll_back(self._folder, modules, step))
         share_state(modules, control, tensors)
         progress, state = resume.share(point, self.replica, control, tensors)
         progress = replace(progress, lr_factor=progress.lr_factor * reason.lr_factor)
         state.rolled_back = rolled_back
-        state.largest_micro_batch, state.workers = (
-            cutting  # of this start, not of the one that wrote the checkpoint
-        )
+        # Those of this start, not of the one that wrote the checkpoint
+        state.largest_micro_batch, state.workers = micro_batch_settings
         offsets = {} if point is None else point.content.log_offsets
-        on_rank_0(control, lambda: self.log.go_back(offsets, progress))
+        on_rank_0(control, lambda: self.log.roll_back(offsets, progress))
         if control.rank == 0:
             for note in [] if point is None else point.notes:
                 print_status(f"note     {note}")
@@ -367,7 +366,7 @@ class Run:
 
     @property
     def _folder(self) -> CheckpointFolder:
-        assert isinstance(self.checkpoints, CheckpointFolder)  # only such a run goes back
+        assert isinstance(self.checkpoints, CheckpointFolder)  # only such a run rolls back
         return self.checkpoints
 
     def open_log(
@@ -428,10 +427,10 @@ class Run:
                 plan, state, progress, state.train_seconds, None, self._gradient_bytes()
             )
             write_summary(folder, summary)
-            written = ", and its summary.json, which was missing, is written"
+            written = " (the missing summary.json was written)"
         print_status(
-            f"already finished: {folder} holds this run, complete{written}; --fresh sets it aside "
-            "and begins anew"
+            f"already finished: {folder} holds the complete run{written}; --fresh moves it aside "
+            "and starts over"
         )
 
     def _finish(self, parts: LoopComponents, state: TrainState, peak_memory: int) -> None:

@@ -1,4 +1,4 @@
-"""One step: from decided micro-batches to moved weights. It stays on one screen; a new idea is an
+"""One step: from decided micro-batches to updated weights. It stays on one screen; a new idea is an
 object handed in.
 """
 
@@ -28,7 +28,7 @@ class StepOutcome(NamedTuple):
     # Those of its micro-batches, in their order, each of shape ()
     micro_batch_shares: list[torch.Tensor]
     flags: StepFlags  # the same on every rank
-    applied: bool  # whether the weights have moved; the same on every rank
+    applied: bool  # whether the weights were updated; the same on every rank
 
 
 def train_step(

@@ -209,7 +209,7 @@ def _abort_all(error: BaseException, launch: Launch | None, control: ControlChan
         # The lost rank or the launcher knows the cause: let it print that and set the exit code
         time.sleep(3.0)
         print_error(f"{rank} has lost another rank: {error}")
-        os._exit(exits.LOST_RANK)
+        os._exit(exits.RANK_LOST)
     _wait_for_lower_ranks(control.rank)
     if isinstance(error, CollectiveMismatchError):
         print_error(f"the ranks disagree (detected by {rank}): {error}")

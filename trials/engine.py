@@ -262,7 +262,7 @@ def _outcome_of(world: WorldOutcome, steps: int) -> Outcome:
     if world.error is not None:
         rank, error = world.error
         if isinstance(error, RankLostError):
-            code = exits.LOST_RANK
+            code = exits.RANK_LOST
         elif isinstance(error, CollectiveMismatchError):
             code = exits.RANKS_DISAGREE
         else:

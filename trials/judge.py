@@ -390,7 +390,7 @@ class _Trial:
         The shorter run may end before its warmup, its growths or the steps already taken, or its
         last step may have been truncated.
         """
-        if not shorter or outcome.code not in (exits.WRONG_JOB, exits.BAD_CHECKPOINT):
+        if not shorter or outcome.code not in (exits.WRONG_JOB, exits.INVALID_CHECKPOINT):
             return False
         return outcome.code == exits.WRONG_JOB or "epochs is" in outcome.message
 

@@ -153,7 +153,7 @@ def check_worlds(folder: Path, name: str, trial: Trial) -> tuple[bool, dict[int,
                 continue
             largest, worst = distance(checkpoints[workers], checkpoints[1])
             text = (
-                f"{precision}, {checkpoints[workers]['position']['step']} steps: {largest:.1e} "
+                f"{precision}, {checkpoints[workers]['progress']['step']} steps: {largest:.1e} "
                 f"({worst}), {seconds:.0f} s"
             )
             is_close = largest < BOUNDS[precision] if is_judged else None
@@ -175,7 +175,7 @@ def check_resume(
         arguments, run_name = trial.command("precision=fp32"), f"{name}-resume-{workers}"
         stopped, _ = run(folder, run_name, workers, *arguments, stop=True)
         resumed, _ = run(folder, run_name, workers, *arguments)
-        step, last = stopped["position"]["step"], full_run["position"]["step"]
+        step, last = stopped["progress"]["step"], full_run["progress"]["step"]
         is_same = digest(resumed) == digest(full_run) and 0 < step < last
         text = f"stopped after step {step} of {last}, then resumed:"
         holds &= report("2 resume", name, workers, text, is_same)

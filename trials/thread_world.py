@@ -255,7 +255,7 @@ class ThreadChannel:
 class ThreadCollectives:
     """Collectives between threads, see comm/interfaces.py."""
 
-    carries_gpu_tensors = False
+    supports_gpu_tensors = False
 
     def __init__(self, world: World, rank: int) -> None:
         self._world = world

@@ -80,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
     )
     parser.add_argument(
-        "--rounds", type=_count, default=7, metavar="N", help="turns of each variant (default: 7)"
+        "--rounds", type=_count, default=7, metavar="N", help="rounds of each variant (default: 7)"
     )
     parser.add_argument(
         "--steps",
         type=_count,
         default=30,
         metavar="N",
-        help="for step: steps per turn; for data: maximum number of steps (default: 30)",
+        help="for step: steps per round; for data: maximum number of steps (default: 30)",
     )
     parser.add_argument("--only", metavar="VARIANT", help="for step: measure this variant only")
     parser.add_argument(
@@ -235,7 +235,7 @@ def _figures(
         "of": of,
         "device": str(device),
         "reference": reference,
-        "sides": variants,
+        "variants": variants,
     }
 
 
@@ -284,7 +284,7 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
         ]
     last = "fitted" if figures["what"] == "allreduce" else f"× {figures['reference']}"
     rows: list[tuple[str, ...]] = [("", "median ms", "lowest", "highest", last)]
-    for name, variant in figures["sides"].items():
+    for name, variant in figures["variants"].items():
         cell = f"{variant['ratio']:.3f}" if "ratio" in variant else ""
         if figures["what"] == "allreduce":
             cell = f"{1e3 * figures['fitted'][name.split()[0].replace(',', '')]:.3f}"

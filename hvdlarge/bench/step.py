@@ -53,7 +53,7 @@ from hvdlarge.schedule.progress import Clock
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.world import RankContext
 
-_WARM_UP = 5  # steps of each turn that are not timed
+_WARM_UP = 5  # steps of each round that are not timed
 _VARIANTS = ("engine", "control", "bare loop", "one worker alone")
 
 
@@ -87,8 +87,8 @@ def measure_step(
         components: of the job.
         context: of this rank; its watchdog is `clock`.
         clock: records the engine's steps.
-        steps: timed steps per turn.
-        rounds: turns of each variant.
+        steps: timed steps per round.
+        rounds: number of rounds, in each of which every variant is measured once.
         only: the variant to measure; None for all.
 
     Returns:
@@ -111,7 +111,7 @@ def measure_step(
         replica = build_replica(job, components, control, tensors)
         engine = _one_stage_run(job, components, context, replica, plan)
         variants: dict[str, Callable[[], float]] = {
-            "engine": lambda: _engine_turn(engine, clock, Path(folder)),
+            "engine": lambda: _engine_round(engine, clock, Path(folder)),
             "control": lambda: _control(plan, context, list(replica.names.values())),
         }
         if only not in ("engine", "control"):
@@ -121,16 +121,16 @@ def measure_step(
         variants = variants if only is None else {only: variants[only]}
 
         def synchronized(variant: Callable[[], float]) -> Callable[[], float]:
-            def turn() -> float:
+            def one_round() -> float:
                 control.barrier()
                 with contextlib.redirect_stdout(io.StringIO()):
                     return variant()
 
-            return turn
+            return one_round
 
-        turns = {name: synchronized(variant) for name, variant in variants.items()}
-        run_interleaved(turns, 1)  # warm-up: allocates memory, fills caches, opens connections
-        return run_interleaved(turns, rounds)
+        rounds_of = {name: synchronized(variant) for name, variant in variants.items()}
+        run_interleaved(rounds_of, 1)  # warm-up: allocates memory, fills caches, opens connections
+        return run_interleaved(rounds_of, rounds)
 
 
 def _tried(job: Job, components: Components, only: str | None) -> Components:
@@ -172,7 +172,7 @@ def _one_stage_run(
     return Run(job, context, components, replica, facts, NoCheckpoints(), SilentRunLog())
 
 
-def _engine_turn(run: Run, clock: StepClock, folder: Path) -> float:
+def _engine_round(run: Run, clock: StepClock, folder: Path) -> float:
     state, plan = TrainState(), run.components.plan
     if run.context.control.rank == 0:
         run = replace(run, log=RunLog(folder, plan, {}, RunProgress(), state))
@@ -192,7 +192,7 @@ def _engine_turn(run: Run, clock: StepClock, folder: Path) -> float:
 
 
 def _control(plan: Plan, context: RankContext, names: list[str]) -> float:
-    """One turn of the engine's control messages: a decision and a consistency check per step."""
+    """One round of the engine's control messages: a decision and a consistency check per step."""
     controller = Controller(plan) if context.control.rank == 0 else None
     feed = DecisionFeed(context.control, controller, 1, lambda decision: None)
     check = ConsistencyCheck(context.control, 0, dict)
@@ -231,7 +231,7 @@ def _bare(
     steps = round(plan.clock.total_samples / plan.initial_batch)
     synchronize = torch.cuda.synchronize if precision.device.type == "cuda" else (lambda: None)
 
-    def turn() -> float:
+    def one_round() -> float:
         # Tells Horovod the backward passes per step
         replica.update.zero_grad(numbers, layout.num_micro_batches)
         set_lr(optimizer, _first(plan).lr)
@@ -248,7 +248,7 @@ def _bare(
         synchronize()
         return _seconds_per_step(starts)
 
-    return turn
+    return one_round
 
 
 def _first(plan: Plan) -> Any:

@@ -35,7 +35,7 @@ class CheckpointWriter(Protocol):
 
     @property
     def failed(self) -> bool:
-        """Whether a checkpoint could not be written; `finish` says why."""
+        """Whether a checkpoint could not be written; `finish` raises its error."""
         ...
 
     def save(
@@ -134,7 +134,7 @@ class CheckpointFolder:
 
     @property
     def failed(self) -> bool:
-        """Whether a checkpoint could not be written; `finish` says why."""
+        """Whether a checkpoint could not be written; `finish` raises its error."""
         return self._failure is not None
 
     def _write(self, content: dict[str, Any], step: int, best: bool, also_keep: int | None) -> None:

@@ -76,7 +76,7 @@ def enter(
         notes.append(f"the earlier run was moved to {set_aside(folder)}")
     make_folder(folder)
     lock = FolderLock(folder)
-    if not lock.held:
+    if not lock.acquired:
         notes.append(
             f"the file system of {folder} has no locks: do not start a second run in this folder"
         )
@@ -94,7 +94,7 @@ def enter(
     return RunStart(resumed, lock, [*notes, *resumed.notes, f"resuming from {resumed.path}"])
 
 
-def go_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> ResumePoint:
+def roll_back(checkpoints: CheckpointFolder, modules: Modules, step: int | None) -> ResumePoint:
     """Roll back: load an earlier checkpoint of this run and remove the later ones. Rank 0 only.
 
     Args:
@@ -322,7 +322,7 @@ def _share_optimizer(
     replica: Replica,
     tensors: Collectives,
 ) -> None:
-    # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which moves the weights
+    # Not hvd.broadcast_optimizer_state: on empty state it takes a step, which updates the weights
     weights = {name: weight for weight, name in replica.names.items()}
     replica.update.optimizer.state.clear()
     counted_on_device = {

@@ -42,7 +42,8 @@ class CheckpointSaver:
             and whether a higher value is better.
         facts: recorded in every checkpoint.
         log_offsets: returns the lengths of rank 0's logs, to which a resumed run truncates them.
-        goes_back: whether rollbacks are possible, so that the last scheduled checkpoint is kept.
+        can_roll_back: whether rollbacks are possible, so that the last scheduled checkpoint is
+            kept.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class CheckpointSaver:
         rankings: Mapping[str, bool],
         facts: RunFacts,
         log_offsets: Callable[[], Mapping[str, int]],
-        goes_back: bool = False,
+        can_roll_back: bool = False,
     ) -> None:
         self._control, self._tensors, self._replica = control, tensors, replica
         self._folder = folder
@@ -65,7 +66,7 @@ class CheckpointSaver:
         self._rankings = rankings
         self._facts = facts
         self._log_offsets = log_offsets
-        self._goes_back = goes_back
+        self._can_roll_back = can_roll_back
         self._last_save = time.monotonic()
 
     def wants_save(self) -> bool:
@@ -143,7 +144,7 @@ class CheckpointSaver:
                 assert progress is not None  # rank 0 has the controller
                 self._last_save = time.monotonic()
                 content = self._content(progress, truncated, state, local_stats)
-                also_keep = state.scheduled_step if self._goes_back else None
+                also_keep = state.scheduled_step if self._can_roll_back else None
                 self._folder.save(content.to_plain(), progress.step, best, wait, also_keep)
         finally:
             if scheduled:

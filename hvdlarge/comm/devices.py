@@ -21,7 +21,7 @@ def choose_device(tensors: Collectives) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
-    if not tensors.carries_gpu_tensors:
+    if not tensors.supports_gpu_tensors:
         raise InvalidEnvironmentError(
             f"this host has {gpus} GPUs, but its Horovod was built without CUDA: rebuild it with "
             "CUDA_HOME set (and HOROVOD_GPU_OPERATIONS=NCCL), or set CUDA_VISIBLE_DEVICES= to "

@@ -73,7 +73,7 @@ class HorovodCollectives:
             )
         self.local_rank: int = hvd.local_rank()
         self.local_size: int = hvd.local_size()
-        self.carries_gpu_tensors: bool = bool(hvd.cuda_built() or hvd.rocm_built())
+        self.supports_gpu_tensors: bool = bool(hvd.cuda_built() or hvd.rocm_built())
         self.needs_own_gpus: bool = bool(hvd.nccl_built())
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -1,7 +1,7 @@
 """Interfaces for communication between workers, and the errors that they raise.
 
 Two channels (docs/design.md): tensors go over Horovod, decisions over MPI. Both
-have a solo form, so the code behind them never asks whether it runs alone. Only
+have a solo form, so the code above them never asks whether it runs alone. Only
 `horovod_backend.py` knows Horovod and only `mpi_backend.py` mpi4py.
 """
 
@@ -77,7 +77,7 @@ class ControlChannel(Protocol):
 
 
 class DistributedOptimizer(Protocol):
-    """An optimizer whose gradients are summed over all workers before it moves the weights."""
+    """An optimizer whose gradients are summed over all workers before it updates the weights."""
 
     optimizer: MeanGradientOptimizer
 
@@ -103,7 +103,7 @@ class DistributedOptimizer(Protocol):
         ...
 
     def backward_done(self) -> None:
-        """A backward pass of this worker has ended."""
+        """Called after each backward pass of this worker."""
         ...
 
     def synchronize(self) -> None:
@@ -130,7 +130,7 @@ class Collectives(Protocol):
 
     local_rank: int
     local_size: int
-    carries_gpu_tensors: bool
+    supports_gpu_tensors: bool
     needs_own_gpus: bool  # whether two workers cannot share one
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -154,13 +154,14 @@ class Collectives(Protocol):
         compressed: bool = False,
         groups: int | None = None,
     ) -> DistributedOptimizer:
-        """Put the sum over workers in front of `optimizer`, which must not have any state yet.
+        """Wrap `optimizer` so that gradients are summed over workers before each update. It must
+        not have any state yet.
 
         Args:
             optimizer: plain.
             named_parameters: all of its parameters, with their names.
-            compressed: whether gradients travel, and are summed, in 16 bits.
-            groups: so many groups of gradients travel, each as one; None: each gradient by itself.
+            compressed: whether gradients are sent and summed in fp16.
+            groups: number of groups in which gradients are all-reduced; None: one all-reduce each.
         """
         ...
 

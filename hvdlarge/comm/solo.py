@@ -51,7 +51,7 @@ class SoloCollectives:
 
     local_rank = 0
     local_size = 1
-    carries_gpu_tensors = True
+    supports_gpu_tensors = True
     needs_own_gpus = False
 
     def broadcast_(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -100,5 +100,5 @@ class SoloOptimizer:
         """The gradients of one worker are the sum already."""
 
     def apply(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights."""
+        """Update the weights."""
         self.optimizer.update(norms, lr)

@@ -156,7 +156,7 @@ class Loss(Section):
     """Further keyword arguments of the loss."""
 
     @property
-    def is_torchs(self) -> bool:
+    def is_torch_loss(self) -> bool:
         """Whether it has the arguments of the losses of torch.nn."""
         return self.name in ("cross_entropy", "mse") or self.name.startswith("torch.nn:")
 
@@ -223,7 +223,7 @@ class EvaluationMetric(Section):
     targets: Key | None = None
     """Key, attribute or position of what it gets of the targets; default: the whole."""
     higher_is_better: bool | None = None
-    """Which direction `checkpoint.best` takes for better; default: as the metric says."""
+    """Which direction `checkpoint.best` takes for better; default: as the metric declares."""
 
 
 class Evaluate(Section):
@@ -309,16 +309,16 @@ class Horovod(Section):
 class StopWhenNotFinite(Section):
     """A gradient that is not finite ends the run."""
 
-    goes_back: ClassVar[bool] = False  # whether the run may return to a checkpoint
+    can_roll_back: ClassVar[bool] = False  # whether the run may return to a checkpoint
 
     policy: Literal["stop"] = "stop"
     """End the run with exit code 73."""
 
 
 class SkipWhenNotFinite(Section):
-    """A step whose gradients are not finite is left out on every rank."""
+    """A step whose gradients are not finite is skipped on every rank."""
 
-    goes_back: ClassVar[bool] = False
+    can_roll_back: ClassVar[bool] = False
 
     policy: Literal["skip"] = "skip"
     """Skip the step on every rank."""
@@ -334,7 +334,7 @@ class RollbackWhenNotFinite(Section):
     interruption changes nothing.
     """
 
-    goes_back: ClassVar[bool] = True
+    can_roll_back: ClassVar[bool] = True
 
     policy: Literal["rollback"] = "rollback"
     """Go back to the last scheduled checkpoint and continue with a lower learning rate."""
@@ -513,7 +513,7 @@ class Job(Section):
     def resume_signature(self) -> dict[str, Any]:
         """The settings that may not change at a resume."""
         resolved = self.resolved()
-        signature = {key: value for key, value in resolved.items() if key not in _NOT_MATHEMATICS}
+        signature = {key: value for key, value in resolved.items() if key not in _NOT_IN_SIGNATURE}
         signature["gradients"] = {
             key: value for key, value in resolved["gradients"].items() if key != "missing"
         }
@@ -557,7 +557,7 @@ def _each(
 
 # May change between the parts of a run: where things go, how often they are looked at, how failures
 # are met.
-_NOT_MATHEMATICS = frozenset(
+_NOT_IN_SIGNATURE = frozenset(
     [
         "name",
         "run_dir",

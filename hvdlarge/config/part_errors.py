@@ -1,4 +1,4 @@
-"""Errors of the parts that a job names: told from the engine's own, with the user's line first.
+"""Errors of the parts that a job names: separate from the engine's own, the user's line first.
 
 Contract: needs no torch, so that errors in a job can be reported at once.
 """

@@ -60,7 +60,7 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
     for stage in stages:
         if not math.isfinite(stage.highest_lr):
             raise JobError(
-                f"lr: the rate is {stage.highest_lr} in stage {stage.stage} (global batch "
+                f"lr: the lr is {stage.highest_lr} in stage {stage.stage} (global batch "
                 f"{stage.global_batch})"
             )
     return plan
@@ -294,12 +294,12 @@ def _stage_row(
         "global_batch": stage.global_batch,
         "micro_batch": layout.micro_batch,
         "accumulation_steps": layout.accumulation_steps,
-        "arithmetic": layout.equation(),
+        "equation": layout.equation(),
         "idle_workers": layout.idle_workers,
         "lr_first": stage.first_lr,
         "lr_highest": stage.highest_lr,
         "lr_last": stage.last_lr,
-        "full_rate_epoch": stage.full_rate,
+        "full_lr_epoch": stage.full_lr,
         "checkpoints": checkpoints,
     }
     if measured is not None:

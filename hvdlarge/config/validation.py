@@ -1,4 +1,4 @@
-"""What the values of a job must be to each other; each alone is allowed."""
+"""Checks that span several keys of a job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its val
 
 
 def cross_field_errors(job: Job) -> Iterator[Problem]:
-    """Every combination of values that cannot be meant, with the key to look at first."""
+    """Yield (key, message) for each invalid combination."""
     if own := list(_own_policies(job)):
         yield from own  # nothing else can be asked of them
         return
@@ -98,7 +98,7 @@ def _gradients(job: Job) -> Iterator[Problem]:
 
 
 def _loss(job: Job) -> Iterator[Problem]:
-    if not job.loss.is_torchs:
+    if not job.loss.is_torch_loss:
         return
     given = job.loss.args
     sums = {"reduction": given.get("reduction", "mean") not in ("mean", "batchmean")}
@@ -117,10 +117,13 @@ def _results(job: Job) -> Iterator[Problem]:
     results = ["test_loss", *names]
     averaged = [] if job.ema is None else [f"{AVERAGED}{name}" for name in results]
     if len(names) < len(job.evaluate.metrics):
-        yield ("evaluate", "metrics"), "two metrics have the same name, under which results stand"
+        yield ("evaluate", "metrics"), "two metrics have the same name; results are stored by name"
     for name in sorted(names & {*RESERVED_RESULTS, *averaged}):
-        yield ("evaluate", "metrics"), f"{name!r} is the name of another figure of the run's files"
+        yield (
+            ("evaluate", "metrics"),
+            f"{name!r} is a reserved field of metrics.jsonl or summary.json",
+        )
     best = job.checkpoint.best
     if best is not None and best not in [*results, *averaged]:
         known = ", ".join([*results, *averaged])
-        yield ("checkpoint", "best"), f"{best!r} is no result of the evaluation; these are: {known}"
+        yield ("checkpoint", "best"), f"{best!r} is not an evaluation result; known: {known}"

@@ -145,7 +145,7 @@ class TensorLoader:
         """Nothing to stop."""
 
 
-class _Announced:
+class _QueuedMicroBatches:
     """The growing list of micro-batches that torch's DataLoader reads ahead of training.
 
     Iteration never blocks: a rank that waited here for a decision could deadlock, because rank 0
@@ -183,7 +183,7 @@ class WorkerLoader:
     """
 
     def __init__(self, dataset: MicroBatchDataset, num_workers: int, prefetch_factor: int) -> None:
-        self._announced = _Announced()
+        self._announced = _QueuedMicroBatches()
         self._loader: DataLoader | None = make_dataloader(
             dataset, self._announced, num_workers, prefetch_factor
         )

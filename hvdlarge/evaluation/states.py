@@ -1,10 +1,10 @@
 """Metrics of torchmetrics: their states, combined over the workers by the engine's collectives.
 
-Formula:  a state is combined as its `dist_reduce_fx` says: sums, maxima, minima, or concatenation
-          in the order of the test set.
+Formula:  a state is combined as its `dist_reduce_fx` specifies: sums, maxima, minima, or
+          concatenation in the order of the test set.
 Source:   torchmetrics.Metric.add_state; torchmetrics itself combines states by torch.distributed.
 Contract: each sample counts once on any number of workers. torchmetrics is not imported here: a
-          metric is told by what it has.
+          metric is recognised by what it has.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class FromModel:
         ignore_index: int = -100,
     ) -> None:
         if weight is not None and labels is not None:
-            raise ValueError("weight and labels both say how many targets count: give one of them")
+            raise ValueError("give either weight or labels, not both")
         self._loss, self._weight, self._labels = loss, weight, labels
         self._shifted, self._ignored = shifted, ignore_index
 

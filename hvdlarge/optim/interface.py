@@ -1,6 +1,6 @@
 """The update as one typed call: what the engine asks of every optimizer.
 
-Formula:  A tensor whose mean gradient is zero throughout is left alone in a step: weights, state
+Formula:  A tensor whose mean gradient is zero throughout is skipped in a step: weights, state
           and decay. Horovod submits zeros for a gradient that is missing on every worker; without
           this rule an optimizer would decay such a parameter, and move it by its momentum, on
           several workers and leave it alone on one.
@@ -92,20 +92,20 @@ class MeanGradientOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights once.
+        """Update the weights once.
 
         Args:
             norms: of the gradients as they are now, from `measure`.
             lr: learning rate, ≥ 0; set in every group, times the group's `lr_factor`.
         """
         set_lr(self, lr)
-        self._move(norms)
+        self._update_weights(norms)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        """Move the weights once, with the learning rates of the groups.
+        """Update the weights once, with the learning rates of the groups.
 
         Args:
             closure: computes the gradients anew and returns the loss, as Lightning passes it. Not
@@ -127,13 +127,13 @@ class MeanGradientOptimizer(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        self._move(self.measure())
+        self._update_weights(self.measure())
         return loss
 
     def _weights_to_measure(self) -> Sequence[torch.nn.Parameter]:
         """Weights whose norms `measure` reads along with the gradients'."""
         return []
 
-    def _move(self, norms: GradientNorms) -> None:
-        """Move the weights that `norms` has gradients of, with the learning rates of the groups."""
+    def _update_weights(self, norms: GradientNorms) -> None:
+        """Update the weights that `norms` has gradients of, by the learning rates of the groups."""
         raise NotImplementedError

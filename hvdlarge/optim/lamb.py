@@ -4,7 +4,7 @@ Formula:  m ← β₁·m + (1 − β₁)·g;    v ← β₂·v + (1 − β₂)·
           r = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε) + β·w
           w ← w − lr·(‖w‖ / ‖r‖)·r
           The ratio is 1 where ‖w‖ = 0 or ‖r‖ = 0, and for a tensor that is not adapted. A tensor
-          whose gradient is zero throughout is left alone in that step (interface.py): weights,
+          whose gradient is zero throughout is skipped in that step (interface.py): weights,
           moments and its count t.
 Source:   You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large Batch
           Optimization for Deep Learning: Training BERT in 76 Minutes" (2020), Algorithm 2, with
@@ -67,7 +67,7 @@ class LAMB(MeanGradientOptimizer):
             if not group["weight_decay"] >= 0:
                 raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
 
-    def _move(self, norms: GradientNorms) -> None:
+    def _update_weights(self, norms: GradientNorms) -> None:
         self._ratios = {}
         moving = [
             (group, weight)
@@ -116,6 +116,6 @@ class LAMB(MeanGradientOptimizer):
 
     def trust_ratio_of(self, weight: torch.Tensor) -> float | None:
         """‖w‖ / ‖r‖ of a tensor in the last step (1 for one that is not adapted); None if it was
-        left alone.
+        skipped.
         """
         return self._ratios.get(weight)

@@ -9,13 +9,13 @@ Formula:  for every adapted tensor, with mean gradient g, weights w, weight deca
           nesterov:               the weights move by what v would become in one more step with the
                                   same u: w ← w − (m·v + lr·u)
           λ = 1 where ‖w‖ = 0, so that a tensor of zeros can move; a tensor that is not adapted has
-          λ = 1 always. A tensor whose gradient is zero throughout is left alone in that step
+          λ = 1 always. A tensor whose gradient is zero throughout is skipped in that step
           (interface.py): weights, momentum and decay.
 Source:   You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), Algorithm
           1. The fallback λ = 1 is that of the MLPerf and TensorFlow forms. The other forms, and who
           has them, are in presets.py.
-Contract: that of interface.py. On a GPU the weights are moved as whole lists: the norms of weights
-          and gradients come to the host in one read, two with joint norms.
+Contract: that of interface.py. On a GPU the weights are updated as whole lists: the norms of
+          weights and gradients come to the host in one read, two with joint norms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 from hvdlarge.optim.momentum import MomentumStep, list_update, momentum_update
-from hvdlarge.optim.norms import norm, norms, norms_of_list, works_in_lists
+from hvdlarge.optim.norms import norm, norms, norms_of_list, uses_foreach
 
 
 class LARS(MeanGradientOptimizer):
@@ -61,7 +61,7 @@ class LARS(MeanGradientOptimizer):
     # Of the last step; replaced by each. Of the class, since a copy of an optimizer has not been
     # through __init__.
     _ratios: dict[torch.Tensor, float] = {}
-    works_in_lists = staticmethod(works_in_lists)
+    uses_foreach = staticmethod(uses_foreach)
 
     def __init__(
         self,
@@ -100,26 +100,26 @@ class LARS(MeanGradientOptimizer):
             weight
             for group in self.param_groups
             for weight in group["params"]
-            if group["adapt"] and weight.grad is not None and self.works_in_lists(weight.device)
+            if group["adapt"] and weight.grad is not None and self.uses_foreach(weight.device)
         ]
 
-    def _move(self, norms: GradientNorms) -> None:
+    def _update_weights(self, norms: GradientNorms) -> None:
         self._ratios = {}
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight in norms.gradients]
             if not weights:
                 continue
             velocities = [self._velocity(weight) for weight in weights]
-            if self.works_in_lists(weights[0].device):
-                self._move_list(group, weights, velocities, norms)
+            if self.uses_foreach(weights[0].device):
+                self._update_list(group, weights, velocities, norms)
             elif group["adapt"]:
-                self._move_one_by_one(group, weights, velocities, norms)
+                self._update_one_by_one(group, weights, velocities, norms)
             else:
                 self._ratios.update((weight, 1.0) for weight in weights)
                 grads = [weight.grad for weight in weights]
                 momentum_update(weights, grads, velocities, _momentum_step(group, 1.0))
 
-    def _move_one_by_one(
+    def _update_one_by_one(
         self,
         group: dict[str, Any],
         weights: Sequence[torch.Tensor],
@@ -138,7 +138,7 @@ class LARS(MeanGradientOptimizer):
             self._ratios[weight] = ratio = trust_ratio(weight_norm, grad_norm, group)
             momentum_update([weight], [grad], [velocity], _momentum_step(group, ratio))
 
-    def _move_list(
+    def _update_list(
         self,
         group: dict[str, Any],
         weights: list[torch.Tensor],

@@ -25,7 +25,7 @@ import torch
 
 
 class MomentumStep(NamedTuple):
-    """How one tensor is to be moved."""
+    """How one tensor is to be updated."""
 
     lr: float
     ratio: float  # λ
@@ -51,7 +51,7 @@ def momentum_update(
     velocities: Sequence[torch.Tensor],
     move: MomentumStep,
 ) -> None:
-    """Move tensors of a CPU in place, all in the same way, the fastest way that gives the formula.
+    """Update tensors of a CPU in place, all in the same way, the fastest that gives the formula.
 
     Args:
         weights: w of each.
@@ -99,7 +99,7 @@ def list_update(
     velocities: list[torch.Tensor],
     moves: Sequence[MomentumStep],
 ) -> None:
-    """Move many tensors of one device in place, in five launches or so over whole lists.
+    """Update many tensors of one device in place, in five launches or so over whole lists.
 
     Args:
         weights: w of each; at least one.

@@ -32,7 +32,7 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     """L2 norms of many tensors of one device, as Python floats: one wait for the device in all."""
     if not tensors:
         return []
-    if works_in_lists(tensors[0].device):
+    if uses_foreach(tensors[0].device):
         return norms_of_list(tensors)
     # The same sums as in `norm`, with few calls for many small tensors: most of a model's tensors
     # are.
@@ -59,8 +59,8 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     return np.sqrt(squares).tolist()
 
 
-def works_in_lists(device: torch.device) -> bool:
-    """Whether the tensors of a device are measured and moved as whole lists.
+def uses_foreach(device: torch.device) -> bool:
+    """Whether the tensors of a device are measured and updated as whole lists.
 
     On a GPU a launch costs more than a pass over a small tensor, so an update is a few launches
     over lists. On a CPU it goes tensor by tensor, so that the update finds in the cache what the

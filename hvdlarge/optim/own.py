@@ -24,7 +24,7 @@ from hvdlarge.optim.torch_optimizers import TorchOptimizer
 
 
 class OptimizerRefused(ValueError):
-    """A class that cannot keep the laws of the engine; the message says why."""
+    """A class that cannot keep the laws of the engine; the message gives the reason."""
 
 
 class _OwnOptimizer(TorchOptimizer):
@@ -47,14 +47,14 @@ class _OwnOptimizer(TorchOptimizer):
         self._initial_state = {weight: state for weight, state in self.state.items() if state}
         self.state.clear()
 
-    def _move(self, norms: GradientNorms) -> None:
+    def _update_weights(self, norms: GradientNorms) -> None:
         for weight in norms.gradients:
             if weight in self._initial_state and not self.state.get(weight):
                 self.state[weight] = {
                     key: value.clone() if isinstance(value, torch.Tensor) else value
                     for key, value in self._initial_state[weight].items()
                 }
-        super()._move(norms)
+        super()._update_weights(norms)
 
 
 def _not_in_defaults(key: str) -> str:
@@ -249,7 +249,7 @@ def _try_out(kind: Any, groups: list[dict[str, Any]], takes_weight_decay: bool) 
 
 
 _NOT_RESUMED = (
-    "the same step from the same saved state gives another result: it keeps something outside "
+    "the same step from the same saved state gives a different result: it keeps something outside "
     "self.state, or draws from a random generator of its own"
 )
 _DRAWS = "its step draws random numbers, which would differ from worker to worker"

@@ -2,7 +2,7 @@
 
 Contract: as in lars.py: after the gradients have been averaged; every hyper-parameter in the
           groups, since Horovod re-creates the class from them. A tensor whose gradient is zero
-          throughout is left alone in that step (interface.py): weights, state, decay.
+          throughout is skipped in that step (interface.py): weights, state, decay.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PerTensor(MeanGradientOptimizer):
             {"rule": rule, "lr": lr, "weight_decay": weight_decay, "adapt": adapt, **options},
         )
 
-    def _move(self, norms: GradientNorms) -> None:
+    def _update_weights(self, norms: GradientNorms) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight in norms.gradients:

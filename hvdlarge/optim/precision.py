@@ -1,8 +1,8 @@
-"""In which number formats a step computes, and what its losses are multiplied by for them.
+"""Number formats of a step, and the loss scaling that they need.
 
 Formula:  gradients of s·loss, divided by s once they are summed over all workers; s a power of two,
           so that nothing is rounded. fp16: s begins at 2¹⁶, is halved at each step whose gradients
-          overflow (that step is left out on every rank), and doubled after 2000 steps without one.
+          overflow (that step is skipped on every rank), and doubled after 2000 steps without one.
           compression fp16: s also has the smallest power of two that is no less than the number of
           workers, since what travels is each worker's share of the mean.
 Source:   Micikevicius et al., "Mixed Precision Training" (2018), section 3.2; the numbers are those
@@ -82,7 +82,7 @@ class Precision:
         known = precisions_of(device)
         if precision not in known:
             raise JobError(
-                f"precision: {precision} is not there on {_named(device)}; it has "
+                f"precision: {precision} is not supported on {_named(device)}; supported: "
                 f"{', '.join(known)}"
             )
         self.name, self.device = precision, device

@@ -1,7 +1,7 @@
 """torch's own optimizers, under the engine's rule for parameters without a gradient.
 
 Formula:  torch's, see each class there.
-          A tensor whose gradient is zero throughout is left alone in that step (interface.py), as
+          A tensor whose gradient is zero throughout is skipped in that step (interface.py), as
           with LARS: weights, state, decay.
 Source:   torch.optim: SGD (Polyak's and Nesterov's momentum, the rate outside the buffer), Adam,
           AdamW, Adagrad, RMSprop.
@@ -20,7 +20,7 @@ from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 class TorchOptimizer(MeanGradientOptimizer):
     """Moves the weights as the torch optimizer among a class's bases does."""
 
-    def _move(self, norms: GradientNorms) -> None:
+    def _update_weights(self, norms: GradientNorms) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight not in norms.gradients:
@@ -53,7 +53,7 @@ class Adagrad(TorchOptimizer, torch.optim.Adagrad):
         super().__init__(params, **options)
         self.state.clear()
 
-    def _move(self, norms: GradientNorms) -> None:
+    def _update_weights(self, norms: GradientNorms) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight in norms.gradients and not self.state[weight]:
@@ -63,7 +63,7 @@ class Adagrad(TorchOptimizer, torch.optim.Adagrad):
                         group["initial_accumulator_value"],
                         memory_format=torch.preserve_format,
                     )
-        super()._move(norms)
+        super()._update_weights(norms)
 
 
 class RMSprop(TorchOptimizer, torch.optim.RMSprop):

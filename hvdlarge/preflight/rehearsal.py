@@ -195,7 +195,7 @@ def _read_again(
         first, again, *others = read()
     if fingerprint((first.inputs, first.targets)) != fingerprint((again.inputs, again.targets)):
         raise JobError(
-            f"data.name: the {what} gives other samples when it is read again with the same seeds: "
+            f"data.name: the {what} returns different samples when read again with the same seeds: "
             "it draws from its own random generator (use torch, numpy.random or random, which are "
             "seeded for each sample), or changes when it is read"
         )
@@ -241,12 +241,12 @@ class Rehearsal:
         with _restored(self._modules, self._layers) as restore, eager():
             before, versions = _State.of(self._modules, self._layers), self._versions()
             first, averages = self._pass(inputs, targets), self._averages()
-            before.refuse_changes(self._modules, self._layers)
+            before.check_unchanged(self._modules, self._layers)
             after = self._versions()
             written = [name for name, version in versions.items() if after.get(name) != version]
             restore()
             evaluated = self._evaluate(inputs, targets) if evaluates else None
-            before.refuse_changes(self._modules, [])
+            before.check_unchanged(self._modules, [])
             shifts = _shift(self._layers)
             second = self._pass(inputs, targets, add=True)
             if not self._same(first, second._replace(gradient=second.gradient / 2)):
@@ -441,7 +441,7 @@ class Rehearsal:
     def _refuse_other_loss(self, first: float, again: float) -> None:
         if not self._same(Outcome(first, 0.0, ()), Outcome(again, 0.0, ())):
             raise JobError(
-                "model.name: in evaluation mode the model or the loss gives another result for "
+                "model.name: in evaluation mode the model or the loss gives a different result for "
                 f"the same samples, seeds and state: loss {first!r}, then {again!r}"
             )
 
@@ -525,7 +525,7 @@ class Rehearsal:
         again = self._pass(inputs, targets)
         if not self._same(first, again):
             raise JobError(
-                "model.name: the model or the loss gives another result for the same samples, "
+                "model.name: the model or the loss gives a different result for the same samples, "
                 f"seeds and state: loss {first.loss!r}, then {again.loss!r}. It draws from its own "
                 "random generator (use torch, numpy.random or random, which are seeded for each "
                 "micro-batch), or its forward pass changes state that is not saved"
@@ -595,7 +595,7 @@ class _State(NamedTuple):
             {name: module.training for name, module in named_modules(modules)},
         )
 
-    def refuse_changes(self, modules: Modules, layers: list[NormLayer]) -> None:
+    def check_unchanged(self, modules: Modules, layers: list[NormLayer]) -> None:
         after = _State.of(modules, layers)
         changed = [name for name in self.digests if after.digests.get(name) != self.digests[name]]
         changed += [name for name in self.extra if after.extra.get(name) != self.extra[name]]

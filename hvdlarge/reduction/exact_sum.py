@@ -17,7 +17,7 @@ from hvdlarge.reduction import tree
 
 
 class ExactOptimizer:
-    """An optimizer behind the exact sum.
+    """An optimizer whose gradients are reduced by the exact sum.
 
     Args:
         optimizer: a plain one; nothing else may sum its gradients.
@@ -45,7 +45,9 @@ class ExactOptimizer:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         types = dict.fromkeys(weight.dtype for weight in weights)
         # What is added and sent as one vector has one type.
-        self._kinds = [[weight for weight in weights if weight.dtype == dtype] for dtype in types]
+        self._groups_by_dtype = [
+            [weight for weight in weights if weight.dtype == dtype] for dtype in types
+        ]
         self._stack: list[list[torch.Tensor]] = []
         self._additions: list[int] = []
         self._num_micro_batches = 0
@@ -70,7 +72,7 @@ class ExactOptimizer:
         self._stack.append(
             [
                 torch.cat([self._gradient(weight).reshape(-1) for weight in weights])
-                for weights in self._kinds
+                for weights in self._groups_by_dtype
             ]
         )
         self.optimizer.zero_grad()
@@ -83,8 +85,8 @@ class ExactOptimizer:
         """Give each parameter its gradient's sum over all micro-batches. Every rank calls this
         together.
         """
-        numbers = self._stack.pop() if self._stack else [None] * len(self._kinds)
-        for number, (weights, part) in enumerate(zip(self._kinds, numbers, strict=True)):
+        numbers = self._stack.pop() if self._stack else [None] * len(self._groups_by_dtype)
+        for number, (weights, part) in enumerate(zip(self._groups_by_dtype, numbers, strict=True)):
             self._reduce(weights, part, f"exact.{number}")
 
     def _reduce(self, weights: list[torch.Tensor], numbers: torch.Tensor | None, name: str) -> None:
@@ -103,7 +105,7 @@ class ExactOptimizer:
             weight.grad = part.view(weight.shape).clone()
 
     def apply(self, norms: GradientNorms, lr: float) -> None:
-        """Move the weights."""
+        """Update the weights."""
         self.optimizer.update(norms, lr)
 
     @staticmethod

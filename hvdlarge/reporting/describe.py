@@ -1,4 +1,4 @@
-"""What a run says before its first step: the batch as arithmetic, the schedule as a small table,
+"""What a run reports before its first step: the batch as arithmetic, the schedule as a small table,
 where the files go.
 """
 
@@ -24,7 +24,7 @@ def startup_summary(
     environment: Mapping[str, Any],
     messages: Sequence[str],
 ) -> list[str]:
-    """What a run says before its first step, as lines.
+    """What a run reports before its first step, as lines.
 
     Args:
         job: of the run.
@@ -129,7 +129,7 @@ def stage_table(plan: Plan, estimated: Sequence[Mapping[str, Any]] | None = None
         ("stage", "epochs", "steps", "global batch", "lr: first step", "highest", "last")
     ]
     if estimated is not None:
-        rows[0] += ("full rate", "samples", "saved")
+        rows[0] += ("full lr", "samples", "saved")
         rows[0] += ("time",) if "seconds" in estimated[0] else ()
     stages = plan.stages
     for stage in stages:
@@ -137,7 +137,7 @@ def stage_table(plan: Plan, estimated: Sequence[Mapping[str, Any]] | None = None
         if estimated is not None:
             row = estimated[stage.stage]
             more = (
-                f"epoch {row['full_rate_epoch']:.4g}",
+                f"epoch {row['full_lr_epoch']:.4g}",
                 f"{row['samples']:,}",
                 f"{row['checkpoints']:,}",
             )
@@ -212,7 +212,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
         epoch = f"the {plan.clock.dataset_size:,} samples of an epoch"
         lines.append(f"note     the first global batch of {job.batch.first:,} is more than {epoch}")
     scheduled = job.checkpoint.epochs or job.checkpoint.every_steps
-    if job.on_nonfinite.goes_back and not scheduled:
+    if job.on_nonfinite.can_roll_back and not scheduled:
         lines.append(
             f"note     on_nonfinite: {job.on_nonfinite.policy} returns only to checkpoints at "
             "fixed steps or epochs: with checkpoint.every_minutes alone, to the start or to the "
@@ -221,10 +221,10 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
     lines += _loss_notes(job, plan)
     lines += _average_notes(job, plan)
     last = plan.stages[-1]
-    if last.full_rate > epochs and not last.open_end:
+    if last.full_lr > epochs and not last.open_end:
         lines.append(
             "note     the run ends before the lr reaches its full value, which would be at epoch "
-            f"{last.full_rate:.4g}"
+            f"{last.full_lr:.4g}"
         )
     return lines
 

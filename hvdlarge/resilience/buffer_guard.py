@@ -26,7 +26,7 @@ class BufferGuard:
         """Record the digests at the start of training; running statistics are partial by then."""
         self._before = _digests(replica)
 
-    def refuse_changes(self, control: ControlChannel, replica: Replica) -> None:
+    def check_unchanged(self, control: ControlChannel, replica: Replica) -> None:
         """Compare the digests with those at the start. Every rank calls this together.
 
         Raises:

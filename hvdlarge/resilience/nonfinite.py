@@ -82,11 +82,11 @@ class SkipPolicy(_StopAtLoss):
     def __init__(self, limit: int, skipped: int = 0) -> None:
         self.skipped = skipped
         self._limit = limit
-        self._kept: Snapshot | None = None
+        self._snapshot: Snapshot | None = None
 
     def before_step(self, replica: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
-        self._kept = replica.statistics.snapshot()
+        self._snapshot = replica.statistics.snapshot()
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Skip the step, or raise DivergedError if too many have been skipped."""
@@ -98,8 +98,8 @@ class SkipPolicy(_StopAtLoss):
                 f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped "
                 "already"
             )
-        assert self._kept is not None
-        replica.statistics.restore(self._kept)
+        assert self._snapshot is not None
+        replica.statistics.restore(self._snapshot)
         return False
 
 
@@ -123,14 +123,14 @@ class RollbackPolicy:
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Raise RollBack, or DivergedError when it has been done too often."""
         if not_finite := norms.not_finite(replica.names):
-            self._go_back(_describe(decision, not_finite))
+            self._roll_back(_describe(decision, not_finite))
         return True
 
     def check_loss(self, decision: Decision, loss: float) -> None:
         """As `check`."""
-        self._go_back(_describe_loss(decision, loss))
+        self._roll_back(_describe_loss(decision, loss))
 
-    def _go_back(self, reason: str) -> NoReturn:
+    def _roll_back(self, reason: str) -> NoReturn:
         if self._rolled_back >= self._limit:
             raise DivergedError(f"{reason}; the run was rolled back {self._limit} times already")
         raise RollBack(reason, self._lr_factor)
@@ -150,20 +150,20 @@ class LossScalingPolicy:
         self._then = then
         self._scale = scale
         self._state = state
-        self._kept: Snapshot | None = None
+        self._snapshot: Snapshot | None = None
         scale.dynamic = state.loss_scale or LossScaler.FIRST
 
     def before_step(self, replica: Replica) -> None:
         """Keep the running statistics, which the forward passes change."""
-        self._kept = replica.statistics.snapshot()
+        self._snapshot = replica.statistics.snapshot()
         self._then.before_step(replica)
 
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
-        """Leave the step out with half the scale, or let the other policy check."""
+        """Skip the step and halve the scale, or let the other policy check."""
         clean, scale = self._state.steps_at_loss_scale + 1, self._scale
         if scale.dynamic > 1 and norms.not_finite(replica.names):
-            assert self._kept is not None
-            replica.statistics.restore(self._kept)
+            assert self._snapshot is not None
+            replica.statistics.restore(self._snapshot)
             clean, scale.dynamic, applied = 0, scale.dynamic / 2, False
             self._state.overflows += 1
         else:

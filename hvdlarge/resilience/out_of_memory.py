@@ -10,7 +10,7 @@ from hvdlarge.exits import OutOfMemory, is_out_of_memory
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, advice: str) -> Iterator[None]:
-    """Replace out-of-memory errors in the `with` block by one that says what to change.
+    """Replace out-of-memory errors in the `with` block by one that names what to change.
 
     Args:
         where: what the block does, with its sizes.

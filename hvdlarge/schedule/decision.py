@@ -1,4 +1,4 @@
-"""The order for one step: what the rank-0 controller decides and every worker follows.
+"""The decision for one step, made on rank 0 and followed by every worker.
 
 Formula:  one fixed record, little endian; float64 fields travel as their bits, so every rank has
           the very same lr.

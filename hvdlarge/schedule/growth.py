@@ -51,7 +51,7 @@ class Growth(Policy, ABC):
             initial: samples per update of the run's first step.
             current: samples per update of the step before; `initial` for the first.
             epoch: in epochs.
-            measured: by name, as of the last step that moved the weights: `loss` is the mean over
+            measured: by name, as of the last step that updated the weights: `loss` is the mean over
                 its global batch. Empty before there is one, and for a growth that does not depend
                 on measurements, which is a function of `initial` and `epoch` alone.
 

@@ -1,4 +1,4 @@
-"""The learning rate of one step, put together from scaling, warmup and decay.
+"""The learning-rate schedule of a run.
 
 Formula:  lr = base_lr · multiplier(epoch at the step's end) · decay(epoch at the step's start)
 Source:   docs/design.md. Warmup is read at the end of a step, so the first step moves and the first

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from hvdlarge.schedule.growth import Growth
 from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.progress import Clock
-from hvdlarge.schedule.warmup import StageStart, full_rate_epoch
+from hvdlarge.schedule.warmup import StageStart, full_lr_epoch
 
 # A stage's highest lr is exact unless it takes more splits than this, and within the tolerance then
 _EXACT_SPLITS = 20_000
@@ -38,7 +38,7 @@ class StageOutline:
     first_lr: float
     highest_lr: float
     last_lr: float
-    full_rate: float  # epoch at which the lr reaches the stage's scaled value
+    full_lr: float  # epoch at which the lr reaches the stage's scaled value
     # Whether the batch after this stage's end, before the run's, depends on what is measured
     open_end: bool = False
 
@@ -138,7 +138,7 @@ def outline(
                 first_lr=stage.lr(0),
                 highest_lr=highest_lr(stage),
                 last_lr=stage.lr(steps - 1),
-                full_rate=full_rate_epoch(schedule.warmup, stage.starts),
+                full_lr=full_lr_epoch(schedule.warmup, stage.starts),
                 open_end=growth.depends_on_measurement and end < clock.total_samples,
             )
         )

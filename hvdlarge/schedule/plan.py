@@ -34,8 +34,8 @@ class Plan:
 
     @functools.cached_property
     def stages(self) -> list[StageOutline]:
-        """Its stages, as far as they are known before the run; the last one says whether they end
-        before the run does. Found once: for a long run that takes a second.
+        """Its stages, as far as they are known before the run; the last one records whether they
+        end before the run does. Found once: for a long run that takes a second.
 
         Raises:
             ValueError: if the growth gives a smaller batch after a larger one.
@@ -91,7 +91,7 @@ class RunProgress:
     stages: tuple[StageStart, ...] = ()  # begun so far
     stage_batch: int = 0  # samples per update of the last of them
     lr_factor: float = 1.0  # product of the factors of all rollbacks
-    # By name, as of the last step that moved the weights; empty unless the growth depends on it
+    # By name, as of the last step that updated the weights; empty unless the growth depends on it
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def multiplier(
     return begin_value + (end_value - begin_value) * _fraction(epoch - begin, length)
 
 
-def full_rate_epoch(warmup: Warmup, stages: Sequence[StageStart]) -> float:
+def full_lr_epoch(warmup: Warmup, stages: Sequence[StageStart]) -> float:
     """The epoch at which the rate of the last of `stages` is fully reached."""
     last = stages[-1]
     if len(stages) == 1 or warmup.on_growth == "jump":

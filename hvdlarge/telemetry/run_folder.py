@@ -34,7 +34,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.held = True  # False on a file system without locks
+        self.acquired = True  # False on a file system without locks
         try:
             self._file = (folder / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
@@ -49,7 +49,7 @@ class FolderLock:
                 f"run_dir: {folder} is in use by {holder}; wait for it, or name another run_dir"
             ) from None
         except OSError:
-            self.held = False
+            self.acquired = False
         try:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

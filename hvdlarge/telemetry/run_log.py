@@ -75,7 +75,7 @@ class RunLog:
 
     @property
     def failed(self) -> bool:
-        """Whether something could not be written; `check` says what."""
+        """Whether something could not be written; `check` raises its error."""
         return self._failure is not None
 
     def check(self) -> None:
@@ -134,11 +134,11 @@ class RunLog:
         self._last_line, self._samples_at_last_line = now, samples_seen
         self._pause = min(_SLOWEST_LINE_SECONDS, self._pause * 1.5)
 
-    def go_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
+    def roll_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
         """Drop the records after the checkpoint that the run is rolled back to. Raises
         CheckpointWriteError as `check` does.
         """
-        self._send(lambda sink: sink.go_back(progress.step, offsets))
+        self._send(lambda sink: sink.roll_back(progress.step, offsets))
         self.check()
         self._samples_at_last_line, self._last_line = progress.samples_seen, time.monotonic()
         self._stage_batch, self._lr = progress.stage_batch, None
@@ -210,7 +210,7 @@ class SilentRunLog:
         """There are no logs."""
         return {}
 
-    def go_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
+    def roll_back(self, offsets: Mapping[str, int], progress: RunProgress) -> None:
         """Do nothing."""
 
     def finish(

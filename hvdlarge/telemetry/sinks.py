@@ -33,7 +33,7 @@ class Sink(Protocol):
         """
         ...
 
-    def go_back(self, step: int, offsets: Mapping[str, int]) -> None:
+    def roll_back(self, step: int, offsets: Mapping[str, int]) -> None:
         """Drop the records of step `step` and all later ones: these steps are taken again.
         `offsets` is where the log files ended before them, by name, in bytes.
         """
@@ -80,7 +80,7 @@ class JsonlFiles:
         self.flush()
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
-    def go_back(self, step: int, offsets: Mapping[str, int]) -> None:
+    def roll_back(self, step: int, offsets: Mapping[str, int]) -> None:
         """Cut the files off at `offsets`."""
         self.flush()
         for name, file in self._files.items():

@@ -199,7 +199,7 @@ def test_a_run_stopped_near_its_end_and_given_another_length_is_the_undisturbed_
     stopped = bench.run(workers, *arguments, "epochs=1", FAULT=fault)
     assert stopped.fired
     assert stopped.code == 75, stopped.text
-    assert bench.checkpoint()["position"]["step"] == pass_of_stop
+    assert bench.checkpoint()["progress"]["step"] == pass_of_stop
     ended = bench.run(workers, *arguments, f"epochs={epochs}", FAULT="")
     assert ended.code == 0, ended.text
     assert f"epochs changes from 1 to {epochs}" in ended.text
@@ -392,7 +392,7 @@ def test_a_run_resumed_on_another_number_of_workers_ends_the_same(bench, workers
 
 @pytest.mark.parametrize("at", [1, 2, 13, 44, 45, 46, 60])
 def test_a_run_resumed_from_any_step_on_three_workers_is_identical(bench, undisturbed, at):
-    """The first step, inside the warmup, around the growth behind step 45, and the second epoch; three workers are the worst case."""
+    """The first step, inside the warmup, around the growth after step 45, and the second epoch; three workers are the worst case."""
     arguments = ["batch.micro=8"]
     ended = bench.run(3, *arguments, FAULT=f"usr1@1:{at}")
     assert ended.fired

@@ -237,7 +237,7 @@ def test_weights_that_change_on_one_rank_are_detected(bench):
     assert ended.code == 71, ended.text
     assert len(ended.errors) == 1
     assert "head.weight" in ended.errors[0]
-    assert bench.checkpoint()["position"]["step"] <= 25  # nothing was saved behind the drift
+    assert bench.checkpoint()["progress"]["step"] <= 25  # nothing was saved after the drift
 
 
 def test_a_buffer_that_changes_on_one_rank_is_detected(bench):
@@ -246,7 +246,7 @@ def test_a_buffer_that_changes_on_one_rank_is_detected(bench):
     assert ended.code == 71, ended.text
     assert len(ended.errors) == 1
     assert "gain" in ended.errors[0]
-    assert bench.checkpoint()["position"]["step"] <= 25
+    assert bench.checkpoint()["progress"]["step"] <= 25
 
 
 # --- F: numbers
@@ -259,7 +259,7 @@ def test_a_non_finite_value_on_one_rank_stops_all(bench, kind):
     assert ended.code == 73, ended.text
     assert len(ended.errors) == 1
     assert "is not finite at step 24" in ended.errors[0]
-    assert bench.checkpoint()["position"]["step"] == 20
+    assert bench.checkpoint()["progress"]["step"] == 20
 
 
 @short
@@ -296,7 +296,7 @@ def test_a_non_finite_step_rolls_the_run_back_to_a_lower_rate(bench):
     assert ended.code == 0, ended.text
     assert "back to step 20, the learning rate is multiplied by 0.25" in ended.text
     found = bench.checkpoint()
-    assert (found["state"]["rolled_back"], found["position"]["lr_factor"]) == (1, 0.25)
+    assert (found["state"]["rolled_back"], found["progress"]["lr_factor"]) == (1, 0.25)
 
 
 def test_a_skipped_step_whose_loss_is_logged_does_not_end_the_run(bench):
@@ -322,7 +322,7 @@ def test_rollbacks_are_bounded(bench):
 def test_a_rate_that_overflows_is_refused_at_the_start(bench):
     ended = bench.run(2, "lr.base=1e308", "lr.scaling=linear", "batch.base=1", "batch.micro=1")
     assert ended.code == 2, ended.text
-    assert "the rate is inf in stage 1 (global batch 2)" in ended.text
+    assert "the lr is inf in stage 1 (global batch 2)" in ended.text
 
 
 # --- I: data

@@ -27,7 +27,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind):
     assert ended.code == 75, ended.text
     assert not ended.errors
     assert ended.text.count("stopped after step 32") == 1
-    assert bench.checkpoint()["position"]["step"] == 33
+    assert bench.checkpoint()["progress"]["step"] == 33
     assert bench.run(2).code == 0
     assert same(bench.checkpoint(), whole)
 
@@ -70,7 +70,7 @@ def test_a_signal_while_the_run_starts_stops_it_after_one_step(bench):
     ended = bench.end(process)
     assert ended.fired
     assert ended.code == 75, ended.text
-    assert bench.checkpoint()["position"]["step"] == 1
+    assert bench.checkpoint()["progress"]["step"] == 1
 
 
 def test_sigterm_to_mpirun_leaves_a_checkpoint_that_goes_on(bench, whole):

@@ -17,12 +17,13 @@ def test_the_lars_benchmark_writes_what_it_prints(start, folder):
     ended = start([*BENCH, "lars", "--rounds", "1", "--json", "found.json"])
     assert ended.code == 0, ended.err
     found = figures(folder)
-    assert set(found["sides"]) == {"LARS", "fused SGD", "loop", "foreach", "copy"}
+    assert set(found["variants"]) == {"LARS", "fused SGD", "loop", "foreach", "copy"}
     assert all(
-        0 < side["lowest"] <= side["median"] <= side["highest"] for side in found["sides"].values()
+        0 < side["lowest"] <= side["median"] <= side["highest"]
+        for side in found["variants"].values()
     )
-    assert found["sides"]["LARS"]["ratio"] == 1
-    assert all(name in ended.out for name in found["sides"])
+    assert found["variants"]["LARS"]["ratio"] == 1
+    assert all(name in ended.out for name in found["variants"])
 
 
 @pytest.mark.parametrize("workers", [None, 2])
@@ -34,8 +35,8 @@ def test_the_step_benchmark_writes_what_it_prints(start, folder, workers):
     )
     assert ended.code == 0, ended.err
     found = figures(folder)
-    assert set(found["sides"]) == {"engine", "control", "bare loop", "one worker alone"}
-    assert found["sides"]["bare loop"]["ratio"] == 1
+    assert set(found["variants"]) == {"engine", "control", "bare loop", "one worker alone"}
+    assert found["variants"]["bare loop"]["ratio"] == 1
     assert found["world_size"] == (workers or 1)
     assert ended.out.count("bare loop") == 2
     assert not (folder / "runs").exists()
@@ -58,7 +59,7 @@ def test_step_without_a_job_is_resnet20(start, folder):
         ]
     )
     assert ended.code == 0, ended.err
-    assert list(figures(folder)["sides"]) == ["engine"]
+    assert list(figures(folder)["variants"]) == ["engine"]
     assert "resnet20" in ended.out
 
 

@@ -183,7 +183,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_gets_the_summa
     ended = train(2, *arguments, "run_dir=run")
     assert ended.code == 0, ended.err
     assert (
-        "already finished: run holds this run, complete, and its summary.json, which was missing, is written"
+        "already finished: run holds the complete run (the missing summary.json was written)"
         in ended.out
     )
     summary = json.loads((folder / "run/summary.json").read_text())

@@ -37,9 +37,9 @@ def tensors(control):
     import torch
 
     torch.set_num_threads(1)
-    wire = open_tensors(LAUNCH, control)
-    yield wire
-    wire.close()
+    channel = open_tensors(LAUNCH, control)
+    yield channel
+    channel.close()
     control.close()
 
 

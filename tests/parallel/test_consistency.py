@@ -59,4 +59,4 @@ def test_a_rank_that_differs_is_found_in_the_same_step(control, tensors, name, c
     assert f"on rank {control.size - 1}" in str(raised.value)
     assert exchange(control, tensors) == StepFlags(
         False, False, False, False
-    )  # the wire is still usable
+    )  # the channel is still usable

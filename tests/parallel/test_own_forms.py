@@ -157,9 +157,9 @@ def test_a_wrong_form_is_refused_with_the_one_that_is_wanted(
     control, tensors, folder, changes, message
 ):
     job = job_of([changes])
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(JobError, match=f"(?s){message}") as raised:
-            train(job, *wires, folder / where)
+            train(job, *channels, folder / where)
         assert len(str(raised.value).splitlines()[0]) <= 200
         assert not (folder / where).exists()
     control.barrier()
@@ -196,7 +196,7 @@ def test_metrics_of_torchmetrics_count_every_sample_once(control, tensors, folde
     }.items(),
 )
 def test_a_metric_that_cannot_be_taken_is_refused(control, tensors, folder, metrics, message):
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(JobError, match=f"(?s){message}"):
-            train(job_of([f"evaluate.metrics={metrics}"]), *wires, folder / where)
+            train(job_of([f"evaluate.metrics={metrics}"]), *channels, folder / where)
     control.barrier()

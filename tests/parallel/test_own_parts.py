@@ -236,11 +236,11 @@ def test_averages_follow_the_weights_of_a_plain_loop(control, tensors, folder):
 REFUSED = {
     "model.freeze=[frist.*]": "model.freeze: the pattern 'frist.*' matches no parameter.*the nearest names are first",
     "init_from=nothing.pt": "init_from: nothing.pt: there is no such file",
-    "data={name: 'own_parts:own_generator'}": "training set gives other samples when it is read again",
+    "data={name: 'own_parts:own_generator'}": "training set returns different samples when read again",
     "data={name: 'own_parts:iterable'}": "IterableDataset",
-    "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set gives other samples when it is read again",
+    "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set returns different samples when read again",
     "model.name=own_parts:RemembersEvaluations": "changes 'evaluations', which is saved",
-    "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives another result",
+    "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives a different result",
     "model.name=own_parts:ClipsWhatIsAccumulated": "a hook changes what has been accumulated",
     "loss.name=own_parts:Unreduced": r"a loss must return a mean over samples, .* returned a float64 tensor of shape \(4,\)",
     "evaluate.metrics=['own_parts:ShapelessMetric']": r"evaluate.metrics: ShapelessMetric: totals\(\) must return a tensor of 1 real",
@@ -275,7 +275,7 @@ REFUSED = {
     'hooks=["own_parts:Net"]': "hooks: own_parts:Net has none of on_start",
     'hooks=["own_parts:Observe"]': "has no 'Observe'",
     'hooks=[{"name":"own_parts:Observer","args":{"evry":1}}]': "the arguments .evry. do not fit",
-    "precision=tf32": "tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64",
+    "precision=tf32": "tf32 is not supported on a CPU; supported: fp32, bf16, fp16, fp64",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
 }
@@ -288,9 +288,9 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
     job = job_of(
         changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split()
     )
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit, match=f"(?s){message}") as raised:
-            train(job, *wires, folder / where)
+            train(job, *channels, folder / where)
         assert raised.value.code == JobError.code
         assert not (folder / where).exists()
     control.barrier()
@@ -314,12 +314,12 @@ def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
 ):
     names = ["data.name=own_parts:ignored", "loss.name=torch.nn:CrossEntropyLoss"]
     job = job_of([*names, "epochs=1", *changes])
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit) as raised:
-            train(job, *wires, folder / where)
+            train(job, *channels, folder / where)
         assert raised.value.code == DIVERGED
         told = str(raised.value) + capsys.readouterr().out
-        if wires[0].rank == 0:  # which prints
+        if channels[0].rank == 0:  # which prints
             for word in ["most often all targets of a micro-batch are ignored", *words]:
                 assert word in told
     control.barrier()
@@ -329,11 +329,11 @@ def test_a_loss_that_is_not_finite_while_the_gradients_are_ends_the_run(
 def test_saved_state_that_changes_later_than_in_the_rehearsal_ends_the_run(
     control, tensors, folder, every
 ):
-    for where, wires in worlds(control, tensors).items():
+    for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit, match="'scale'|disagree about the digest|scale is"):
             train(
                 job_of(["model.name=own_parts:ChangesLater", f"compare_every_steps={every}"]),
-                *wires,
+                *channels,
                 folder / where,
             )
     control.barrier()
@@ -361,7 +361,7 @@ def test_a_gradient_of_any_micro_batch_of_a_rank_counts_as_there(
         ["model.name=own_parts:Sometimes", f"epochs={3 * batch / 53 + 1e-9}", *changes]
     )
     kept = train(trained, control, tensors, folder / "run")
-    assert kept["position"]["step"] == 3
+    assert kept["progress"]["step"] == 3
 
 
 def test_every_rank_reads_the_same_samples_or_the_difference_is_told(
@@ -435,8 +435,8 @@ def test_hooks_see_the_run_on_every_rank_alike(control, tensors, folder):
     assert told[0] == ("start", 4, control.rank, control.size, 53)
     assert told[-1] == ("end", True, kept["state"]["results"])
     steps = [entry for entry in [*first, *told] if entry[0] == "step"]
-    assert [entry[1] for entry in steps] == list(range(kept["position"]["step"]))
-    assert steps[-1][2] == kept["position"]["samples_seen"] == 164
+    assert [entry[1] for entry in steps] == list(range(kept["progress"]["step"]))
+    assert steps[-1][2] == kept["progress"]["samples_seen"] == 164
     decided = read_lines(folder / "run/decisions.jsonl")
     assert [entry[3] for entry in steps] == [line["lr"] for line in decided]
     logged = [entry[1] for entry in steps if entry[4] is not None]

@@ -43,7 +43,7 @@ evaluate: {every_epochs: 2, micro_batch: 50}
 
 
 class Listed(torch.utils.data.Dataset):
-    """The same samples behind a plain map-style set, so that torch's DataLoader carries them."""
+    """The same samples in a plain map-style set, so that torch's DataLoader carries them."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -191,7 +191,7 @@ def test_a_worker_follows_rank_0_whatever_it_believes(control):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bits_are_computed_the_same_on_any_number_of_workers(control, tensors, precision):
-    """Exact mode takes the order of sums out, so nothing else may differ: loss scales, steps left out, forward passes."""
+    """Exact mode takes the order of sums out, so nothing else may differ: loss scales, skipped steps, forward passes."""
     given = [f"precision={precision}", "model={name: mlp, args: {dropout: 0.2}}", "epochs=3"]
     _, in_float32 = alone(parse_job(JOB, "law", [*given, "precision=fp32"]), control)
     expected = pytest.approx(in_float32["test_loss"], rel=1e-2)

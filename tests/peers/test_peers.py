@@ -41,7 +41,7 @@ def gradients():
 
 
 def by_torch(start, gradients, build, rates=RATES):
-    """The trajectory of a torch optimizer: the weights behind each step."""
+    """The trajectory of a torch optimizer: the weights after each step."""
     weights = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     optimizer = build(weights)
     found = []
@@ -191,7 +191,7 @@ def test_pytorch_optimizer_lars_is_the_preset_torch_without_its_epsilon(start, g
 
 
 def test_pytorch_optimizer_lamb_departs_from_its_paper(start, gradients):
-    """It corrects Adam's bias behind the trust ratio, which takes lengths out: its first step is 1 / (1 − β₁) = 10 times too long.
+    """It corrects Adam's bias after the trust ratio, which takes lengths out: its first step is 1 / (1 − β₁) = 10 times too long.
     And it holds the norms of weights at 10: the step of a longer tensor is shorter by that."""
     peer = pytest.importorskip("pytorch_optimizer")
     rates = [1e-3] * len(RATES)

@@ -143,7 +143,7 @@ def test_auto_shares_a_step_evenly():
 
 def test_the_feed_announces_each_decision_once_and_ahead():
     plan, announced = PLANS["grows past the data set"], []
-    feed = DecisionFeed(SoloChannel(), Controller(plan), ahead=4, announce=announced.append)
+    feed = DecisionFeed(SoloChannel(), Controller(plan), ahead=4, on_decision=announced.append)
     followed = []
     while (decision := feed.next()) is not None:
         followed.append(decision)
@@ -189,7 +189,7 @@ def test_decisions_in_hand_when_the_length_of_a_run_changes_give_way_to_those_of
     again = Controller(
         plans[1], RunProgress.from_plain(json.loads(json.dumps(position.to_plain())))
     )
-    feed = DecisionFeed(SoloChannel(), again, ahead=3, announce=lambda decision: None)
+    feed = DecisionFeed(SoloChannel(), again, ahead=3, on_decision=lambda decision: None)
     assert list(iter(feed.next, None)) == whole[len(short) - left :]
     assert again.final_progress() == controller_at_end(plans[1])
 
@@ -234,7 +234,7 @@ def test_a_lower_rate_after_a_rollback_and_another_number_of_workers():
 
 def test_only_rank_0_has_a_controller():
     with pytest.raises(ValueError, match="rank 0"):
-        DecisionFeed(SoloChannel(), None, ahead=1, announce=print)
+        DecisionFeed(SoloChannel(), None, ahead=1, on_decision=print)
 
 
 def test_the_lines_for_the_user_say_the_arithmetic():

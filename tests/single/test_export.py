@@ -67,8 +67,8 @@ def test_weights_and_what_they_are(run, options, entry, name, capsys):
         "format": "pt",
         "job": "trained",
         "weights": "averaged" if "--ema" in options else "plain",
-        "step": str(expected["position"]["step"]),
-        "samples_seen": str(expected["position"]["samples_seen"]),
+        "step": str(expected["progress"]["step"]),
+        "samples_seen": str(expected["progress"]["samples_seen"]),
     }
     assert f"w.pt: {len(expected[entry])} {written['metadata']['weights']} tensors of " in (
         capsys.readouterr().out

@@ -134,7 +134,7 @@ def test_a_measured_run_grows_where_the_loss_has_fallen_and_nowhere_else(whole):
     assert len(points) == 5
     assert all(line in points for line in grown)
     assert len(grown) < len(points)
-    progress = read_checkpoint(whole)["position"]
+    progress = read_checkpoint(whole)["progress"]
     assert progress["stage_batch"] == 64 * 2 ** len(grown)
     last_loss = [line["loss"] for line in read_lines(whole / "metrics.jsonl") if "loss" in line][-1]
     assert progress["measured"] == {"loss": pytest.approx(last_loss, rel=1e-12)}
@@ -149,7 +149,7 @@ def test_a_measured_run_on_any_number_of_workers_with_any_prefetch_depth_is_the_
     assert decisions(tmp_path / "run") == decisions(whole)
     ended, expected = read_checkpoint(tmp_path / "run"), read_checkpoint(whole)
     assert same(ended, expected)
-    assert ended["position"] == expected["position"]
+    assert ended["progress"] == expected["progress"]
 
 
 @pytest.mark.parametrize("stop_after", [0, 5, 10, 11, 12, 17, 30])
@@ -160,7 +160,7 @@ def test_a_measured_run_stopped_at_any_step_and_resumed_on_other_workers_is_the_
     job = job_of(data={"name": "digits", "prefetch_steps": 4})
     assert start(job, tmp_path / "run", 2, stop_after) == 75
     taken = len(read_lines(tmp_path / "run/decisions.jsonl"))
-    assert read_checkpoint(tmp_path / "run")["position"]["step"] == taken == stop_after + 1
+    assert read_checkpoint(tmp_path / "run")["progress"]["step"] == taken == stop_after + 1
     assert start(job, tmp_path / "run", 1) == 0
     assert decisions(tmp_path / "run") == decisions(whole)
     assert same(read_checkpoint(tmp_path / "run"), read_checkpoint(whole))
@@ -217,7 +217,7 @@ def test_the_plan_of_a_measured_growth_ends_where_the_first_measurement_is_neede
     assert stage_table(plan)[-1] == (
         "  from epoch 0.5344 on the batch depends on what is measured (LossGrowth)"
     )
-    assert not any("full rate" in note for note in rule_notes(job, plan))
+    assert not any("full lr" in note for note in rule_notes(job, plan))
     said = "\n".join(plan_door.in_words(job, plan, estimated, None))
     assert f"steps    {point['step']} up to epoch 0.5344, as far as is known" in said
     plan_door.write_decisions(tmp_path / "decisions.jsonl", plan)

@@ -7,6 +7,6 @@ class LarsInLists(LARS):
     """Measures and moves its tensors as whole lists, also on a CPU."""
 
     @staticmethod
-    def works_in_lists(device):
+    def uses_foreach(device):
         """Always."""
         return True

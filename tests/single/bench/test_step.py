@@ -49,7 +49,7 @@ def bench(tmp_path, monkeypatch):
         command = ["step", "job.yaml", "--rounds", "1", "--steps", "1", "--json", "found.json"]
         code = main([*command, *arguments])
         return code, list(
-            json.loads((tmp_path / "found.json").read_text())["sides"]
+            json.loads((tmp_path / "found.json").read_text())["variants"]
         ) if code == 0 else []
 
     yield run

@@ -15,7 +15,7 @@ from hvdlarge.exits import CheckpointError, CheckpointWriteError
 
 
 def content(step):
-    return {"model": {"weight": torch.full((100,), float(step))}, "position": {"step": step}}
+    return {"model": {"weight": torch.full((100,), float(step))}, "progress": {"step": step}}
 
 
 def save(folder, step, best=False):
@@ -34,9 +34,9 @@ def test_what_is_saved_is_read_back_and_the_oldest_go(folder):
         f"step_0000000{step}.pt" for step in (50, 40, 30)
     ]
     path, found, problems = folder.newest_good()
-    assert (path.name, found["position"], problems) == ("step_000000050.pt", {"step": 50}, [])
+    assert (path.name, found["progress"], problems) == ("step_000000050.pt", {"step": 50}, [])
     for name, step in (("last.pt", 50), ("best.pt", 20)):  # best.pt outlives the checkpoint it was
-        assert read_checkpoint(folder.folder / name, None)["position"]["step"] == step
+        assert read_checkpoint(folder.folder / name, None)["progress"]["step"] == step
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"],
         cwd=folder.folder,
@@ -85,7 +85,7 @@ def test_a_failed_write_is_told_at_the_next_call_and_leaves_the_old_one(folder):
     (folder.folder / ".step_000000002.pt.part").rmdir()
     assert (folder.folder / "step_000000001.pt").read_bytes() == before
     save(folder, 3)
-    assert folder.newest_good()[1]["position"]["step"] == 3
+    assert folder.newest_good()[1]["progress"]["step"] == 3
 
 
 class TooLarge:
@@ -105,7 +105,7 @@ def test_a_write_that_runs_out_of_memory_is_told_and_leaves_nothing_behind(folde
         "last.pt",
         "step_000000001.pt",
     ]
-    assert folder.newest_good()[1]["position"]["step"] == 1
+    assert folder.newest_good()[1]["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -115,13 +115,13 @@ def test_damaged_checkpoints_are_not_among_those_that_are_kept(folder, keep):
     for path in folder.newest_first()[:2]:
         path.write_bytes(path.read_bytes()[:-7])
     again = CheckpointFolder(folder.folder, keep)
-    assert again.newest_good()[1]["position"]["step"] == 20
+    assert again.newest_good()[1]["progress"]["step"] == 20
     save(again, 25)
     assert [path.stem[-2:] for path in again.newest_first()] == ["40", "30", "25", "20"][: 2 + keep]
     path, _, problems = CheckpointFolder(folder.folder, keep).newest_good()
     assert (path.name, len(problems)) == ("step_000000025.pt", 2)
     save(again, 30)  # written anew
-    save(again, 45)  # and the last damaged one lies behind
+    save(again, 45)  # and the last damaged one comes after it
     assert [path.stem[-2:] for path in again.newest_first()] == ["45", "30"][:keep]
     assert set(again.listed()) == {path.name for path in again.newest_first()}
 
@@ -160,7 +160,7 @@ def kill(event, arguments):
 
 
 def save(folder, step, part, keep):
-    content = {"model": {"weight": torch.full((1000,), float(part))}, "position": {"step": step}, "part": part}
+    content = {"model": {"weight": torch.full((1000,), float(part))}, "progress": {"step": step}, "part": part}
     CheckpointFolder(folder, keep).save(content, step, best=True, wait=True)
 
 
@@ -169,7 +169,7 @@ def newest(folder):
     if found is None:
         return None
     assert (found[1]["model"]["weight"] == found[1]["part"]).all()
-    return found[1]["position"]["step"], found[1]["part"]
+    return found[1]["progress"]["step"], found[1]["part"]
 
 
 for step in steps:
@@ -205,7 +205,7 @@ SITUATIONS = {  # steps that are there, those of them that are damaged, the step
     "the only one anew, as a rollback does with step 0": ("0", "", "0", "3"),
     "the newest anew": ("10 20", "", "20", "2"),
     "the only one that is kept anew": ("20", "", "20", "1"),
-    "one behind which a damaged one lies": ("10 20 30", "30", "25", "1"),
+    "one after which a damaged one comes": ("10 20 30", "30", "25", "1"),
     "one in the place of a damaged one": ("10 20 30", "30", "30", "1"),
 }
 
@@ -232,7 +232,7 @@ folder = CheckpointFolder(Path(sys.argv[1]), keep=2)
 step = int(sys.argv[2])
 while True:
     step += 1
-    weights = {"model": {"weight": torch.full((300_000,), float(step))}, "position": {"step": step}}
+    weights = {"model": {"weight": torch.full((300_000,), float(step))}, "progress": {"step": step}}
     folder.save(weights, step, best=step % 3 == 0, wait=True)
     print(step, flush=True)
 """
@@ -252,17 +252,17 @@ def test_a_writer_killed_at_random_moments_always_leaves_a_whole_one(tmp_path):
                 process.pid, signal.SIGSTOP
             )  # several looks at one writer: stopped, it is as good as dead
             path, found, _ = folder.newest_good()
-            step = found["position"]["step"]
+            step = found["progress"]["step"]
             assert torch.equal(found["model"]["weight"], torch.full((300_000,), float(step)))
             os.kill(process.pid, signal.SIGCONT)
             time.sleep(chance.uniform(0, 0.03))
         process.kill()
         written = [int(line) for line in process.communicate()[0].split()] or [last + 1]
         path, found, problems = folder.newest_good()
-        assert found["position"]["step"] in (written[-1], written[-1] + 1)
-        assert int(path.stem.removeprefix("step_")) == found["position"]["step"]
+        assert found["progress"]["step"] in (written[-1], written[-1] + 1)
+        assert int(path.stem.removeprefix("step_")) == found["progress"]["step"]
         assert len(problems) <= 1
-        last = found["position"]["step"]
+        last = found["progress"]["step"]
     assert last > 10
 
 

@@ -1,4 +1,4 @@
-"""The weights from which a run starts: which fit, under which names, and what is told otherwise."""
+"""The weights from which a run starts: which fit, under which names, and what is reported otherwise."""
 
 import pytest
 import torch

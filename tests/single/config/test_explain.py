@@ -1,4 +1,4 @@
-"""What `--explain` says about the keys of the job file."""
+"""What `--explain` prints about the keys of the job file."""
 
 import pytest
 

@@ -177,7 +177,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_job(str(tmp_path))
 
 
-# --- combinations that cannot be meant
+# --- invalid combinations
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ def test_files_that_cannot_be_read(tmp_path):
         (["batch.growth={policy: adabatch, at_epochs: [1, 30, 60]}"], "batch.growth.at_epochs: 30, 60 is not before the end"),
         (["lr.decay={policy: one_cycle}"], "lr.warmup: one_cycle is its own warmup"),
         (["evaluate.metrics=[accuracy, 'mine:accuracy']"], "evaluate.metrics: two metrics have the same name"),
-        (["evaluate.metrics=['mine:steps']"], "evaluate.metrics: 'steps' is the name of another figure of the run's files"),
-        (["checkpoint.best=top5"], "checkpoint.best: 'top5' is no result of the evaluation; these are: test_loss, accuracy"),
-        (["checkpoint.best=accuracy", "evaluate.metrics=[]"], "checkpoint.best: 'accuracy' is no result of the evaluation"),
-        (["checkpoint.best=ema_accuracy"], "checkpoint.best: 'ema_accuracy' is no result of the evaluation"),
-        (["checkpoint.best=ema_f1", "ema.half_life_samples=9"], "these are: test_loss, accuracy, ema_test_loss, ema_accuracy"),
-        (["evaluate.metrics=[accuracy, 'mine:ema_accuracy']", "ema.half_life_samples=9"], "'ema_accuracy' is the name of another figure"),
+        (["evaluate.metrics=['mine:steps']"], "evaluate.metrics: 'steps' is a reserved field of metrics.jsonl or summary.json"),
+        (["checkpoint.best=top5"], "checkpoint.best: 'top5' is not an evaluation result; known: test_loss, accuracy"),
+        (["checkpoint.best=accuracy", "evaluate.metrics=[]"], "checkpoint.best: 'accuracy' is not an evaluation result"),
+        (["checkpoint.best=ema_accuracy"], "checkpoint.best: 'ema_accuracy' is not an evaluation result"),
+        (["checkpoint.best=ema_f1", "ema.half_life_samples=9"], "known: test_loss, accuracy, ema_test_loss, ema_accuracy"),
+        (["evaluate.metrics=[accuracy, 'mine:ema_accuracy']", "ema.half_life_samples=9"], "'ema_accuracy' is a reserved field"),
     ],
 )  # fmt: skip
 def test_impossible_combinations_are_refused(changes, message):

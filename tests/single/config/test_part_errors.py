@@ -1,4 +1,4 @@
-"""Errors of the parts that a job names: the user's line first, and told from errors of the engine."""
+"""Errors of the parts that a job names: the user's line first, and distinguished from errors of the engine."""
 
 from pathlib import Path
 

@@ -132,7 +132,7 @@ def test_imagenet_comes_out_as_legw_says():
         10.0,
     )
     assert estimated["stages"][0]["lr_highest"] == pytest.approx(32, rel=1e-4)
-    assert estimated["stages"][0]["arithmetic"] == "32768 = 64 × 8 × 64"
+    assert estimated["stages"][0]["equation"] == "32768 = 64 × 8 × 64"
 
 
 def test_the_samples_of_an_own_data_set_are_unknown_where_the_job_does_not_say_them():
@@ -412,7 +412,7 @@ def test_what_cannot_run_is_refused():
     job = parse_job(IMAGENET, "imagenet", ["epochs=1e-9", "lr.warmup={policy: none}"])
     with pytest.raises(JobError, match="has no sample in it"):
         plan_run(job, 1281167, 1)
-    with pytest.raises(JobError, match="the rate is inf in stage 0"):
+    with pytest.raises(JobError, match="the lr is inf in stage 0"):
         plan_run(
             parse_job(IMAGENET, "imagenet", ["lr.base=1e308", "lr.scaling=linear"]), 1281167, 1
         )

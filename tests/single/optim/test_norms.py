@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hvdlarge.optim.norms import norm, norms, norms_of_list, works_in_lists
+from hvdlarge.optim.norms import norm, norms, norms_of_list, uses_foreach
 
 SHAPES = [
     (),
@@ -81,8 +81,8 @@ def test_a_layout_that_is_not_contiguous_changes_nothing():
 
 
 def test_lists_are_for_devices_with_launches():
-    assert not works_in_lists(torch.device("cpu"))
-    assert works_in_lists(torch.device("cuda", 1))
+    assert not uses_foreach(torch.device("cpu"))
+    assert uses_foreach(torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -217,7 +217,7 @@ class HooksItself(Plain):
         (NoRate, {}, "no 'lr' among the defaults"),
         (Counts, {}, "a step changes its attribute 'steps'"),
         (CountsInTheGroup, {}, "a step changes the parameter groups' 'k'"),
-        (HidesMomentum, {}, "the same step from the same saved state gives another result"),
+        (HidesMomentum, {}, "the same step from the same saved state gives a different result"),
         (OwnDraws, {}, "draws from a random generator of its own"),
         (Langevin, {}, "draws random numbers"),
         (KeepsLists, {}, "self.state has 'history', a list"),

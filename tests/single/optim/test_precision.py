@@ -51,7 +51,8 @@ def test_products_are_computed_in_the_precision_and_weights_kept_in_32_bits_at_l
 
 def test_a_precision_that_the_device_lacks_is_refused_with_those_it_has():
     with pytest.raises(
-        JobError, match="precision: tf32 is not there on a CPU; it has fp32, bf16, fp16, fp64"
+        JobError,
+        match="precision: tf32 is not supported on a CPU; supported: fp32, bf16, fp16, fp64",
     ):
         Precision("tf32", CPU)
     assert "tf32" not in precisions_of(CPU)

@@ -67,7 +67,7 @@ def test_skip_within_its_limit_puts_the_running_statistics_back():
         (RollbackPolicy(limit=1, lr_factor=0.5), RollBack),
     ],
 )
-def test_policy_loss_that_is_not_finite_ends_the_run_or_goes_back(policy, error):
+def test_policy_loss_that_is_not_finite_ends_the_run_or_rolls_back(policy, error):
     with pytest.raises(error, match="the loss is nan at step 3"):
         policy.check_loss(DECISION, math.nan)
 

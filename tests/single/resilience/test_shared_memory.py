@@ -1,4 +1,4 @@
-"""A full /dev/shm is told from other errors, and leads to the doctor."""
+"""A full /dev/shm is distinguished from other errors, and leads to the doctor."""
 
 import errno
 import traceback

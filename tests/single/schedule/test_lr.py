@@ -21,7 +21,7 @@ from hvdlarge.schedule.warmup import (
     LinearWarmup,
     NoWarmup,
     StageStart,
-    full_rate_epoch,
+    full_lr_epoch,
     multiplier,
 )
 
@@ -148,7 +148,7 @@ def test_the_multiplier_never_falls_and_comes_to_the_scale_of_the_batch(policy, 
         value = multiplier(policy, scaling, begun, epoch)
         assert value >= last - 1e-12
         last = value
-    full = full_rate_epoch(policy, run)
+    full = full_lr_epoch(policy, run)
     assert multiplier(policy, scaling, run, full) == pytest.approx(
         scale(scaling, run[-1].batch_factor), rel=EXACT
     )
@@ -174,11 +174,11 @@ def test_a_ramp_has_no_jump_anywhere(policy, run):
 def test_the_ramp_of_a_growth_has_the_length_that_the_design_gives():
     policy = LegwWarmup(epochs=1.0)
     inside = stages((0, 1), (0.5, 4))  # growth during the warmup: until w0·k' = 4
-    assert full_rate_epoch(policy, inside) == 4.0
+    assert full_lr_epoch(policy, inside) == 4.0
     assert multiplier(policy, "sqrt", inside, 0.5) == pytest.approx(0.5)
     assert multiplier(policy, "sqrt", inside, 2.25) == pytest.approx(0.5 + 1.5 / 2)
     late = stages((0, 1), (50, 4))  # long after it: over w0·(k' − k) = 3 epochs
-    assert full_rate_epoch(policy, late) == 53.0
+    assert full_lr_epoch(policy, late) == 53.0
     assert multiplier(policy, "sqrt", late, 51.5) == pytest.approx(1.5)
 
 
@@ -196,7 +196,7 @@ def test_k_of_1_is_the_baseline():
             assert one == multiplier(policy, "none", stages((0, 1)), epoch)
 
 
-def test_the_first_step_moves_and_the_step_that_completes_the_warmup_has_the_full_rate():
+def test_the_first_step_moves_and_the_step_that_completes_the_warmup_has_the_full_lr():
     rate = LRSchedule(1.0, "none", LinearWarmup(epochs=1.0), ConstantDecay())
     one, steps = stages((0, 1)), 10
     rates = [rate.lr(one, step / steps, (step + 1) / steps, 5) for step in range(12)]

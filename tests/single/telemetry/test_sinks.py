@@ -1,4 +1,4 @@
-"""What receives the records of a run: the log files, byte by byte, and a sink of one's own behind the run log."""
+"""What receives the records of a run: the log files, byte by byte, and a sink of one's own after the run log."""
 
 import json
 
@@ -34,9 +34,9 @@ class Received:
             raise self.failure
         self.calls.append(("metrics", record))
 
-    def go_back(self, step, offsets):
+    def roll_back(self, step, offsets):
         """Keep it."""
-        self.calls.append(("go_back", step))
+        self.calls.append(("roll_back", step))
 
     def close(self):
         """Keep it."""
@@ -64,7 +64,7 @@ def test_a_sink_behind_the_run_log_receives_what_the_files_hold(tmp_path):
     assert sink.calls[-1] == ("close",)
 
 
-def test_a_sink_when_the_run_goes_back_is_told_the_step_that_is_taken_again(tmp_path):
+def test_a_sink_when_the_run_is_rolled_back_is_told_the_step_that_is_taken_again(tmp_path):
     sink, controller = Received(), Controller(PLAN)
     log = open_log(tmp_path, sink)
     given = [controller.decide() for _ in range(10)]
@@ -73,8 +73,8 @@ def test_a_sink_when_the_run_goes_back_is_told_the_step_that_is_taken_again(tmp_
     offsets = log.offsets()
     for decision in given[4:]:
         log.decision(decision)
-    log.go_back(offsets, controller.progress_after(given[3]))
-    assert sink.calls[-1] == ("go_back", 4)
+    log.roll_back(offsets, controller.progress_after(given[3]))
+    assert sink.calls[-1] == ("roll_back", 4)
     log.decision(given[4])
     log.close()
     lines = (tmp_path / "decisions.jsonl").read_text().splitlines()

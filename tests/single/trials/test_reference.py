@@ -156,7 +156,7 @@ def test_types():
     ]  # fmt: skip
 
 
-def test_a_step_that_is_not_finite_is_left_out_or_ends_the_loop():
+def test_a_step_that_is_not_finite_is_skipped_or_ends_the_loop():
     poisoned = SMALL | {
         "data": {
             "name": "trials.blocks:data",

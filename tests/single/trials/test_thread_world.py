@@ -14,7 +14,7 @@ SIZES = [2, 3, 4]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(5))
-def test_collective_calls_give_what_the_wires_promise(size, seed):
+def test_collective_calls_give_what_the_channels_promise(size, seed):
     def action(control, tensors):
         assert control.broadcast(b"abc" if control.rank == 0 else None, 3) == b"abc"
         assert control.allgather(bytes([control.rank])) == [bytes([rank]) for rank in range(size)]
