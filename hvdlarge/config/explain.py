@@ -150,7 +150,8 @@ def _described(key: str, entry: Schema, schema: Schema, required: bool) -> str:
 def _meaning(entry: Schema) -> str:
     """An entry's description, and the names of the built-in parts that it may hold."""
     text = " ".join(entry.get("description", "").split())
-    names = entry.get("examples") or entry.get("items", {}).get("examples")
+    lists = [choice.get("items", {}) for choice in _choices(entry)]
+    names = next((each["examples"] for each in [entry, *lists] if "examples" in each), None)
     return f"{text} Built in: {', '.join(names)}." if names else text
 
 

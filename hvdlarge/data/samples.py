@@ -61,6 +61,8 @@ class SampleForm:
         try:
             batch = default_collate(samples)
         except (RuntimeError, TypeError) as error:
+            if "shared memory" in str(error):  # of a loader process: not about the samples
+                raise
             reason = (str(error).splitlines() or [""])[0]
             raise SampleError(
                 f"samples cannot be stacked: {_shortened(reason, 55)} (data.collate names a "

@@ -99,7 +99,7 @@ class MeanGradientOptimizer(torch.optim.Optimizer):
             lr: learning rate, ≥ 0; set in every group, times the group's `lr_factor`.
         """
         set_lr(self, lr)
-        self._update_weights(norms)
+        self._update_measured(norms)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -127,13 +127,13 @@ class MeanGradientOptimizer(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        self._update_weights(self.measure())
+        self._update_measured(self.measure())
         return loss
 
     def _weights_to_measure(self) -> Sequence[torch.nn.Parameter]:
         """Weights whose norms `measure` reads along with the gradients'."""
         return []
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         """Update the weights that `norms` has gradients of, by the learning rates of the groups."""
         raise NotImplementedError

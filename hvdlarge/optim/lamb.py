@@ -67,7 +67,7 @@ class LAMB(MeanGradientOptimizer):
             if not group["weight_decay"] >= 0:
                 raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         self._ratios = {}
         moving = [
             (group, weight)

@@ -103,7 +103,7 @@ class LARS(MeanGradientOptimizer):
             if group["adapt"] and weight.grad is not None and self.uses_foreach(weight.device)
         ]
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         self._ratios = {}
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight in norms.gradients]

@@ -47,14 +47,14 @@ class _OwnOptimizer(TorchOptimizer):
         self._initial_state = {weight: state for weight, state in self.state.items() if state}
         self.state.clear()
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         for weight in norms.gradients:
             if weight in self._initial_state and not self.state.get(weight):
                 self.state[weight] = {
                     key: value.clone() if isinstance(value, torch.Tensor) else value
                     for key, value in self._initial_state[weight].items()
                 }
-        super()._update_weights(norms)
+        super()._update_measured(norms)
 
 
 def _not_in_defaults(key: str) -> str:

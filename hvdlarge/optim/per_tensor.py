@@ -64,7 +64,7 @@ class PerTensor(MeanGradientOptimizer):
             {"rule": rule, "lr": lr, "weight_decay": weight_decay, "adapt": adapt, **options},
         )
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight in norms.gradients:

@@ -20,7 +20,7 @@ from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
 class TorchOptimizer(MeanGradientOptimizer):
     """Moves the weights as the torch optimizer among a class's bases does."""
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight not in norms.gradients:
@@ -53,7 +53,7 @@ class Adagrad(TorchOptimizer, torch.optim.Adagrad):
         super().__init__(params, **options)
         self.state.clear()
 
-    def _update_weights(self, norms: GradientNorms) -> None:
+    def _update_measured(self, norms: GradientNorms) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight in norms.gradients and not self.state[weight]:
@@ -63,7 +63,7 @@ class Adagrad(TorchOptimizer, torch.optim.Adagrad):
                         group["initial_accumulator_value"],
                         memory_format=torch.preserve_format,
                     )
-        super()._update_weights(norms)
+        super()._update_measured(norms)
 
 
 class RMSprop(TorchOptimizer, torch.optim.RMSprop):

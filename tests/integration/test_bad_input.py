@@ -320,7 +320,7 @@ def test_an_own_part_that_cannot_be_built_is_told_with_its_line(
     (folder / "unbuilt.py").write_text(UNBUILT)
     ended = train(workers, "jobs/digits.yaml", change)
     assert ended.code == 2, ended.text
-    place = f"{folder / 'unbuilt.py'}, line 6, in open_files"
+    place = "unbuilt.py, line 6, in open_files"
     words = f"{key}: unbuilt:part raises FileNotFoundError: weights.bin ({place})"
     assert ended.errors == [f"hvdlarge: error: {words}"]
     assert ended.err.count("Traceback") == 1
@@ -397,7 +397,7 @@ def test_a_mistake_of_the_user_in_the_middle_of_training_is_told_as_such(
     ended = train(None, "late.yaml", *changes)
     assert ended.code == 70, ended.text
     assert len(ended.errors) == 1
-    expected = words.format(folder / "late_parts.py")
+    expected = words.format("late_parts.py")
     assert ended.errors[0].startswith(f"hvdlarge: error: in {where}, on rank 0 of 1 (")
     assert ended.errors[0].endswith(f"): {expected}")
     assert ended.err.count("Traceback") == 1
