@@ -79,14 +79,12 @@ class Chain(nn.Module):
         self.head = head
         self.gives = gives
 
-    def forward(self, inputs: Any) -> Any:
-        """Shape (n, features) to (n, outputs); the inputs may be images, or nested in a dict, list
-        or tuple.
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """Shape (n, features) to (n, outputs); the inputs may be images. A dict of inputs comes by
+        keywords, a tuple by position, a list as one argument.
         """
-        if isinstance(inputs, dict):
-            inputs = inputs["x"]
-        if isinstance(inputs, (list, tuple)):
-            inputs = inputs[0]
+        first = named["x"] if named else given[0]
+        inputs = first[0] if isinstance(first, list) else first
         inputs = inputs.flatten(1)
         for block in self.blocks:
             inputs = block(inputs)
@@ -916,7 +914,7 @@ def drawn(source: str, like: torch.Tensor) -> torch.Tensor:
 # --- losses
 
 
-def loss(kind: str = "cross_entropy", **arguments: Any) -> Callable[[Any, Any], torch.Tensor]:
+def loss(kind: str = "cross_entropy", **arguments: Any) -> Callable[[Any, Any], Any]:
     """A loss of the given kind, a key of LOSSES."""
     return LOSSES[kind](**arguments)
 
@@ -1014,11 +1012,18 @@ def _plain(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(outputs, targets)
 
 
+def _weighted(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy with a weight for each sample: the sum, and that of the weights."""
+    weights = 1.0 + targets.to(outputs.dtype)
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return (losses * weights).sum(), weights.sum()
+
+
 def _smooth_l2(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (torch.tanh(outputs[:, 0]) - torch.tanh(targets.to(outputs.dtype))).square().mean()
 
 
-LOSSES: dict[str, Callable[..., Callable[[Any, Any], torch.Tensor]]] = {
+LOSSES: dict[str, Callable[..., Callable[[Any, Any], Any]]] = {
     "cross_entropy": nn.CrossEntropyLoss,
     "function": lambda: _plain,
     "regression": lambda: _smooth_l2,
@@ -1027,6 +1032,7 @@ LOSSES: dict[str, Callable[..., Callable[[Any, Any], torch.Tensor]]] = {
     "mixup": Mixup,
     "normed": NormedLoss,
     "named": lambda: _named,
+    "weighted": lambda: _weighted,
     "averaging": Averaging,
     "vector": lambda: _vector,
 }

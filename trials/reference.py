@@ -100,7 +100,8 @@ def step(
     _set_mode(model, loss, training=True)
     for weight in weights.values():
         weight.grad = None
-    total, end = 0.0, decision.samples_seen + decision.global_batch
+    total, total_weight = 0.0, 0.0  # the weight of losses that return (sum, weight)
+    end = decision.samples_seen + decision.global_batch
     for start in range(decision.samples_seen, end, decision.micro_batch):
         samples = np.arange(start, min(start + decision.micro_batch, end))
         indices = permute(
@@ -113,10 +114,29 @@ def step(
         )
         seed_all(seeds.key(job.seed, seeds.MICRO_BATCH, start))
         inputs, targets = typed(job, inputs), typed(job, targets)
-        scaled_loss = loss(model(inputs), targets) * (len(samples) / decision.global_batch)
+        value = loss(called(model, inputs), targets)
+        if isinstance(value, tuple):
+            value, weight = value
+            total_weight += float(weight)
+            scaled_loss = value / decision.global_batch
+        else:
+            scaled_loss = value * (len(samples) / decision.global_batch)
         scaled_loss.backward()
         total += scaled_loss.item()
+    if total_weight:
+        factor = decision.global_batch / total_weight
+        for weight in weights.values():
+            if weight.grad is not None:
+                weight.grad.mul_(factor)
+        total *= factor
     return total
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs: a dict of inputs by keywords, a tuple by position."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _set_mode(model: nn.Module, loss: Any, training: bool) -> None:
@@ -128,7 +148,7 @@ def _set_mode(model: nn.Module, loss: Any, training: bool) -> None:
 def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, float]:
     """Mean loss over the test set, and the accuracy if the targets are classes."""
     _set_mode(model, loss, training=False)
-    total = correct = 0.0
+    total = total_weight = correct = 0.0
     micro_batch, size = job.evaluate.micro_batch, len(test)
     classes = False
     with torch.no_grad():
@@ -138,15 +158,22 @@ def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, floa
                 test, list(samples), [seeds.key(0, seeds.SAMPLE, sample) for sample in samples]
             )
             seed_all(seeds.key(job.seed, seeds.EVALUATION, start))
-            outputs, targets = model(typed(job, inputs)), typed(job, targets)
-            total += float(loss(outputs, targets)) * len(samples)
+            outputs, targets = called(model, typed(job, inputs)), typed(job, targets)
+            value, size_of = loss(outputs, targets), len(samples)
+            if isinstance(value, tuple):
+                total, total_weight = total + float(value[0]), total_weight + float(value[1])
+            else:
+                total, total_weight = (
+                    total + float(value) * len(samples),
+                    total_weight + len(samples),
+                )
             classes = (
                 isinstance(outputs, torch.Tensor)
                 and not targets.is_floating_point()
                 and outputs.ndim == targets.ndim + 1
             )
             correct += float((outputs.argmax(1) == targets).sum()) if classes else 0.0
-    return {"test_loss": total / size} | ({"accuracy": correct / size} if classes else {})
+    return {"test_loss": total / total_weight} | ({"accuracy": correct / size} if classes else {})
 
 
 def fetch(dataset: Any, indices: list[int], keys: list[int]) -> Any:
