@@ -159,14 +159,12 @@ def evaluate(job: Job, test: Any, model: nn.Module, loss: Any) -> dict[str, floa
             )
             seed_all(seeds.key(job.seed, seeds.EVALUATION, start))
             outputs, targets = called(model, typed(job, inputs)), typed(job, targets)
-            value, size_of = loss(outputs, targets), len(samples)
+            value = loss(outputs, targets)
             if isinstance(value, tuple):
                 total, total_weight = total + float(value[0]), total_weight + float(value[1])
             else:
-                total, total_weight = (
-                    total + float(value) * len(samples),
-                    total_weight + len(samples),
-                )
+                total += float(value) * len(samples)
+                total_weight += len(samples)
             classes = (
                 isinstance(outputs, torch.Tensor)
                 and not targets.is_floating_point()
