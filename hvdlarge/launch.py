@@ -136,7 +136,8 @@ class Launcher:
     def run(self) -> int:
         """Run the job, with restarts; returns the exit code of the last start."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            # nohup ignores SIGHUP; background jobs of a shell ignore SIGINT, yet must be stoppable
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
         restarts = without_progress = 0
         while True:
