@@ -21,7 +21,7 @@ CORNERS = {"circle": 40, "star": 10, "square": 4, "triangle": 3}  # of polygons;
 
 def picture(shape: str, draw: random.Random) -> Image.Image:
     """One picture of a shape."""
-    noise = np.random.default_rng(draw.getrandbits(32)).normal(0, 20, (SIZE, SIZE, 3))
+    noise = np.random.default_rng(draw.getrandbits(32)).normal(0, 8, (SIZE, SIZE, 3))
     ground, colour = ([draw.randrange(256) for _ in range(3)] for _ in range(2))
     while sum(abs(one - other) for one, other in zip(ground, colour, strict=True)) < 150:
         colour = [draw.randrange(256) for _ in range(3)]
