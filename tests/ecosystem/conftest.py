@@ -12,4 +12,4 @@ from support.ranks import *  # noqa: F403
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 torchvision_part.make_importable()
-sys.path.append(str(ROOT / "jobs"))  # where jobs find jobs/parts
+sys.path.append(str(ROOT / "tests/ecosystem/jobs"))  # where jobs find their parts
