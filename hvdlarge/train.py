@@ -74,11 +74,12 @@ def run_job(
         job: the keys of a job file as a mapping, its path, or the name of a shipped job. A mapping
             needs no section for what is given as an object.
         *overrides: `key.sub=value`, as on the command line.
-        model: what is trained, in place of `model.name`. It holds the trained weights afterwards,
-            on every rank. Its first weights are rank 0's as they are; the job's `seed` does not
-            decide them.
-        data: the training set and the test set, or None, in place of `data.name`.
-        loss: a function of (outputs, targets) or a module, in place of `loss.name`.
+        model: what is trained, in place of `model.name` and its `args`. It holds the trained
+            weights afterwards, on every rank. Its first weights are rank 0's as they are, whatever
+            the job's `seed`.
+        data: the training set and the test set, or None, in place of `data.name` and its `args`.
+        loss: a function of (outputs, targets) or a module, in place of `loss.name` and its `args`;
+            a module may share parts of the model.
         fresh: set an earlier run in the folder aside and start a new one.
 
     Returns:
@@ -102,29 +103,29 @@ def run_job(
     launch = detect(os.environ)
     objects = {"model": model, "data": data, "loss": loss}
     given = {name: value for name, value in objects.items() if value is not None}
+    return _read_and_run(job, overrides, given, fresh, launch)
+
+
+def _read_and_run(
+    job: Mapping[str, Any] | str | os.PathLike[str],
+    overrides: Sequence[str],
+    given: Mapping[str, Any],
+    fresh: bool,
+    launch: Launch | None,
+) -> dict[str, Any]:
+    names = {section: _name_of(value) for section, value in given.items()}
+    if not isinstance(job, Mapping):
+        path = Path(job_path(os.fspath(job)))
+        return _run_objects(
+            launch, lambda: read_job(str(path), overrides, names), path, given, fresh
+        )
+    text = _written(dict(job))
     with tempfile.TemporaryDirectory(prefix="hvdlarge-") as folder:
         path = Path(folder) / "job.yaml"
-        if isinstance(job, Mapping):
-            text = _written(_with_objects(job, given))
-            path.write_text(text, encoding="utf-8")
-            return _run_objects(
-                launch, lambda: parse_job(text, "job.yaml", overrides), path, given, fresh
-            )
-        path = Path(job_path(os.fspath(job)))
-        names = [f"{name}.name={_name_of(value)}" for name, value in given.items()]
+        path.write_text(text, encoding="utf-8")
         return _run_objects(
-            launch, lambda: read_job(str(path), [*names, *overrides]), path, given, fresh
+            launch, lambda: parse_job(text, "job.yaml", overrides, names), path, given, fresh
         )
-
-
-def _with_objects(job: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The job with sections for the objects that are given."""
-    keys = dict(job)
-    for name, value in given.items():
-        section = keys.get(name) or {}
-        if isinstance(section, Mapping):
-            keys[name] = {**section, "name": _name_of(value)}
-    return keys
 
 
 def _name_of(value: Any) -> str:
@@ -143,21 +144,32 @@ def _written(keys: dict[str, Any]) -> str:
         ) from None
 
 
-def _copied(value: Any) -> Any:
-    """A copy of a module; everything else as it is.
+def _copied(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the modules among some objects, which share what these share; everything else as it
+    is.
 
     Raises:
-        JobError: if it cannot be copied.
+        JobError: if they cannot be copied, or if a loss that is a function holds the model, whose
+            copy is trained.
     """
     from torch import nn
 
-    if not isinstance(value, nn.Module):
-        return value
-    try:
-        return copy.deepcopy(value)
-    except Exception as error:
+    modules = {name: value for name, value in given.items() if isinstance(value, nn.Module)}
+    model, loss = modules.get("model"), given.get("loss")
+    cells = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+    held = [*cells, getattr(loss, "__self__", None)]
+    if model is not None and any(value is model for value in held):
         raise exits.JobError(
-            f"{type(value).__name__} cannot be copied by copy.deepcopy: {error}"
+            "loss: the function holds the model itself, of which a copy is trained: give a "
+            "torch.nn.Module that holds it"
+        )
+    try:
+        return {**given, **copy.deepcopy(modules)}
+    except Exception as error:
+        if exits.is_out_of_memory(error):
+            raise
+        raise exits.JobError(
+            f"{' and '.join(modules)}: copy.deepcopy raises {type(error).__name__}: {error}"
         ) from None
 
 
@@ -168,7 +180,7 @@ def _run_objects(
     given: Mapping[str, Any],
     fresh: bool,
 ) -> dict[str, Any]:
-    from hvdlarge.comm.rank_checks import on_rank_0
+    from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
     from hvdlarge.comm.solo import SoloChannel, SoloCollectives
     from hvdlarge.resilience.preemption import StopRequest
     from hvdlarge.resilience.watchdog import Watchdog
@@ -178,7 +190,7 @@ def _run_objects(
 
     def work(context: RankContext, job: Job) -> None:
         # Copies, since a run changes device, dtypes and mode, and Horovod leaves hooks behind
-        copies = {name: _copied(value) for name, value in given.items()}
+        copies = raise_on_all_ranks(context.control, lambda: _copied(given))
         run(job, path, fresh, replace(context, objects=copies))
         for name, trained in copies.items():
             if trained is not given[name]:

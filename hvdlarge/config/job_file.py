@@ -58,17 +58,21 @@ class Written(NamedTuple):
         return self.places[path]
 
 
-def read_job(path: str, overrides: Sequence[str] = ()) -> Job:
+def read_job(
+    path: str, overrides: Sequence[str] = (), objects: Mapping[str, str] | None = None
+) -> Job:
     """Read and validate a job; its own parts are looked for beside its file from then on.
 
     Args:
         path: of the YAML file.
         overrides: `key.sub=value`, from the command line.
+        objects: sections (`data`, `model`, `loss`) whose part is given as an object, with a name
+            for it; the other keys of these sections stay, except the part's own arguments.
 
     Raises:
         JobError: with one message that lists every problem with its place.
     """
-    return _validated(_read_file(path, ()), overrides)
+    return _validated(_read_file(path, ()), overrides, objects or {})
 
 
 def job_path(name: str) -> str:
@@ -90,18 +94,24 @@ def _is_bare(name: str) -> bool:
     return Path(name).name == name and not Path(name).suffix
 
 
-def parse_job(text: bytes | str, path: str, overrides: Sequence[str] = ()) -> Job:
+def parse_job(
+    text: bytes | str,
+    path: str,
+    overrides: Sequence[str] = (),
+    objects: Mapping[str, str] | None = None,
+) -> Job:
     """Validate a job from YAML text.
 
     Args:
         text: the YAML document.
         path: for messages, and for relative paths in `extends`.
         overrides: `key.sub=value`.
+        objects: see `read_job`.
 
     Raises:
         JobError: see `read_job`.
     """
-    return _validated(_read_text(text, path, ()), overrides)
+    return _validated(_read_text(text, path, ()), overrides, objects or {})
 
 
 def _read_file(path: str, extended_by: tuple[Place, ...]) -> Written:
@@ -204,10 +214,25 @@ def _selects_another(
     return any(key in own and key in base and own[key] != base[key] for key in _SELECTORS)
 
 
-def _validated(written: Written, overrides: Sequence[str]) -> Job:
+def _name_object(written: Written, section: str, name: str) -> None:
+    """Put the name of an object in the place of the part that a section names."""
+    keys = written.values.setdefault(section, {})
+    if not isinstance(keys, dict):
+        return  # refused with its type
+    for key in ("name", "args", "label_smoothing"):
+        keys.pop(key, None)
+        for other in [other for other in written.places if _is_in(other, (section, key))]:
+            del written.places[other]
+    keys["name"] = name
+    written.places[(section, "name")] = _COMMAND_LINE
+
+
+def _validated(written: Written, overrides: Sequence[str], objects: Mapping[str, str]) -> Job:
     path = written.places[()].file
     for file in reversed(dict.fromkeys(place.file for place in written.places.values())):
         registry.look_beside(file)
+    for section, name in objects.items():
+        _name_object(written, section, name)
     for override in overrides:
         _override(written, override)
     optimizer = written.values.get("optimizer")

@@ -46,7 +46,12 @@ class StateMetric:
     ) -> None:
         self.higher_is_better, self._parts = higher_is_better, parts
         self._name, self._metric = name, metric
-        metric.sync_on_compute = False  # the engine combines the states
+        if holds := _held_metrics(metric):
+            raise JobError(
+                f"evaluate.metrics: {name}: this {type(metric).__name__} {holds}, so its states "
+                "cannot be combined over the workers: name the metrics themselves"
+            )
+        metric._to_sync = metric.sync_on_compute = False  # the engine combines the states
         self._reductions = {
             state: _reduction_of(name, state, function, metric._defaults[state])
             for state, function in metric._reductions.items()
@@ -102,15 +107,16 @@ class StateMetric:
             raise JobError(
                 f"evaluate.metrics: {self._name}: compute() gives {what}: a result is one number"
             )
+        self._metric.reset()  # states may be as large as the test set
         return number
 
-    def try_out(self, outputs: Any, targets: Any) -> float:
-        """The metric of one micro-batch; not a number where so few samples have none.
+    def try_out(self, outputs: Any, targets: Any, device: torch.device) -> float:
+        """The metric of one micro-batch, on a device; not a number where so few samples have none.
 
         Raises:
             JobError: if its result is not one number.
         """
-        self.begin(outputs.device if isinstance(outputs, torch.Tensor) else self._metric.device)
+        self.begin(device)
         self.update(outputs, targets)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about so few samples
@@ -119,6 +125,14 @@ class StateMetric:
             except Exception:  # raised again by the first evaluation, if it is not the samples
                 return math.nan
         return float(value) if _is_number(value) and math.isnan(float(value)) else self.result()
+
+
+def _held_metrics(metric: Any) -> str:
+    """What of a metric is not among its own states, in words; empty if all of it is."""
+    modules = list(metric.modules())[1:] if isinstance(metric, torch.nn.Module) else []
+    if any(hasattr(module, "_reductions") for module in modules):
+        return "holds other metrics"
+    return "" if metric._reductions else "has no states of its own"
 
 
 def _is_number(value: Any) -> bool:

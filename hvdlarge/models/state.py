@@ -8,12 +8,13 @@ Contract: tensors are identified by object identity, not by name: one that has t
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+Tensor = TypeVar("Tensor", bound=torch.Tensor)
 Modules = Mapping[str, nn.Module]  # by the prefix of their names
 
 MODEL, LOSS = "", "loss."  # the prefixes
@@ -43,23 +44,32 @@ def join_names(module: str, part: str) -> str:
 
 def named_modules(modules: Modules) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, with its full name."""
+    known: set[nn.Module] = set()  # the loss may hold parts of the model
     for prefix, root in modules.items():
-        for name, module in root.named_modules():
+        for name, module in root.named_modules(known):
             yield prefix + name, module
 
 
 def named_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, with its full name."""
-    for prefix, root in modules.items():
-        for name, parameter in root.named_parameters():
-            yield prefix + name, parameter
+    yield from _once(modules, lambda root: root.named_parameters())
 
 
 def named_buffers(modules: Modules) -> Iterator[tuple[str, torch.Tensor]]:
     """Every buffer once, persistent or not, with its full name."""
+    yield from _once(modules, lambda root: root.named_buffers())
+
+
+def _once(
+    modules: Modules, tensors_of: Callable[[nn.Module], Iterable[tuple[str, Tensor]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all modules under their full names; one that two of them share only once."""
+    known: set[int] = set()
     for prefix, root in modules.items():
-        for name, buffer in root.named_buffers():
-            yield prefix + name, buffer
+        for name, tensor in tensors_of(root):
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                yield prefix + name, tensor
 
 
 def saved_tensors(modules: Modules) -> dict[str, torch.Tensor]:

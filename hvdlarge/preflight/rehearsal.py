@@ -278,7 +278,6 @@ class Rehearsal:
         with _restored(self._modules, self._layers), eager():
             return self._pass(inputs, targets, what)
 
-    @torch.no_grad()
     def refuse_sums(self, inputs: Any, targets: Any) -> None:
         """Take the loss of the outputs and targets, and of the same twice over.
 
@@ -294,12 +293,10 @@ class Rehearsal:
                 once, outputs, targets = self._objective.evaluate(inputs, targets)
             twice = once
             if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
-                try:
-                    seed_all(self._key)
+                seed_all(self._key)
+                # Memory for twice the outputs need not be there either
+                with contextlib.suppress(Exception), torch.no_grad():
                     twice = self._objective.loss_of(twofold(outputs), twofold(targets))
-                except Exception as error:
-                    if is_out_of_memory(error):
-                        raise
         if problem := self._sum_problem(once, twice):
             raise JobError(f"loss.name: {problem}")
 
@@ -379,7 +376,7 @@ class Rehearsal:
         seed_all(self._key)
         try:
             if isinstance(metric, StateMetric):
-                return torch.tensor([metric.try_out(outputs, targets)])
+                return torch.tensor([metric.try_out(outputs, targets, self._precision.device)])
             return totals_of(name, metric, outputs, targets).double()
         except RunExit:
             raise

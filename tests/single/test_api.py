@@ -9,10 +9,12 @@ import time
 
 import pytest
 import torch
+import yaml
 from support.launching import ROOT
 
 import hvdlarge
 from hvdlarge.checkpoint.folder import CheckpointFolder
+from hvdlarge.data.in_memory import InMemory
 from hvdlarge.exits import (
     CheckpointError,
     CheckpointWriteError,
@@ -186,3 +188,65 @@ def test_the_public_names_are_those_of_the_documentation_and_of_type_checkers():
 def test_the_package_is_imported_without_torch():
     program = "import sys, hvdlarge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def pairs():
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    return InMemory(inputs, inputs[:, :3].argmax(dim=1)), None
+
+
+def test_an_object_leaves_the_other_keys_of_its_section(folder):
+    sections = {
+        "data": {"name": "digits", "args": {}, "prefetch_steps": 3},
+        "model": {"name": "mlp", "args": {"classes": 3}, "freeze": ["0.*"]},
+    }
+    (folder / "my.yaml").write_text(json.dumps(JOB | sections))
+    weights = {}
+    for form in (JOB | sections, folder / "my.yaml"):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+        before = model[0].weight.clone()
+        hvdlarge.run_job(form, "batch={base: 8, micro: 4}", model=model, data=pairs(), fresh=True)
+        assert torch.equal(model[0].weight, before)  # frozen
+        weights[str(form)] = model[1].weight
+        resolved = yaml.safe_load((folder / "runs/api/job.resolved.yaml").read_text())
+        assert resolved["model"]["freeze"] == ["0.*"]
+        assert resolved["model"]["name"] == "object:Sequential"
+        assert resolved["model"]["args"] == {}
+        assert resolved["data"]["prefetch_steps"] == 3
+    assert torch.equal(*weights.values())
+
+
+class Shared(torch.nn.Module):
+    """A loss that shares a layer of the model, and trains it too."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, outputs, targets):
+        return (
+            torch.nn.functional.cross_entropy(outputs, targets) + self.layer.weight.square().mean()
+        )
+
+
+def test_a_loss_that_shares_a_part_of_the_model_shares_that_of_its_copy(folder):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    loss = Shared(model[1])
+    before = model[1].weight.clone()
+    hvdlarge.run_job(JOB, "batch={base: 8, micro: 4}", model=model, data=pairs(), loss=loss)
+    assert model[1].weight is loss.layer.weight
+    assert not torch.equal(model[1].weight, before)
+    kept = torch.load(folder / "runs/api/checkpoints/last.pt", weights_only=True)
+    assert torch.equal(kept["model"]["1.weight"], kept["loss"]["layer.weight"])
+    assert [name for name in kept["optimizer"] if "loss" in name] == []  # updated once
+
+
+def test_a_function_that_holds_the_model_is_refused(folder):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3))
+
+    def loss(outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs, targets) + model[0].weight.mean()
+
+    with pytest.raises(JobError, match="the function holds the model itself"):
+        hvdlarge.run_job(JOB, "batch={base: 8, micro: 4}", model=model, data=pairs(), loss=loss)

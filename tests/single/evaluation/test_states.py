@@ -101,3 +101,25 @@ def test_samples_are_concatenated_in_the_order_of_the_ranks():
               "evaluation.own.values": [sent.sent["evaluation.own.values"]]}  # fmt: skip
     idle.combine(Workers(others))
     assert idle.result() == 5.0
+
+
+class Holding(Counted):
+    """As torchmetrics' compositions and wrappers, which keep their states in others."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = Counted()
+
+
+class Stateless(Counted):
+    def __init__(self):
+        super().__init__()
+        self._reductions = {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Holding, "holds other metrics"), (Stateless, "has no states of its own")]
+)
+def test_a_metric_whose_states_are_not_its_own_is_refused(kind, words):
+    with pytest.raises(JobError, match=f"own: this {kind.__name__} {words}"):
+        metric_of(kind)
