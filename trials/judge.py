@@ -165,6 +165,9 @@ class _Trial:
             if not self.may_diverge():
                 raise Broken(f"diverged: {text}")
             return Verdict("refused", reason=f"diverged: {text}")
+        # As the rehearsal reports a divergence that is there before the first step
+        if "before the first update" in text and self.may_diverge():
+            return Verdict("refused", reason=f"diverged: {text}")
         if alone.code != exits.WRONG_JOB:
             raise Broken(f"exit code {alone.code} on every number of workers: {text}")
         if (
