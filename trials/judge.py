@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -35,6 +36,17 @@ Start = Callable[[Mapping[str, Any], Path, int, int, Interruption | None], Outco
 
 
 @dataclass
+@functools.cache
+def lstm_computes_in_fp16() -> bool:
+    """Whether torch itself has an LSTM in fp16 on this CPU."""
+    try:
+        with torch.autocast("cpu", dtype=torch.float16):
+            torch.nn.LSTM(2, 2, batch_first=True)(torch.ones(3, 1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
 class Verdict:
     """The result of judging a case.
 
@@ -176,6 +188,8 @@ class _Trial:
             and "batch.micro: reduction: exact" in text
         ):
             return Verdict("refused", reason="batch.micro: auto in exact mode")
+        if self.job.get("precision") == "fp16" and "LSTM" in text and not lstm_computes_in_fp16():
+            return Verdict("refused", reason="torch has no LSTM in fp16 on this CPU")
         patterns = blocks.refusals(self.job)
         if not patterns:
             raise Broken(f"a sound job is refused: {text}")
