@@ -35,7 +35,6 @@ _MIN_NORM = 1e-3  # distances are relative to the norm of a tensor, but at least
 Start = Callable[[Mapping[str, Any], Path, int, int, Interruption | None], Outcome]
 
 
-@dataclass
 @functools.cache
 def lstm_computes_in_fp16() -> bool:
     """Whether torch itself has an LSTM in fp16 on this CPU."""
@@ -47,6 +46,7 @@ def lstm_computes_in_fp16() -> bool:
     return True
 
 
+@dataclass
 class Verdict:
     """The result of judging a case.
 
