@@ -90,7 +90,7 @@ def run_uninterrupted(folder: Path, workers: int) -> tuple[dict[str, torch.Tenso
     (folder / "job.yaml").write_text(JOB)
     started = time.monotonic()
     with (folder / "log").open("w") as log:
-        code = start(folder, workers, log).wait(timeout=120)
+        code = start(folder, workers, log).wait(timeout=600)
     assert code == 0, (folder / "log").read_text()
     weights = weights_of(folder)
     assert all(torch.isfinite(value).all() for value in weights.values())
@@ -154,7 +154,7 @@ def trial(
                 killed, saving = kill_one(folder, process, duration, in_save, rng)
                 kills += killed
                 kills_in_save += saving
-            code = process.wait(timeout=120)
+            code = process.wait(timeout=600)
             if code == 0 and kills == 0:
                 escapes += 1
                 assert escapes < 10, "ten runs in a row ended before they could be killed"

@@ -61,7 +61,7 @@ class Bench:
         self.started.append((process, log, time.monotonic()))
         return process
 
-    def end(self, process, timeout=150):
+    def end(self, process, timeout=600):
         """Wait for a run; every process of it must be gone a few seconds later."""
         _, log, began = next(entry for entry in self.started if entry[0] is process)
         try:
@@ -81,7 +81,7 @@ class Bench:
         fired = sorted(path.name for path in self.folder.glob("fired-*"))
         return EndedFaultyRun(code, self.text(log), seconds=seconds, fired=fired)
 
-    def run(self, workers, *arguments, timeout=150, **options):
+    def run(self, workers, *arguments, timeout=600, **options):
         """Start a run and wait for its end."""
         return self.end(self.begin(workers, *arguments, **options), timeout)
 
@@ -135,7 +135,7 @@ class Bench:
                 continue
         process.wait()
 
-    def until(self, condition, timeout=90):
+    def until(self, condition, timeout=600):
         """Wait for something to be true."""
         deadline = time.monotonic() + timeout
         while not condition():

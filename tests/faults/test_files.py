@@ -329,7 +329,7 @@ def test_a_second_run_of_the_same_folder_is_refused(bench):
     process = bench.begin(2, "epochs=2000")
     bench.until(bench.has_checkpoint)
     second = bench.begin(None, "epochs=2000")  # without a launcher: the lock does not care
-    assert second.wait(timeout=150) == 2
+    assert second.wait(timeout=600) == 2
     assert "is in use by process" in (bench.folder / "log1").read_text()
     process.send_signal(signal.SIGUSR1)
     assert bench.end(process).code == 75
@@ -435,7 +435,7 @@ def test_runs_killed_at_random_moments_are_identical():
         ],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agree 3" in done.stdout
@@ -454,6 +454,6 @@ def test_runs_killed_and_resumed_on_other_workers_end_the_same():
         ],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -139,7 +139,7 @@ def begin_launch(bench, options, **environ):
 @short
 def test_a_lost_rank_is_started_again_until_the_end(bench, whole):
     process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT="kill@1:25 segv@0:50")
-    ended = bench.end(process, timeout=200)
+    ended = bench.end(process, timeout=600)
     assert len(ended.fired) == 2
     assert ended.code == 0, ended.text
     assert ended.text.count("restart") == 2
@@ -149,7 +149,7 @@ def test_a_lost_rank_is_started_again_until_the_end(bench, whole):
 def test_a_fresh_launch_sets_an_earlier_run_aside_once_and_restarts_resume(bench, whole):
     assert bench.run(2, "seed=9", "epochs=0.5").code == 0
     process = begin_launch(bench, ["-np", "2", "job.yaml", "--fresh"], FAULT="kill@1:35")
-    ended = bench.end(process, timeout=200)
+    ended = bench.end(process, timeout=600)
     assert ended.fired
     assert ended.code == 0, ended.text
     assert ended.text.count("the earlier run was moved to runs/faults.1") == 1
@@ -161,7 +161,7 @@ def test_a_fresh_launch_sets_an_earlier_run_aside_once_and_restarts_resume(bench
 def test_a_hanging_rank_is_started_again_until_the_end(bench, whole):
     limits = ["timeouts.step_seconds=6", "timeouts.fetch_seconds=2"]
     process = begin_launch(bench, ["-np", "2", "job.yaml", *limits], FAULT="stop@1:25")
-    ended = bench.end(process, timeout=200)
+    ended = bench.end(process, timeout=600)
     assert ended.fired
     assert ended.code == 0, ended.text
     assert same(bench.checkpoint(), whole)
@@ -170,7 +170,7 @@ def test_a_hanging_rank_is_started_again_until_the_end(bench, whole):
 def test_a_run_that_comes_no_further_is_given_up(bench):
     faults = " ".join(f"kill@1:{at}" for at in range(3, 9))
     process = begin_launch(bench, ["-np", "2", "job.yaml"], FAULT=faults)
-    ended = bench.end(process, timeout=200)
+    ended = bench.end(process, timeout=600)
     assert ended.code == 137, ended.text
     assert "the last 3 starts made no progress" in ended.text
 
@@ -216,7 +216,7 @@ def test_a_second_interrupt_ends_the_grace_time_and_leaves_mpirun_time_to_end_it
     process.send_signal(signal.SIGINT)
     bench.until(lambda: "SIGINT: stopping the run" in (bench.folder / "log0").read_text())
     process.send_signal(signal.SIGINT)
-    ended = bench.end(process, timeout=30)
+    ended = bench.end(process, timeout=600)
     assert ended.code not in (0, 75, 137), ended.text  # 137: mpirun itself was killed
     assert "the grace time is over" in ended.text
 
@@ -230,7 +230,7 @@ def test_a_launch_on_hosts_that_shrink_goes_on_with_fewer_workers(bench):
     )
     bench.until(lambda: list(bench.folder.glob("fired-kill*")))
     hosts.write_text("localhost:2\n")
-    ended = bench.end(process, timeout=200)
+    ended = bench.end(process, timeout=600)
     assert ended.code == 0, ended.text
     assert "launch: 3 workers on localhost:3" in ended.text
     assert "launch: 2 workers on localhost:2" in ended.text

@@ -17,7 +17,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def start(folder):
-    def run(command, timeout=240, **environ):
+    def run(command, timeout=600, **environ):
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -41,7 +41,7 @@ def start(folder):
 def train(start):
     """Run a job: train(2, "jobs/digits.yaml", …) on two workers by mpirun, train(None, …) without a launcher."""
 
-    def run(workers, *arguments, launcher=None, timeout=240, **environ):
+    def run(workers, *arguments, launcher=None, timeout=600, **environ):
         launch = [] if workers is None else (launcher or [*MPIRUN, "-np", str(workers)])
         return start([*launch, *TRAIN, *arguments], timeout, **environ)
 

@@ -457,7 +457,7 @@ def test_loader_processes_end_with_a_run_that_fails(train, folder, workers):
         "jobs/digits.yaml",
         "model={name: 'slow_parts:Failing'}",
         "data={name: 'slow_parts:data', num_workers: 2}",
-        timeout=60,
+        timeout=600,
     )
     assert ended.code == 70
     pids = {int(line) for line in (folder / "pids").read_text().split()}

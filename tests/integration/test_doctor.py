@@ -39,7 +39,7 @@ def doctor(tmp_path):
             env=environment(PYTHONPATH=site, **environ),
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
         report = json.loads(done.stdout[done.stdout.index("{") :])
         found = {finding["name"]: finding for finding in report["findings"]}
@@ -65,7 +65,7 @@ def test_the_report_in_words_names_the_error_and_its_fix(tmp_path):
         env=environment(HOROVOD_ELASTIC="1"),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 3
     assert "ERROR    HOROVOD_ELASTIC: elastic Horovod is not supported" in done.stdout

@@ -209,7 +209,7 @@ def test_a_stop_that_meets_ranks_without_handlers_is_an_orderly_stop(tmp_path, s
         script = f"trap '' USR1; {script}"
     process = begin(tmp_path, script)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=20)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 75, text
     assert "stopped before the ranks were ready" in text
 
@@ -218,6 +218,6 @@ def test_signals_that_are_ignored_from_the_start_stay_ignored(tmp_path):
     """As nohup does for SIGHUP."""
     process = begin(tmp_path, "sleep 2", "nohup")
     os.kill(process.pid, signal.SIGHUP)
-    text, _ = process.communicate(timeout=20)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert "SIGHUP" not in text

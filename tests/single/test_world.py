@@ -39,5 +39,5 @@ def test_a_wrong_environment_leaves_no_watchdog_behind(handlers, monkeypatch, ca
     assert not armed
     for thread in threading.enumerate():
         if thread.name == "watchdog":
-            thread.join(timeout=5)
+            thread.join(timeout=60)
             assert not thread.is_alive()

@@ -154,7 +154,7 @@ def test_the_whole_job_is_a_job():
     assert len(STRUCTURED) + len(DAMAGED) >= 300
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("path", "text"), [case[1:] for case in STRUCTURED], ids=[case[0] for case in STRUCTURED]
 )
@@ -166,7 +166,7 @@ def test_a_changed_key_or_value(path, text):
         assert "Traceback" not in refused
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("text", [case[1] for case in DAMAGED], ids=[case[0] for case in DAMAGED])
 def test_damaged_bytes(text):
     refused = read_and_plan(text)

@@ -288,7 +288,7 @@ def test_a_sample_that_takes_very_long_does_not_hold_up_the_end():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")
 
@@ -331,6 +331,6 @@ def test_a_program_that_closes_nothing_ends_nevertheless():
         "print(next(loader.fetch(1)).micro_batch.size)\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")

@@ -87,7 +87,7 @@ def test_memory_that_really_ends_is_found_out():
         [sys.executable, "-c", "\n".join([*path, LIMITED])],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     # A sample takes 12 kB of input and some 8 × 30 × 30 × 4 bytes at each of five places, forwards and backwards.

@@ -75,14 +75,14 @@ def test_growth_without_limit_ends_at_what_the_record_of_a_decision_holds(max_ba
     ]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_an_outline_of_a_growth_that_has_reached_its_end_is_finished():
     """Every later mark gives the same batch, for ever."""
     stages = stages_of(AdaBatchGrowth(factor=1e20, every_epochs=0.001), 32, Clock(1437, 120))
     assert [(stage.global_batch, stage.end) for stage in stages] == [(32, 32 / 1437), (2**62, 120)]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("factor", "every_epochs"),
     [(1 + 1e-7, 1e-5), (1 + 1e-12, 1e-10), (math.nextafter(1, 2), 1e-14)],
