@@ -11,7 +11,11 @@
 #   HVDLARGE_WHEEL_CACHE   where built wheels are kept      (default: ~/.cache/hvdlarge/wheels)
 #   PIP_FIND_LINKS         a folder of archives and wheels, for a machine without a package index (with PIP_NO_INDEX=1): put
 #                          Horovod's source release, mpi4py's wheel and what they need into it with `pip download`
-#   HOROVOD_*              Horovod's own build variables pass through, e.g. HOROVOD_GPU_OPERATIONS=NCCL
+#   HOROVOD_GPU_OPERATIONS NCCL, or none: gradients of GPUs then go through the host's memory, as two workers on one GPU need.
+#                          Default: NCCL where torch is built for CUDA and nvcc is there, else none
+#   HOROVOD_CUDA_HOME      the CUDA toolkit                 (default: CUDA_HOME, the one of nvcc on PATH, /usr/local/cuda)
+#   HOROVOD_NCCL_*         where NCCL is                    (default: the one that torch was installed with)
+#   HOROVOD_*              Horovod's other build variables pass through
 #   MAKEFLAGS              compile jobs                     (default: -j<cores>)
 #
 # Exit code: 0 done; 1 something is missing or the result does not work (one message says what).
@@ -39,6 +43,44 @@ export MAKEFLAGS=${MAKEFLAGS:--j$(getconf _NPROCESSORS_ONLN)}
 command -v mpicxx >/dev/null || die "mpicxx is not on PATH; install an MPI with its headers (Debian: openmpi-bin libopenmpi-dev)"
 command -v c++ >/dev/null || die "no C++ compiler on PATH (Debian: g++)"
 
+# GPU operations: from the same CUDA release and the same NCCL as torch's, since two of either in one process do not work together.
+torch_cuda=$("$python" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)
+gpu=${HOROVOD_GPU_OPERATIONS:-}
+cuda_home=${HOROVOD_CUDA_HOME:-${CUDA_HOME:-}}
+if [ -z "$cuda_home" ]; then
+    nvcc=$(command -v nvcc || true)
+    [ -z "$nvcc" ] && cuda_home=/usr/local/cuda || cuda_home=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+fi
+nvcc=$cuda_home/bin/nvcc
+if [ -z "$gpu" ]; then
+    if [ -n "$torch_cuda" ] && [ -x "$nvcc" ]; then gpu=NCCL; else gpu=none; fi
+    if [ -n "$torch_cuda" ] && [ $gpu = none ]; then
+        say "torch is built for CUDA $torch_cuda, but there is no nvcc in $cuda_home: this Horovod will train on CPUs only"
+        say "for GPUs: install the CUDA toolkit $torch_cuda and set HOROVOD_CUDA_HOME to its folder"
+    fi
+fi
+unset HOROVOD_GPU_OPERATIONS
+nccl=none
+case $gpu in
+    none)
+        # torch's own search must not find a toolkit either: Horovod would compile CUDA kernels for nothing.
+        [ -n "$torch_cuda" ] && [ -x "$nvcc" ] && export HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home
+        ;;
+    NCCL | MPI)
+        [ -n "$torch_cuda" ] || die "HOROVOD_GPU_OPERATIONS=$gpu, but torch in $python is not built for CUDA"
+        [ -x "$nvcc" ] || die "HOROVOD_GPU_OPERATIONS=$gpu needs nvcc, which is not in $cuda_home/bin; set HOROVOD_CUDA_HOME"
+        nvcc_cuda=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
+        [ "${nvcc_cuda%%.*}" = "${torch_cuda%%.*}" ] ||
+            die "$nvcc is CUDA $nvcc_cuda and torch is built for CUDA $torch_cuda: the first numbers must agree; set HOROVOD_CUDA_HOME"
+        export HOROVOD_GPU_OPERATIONS=$gpu HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home PATH="$cuda_home/bin:$PATH"
+        ;;
+    *) die "HOROVOD_GPU_OPERATIONS=$gpu: one of NCCL, MPI, none" ;;
+esac
+if [ "$gpu" = NCCL ] && [ -z "${HOROVOD_NCCL_HOME:-}${HOROVOD_NCCL_INCLUDE:-}${HOROVOD_NCCL_LIB:-}" ]; then
+    # The NCCL that torch was installed with; empty for a torch that brings its own inside (then the toolkit's folders are searched).
+    nccl=$("$python" -c 'import importlib.util as u; s = u.find_spec("nvidia.nccl"); print(*s.submodule_search_locations)' 2>/dev/null) || nccl=
+fi
+
 # The setting of the build, spelt out: the key of the cache, and the answer to "what is this wheel made for?".
 recipe=$(
     "$python" - <<'PY'
@@ -49,6 +91,7 @@ PY
     echo "mpi $(mpicxx --showme:version 2>/dev/null || mpicxx -v 2>&1 | head -n 1) at $(command -v mpicxx)"
     echo "compiler $(c++ -dumpfullversion -dumpversion) libc $(getconf GNU_LIBC_VERSION 2>/dev/null || echo other)"
     echo "horovod $horovod_version mpi4py $mpi4py_version standard 17"
+    [ "$gpu" = none ] || echo "nvcc $nvcc_cuda nccl ${nccl:-of the toolkit}"
     env | grep -E '^HOROVOD_(WITH|GPU|NCCL|CUDA|ROCM|MPI|CPU|CCL|BUILD)' | sort
 )
 key=$(printf '%s' "$recipe" | sha256sum | cut -c1-16)
@@ -56,6 +99,11 @@ wheels=$cache/$key
 
 horovod_wheel() { ls "$wheels"/horovod-*.whl 2>/dev/null | head -n 1; }
 mpi4py_wheel() { ls "$wheels"/mpi4py-*.whl 2>/dev/null | head -n 1; }
+
+# Python's traceback at the end of the log hides what CMake and the compiler said first.
+show_errors() {
+    grep -iE -A 6 'cmake error|error:|fatal|undefined reference|not found' "$1" | grep -v '^ *File "' | head -n 60 >&2 || tail -n 40 "$1" >&2
+}
 
 build_horovod() {
     local work=$1 archive=$1/archive/horovod-$horovod_version.tar.gz file
@@ -73,10 +121,18 @@ build_horovod() {
             die "expected the line that asks for C++14 exactly once in ${file#"$work/"}"
         sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 17)/' "$file"
     done
+    if [ "$gpu" = NCCL ] && [ -e "$nccl/lib/libnccl.so.2" ]; then
+        # The package has the library under its run-time name only; linkers look for the other.
+        mkdir -p "$work/nccl" && ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
+        export HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$work/nccl HOROVOD_NCCL_LINK=SHARED
+    fi
+    say "GPU operations: $gpu"
+    # Headers that Horovod's sources use without naming them: up to GCC 12 they came along with others.
+    export CXXFLAGS="${CXXFLAGS:-} -include string -include cstdint -include memory -include stdexcept -include limits"
     say "building Horovod $horovod_version (one and a half to five minutes on two cores)"
     local started=$SECONDS
     pip wheel --quiet --no-deps --no-build-isolation -w "$work/wheel" "$source" > "$work/horovod.log" 2>&1 ||
-        { tail -n 40 "$work/horovod.log" >&2; die "Horovod did not build; the last lines of the compiler are above"; }
+        { show_errors "$work/horovod.log"; die "Horovod did not build; the compiler's errors are above"; }
     say "built in $((SECONDS - started)) s"
 }
 
@@ -88,7 +144,7 @@ get_mpi4py() {
         say "building mpi4py $mpi4py_version against the same MPI (two to three minutes on two cores)"
         MPICC=$(command -v mpicc) pip wheel --quiet --no-deps --no-cache-dir --no-binary mpi4py -w "$work/wheel" \
             "mpi4py==$mpi4py_version" > "$work/mpi4py.log" 2>&1 ||
-            { tail -n 40 "$work/mpi4py.log" >&2; die "mpi4py did not build; the last lines are above"; }
+            { show_errors "$work/mpi4py.log"; die "mpi4py did not build; the compiler's errors are above"; }
         say "built in $((SECONDS - started)) s"
     else
         pip wheel --quiet --no-deps -w "$work/wheel" "mpi4py==$mpi4py_version" || die "mpi4py $mpi4py_version could not be fetched"

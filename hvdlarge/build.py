@@ -394,7 +394,7 @@ def build_loader(data: sections.Data, form: SampleForm, training_set: Any, seed:
     """
     fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form)
     if reads_batches(training_set):
-        return TensorLoader(fetch)
+        return TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
     return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
 
 

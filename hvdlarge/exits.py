@@ -141,3 +141,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(
         text in str(error) for text in _OUT_OF_MEMORY
     )
+
+
+def is_device_assert(error: BaseException) -> bool:
+    """Whether a kernel of a GPU found an index out of its range; raised late, by whatever waits for
+    the GPU next.
+
+    >>> is_device_assert(RuntimeError("CUDA error: device-side assert triggered"))
+    True
+    """
+    return isinstance(error, RuntimeError) and "device-side assert" in str(error)

@@ -413,6 +413,9 @@ def fetch_timed(
             loaded = next(fetched)
         components.watchdog.progress("step")
         yield loaded
+        components.watchdog.progress("fetch")
+        with timers("fetch"):
+            components.loader.read_ahead()
     components.watchdog.progress("allreduce")
 
 

@@ -218,6 +218,13 @@ def _abort_all(error: BaseException, launch: Launch | None, control: ControlChan
         print_error(f"communication failed on {rank}: {error}")
     elif isinstance(error, exits.OutOfMemory):
         print_error(f"{rank}: {error}")
+    elif exits.is_device_assert(error):
+        print_error(
+            f"an index was out of its range on the GPU of {rank}: most often a class index in the "
+            "targets that the model has no output for, or an index beyond an embedding; the lines "
+            "with 'Assertion' above name the operation, and CUDA_LAUNCH_BLOCKING=1 or a run on the "
+            "CPU (CUDA_VISIBLE_DEVICES=) the line of code"
+        )
     elif is_shared_memory_error(error):
         print_error(f"{rank}: {shared_memory_advice(error)}")
         control.abort(exits.WRONG_ENVIRONMENT)

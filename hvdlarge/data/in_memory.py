@@ -42,7 +42,17 @@ class InMemory(Dataset):
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the samples `indices`, shape (n,)."""
-        return self.inputs[indices], self.targets[indices]
+        return rows(self.inputs, indices), rows(self.targets, indices)
+
+
+def rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`tensor[indices]`; where a GPU is in use, in pinned memory, from which copies are
+    asynchronous.
+    """
+    if tensor.device.type != "cpu" or not torch.cuda.is_initialized():
+        return tensor[indices]
+    pinned = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+    return torch.index_select(tensor, 0, indices, out=pinned)
 
 
 def reads_batches(dataset: Any) -> bool:

@@ -50,6 +50,10 @@ class Loader(Protocol):
         """
         ...
 
+    def read_ahead(self) -> None:
+        """Called while the device computes: a loader without processes may read what comes next."""
+        ...
+
     def close(self) -> None:
         """Stop threads and processes. `fetch` must not be called afterwards."""
         ...
@@ -124,11 +128,15 @@ class TensorLoader:
 
     Args:
         dataset: over a data set held as tensors.
+        reads_ahead: whether the next micro-batch is read while a GPU computes; on a CPU that gains
+            nothing.
     """
 
-    def __init__(self, dataset: MicroBatchDataset) -> None:
+    def __init__(self, dataset: MicroBatchDataset, reads_ahead: bool = False) -> None:
         self._dataset = dataset
         self._announced: deque[MicroBatch] = deque()
+        self._reads_ahead = reads_ahead
+        self._ahead: LoadedMicroBatch | None = None
 
     def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
         """Announce this rank's micro-batches of the next step."""
@@ -137,12 +145,22 @@ class TensorLoader:
     def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
         """The next `count` announced micro-batches, in order."""
         for _ in range(count):
-            loaded = self._dataset[self._announced.popleft()]
-            assert loaded is not None
+            loaded = self._load() if self._ahead is None else self._ahead
+            self._ahead = None
             yield loaded
+
+    def read_ahead(self) -> None:
+        """See Loader."""
+        if self._reads_ahead and self._ahead is None and self._announced:
+            self._ahead = self._load()
 
     def close(self) -> None:
         """Nothing to stop."""
+
+    def _load(self) -> LoadedMicroBatch:
+        loaded = self._dataset[self._announced.popleft()]
+        assert loaded is not None
+        return loaded
 
 
 class _QueuedMicroBatches:
@@ -222,6 +240,9 @@ class WorkerLoader:
                 raise loaded.with_traceback(None)
             self._free_slots.release()
             yield loaded
+
+    def read_ahead(self) -> None:
+        """Nothing to do: the loader processes read ahead by themselves."""
 
     def close(self) -> None:
         """Stop the thread and the loader processes, within seconds even while a sample loads."""

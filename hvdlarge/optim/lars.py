@@ -158,7 +158,7 @@ class LARS(MeanGradientOptimizer):
                 for weight, grad_norm in zip(weights, grad_norms, strict=True)
             ]
         self._ratios.update(zip(weights, ratios, strict=True))
-        list_update(weights, grads, velocities, [_momentum_step(group, one) for one in ratios])
+        list_update(weights, grads, velocities, _momentum_step(group, 1.0), ratios)
 
     def _velocity(self, weight: torch.Tensor) -> torch.Tensor:
         state = self.state[weight]

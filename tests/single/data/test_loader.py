@@ -144,19 +144,21 @@ def test_a_worker_loader_follows_growing_steps_and_idle_ones(num_workers, ahead)
     loader.close()
 
 
-def test_both_loaders_give_the_stream():
+def test_every_loader_gives_the_stream():
     steps = steps_of([16, 40, 120])
     inputs = torch.arange(100)
-    direct = TensorLoader(MicroBatchDataset(InMemory(inputs, inputs), seed=3, shuffled=True))
+    stream = MicroBatchDataset(InMemory(inputs, inputs), seed=3, shuffled=True)
+    direct, ahead = TensorLoader(stream), TensorLoader(stream, reads_ahead=True)
     worker = WorkerLoader(
         MicroBatchDataset(Numbers(), seed=3, shuffled=True), num_workers=2, prefetch_factor=2
     )
-    for loader in (direct, worker):
+    for loader in (direct, ahead, worker):
         for number, step in enumerate(steps):
             loader.enqueue(step, number == 2)
         for step in steps:
             for micro, loaded in zip(step, loader.fetch(len(step)), strict=True):
                 assert loaded.inputs.tolist() == samples(3, 100, micro.start, micro.stop).tolist()
+                loader.read_ahead()
         loader.close()
 
 
