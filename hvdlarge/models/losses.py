@@ -139,6 +139,8 @@ class FromModel:
             weight = ((labels[..., 1:] if self._shifted else labels) != self._ignored).sum()
         else:
             return loss
+        # Half precision does not hold the sum over more than a few targets
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         # A mean over no target is nan, which a weight of 0 would keep
         total = torch.where(torch.as_tensor(weight, device=loss.device) > 0, loss * weight, 0.0)
         return total, weight

@@ -184,6 +184,7 @@ class SampleMean:
     """A step whose loss is a mean over its samples: every weight is known beforehand."""
 
     weighted = False
+    without_weight = 0  # see WeightedMean
 
     def share(self, loss: LossValue, size: int, global_batch: int) -> torch.Tensor:
         """The share of a micro-batch of `size` samples in the step's loss, shape ()."""
@@ -201,12 +202,16 @@ class WeightedMean:
 
     Args:
         control: the channel between the ranks.
+
+    Attributes:
+        without_weight: micro-batches of the last step whose weight was 0, of all ranks.
     """
 
     weighted = True
 
     def __init__(self, control: ControlChannel) -> None:
         self._control = control
+        self.without_weight = 0
         self._weights: list[torch.Tensor] = []
 
     def share(self, loss: LossValue, size: int, global_batch: int) -> torch.Tensor:
@@ -228,6 +233,7 @@ class WeightedMean:
         messages = self._control.allgather(struct.pack(f"<{len(own)}d", *own))
         weights = [value for each in messages for (value,) in struct.iter_unpack("<d", each)]
         total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
+        self.without_weight = weights.count(0)
         if not (total > 0 and min(weights) >= 0):
             raise JobError(
                 f"loss.name: the weights of a step's micro-batches must be 0 or more and add up to "
