@@ -521,7 +521,8 @@ def build_policy(not_finite: Any, state: TrainState, replica: Replica) -> NonFin
     """The policy for steps whose gradients are not finite, from the job's `on_nonfinite`."""
     policy: StopPolicy | SkipPolicy | RollbackPolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
-        policy = SkipPolicy(not_finite.limit, state.skipped - state.overflows)
+        skipped = state.skipped - state.overflows - state.without_loss
+        policy = SkipPolicy(not_finite.limit, skipped)
     elif isinstance(not_finite, sections.RollbackWhenNotFinite):
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:

@@ -98,6 +98,10 @@ def train(components: LoopComponents, state: TrainState) -> None:
             )
         if not outcome.applied:
             state.skipped += 1
+        if outcome.has_no_loss:
+            state.without_loss += 1
+            if state.without_loss == 1:
+                components.log.note(_no_loss_note(decision))
         observe(components, decision, outcome, timers)
         record(components, state, decision, outcome, timers)
         call_hooks(components, "after_step", state, decision)
@@ -197,6 +201,14 @@ def call_hooks(
         ]
 
     components.hooks.call(event, view)
+
+
+def _no_loss_note(decision: Decision) -> str:
+    return (
+        f"step {decision.step} (epoch {decision.epoch:.2f}, global batch "
+        f"{decision.global_batch:,}) has no target that counts: it updates nothing and has no "
+        "loss; summary.json counts such steps, steps_without_loss"
+    )
 
 
 def _is_logged(components: LoopComponents, decision: Decision) -> bool:

@@ -225,8 +225,11 @@ class WeightedMean:
         """What multiplies the sum of the shares and their gradients. Every rank calls this
         together, after its last pass of the step.
 
+        Returns:
+            B / Σ wᵢ; not a number if all weights are 0, as the step then has no loss.
+
         Raises:
-            JobError: on every rank, unless the weights add up to a positive number.
+            JobError: on every rank, unless the weights are 0 or more.
         """
         own = torch.stack(self._weights).tolist() if self._weights else []
         self._weights = []
@@ -234,10 +237,10 @@ class WeightedMean:
         weights = [value for each in messages for (value,) in struct.iter_unpack("<d", each)]
         total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
         self.without_weight = weights.count(0)
-        if not (total > 0 and min(weights) >= 0):
+        if not (math.isfinite(total) and min(weights) >= 0):
             raise JobError(
-                f"loss.name: the weights of a step's micro-batches must be 0 or more and add up to "
-                f"a positive number; they are {', '.join(f'{value:g}' for value in weights[:8])}"
+                f"loss.name: the weights of a step's micro-batches must be 0 or more; they are "
+                f"{', '.join(f'{value:g}' for value in weights[:8])}"
                 f"{' …' if len(weights) > 8 else ''}"
             )
-        return global_batch / total
+        return global_batch / total if total else math.nan
