@@ -354,7 +354,9 @@ def build_replica(
         averaging=WeightedMean(control) if components.rehearsed.weighted_loss else SampleMean(),
         update=update,
         statistics=statistics,
-        loss_scaler=LossScaler(scale_for_compression(compression, control.size)),
+        loss_scaler=LossScaler(
+            scale_for_compression(compression, control.size, components.rehearsed.weight_per_sample)
+        ),
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
         names=names,

@@ -144,7 +144,7 @@ def _tried(job: Job, components: Components, only: str | None) -> Components:
     finally:
         loader.close()
     rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
-    weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weighted
+    weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weight is not None
     if only not in ("engine", "control"):
         plain = job.data.targets is None and job.data.collate is None and job.model.output is None
         pairs = isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)

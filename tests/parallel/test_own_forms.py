@@ -104,6 +104,17 @@ def test_a_mean_over_tokens_does_not_depend_on_the_micro_batch(control, tensors,
         assert result["state"]["results"] == pytest.approx(expected["state"]["results"], rel=1e-9)
 
 
+def test_large_weights_do_not_overflow_where_gradients_travel_in_16_bits(control, tensors, folder):
+    jobs = {
+        name: job_of(
+            [f"loss.name=own_forms:{name}", "precision=fp32", "gradients.compression=fp16"]
+        )
+        for name in ("token_sum", "heavy_sum")
+    }
+    results = {name: train(job, control, tensors, folder / name) for name, job in jobs.items()}
+    assert distance(results["heavy_sum"], results["token_sum"]) < 2e-3
+
+
 @pytest.mark.parametrize("more", [[], ["on_nonfinite={policy: skip, limit: 1}", "precision=fp32"]])
 def test_a_step_without_any_target_updates_nothing(control, tensors, folder, capsys, more):
     job = job_of(
