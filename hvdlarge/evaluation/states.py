@@ -111,6 +111,8 @@ class StateMetric:
         try:
             value: Any = self._metric.compute()
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise JobError(
                 f"evaluate.metrics: {self._name}: compute() raises {type(error).__name__}: {error}"
             ) from error
