@@ -121,7 +121,10 @@ def take_step(components: LoopComponents, decision: Decision, timers: PhaseTimer
     """
     layout = components.plan.layout(decision)
     micro_batches = fetch_timed(
-        components, len(layout.numbers_of_rank(components.replica.rank)), timers
+        components,
+        len(layout.numbers_of_rank(components.replica.rank)),
+        layout.accumulation_steps,
+        timers,
     )
     compare = decision.step % components.cadence.compare_every_steps == 0
     if compare and components.rounds_differently:
@@ -301,9 +304,11 @@ def evaluate(
     )
     if components.evaluation is None or not (passed or decision.is_last):
         return False
-    with timers("measure"), components.watchdog.during("evaluate"):
+    with timers("measure"):
         components.replica.statistics.all_reduce(components.tensors.sum)
-        results = evaluate_weights(components.evaluation, components.replica, components.tensors)
+        results = evaluate_weights(
+            components.evaluation, components.replica, components.tensors, components.watchdog
+        )
         components.replica.statistics.to_partial()
     # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
@@ -322,15 +327,16 @@ def evaluate(
 
 
 def evaluate_weights(
-    evaluation: Evaluation, replica: Replica, tensors: Collectives
+    evaluation: Evaluation, replica: Replica, tensors: Collectives, watchdog: Watchdog
 ) -> dict[str, float]:
     """The results of the weights, and those of the averaged ones under names with `ema_`. Every
     rank calls this together, as `Evaluation.run`.
     """
-    results = evaluation.run(replica, tensors)
+    with watchdog.during("evaluate"):
+        results = evaluation.run(replica, tensors)
     if replica.ema is None:
         return results
-    with replica.ema.in_use():
+    with watchdog.during("evaluate"), replica.ema.in_use():
         averaged = evaluation.run(replica, tensors)
     return results | {f"{AVERAGED}{name}": value for name, value in averaged.items()}
 
@@ -412,11 +418,12 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 
 
 def fetch_timed(
-    components: LoopComponents, count: int, timers: PhaseTimers
+    components: LoopComponents, count: int, most: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
     """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
 
-    After the last one begins the phase `allreduce`: other ranks may still wait for their data.
+    After the last one begins the phase `allreduce`: other ranks may still wait for the data of all
+    of theirs, which are `most` at most.
     """
     fetched = components.loader.fetch(count)
     for _ in range(count):
@@ -425,7 +432,7 @@ def fetch_timed(
             loaded = next(fetched)
         components.watchdog.progress("step")
         yield loaded
-    components.watchdog.progress("allreduce")
+    components.watchdog.progress("allreduce", times=most)
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -64,11 +64,11 @@ class StepClock(Watchdog):
         super().__init__(rank, limits)
         self.starts: list[float] = []  # time.perf_counter()
 
-    def progress(self, phase: str, step: int | None = None) -> None:
+    def progress(self, phase: str, step: int | None = None, times: int = 1) -> None:
         """See Watchdog; records the time when a step starts."""
         if step is not None:
             self.starts.append(time.perf_counter())
-        super().progress(phase, step)
+        super().progress(phase, step, times)
 
 
 def measure_step(

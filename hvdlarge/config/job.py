@@ -356,16 +356,18 @@ class Timeouts(Section):
     checkpoint_seconds: Positive = 3600.0
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
-    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum."""
+    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum, for
+    each of the micro-batches that a worker has in a step."""
     evaluate_seconds: Positive = 3600.0
-    """One evaluation."""
+    """One evaluation; that of averaged weights (`ema`) is another."""
     save_seconds: Positive = 3600.0
     """Saving a checkpoint."""
 
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
         limits = {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
-        # Others wait there for a rank that waits for its data; a rehearsal fetches samples, too
+        # Others wait there for a rank that waits for its data, as long for each micro-batch; a
+        # rehearsal fetches samples, too
         both = self.fetch_seconds + self.step_seconds
         return limits | {"rehearse": both, "allreduce": both}
 
