@@ -184,7 +184,11 @@ class Hooks:
     def _run(
         self, name: str, event: str, method: Callable[..., None], values: Sequence[Any]
     ) -> None:
-        tensors = [*named_parameters(self._modules), *named_buffers(self._modules)]
+        tensors = [
+            (what, tensor)
+            for what, tensor in (*named_parameters(self._modules), *named_buffers(self._modules))
+            if not tensor.is_inference()  # read-only here, and without a version
+        ]
         versions = [tensor._version for _, tensor in tensors]
         modes = [(part, module, module.training) for part, module in named_modules(self._modules)]
         try:
