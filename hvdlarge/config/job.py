@@ -24,6 +24,7 @@ from pydantic import (
 
 from hvdlarge.config import registry, yaml_source
 from hvdlarge.config.own_parts import OwnPolicy, OwnSection
+from hvdlarge.config.part_errors import first_line
 from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, OwnOptimizer, Positive
 from hvdlarge.schedule.decay import ConstantDecay, Decay
 from hvdlarge.schedule.growth import LARGEST_BATCH, Growth, NoGrowth
@@ -190,7 +191,12 @@ class Batch(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Batch:
-        self.growth.check_initial(self.first)
+        try:
+            self.growth.check_initial(self.first)
+        except ValueError:
+            raise
+        except Exception as error:  # of an own policy
+            raise ValueError(f"{self.growth.policy}: {first_line(error)}") from None
         return self
 
 
