@@ -38,7 +38,6 @@ from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError, is_out_of_memory
-from hvdlarge.models.freezing import freeze
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -62,6 +61,7 @@ from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
 from hvdlarge.replica.ema import WeightAverage
+from hvdlarge.replica.freezing import freeze
 from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState

@@ -10,11 +10,12 @@ Contract: a step's loss is Σ sums / Σ weights over all its micro-batches (repl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+
+from hvdlarge.models.parts import NoSuchPartError, part_of
 
 # No target has this value: without `ignore_index` none is ignored, where torch ignores −100
 _NONE_IGNORED = -(2**62)
@@ -147,9 +148,7 @@ class FromModel:
 
 
 def _part(value: Any, name: str, where: str) -> Any:
-    if isinstance(value, Mapping) and name in value:
-        return value[name]
-    if not isinstance(value, Mapping) and hasattr(value, name):
-        return getattr(value, name)
-    known = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-    raise ValueError(f"there is no {name!r} in {where}, a {type(value).__name__}{known}")
+    try:
+        return part_of(value, name)
+    except NoSuchPartError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -23,6 +23,7 @@ import torch
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.data.samples import Targets
 from hvdlarge.exits import JobError, PartError
+from hvdlarge.models.parts import NoSuchPartError, part_of
 from hvdlarge.models.state import Modules, trained_modules
 from hvdlarge.optim.precision import Precision
 
@@ -120,23 +121,10 @@ class Objective:
             outputs = self.model(*batch)
         else:
             outputs = self.model(batch)
-        return outputs if self._output is None else field_of(outputs, self._output)
-
-
-def field_of(value: Any, field: str | int) -> Any:
-    """A part of a model's output: an item of a dict or tuple, or an attribute.
-
-    Raises:
-        LossError: if there is none of that name.
-    """
-    if isinstance(field, str) and not isinstance(value, Mapping) and hasattr(value, field):
-        return getattr(value, field)
-    try:
-        return value[field]
-    except (KeyError, IndexError, TypeError):
-        keys = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-        message = f"there is no {field!r} in a {type(value).__name__}{keys}"
-        raise LossError(message, "model.output") from None
+        try:
+            return outputs if self._output is None else part_of(outputs, self._output)
+        except NoSuchPartError as error:
+            raise LossError(str(error), "model.output") from None
 
 
 def loss_value(value: Any) -> LossValue:

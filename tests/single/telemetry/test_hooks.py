@@ -56,7 +56,7 @@ class WrongArguments:
     [
         (object(), "hooks: own has none of on_start, after_step"),
         (Hook(), "has none of"),
-        (Misspelt(), "has after_evaluations, which is never called; did you mean after_evaluation?"),
+        (Misspelt(), "has after_evaluations, which is never called; did you mean 'after_evaluation'"),
         (WrongArguments(), r"on_end is called with \(run, finished\): too many positional"),
     ],
 )  # fmt: skip
