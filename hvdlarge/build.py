@@ -38,7 +38,6 @@ from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError, is_out_of_memory
-from hvdlarge.models.freezing import freeze
 from hvdlarge.models.state import (
     Modules,
     extra_states,
@@ -62,6 +61,7 @@ from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
 from hvdlarge.replica.ema import WeightAverage
+from hvdlarge.replica.freezing import freeze
 from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
@@ -354,7 +354,9 @@ def build_replica(
         averaging=WeightedMean(control) if components.rehearsed.weighted_loss else SampleMean(),
         update=update,
         statistics=statistics,
-        loss_scaler=LossScaler(scale_for_compression(compression, control.size)),
+        loss_scaler=LossScaler(
+            scale_for_compression(compression, control.size, components.rehearsed.weight_per_sample)
+        ),
         clip_norm=job.gradients.clip_norm,
         zero_if_missing=job.gradients.missing == "zero",
         names=names,
@@ -521,7 +523,8 @@ def build_policy(not_finite: Any, state: TrainState, replica: Replica) -> NonFin
     """The policy for steps whose gradients are not finite, from the job's `on_nonfinite`."""
     policy: StopPolicy | SkipPolicy | RollbackPolicy
     if isinstance(not_finite, sections.SkipWhenNotFinite):
-        policy = SkipPolicy(not_finite.limit, state.skipped - state.overflows)
+        skipped = state.skipped - state.overflows - state.without_loss
+        policy = SkipPolicy(not_finite.limit, skipped)
     elif isinstance(not_finite, sections.RollbackWhenNotFinite):
         policy = RollbackPolicy(not_finite.limit, not_finite.lr_factor, state.rolled_back)
     else:

@@ -9,12 +9,37 @@ end without a bubble. No rank recomputes a decision.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from hvdlarge.comm.interfaces import ControlChannel
+from hvdlarge.config.own_parts import is_own
+from hvdlarge.config.part_errors import describe
+from hvdlarge.exits import PartError
 from hvdlarge.schedule.decision import DECISION_BYTES, Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
+from hvdlarge.schedule.section import Policy
 from hvdlarge.schedule.warmup import StageStart
+
+
+class PolicyError(PartError):
+    """An own schedule policy raised in the run, or gave what it must not. Not a RunExit, since rank
+    0 alone asks it.
+    """
+
+    origin = "a schedule policy of your own"
+
+
+@contextmanager
+def _naming_own(*policies: Policy) -> Iterator[None]:
+    """Errors in the `with` block, in which policies are asked, name those of the user's own."""
+    try:
+        yield
+    except Exception as error:
+        own = [policy.policy for policy in policies if is_own(policy.policy)]
+        if not own:
+            raise
+        raise PolicyError(f"{' or '.join(own)}: {describe(error)}") from error
 
 
 class Controller:
@@ -41,6 +66,7 @@ class Controller:
         Raises:
             RuntimeError: if it depends on steps that have not been observed yet.
             ValueError: if the growth makes the batch smaller.
+            PolicyError: in place of any error of an own policy.
         """
         plan, clock = self._plan, self._plan.clock
         left = clock.total_samples - self._samples_seen
@@ -53,6 +79,9 @@ class Controller:
             self._stage_batch = stage_batch
         global_batch = min(stage_batch, left)
         end = clock.epoch(self._samples_seen + global_batch)
+        schedule = plan.lr_schedule
+        with _naming_own(schedule.warmup, schedule.decay):
+            lr = schedule.lr(self._stages, epoch, end, clock.epochs)
         decision = Decision(
             step=self._step,
             samples_seen=self._samples_seen,
@@ -61,7 +90,7 @@ class Controller:
             stage_batch=stage_batch,
             global_batch=global_batch,
             micro_batch=plan.micro_batch_of(global_batch),
-            lr=plan.lr_schedule.lr(self._stages, epoch, end, clock.epochs) * self._lr_factor,
+            lr=lr * self._lr_factor,
             is_last=global_batch == left,
         )
         self._step += 1
@@ -74,14 +103,16 @@ class Controller:
         current = self._stage_batch or initial
         if growth.depends_on_measurement:
             before = self._plan.clock.epoch(self._samples_seen - self._stage_batch)
-            if not self._stages or not growth.acts_between(before, epoch):
-                return current
+            with _naming_own(growth):
+                if not self._stages or not growth.acts_between(before, epoch):
+                    return current
             if self._steps_taken < self._step:
                 raise RuntimeError(
                     f"step {self._step} depends on what is measured in step {self._step - 1}, and "
                     f"{self._steps_taken} steps were observed"
                 )
-        return growth.checked_next_batch(initial, current, epoch, self._measured)
+        with _naming_own(growth):
+            return growth.checked_next_batch(initial, current, epoch, self._measured)
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
         """Record that a step was taken, and what was measured in it.

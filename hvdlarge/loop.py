@@ -98,6 +98,10 @@ def train(components: LoopComponents, state: TrainState) -> None:
             )
         if not outcome.applied:
             state.skipped += 1
+        if outcome.has_no_loss:
+            state.without_loss += 1
+            if state.without_loss == 1:
+                components.log.note(_no_loss_note(decision))
         observe(components, decision, outcome, timers)
         record(components, state, decision, outcome, timers)
         call_hooks(components, "after_step", state, decision)
@@ -117,7 +121,10 @@ def take_step(components: LoopComponents, decision: Decision, timers: PhaseTimer
     """
     layout = components.plan.layout(decision)
     micro_batches = fetch_timed(
-        components, len(layout.numbers_of_rank(components.replica.rank)), timers
+        components,
+        len(layout.numbers_of_rank(components.replica.rank)),
+        layout.accumulation_steps,
+        timers,
     )
     compare = decision.step % components.cadence.compare_every_steps == 0
     if compare and components.rounds_differently:
@@ -197,6 +204,14 @@ def call_hooks(
         ]
 
     components.hooks.call(event, view)
+
+
+def _no_loss_note(decision: Decision) -> str:
+    return (
+        f"step {decision.step} (epoch {decision.epoch:.2f}, global batch "
+        f"{decision.global_batch:,}) has no target that counts: it updates nothing and has no "
+        "loss; summary.json counts such steps, steps_without_loss"
+    )
 
 
 def _is_logged(components: LoopComponents, decision: Decision) -> bool:
@@ -289,9 +304,11 @@ def evaluate(
     )
     if components.evaluation is None or not (passed or decision.is_last):
         return False
-    with timers("measure"), components.watchdog.during("evaluate"):
+    with timers("measure"):
         components.replica.statistics.all_reduce(components.tensors.sum)
-        results = evaluate_weights(components.evaluation, components.replica, components.tensors)
+        results = evaluate_weights(
+            components.evaluation, components.replica, components.tensors, components.watchdog
+        )
         components.replica.statistics.to_partial()
     # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
@@ -310,15 +327,16 @@ def evaluate(
 
 
 def evaluate_weights(
-    evaluation: Evaluation, replica: Replica, tensors: Collectives
+    evaluation: Evaluation, replica: Replica, tensors: Collectives, watchdog: Watchdog
 ) -> dict[str, float]:
     """The results of the weights, and those of the averaged ones under names with `ema_`. Every
     rank calls this together, as `Evaluation.run`.
     """
-    results = evaluation.run(replica, tensors)
+    with watchdog.during("evaluate"):
+        results = evaluation.run(replica, tensors)
     if replica.ema is None:
         return results
-    with replica.ema.in_use():
+    with watchdog.during("evaluate"), replica.ema.in_use():
         averaged = evaluation.run(replica, tensors)
     return results | {f"{AVERAGED}{name}": value for name, value in averaged.items()}
 
@@ -400,11 +418,12 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 
 
 def fetch_timed(
-    components: LoopComponents, count: int, timers: PhaseTimers
+    components: LoopComponents, count: int, most: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
     """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
 
-    After the last one begins the phase `allreduce`: other ranks may still wait for their data.
+    After the last one begins the phase `allreduce`: other ranks may still wait for the data of all
+    of theirs, which are `most` at most.
     """
     fetched = components.loader.fetch(count)
     for _ in range(count):
@@ -416,7 +435,7 @@ def fetch_timed(
         components.watchdog.progress("fetch")
         with timers("fetch"):
             components.loader.read_ahead()
-    components.watchdog.progress("allreduce")
+    components.watchdog.progress("allreduce", times=most)
 
 
 def trust_ratios(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -35,7 +35,7 @@ from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.environment import host, versions
 from hvdlarge.comm.launcher import cores_per_worker
 from hvdlarge.comm.rank_checks import on_rank_0
-from hvdlarge.config.job import Job
+from hvdlarge.config.job import AVERAGED, Job
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
@@ -108,7 +108,8 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
         torch.cuda.reset_peak_memory_stats(device)
     components = replace(components, rehearsed=rehearsed)
     best = job.checkpoint.best
-    if best in rehearsed.without_result:
+    named = best if best in components.metrics else (best or "").removeprefix(AVERAGED)
+    if named in rehearsed.without_result:
         note = (
             f"checkpoint.best: {best} does not apply to the first samples of the test set; as "
             "long as it applies to none, no best.pt is written"

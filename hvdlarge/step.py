@@ -4,6 +4,7 @@ object handed in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -23,12 +24,14 @@ from hvdlarge.telemetry.timers import PhaseTimers
 class StepOutcome(NamedTuple):
     """The result of a step."""
 
-    # This worker's share of the mean loss, float64, shape (); all workers' shares add up to it
+    # This worker's share of the mean loss, float64, shape (); all workers' shares add up to it, or
+    # to no number if the step `has_no_loss`
     loss_share: torch.Tensor
     # Those of its micro-batches, in their order, each of shape ()
     micro_batch_shares: list[torch.Tensor]
     flags: StepFlags  # the same on every rank
     applied: bool  # whether the weights were updated; the same on every rank
+    has_no_loss: bool  # whether no target of the step counts; the same on every rank
 
 
 def train_step(
@@ -82,12 +85,19 @@ def train_step(
         factor = replica.averaging.factor(decision.global_batch)
     # After the all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient
     with timers("update"):
-        replica.loss_scaler.unscale(replica.names, factor)
-        norms = replica.update.optimizer.measure()
-        applied = policy.check(decision, replica, norms)
-        if applied:
-            replica.update.apply(norms.clipped(replica.clip_norm), decision.lr)
-    return StepOutcome(*_shares(micro_batch_shares, factor, replica), flags, applied)
+        applied = not math.isnan(factor) and _update(decision, replica, policy, factor)
+    shares = _shares(micro_batch_shares, factor, replica)
+    return StepOutcome(*shares, flags, applied, has_no_loss=math.isnan(factor))
+
+
+def _update(decision: Decision, replica: Replica, policy: NonFinitePolicy, factor: float) -> bool:
+    """Update the weights if the policy allows it, and return whether it does."""
+    replica.loss_scaler.unscale(replica.names, factor)
+    norms = replica.update.optimizer.measure()
+    if not policy.check(decision, replica, norms):
+        return False
+    replica.update.apply(norms.clipped(replica.clip_norm), decision.lr)
+    return True
 
 
 def _shares(

@@ -68,7 +68,8 @@ def run_job(
     On one worker, or on those of the launcher that has started this program: then every rank calls
     this together, with the same job and equal objects. An interrupted run is resumed; a finished
     one is left alone, and its summary is returned. torch's global settings (threads, TF32,
-    deterministic algorithms) are set as the job requires and are not restored.
+    deterministic algorithms) are set as the job requires and are not restored; signal handlers and
+    environment variables are.
 
     Args:
         job: the keys of a job file as a mapping, its path, or the name of a shipped job. A mapping

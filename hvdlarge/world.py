@@ -19,7 +19,13 @@ from typing import Any, NoReturn, TypeVar
 
 from hvdlarge import exits
 from hvdlarge.comm.connect import open_control, open_tensors
-from hvdlarge.comm.environment import set_environment, shared_settings, versions
+from hvdlarge.comm.environment import (
+    cannot_be_set,
+    set_environment,
+    shared_settings,
+    unset_environment,
+    versions,
+)
 from hvdlarge.comm.interfaces import (
     CollectiveError,
     CollectiveMismatchError,
@@ -104,7 +110,8 @@ def on_all_ranks(
         options: see there.
         work: see there.
         watched: see there.
-        last: whether MPI is finalized at the end, and this process opens no channel again.
+        last: whether MPI is finalized at the end, and this process opens no channel again; if not,
+            signal handlers and environment variables are put back at the end.
 
     Raises:
         RunExit: on every rank.
@@ -117,13 +124,32 @@ def on_all_ranks(
     if watched:
         watchdog.start()
         stop.install_handlers()
+    not_set = None if launch is None else cannot_be_set(horovod)
     settings = set_environment(launch, horovod)
+    if not_set and launch is not None and launch.rank == 0:
+        print_status(f"note     {not_set}")
     try:
         _refuse_other_launchers()
         control = open_control(launch)
-    except WorldMismatchError:
+        _on_channels(launch, attempt, options, work, last, control, settings, watchdog, stop)
+    finally:  # not reached where a single rank has failed: that ends the process
         watchdog.stop()
-        raise
+        if not last:  # the process goes on, as it was
+            stop.restore_handlers()
+            unset_environment(settings)
+
+
+def _on_channels(
+    launch: Launch | None,
+    attempt: Callable[[], JobOrNone],
+    options: Mapping[str, Any],
+    work: Callable[[RankContext, JobOrNone], None],
+    last: bool,
+    control: ControlChannel,
+    settings: Mapping[str, str],
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> None:
     try:
         job = raise_on_all_ranks(control, attempt)
         _check_equal(control, options, job)
@@ -136,12 +162,10 @@ def on_all_ranks(
         tensors.close()
     except exits.RunExit:
         control.close(last)
-        watchdog.stop()
         raise
     except BaseException as error:
         _abort_all(error, launch, control)
     control.close(last)
-    watchdog.stop()
 
 
 def _refuse_other_launchers() -> None:

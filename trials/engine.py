@@ -107,7 +107,7 @@ class NoWatchdog(Watchdog):
     def __init__(self) -> None:
         pass
 
-    def progress(self, phase: str, step: int | None = None) -> None:
+    def progress(self, phase: str, step: int | None = None, times: int = 1) -> None:
         """Do nothing."""
 
     @contextlib.contextmanager

@@ -64,11 +64,11 @@ class StepClock(Watchdog):
         super().__init__(rank, limits)
         self.starts: list[float] = []  # time.perf_counter()
 
-    def progress(self, phase: str, step: int | None = None) -> None:
+    def progress(self, phase: str, step: int | None = None, times: int = 1) -> None:
         """See Watchdog; records the time when a step starts."""
         if step is not None:
             self.starts.append(time.perf_counter())
-        super().progress(phase, step)
+        super().progress(phase, step, times)
 
 
 def measure_step(
@@ -144,7 +144,7 @@ def _tried(job: Job, components: Components, only: str | None) -> Components:
     finally:
         loader.close()
     rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
-    weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weighted
+    weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weight is not None
     if only not in ("engine", "control"):
         plain = job.data.targets is None and job.data.collate is None and job.model.output is None
         pairs = isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from hvdlarge import __version__
-from hvdlarge.comm.launcher import Launch, bound_cores, starting_settings
+from hvdlarge.comm.launcher import YIELD_WHEN_IDLE, Launch, bound_cores, starting_settings
 
 
 class HorovodSettings(Protocol):
@@ -84,7 +84,32 @@ def set_environment(launch: Launch | None, horovod: HorovodSettings) -> dict[str
         horovod.yield_when_idle,
     )
     os.environ.update(settings)
+    _read_by_mpi.setdefault(YIELD_WHEN_IDLE, os.environ.get(YIELD_WHEN_IDLE, "0"))
     return settings
+
+
+def unset_environment(settings: Mapping[str, str]) -> None:
+    """Take back what `set_environment` has set, so that a later run in this process sets its own:
+    Horovod reads its variables each time it starts.
+    """
+    for name in settings:
+        os.environ.pop(name, None)
+
+
+_read_by_mpi: dict[str, str] = {}  # as of the first run of this process: MPI starts once
+
+
+def cannot_be_set(horovod: HorovodSettings) -> str | None:
+    """What of a job's section MPI will not follow, having started with an earlier run of this
+    process, in words; None if it will follow all. To be called before `set_environment`.
+    """
+    wanted, read = horovod.yield_when_idle, _read_by_mpi.get(YIELD_WHEN_IDLE)
+    if wanted is None or read is None or wanted == (read != "0"):
+        return None
+    return (
+        f"horovod.yield_when_idle is {str(wanted).lower()}, but MPI has started with an earlier "
+        f"run of this process, and keeps {YIELD_WHEN_IDLE}={read}"
+    )
 
 
 def host() -> dict[str, Any]:

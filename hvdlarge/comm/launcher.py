@@ -55,6 +55,7 @@ _VARIABLES = (
 )
 
 _REPORT_SECONDS = 5.0  # within which another process of this host has reported
+YIELD_WHEN_IDLE = "OMPI_MCA_mpi_yield_when_idle"
 _STALL_CHECK_SECONDS = 60  # Horovod's default
 
 
@@ -178,7 +179,7 @@ def starting_settings(
     if cycle_ms is not None:
         settings["HOROVOD_CYCLE_TIME"] = f"{cycle_ms:g}"
     if yield_when_idle is not None or cores < 2 * local_size:
-        settings["OMPI_MCA_mpi_yield_when_idle"] = "0" if yield_when_idle is False else "1"
+        settings[YIELD_WHEN_IDLE] = "0" if yield_when_idle is False else "1"
     settings = {name: value for name, value in settings.items() if name not in environ}
     check, shutdown = (
         environ.get(f"HOROVOD_STALL_{what}_TIME_SECONDS", "") for what in ("CHECK", "SHUTDOWN")

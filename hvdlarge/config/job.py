@@ -24,6 +24,7 @@ from pydantic import (
 
 from hvdlarge.config import registry, yaml_source
 from hvdlarge.config.own_parts import OwnPolicy, OwnSection
+from hvdlarge.config.part_errors import first_line
 from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, OwnOptimizer, Positive
 from hvdlarge.schedule.decay import ConstantDecay, Decay
 from hvdlarge.schedule.growth import LARGEST_BATCH, Growth, NoGrowth
@@ -190,7 +191,12 @@ class Batch(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Batch:
-        self.growth.check_initial(self.first)
+        try:
+            self.growth.check_initial(self.first)
+        except ValueError:
+            raise
+        except Exception as error:  # of an own policy
+            raise ValueError(f"{self.growth.policy}: {first_line(error)}") from None
         return self
 
 
@@ -356,16 +362,18 @@ class Timeouts(Section):
     checkpoint_seconds: Positive = 3600.0
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
-    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum."""
+    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum, for
+    each of the micro-batches that a worker has in a step."""
     evaluate_seconds: Positive = 3600.0
-    """One evaluation."""
+    """One evaluation; that of averaged weights (`ema`) is another."""
     save_seconds: Positive = 3600.0
     """Saving a checkpoint."""
 
     def limits(self) -> dict[str, float]:
         """Seconds by phase."""
         limits = {name.removesuffix("_seconds"): value for name, value in self.model_dump().items()}
-        # Others wait there for a rank that waits for its data; a rehearsal fetches samples, too
+        # Others wait there for a rank that waits for its data, as long for each micro-batch; a
+        # rehearsal fetches samples, too
         both = self.fetch_seconds + self.step_seconds
         return limits | {"rehearse": both, "allreduce": both}
 

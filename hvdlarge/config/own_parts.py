@@ -12,9 +12,7 @@ import functools
 import itertools
 import json
 import math
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import pydantic
@@ -22,6 +20,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
 from pydantic_core import PydanticCustomError, core_schema
 
 from hvdlarge.config import registry
+from hvdlarge.config.part_errors import first_line
 from hvdlarge.exits import JobError
 from hvdlarge.optim.sections import OwnOptimizer
 from hvdlarge.schedule.decay import Decay
@@ -156,7 +155,7 @@ class OwnPolicy(_WithOwn):
         except pydantic.ValidationError:
             raise
         except Exception as error:
-            message = f"{section['policy']}: {in_own_code(error)}"
+            message = f"{section['policy']}: {first_line(error)}"
             raise PydanticCustomError(REFUSED, "{message}", {"message": message}) from None
 
 
@@ -175,7 +174,7 @@ def own_policy(name: str, base: type[Policy]) -> Any:
     except JobError as error:
         raise JobError(str(error).removeprefix("policy: ")) from None
     except Exception as error:
-        raise JobError(f"{name} cannot be imported: {in_own_code(error)}") from None
+        raise JobError(f"{name} cannot be imported: {first_line(error)}") from None
     where = f"{base.__name__} of {base.__module__}"
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise JobError(f"{name} is not a class below {where}")
@@ -214,16 +213,28 @@ def policy_problem(policy: Policy, epochs: float, batch: int, batch_factor: floa
     if not is_own(policy.policy):
         return None
     try:
+        if problem := _words_problem(policy, epochs):
+            return problem
         if isinstance(policy, Decay):
             return _decay_problem(policy, epochs)
         if isinstance(policy, Warmup):
             return _warmup_problem(policy, epochs, batch_factor)
         return _growth_problem(policy, epochs, batch) if isinstance(policy, Growth) else None
     except Exception as error:
-        return f"{policy.policy}: {in_own_code(error)}"
+        return f"{policy.policy}: {first_line(error)}"
 
 
 _ASKED = 200  # times a run
+
+
+def _words_problem(policy: Policy, epochs: float) -> str | None:
+    for key_and_message in policy.errors(epochs):
+        if not (isinstance(key_and_message, tuple) and [*map(type, key_and_message)] == [str, str]):
+            return f"errors() gives {key_and_message!r}: it must yield pairs (key, message)"
+    for note in policy.notes(epochs):
+        if not isinstance(note, str):
+            return f"notes() gives {note!r}: it must yield texts"
+    return None
 
 
 def _decay_problem(decay: Decay, epochs: float) -> str | None:
@@ -254,12 +265,16 @@ def _warmup_problem(warmup: Warmup, epochs: float, batch_factor: float) -> str |
     }.items():
         if not (_is_number(length) and length >= 0):
             return f"{name} is {length!r}: it must be a number of epochs, 0 or more"
+    if not isinstance(words := warmup.length_as_arithmetic(batch_factor), str):
+        return f"length_as_arithmetic is {words!r}: it must be a text"
     return None
 
 
 def _growth_problem(growth: Growth, epochs: float, batch: int) -> str | None:
     if growth.depends_on_measurement:
-        return None  # its answers are known to the run only
+        for number in range(_ASKED):  # the batches are known to the run only
+            growth.acts_between(epochs * number / _ASKED, epochs * (number + 1) / _ASKED)
+        return None
     current = batch
     for epoch in (epochs * number / _ASKED for number in range(_ASKED)):
         answers = [growth.next_batch(batch, current, epoch, {}) for _ in range(2)]
@@ -276,12 +291,3 @@ def _growth_problem(growth: Growth, epochs: float, batch: int) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def in_own_code(error: BaseException) -> str:
-    """An error as one line: its type, its message, and the last line of a user's own it came by."""
-    packages = (str(Path(__file__).parents[1]), str(Path(pydantic.__file__).parent), "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(packages)]
-    place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"

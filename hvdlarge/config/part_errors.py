@@ -44,6 +44,11 @@ def describe(error: BaseException) -> str:
     return f"{shown}{place}\n{_traceback(error)}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of `describe`: for messages of one line."""
+    return describe(error).partition("\n")[0]
+
+
 def origin(error: BaseException) -> str | None:
     """Where an error arose, in words, if that is a part that the job names; None for an error of
     the engine itself.

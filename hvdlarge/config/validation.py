@@ -12,7 +12,8 @@ from hvdlarge.schedule.warmup import NoWarmup
 RESERVED_RESULTS = {
     *("loss", "test_loss", "step", "steps", "epoch", "epochs", "samples_seen", "growths"),
     *("global_batch", "world_size", "lr", "trust_ratio_min", "trust_ratio_max", "skipped_steps"),
-    *("rollbacks", "train_seconds", "samples_per_second", "peak_memory_bytes", "gradient_bytes"),
+    *("steps_without_loss", "rollbacks"),
+    *("train_seconds", "samples_per_second", "peak_memory_bytes", "gradient_bytes"),
 }
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 

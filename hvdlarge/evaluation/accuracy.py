@@ -7,22 +7,35 @@ from typing import Any
 
 import torch
 
+from hvdlarge.evaluation.parts import MetricError
+
 
 class Accuracy:
     """Fraction of correct predictions, for targets that are class indices.
 
     Outputs are logits, shape (n, classes, …); targets are integer class indices, shape (n, …).
-    Negative targets do not count, as those of padding. For anything else `result` returns None.
+    For anything else `result` returns None.
+
+    Args:
+        ignore_index: targets of this value do not count, as in the loss `cross_entropy`; negative
+            ones, which are no classes, never do.
     """
 
     num_totals = 2
     higher_is_better = True
 
+    def __init__(self, ignore_index: int | None = None) -> None:
+        self._ignored = ignore_index
+
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Numbers of correct predictions and of all predictions, shape (2,)."""
+        """Numbers of correct predictions and of all predictions, shape (2,).
+
+        Raises:
+            MetricError: for a target that counts and is no class.
+        """
         if not are_classes(outputs, targets):
             return torch.zeros(2)
-        counted = targets >= 0
+        counted = counted_targets(outputs, targets, self._ignored)
         right = (self._is_right(outputs, targets) & counted).sum()
         return torch.stack([right, counted.sum()])
 
@@ -41,7 +54,7 @@ class Top5(Accuracy):
     """
 
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Numbers of targets among the five, and of all targets, shape (2,)."""
+        """Numbers of targets among the five, and of all targets, shape (2,); errors as above."""
         if not (are_classes(outputs, targets) and outputs.shape[1] > 5):
             return torch.zeros(2)
         return super().totals(outputs, targets)
@@ -57,6 +70,7 @@ class F1:
         num_classes: C, the number of classes.
         average: `macro` gives each class that occurs in targets or predictions the same weight,
             `micro` each prediction.
+        ignore_index: see `Accuracy`.
 
     Raises:
         ValueError: for another average, or fewer than two classes.
@@ -64,19 +78,22 @@ class F1:
 
     higher_is_better = True
 
-    def __init__(self, num_classes: int, average: str = "macro") -> None:
+    def __init__(
+        self, num_classes: int, average: str = "macro", ignore_index: int | None = None
+    ) -> None:
         if average not in ("macro", "micro"):
             raise ValueError(f"average is {average!r}: it is macro or micro")
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}: it must be at least 2")
-        self._classes, self._average = num_classes, average
+        self._classes, self._average, self._ignored = num_classes, average, ignore_index
         self.num_totals = 3 * num_classes
 
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
         """For each class, the numbers of correct predictions, predictions and targets, shape (3C,).
 
         Raises:
-            ValueError: for a target or output of a class that is not among the C.
+            ValueError: for outputs of another number of classes.
+            MetricError: for a target that counts and is none of the C classes.
         """
         if not are_classes(outputs, targets):
             return torch.zeros(self.num_totals)
@@ -84,7 +101,7 @@ class F1:
             raise ValueError(
                 f"num_classes is {self._classes}, the outputs have {outputs.shape[1]} classes"
             )
-        counted = targets >= 0
+        counted = counted_targets(outputs, targets, self._ignored)
         predicted, targets = outputs.argmax(dim=1)[counted], targets[counted]
         counts = [targets[predicted == targets], predicted, targets]
         return torch.cat([torch.bincount(each, minlength=self._classes) for each in counts])
@@ -116,3 +133,29 @@ def are_classes(outputs: Any, targets: Any) -> bool:
         and outputs.shape[1] > 1
         and (*outputs.shape[:1], *outputs.shape[2:]) == targets.shape
     )
+
+
+def counted_targets(
+    outputs: torch.Tensor, targets: torch.Tensor, ignored: int | None
+) -> torch.Tensor:
+    """Which targets count, shape (n, …): those that are not negative and not ignored.
+
+    Args:
+        outputs: logits, shape (n, classes, …).
+        targets: class indices, shape (n, …).
+        ignored: the value of those that do not count; None: no other than the negative ones.
+
+    Raises:
+        MetricError: if one that counts is no class.
+    """
+    counted = targets >= 0
+    if ignored is not None:
+        counted &= targets != ignored
+    if bool((beyond := counted & (targets >= outputs.shape[1])).any()):
+        target = int(targets[beyond][0])
+        raise MetricError(
+            f"evaluate.metrics: a target is {target}, and the outputs have {outputs.shape[1]} "
+            "classes, counted from 0: if such targets are not to count, give the metric args: "
+            f"{{ignore_index: {target}}}"
+        )
+    return counted

@@ -9,24 +9,34 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from hvdlarge.evaluation.accuracy import are_classes
+from hvdlarge.evaluation.accuracy import are_classes, counted_targets
 
 
 class Perplexity:
     """exp of the mean cross entropy over all targets, for targets that are class indices.
 
     Outputs are logits, shape (n, classes, …); targets are integer class indices, shape (n, …).
-    Negative targets do not count, as those of padding.
+
+    Args:
+        ignore_index: targets of this value do not count, as in the loss `cross_entropy`; negative
+            ones, which are no classes, never do.
     """
 
     num_totals = 2
     higher_is_better = False
 
+    def __init__(self, ignore_index: int | None = None) -> None:
+        self._ignored = ignore_index
+
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Sum of the cross entropy and the number of targets, shape (2,)."""
+        """Sum of the cross entropy and the number of targets, shape (2,).
+
+        Raises:
+            MetricError: for a target that counts and is no class.
+        """
         if not are_classes(outputs, targets):
             return torch.zeros(2)
-        counted = targets >= 0
+        counted = counted_targets(outputs, targets, self._ignored)
         logits = outputs.movedim(1, -1)[counted].double()
         loss = cross_entropy(logits, targets[counted], reduction="sum")
         return torch.stack([loss, counted.sum().double()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -66,8 +67,10 @@ class Evaluation:
             same on every rank.
 
         Raises:
-            JobError: on every rank, if a metric of a finite loss is not a number.
+            JobError: on every rank, if a metric of a finite loss is not a number, or no target of
+                the test set counts.
             MetricError: on one rank, if a metric's totals have another shape than it promised.
+            OutOfMemory: on one rank, naming what needs the memory.
         """
         for state_metric in self._with_states.values():
             state_metric.begin(replica.objective.precision.device)
@@ -75,18 +78,26 @@ class Evaluation:
         totals = self._local_totals(replica)
         replica.objective.set_mode(training=True)
         total_loss, total_weight, *others = tensors.sum(totals, "evaluation").tolist()
-        results = {"test_loss": total_loss / total_weight if total_weight else math.nan}
-        for state_metric in self._with_states.values():
-            state_metric.combine(tensors)
+        if total_weight == 0:
+            raise JobError(
+                "evaluate: no target of the test set counts (the weights of its losses add up to "
+                "0, as where all targets are ignored), so it has no loss: give another test set, "
+                "or none"
+            )
+        results = {"test_loss": total_loss / total_weight}
+        for name, state_metric in self._with_states.items():
+            with _explained(name):
+                state_metric.combine(tensors)
         sums = {}
         for name, metric in self._with_totals.items():
             sums[name], others = others[: metric.num_totals], others[metric.num_totals :]
         for name in self._names:
             try:
-                if name in sums:
-                    result = result_of(name, self._with_totals[name], sums[name])
-                else:
-                    result = self._with_states[name].result()
+                with _explained(name):
+                    if name in sums:
+                        result = result_of(name, self._with_totals[name], sums[name])
+                    else:
+                        result = self._with_states[name].result()
             except JobError:
                 if math.isfinite(total_loss):
                     raise
@@ -113,11 +124,21 @@ class Evaluation:
                 f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
             ):
                 loss, outputs, targets = objective.evaluate(inputs, targets)
-            loss_sum, weight = loss.totals(size)
-            total_loss += loss_sum
-            total_weight += weight
-            for part, (name, metric) in zip(parts, self._with_totals.items(), strict=True):
-                part += totals_of(name, metric, outputs, targets).to(totals)
-            for state_metric in self._with_states.values():
-                state_metric.update(outputs, targets)
+                loss_sum, weight = loss.totals(size)
+                total_loss += loss_sum
+                total_weight += weight
+                for part, (name, metric) in zip(parts, self._with_totals.items(), strict=True):
+                    part += totals_of(name, metric, outputs, targets).to(totals)
+            for name, state_metric in self._with_states.items():
+                with _explained(name):
+                    state_metric.update(outputs, targets)
         return totals
+
+
+def _explained(name: str) -> AbstractContextManager[None]:
+    """Out of memory in the `with` block is explained as that of a metric over the test set."""
+    return explain_out_of_memory(
+        f"evaluate.metrics: {name}",
+        "what it keeps may grow with the test set: take a metric whose states do not (for curves, "
+        "one with fixed thresholds), or evaluate fewer samples",
+    )

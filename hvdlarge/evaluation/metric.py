@@ -16,7 +16,7 @@ import torch
 from hvdlarge.config.job import AVERAGED
 from hvdlarge.evaluation.parts import MetricError, part
 from hvdlarge.evaluation.states import StateMetric
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, is_out_of_memory
 
 
 class Metric(Protocol):
@@ -166,6 +166,8 @@ def result_of(name: str, metric: Metric, totals: Sequence[float]) -> float | Non
     try:
         result: Any = metric.result(totals)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise JobError(
             f"evaluate.metrics: {name}: result({list(totals)}) raises {type(error).__name__}: "
             f"{error}"

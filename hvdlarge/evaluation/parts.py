@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from hvdlarge.exits import PartError
+from hvdlarge.models.parts import NoSuchPartError, part_of
 
 
 class MetricError(PartError):
@@ -15,19 +15,12 @@ class MetricError(PartError):
 
 
 def part(value: Any, name: str | int | None) -> Any:
-    """A part of outputs or targets: an item of a dict or tuple, or an attribute.
+    """A part of outputs or targets; the whole for None.
 
     Raises:
         MetricError: if there is none of that name.
     """
-    if name is None:
-        return value
-    if isinstance(name, str) and not isinstance(value, Mapping) and hasattr(value, name):
-        return getattr(value, name)
     try:
-        return value[name]
-    except (KeyError, IndexError, TypeError):
-        keys = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-        raise MetricError(
-            f"evaluate.metrics: there is no {name!r} in a {type(value).__name__}{keys}"
-        ) from None
+        return value if name is None else part_of(value, name)
+    except NoSuchPartError as error:
+        raise MetricError(f"evaluate.metrics: {error}") from None

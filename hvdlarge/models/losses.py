@@ -10,11 +10,12 @@ Contract: a step's loss is Σ sums / Σ weights over all its micro-batches (repl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+
+from hvdlarge.models.parts import NoSuchPartError, part_of
 
 # No target has this value: without `ignore_index` none is ignored, where torch ignores −100
 _NONE_IGNORED = -(2**62)
@@ -139,15 +140,15 @@ class FromModel:
             weight = ((labels[..., 1:] if self._shifted else labels) != self._ignored).sum()
         else:
             return loss
+        # Half precision does not hold the sum over more than a few targets
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         # A mean over no target is nan, which a weight of 0 would keep
         total = torch.where(torch.as_tensor(weight, device=loss.device) > 0, loss * weight, 0.0)
         return total, weight
 
 
 def _part(value: Any, name: str, where: str) -> Any:
-    if isinstance(value, Mapping) and name in value:
-        return value[name]
-    if not isinstance(value, Mapping) and hasattr(value, name):
-        return getattr(value, name)
-    known = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-    raise ValueError(f"there is no {name!r} in {where}, a {type(value).__name__}{known}")
+    try:
+        return part_of(value, name)
+    except NoSuchPartError as error:
+        raise ValueError(f"{where}: {error}") from None

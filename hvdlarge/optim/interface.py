@@ -1,4 +1,4 @@
-"""The update as one typed call: what the engine asks of every optimizer.
+"""What the engine asks of every optimizer: the norms of the mean gradients, then the update.
 
 Formula:  A tensor whose mean gradient is zero throughout is skipped in a step: weights, state
           and decay. Horovod submits zeros for a gradient that is missing on every worker; without

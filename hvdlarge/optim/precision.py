@@ -4,7 +4,9 @@ Formula:  gradients of s·loss, divided by s once they are summed over all worke
           so that nothing is rounded. fp16: s begins at 2¹⁶, is halved at each step whose gradients
           overflow (that step is skipped on every rank), and doubled after 2000 steps without one.
           compression fp16: s also has the smallest power of two that is no less than the number of
-          workers, since what travels is each worker's share of the mean.
+          workers, since what travels is each worker's share of the mean. For a loss that is a sum
+          with a weight it is divided by the power of two next to the weight of a sample, since the
+          weight of a step divides the sum only once that has arrived.
 Source:   Micikevicius et al., "Mixed Precision Training" (2018), section 3.2; the numbers are those
           of torch's GradScaler.
 Contract: weights, their gradients and everything in the update stay in 32 (or 64) bits. The order
@@ -120,14 +122,24 @@ def precisions_of(device: torch.device) -> list[str]:
     return known
 
 
-def scale_for_compression(compression: str, world_size: int) -> float:
-    """The part of s that makes up for dividing the mean over the workers before it is sent in 16
-    bits.
+def scale_for_compression(
+    compression: str, world_size: int, weight_per_sample: float = 1.0
+) -> float:
+    """The part of s that brings what is sent in 16 bits near the size of the mean gradient.
+
+    Args:
+        compression: fp16 or none.
+        world_size: workers, each of which sends its share of the mean.
+        weight_per_sample: of a loss that is a sum with a weight, above 0; 1 for a mean.
 
     >>> scale_for_compression("fp16", 48), scale_for_compression("none", 48)
     (64.0, 1.0)
+    >>> scale_for_compression("fp16", 48, weight_per_sample=1000)
+    0.0625
     """
-    return 2.0 ** math.ceil(math.log2(world_size)) if compression == "fp16" else 1.0
+    if compression != "fp16":
+        return 1.0
+    return 2.0 ** (math.ceil(math.log2(world_size)) - round(math.log2(weight_per_sample)))
 
 
 def _named(device: torch.device) -> str:

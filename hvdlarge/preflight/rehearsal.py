@@ -66,6 +66,8 @@ class Rehearsed(NamedTuple):
 
     rounds_differently: bool = False  # whether the ranks do, as different CPUs or GPUs
     weighted_loss: bool = False  # whether the loss returns a sum and its weight
+    # Weight of a sample of the first micro-batch, on rank 0; 1 for a mean
+    weight_per_sample: float = 1.0
     without_result: tuple[str, ...] = ()  # metrics that do not apply to the first samples, by name
 
 
@@ -123,7 +125,12 @@ def rehearse(
     with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
     roundings = set(control.allgather(_rounding(outcome, objective.precision.device)))
-    return Rehearsed(len(roundings) > 1, outcome.weighted, tuple(without))
+    weight = 1.0
+    if outcome.weight and math.isfinite(outcome.weight):
+        weight = outcome.weight / loaded[0].micro_batch.size
+    # Of one rank, as others may round it differently, and all must divide by the same
+    weight = struct.unpack("<d", control.allgather(struct.pack("<d", weight))[0])[0]
+    return Rehearsed(len(roundings) > 1, outcome.weight is not None, weight, tuple(without))
 
 
 def _not_finite_message(loss: float) -> str:
@@ -208,7 +215,7 @@ class Outcome(NamedTuple):
     loss: float
     gradient: float  # L2 norm of all gradients together
     uses: tuple[int, ...]  # of each layer with running statistics in training mode
-    weighted: bool = False  # whether the loss is a sum with a weight
+    weight: float | None = None  # of a loss that is a sum; None for a mean
     is_finite: bool = True  # whether the loss is; a sum and weight of zero are
 
 
@@ -413,8 +420,9 @@ class Rehearsal:
         uses = tuple(
             int(layer.uses) - count for layer, count in zip(self._layers, counts, strict=True)
         )
-        weighted, finite = value.weight is not None, bool(value.value.isfinite())
-        return Outcome(value.mean().item(), math.hypot(*norms), uses, weighted, finite)
+        weight = None if value.weight is None else value.weight.item()
+        finite = bool(value.value.isfinite())
+        return Outcome(value.mean().item(), math.hypot(*norms), uses, weight, finite)
 
     def _forward(self, inputs: Any, targets: Any) -> LossValue:
         seed_all(self._key)

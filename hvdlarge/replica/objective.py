@@ -23,6 +23,7 @@ import torch
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.data.samples import Targets
 from hvdlarge.exits import JobError, PartError
+from hvdlarge.models.parts import NoSuchPartError, part_of
 from hvdlarge.models.state import Modules, trained_modules
 from hvdlarge.optim.precision import Precision
 
@@ -120,23 +121,10 @@ class Objective:
             outputs = self.model(*batch)
         else:
             outputs = self.model(batch)
-        return outputs if self._output is None else field_of(outputs, self._output)
-
-
-def field_of(value: Any, field: str | int) -> Any:
-    """A part of a model's output: an item of a dict or tuple, or an attribute.
-
-    Raises:
-        LossError: if there is none of that name.
-    """
-    if isinstance(field, str) and not isinstance(value, Mapping) and hasattr(value, field):
-        return getattr(value, field)
-    try:
-        return value[field]
-    except (KeyError, IndexError, TypeError):
-        keys = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-        message = f"there is no {field!r} in a {type(value).__name__}{keys}"
-        raise LossError(message, "model.output") from None
+        try:
+            return outputs if self._output is None else part_of(outputs, self._output)
+        except NoSuchPartError as error:
+            raise LossError(str(error), "model.output") from None
 
 
 def loss_value(value: Any) -> LossValue:
@@ -184,6 +172,7 @@ class SampleMean:
     """A step whose loss is a mean over its samples: every weight is known beforehand."""
 
     weighted = False
+    without_weight = 0  # see WeightedMean
 
     def share(self, loss: LossValue, size: int, global_batch: int) -> torch.Tensor:
         """The share of a micro-batch of `size` samples in the step's loss, shape ()."""
@@ -201,12 +190,16 @@ class WeightedMean:
 
     Args:
         control: the channel between the ranks.
+
+    Attributes:
+        without_weight: micro-batches of the last step whose weight was 0, of all ranks.
     """
 
     weighted = True
 
     def __init__(self, control: ControlChannel) -> None:
         self._control = control
+        self.without_weight = 0
         self._weights: list[torch.Tensor] = []
 
     def share(self, loss: LossValue, size: int, global_batch: int) -> torch.Tensor:
@@ -220,18 +213,22 @@ class WeightedMean:
         """What multiplies the sum of the shares and their gradients. Every rank calls this
         together, after its last pass of the step.
 
+        Returns:
+            B / Σ wᵢ; not a number if all weights are 0, as the step then has no loss.
+
         Raises:
-            JobError: on every rank, unless the weights add up to a positive number.
+            JobError: on every rank, unless the weights are 0 or more.
         """
         own = torch.stack(self._weights).tolist() if self._weights else []
         self._weights = []
         messages = self._control.allgather(struct.pack(f"<{len(own)}d", *own))
         weights = [value for each in messages for (value,) in struct.iter_unpack("<d", each)]
         total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
-        if not (total > 0 and min(weights) >= 0):
+        self.without_weight = weights.count(0)
+        if not (math.isfinite(total) and min(weights) >= 0):
             raise JobError(
-                f"loss.name: the weights of a step's micro-batches must be 0 or more and add up to "
-                f"a positive number; they are {', '.join(f'{value:g}' for value in weights[:8])}"
+                f"loss.name: the weights of a step's micro-batches must be 0 or more; they are "
+                f"{', '.join(f'{value:g}' for value in weights[:8])}"
                 f"{' …' if len(weights) > 8 else ''}"
             )
-        return global_batch / total
+        return global_batch / total if total else math.nan

@@ -13,7 +13,9 @@ class TrainState:
     results: dict[str, float] = field(default_factory=dict)  # loss and the last evaluation
     # The best evaluation: the name of the result ("by"), "value" (higher is better) and "step"
     best: dict[str, Any] | None = None
-    skipped: int = 0  # steps skipped because of non-finite gradients, overflows included
+    # Steps without an update: because of non-finite gradients, overflows included, or without loss
+    skipped: int = 0
+    without_loss: int = 0  # of these, steps in which no target counts
     rolled_back: int = 0  # rollbacks
     scheduled_step: int | None = None  # of the last scheduled checkpoint, the target of a rollback
     overflows: int = 0  # steps skipped only to lower the loss scale

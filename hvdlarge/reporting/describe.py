@@ -14,6 +14,8 @@ from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
 
+_LONGEST_FIGURE = 40  # characters
+
 
 def startup_summary(
     job: Job,
@@ -274,11 +276,16 @@ def duration(seconds: float) -> str:
 
 
 def _figure(value: Any) -> str:
-    return (
-        " and ".join(f"{part:g}" for part in value)
-        if isinstance(value, (tuple, list))
-        else f"{value:g}"
-    )
+    """A setting of an optimizer, which may be of any type."""
+    if callable(getattr(value, "tolist", None)):  # a tensor
+        value = value.tolist()
+    if isinstance(value, (tuple, list)):
+        shown = " and ".join(map(_figure, value))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        shown = f"{value:g}"
+    else:
+        shown = str(value)
+    return shown if len(shown) <= _LONGEST_FIGURE else f"{shown[: _LONGEST_FIGURE - 1]}…"
 
 
 def _idle(layout: BatchLayout) -> str:

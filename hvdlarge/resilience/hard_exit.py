@@ -71,10 +71,12 @@ class HardExit:
         faulthandler.dump_traceback_later(seconds + _DELAY_SECONDS, exit=not has_timers)
 
     def disarm(self) -> None:
-        """Cancel the exit."""
+        """Cancel the exit, and delete its timers."""
         faulthandler.cancel_dump_traceback_later()
         for timer in self._timers:
-            self._set(timer, 0.0)
+            assert self._libc is not None
+            self._libc.timer_delete(timer)
+        self._timers.clear()
 
     def _make_timers(self) -> bool:
         if self._libc is None:

@@ -67,7 +67,7 @@ class StopPolicy(_StopAtLoss):
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Apply, or raise DivergedError."""
         if not_finite := norms.not_finite(replica.names):
-            raise DivergedError(_describe(decision, not_finite))
+            raise DivergedError(_describe(decision, not_finite, replica))
         return True
 
 
@@ -95,8 +95,8 @@ class SkipPolicy(_StopAtLoss):
         self.skipped += 1
         if self.skipped > self._limit:
             raise DivergedError(
-                f"{_describe(decision, not_finite)}; {self._limit} such steps have been skipped "
-                "already"
+                f"{_describe(decision, not_finite, replica)}; {self._limit} such steps have been "
+                "skipped already"
             )
         assert self._snapshot is not None
         replica.statistics.restore(self._snapshot)
@@ -123,7 +123,7 @@ class RollbackPolicy:
     def check(self, decision: Decision, replica: Replica, norms: GradientNorms) -> bool:
         """Raise RollBack, or DivergedError when it has been done too often."""
         if not_finite := norms.not_finite(replica.names):
-            self._roll_back(_describe(decision, not_finite))
+            self._roll_back(_describe(decision, not_finite, replica))
         return True
 
     def check_loss(self, decision: Decision, loss: float) -> None:
@@ -180,12 +180,25 @@ class LossScalingPolicy:
         self._then.check_loss(decision, loss)
 
 
-def _describe(decision: Decision, not_finite: list[str]) -> str:
+def _describe(decision: Decision, not_finite: list[str], replica: Replica) -> str:
+    if count := replica.averaging.without_weight:
+        where = "a micro-batch" if count == 1 else f"{count} micro-batches"
+        advice = (
+            f"{where} of this step had weight 0, such as one whose targets are all ignored: if the "
+            "model or the loss divides by their number, let it divide by 1 at least, as the "
+            "gradient of a mean over none is nan even where the mean is not used; else lower "
+            "lr.base or warm up longer"
+        )
+    else:
+        advice = (
+            "lower lr.base or warm up longer; a mean over targets that are all ignored is not "
+            "finite either"
+        )
     others = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
     return (
         f"the gradient of {not_finite[0]}{others} is not finite at step {decision.step} (epoch "
-        f"{decision.epoch:.2f}, global batch {decision.global_batch}, lr {decision.lr:.4g}): lower "
-        "lr.base or warm up longer"
+        f"{decision.epoch:.2f}, global batch {decision.global_batch}, lr {decision.lr:.4g}): "
+        f"{advice}"
     )
 
 

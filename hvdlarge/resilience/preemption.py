@@ -13,6 +13,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT")
 _POLL_SECONDS = 1.0  # how often to look for the file STOP
@@ -28,6 +29,7 @@ class StopRequest:
         self._minutes: float | None = None
         self._next_poll = 0.0
         self._interrupts = 0  # Ctrl-C so far
+        self._replaced: dict[str, Any] = {}  # the handlers of the signals, by their names
 
     def watch(self, stop_file: Path | None, after_minutes: float | None) -> None:
         """Also watch for a file and a time limit.
@@ -43,7 +45,14 @@ class StopRequest:
     def install_handlers(self) -> None:
         """Let the signals set the flag; a second Ctrl-C ends this process at once."""
         for name in _SIGNALS:
-            signal.signal(getattr(signal, name), self._on_signal)
+            self._replaced[name] = signal.signal(getattr(signal, name), self._on_signal)
+
+    def restore_handlers(self) -> None:
+        """Put back the handlers that `install_handlers` has replaced."""
+        for name, handler in self._replaced.items():
+            if handler is not None:  # one that Python has not installed, and cannot
+                signal.signal(getattr(signal, name), handler)
+        self._replaced = {}
 
     def requested(self) -> bool:
         """Whether a stop has been requested. Cheap: looks for the file once a second only."""

@@ -5,8 +5,16 @@ from __future__ import annotations
 import errno
 import traceback
 
-# Of torch, in a loader process and in the one that waits for it
-_MESSAGES = ("</torch_", "shared memory", "killed by signal: Bus error", "/dev/shm/")
+# Of torch, in a loader process and in the one that waits for it. "shared memory" alone would not
+# do: a GPU has some too, of which a compiled kernel may need too much.
+_MESSAGES = (
+    "</torch_",
+    "shared memory object",
+    "shared memory(shm)",
+    "out of shared memory",
+    "killed by signal: Bus error",
+    "/dev/shm/",
+)
 
 
 def is_shared_memory_error(error: BaseException) -> bool:

@@ -41,7 +41,7 @@ class Watchdog:
     def __init__(self, rank: int, limits: Mapping[str, float]) -> None:
         self._rank = rank
         self._limits = dict(limits)
-        self._phase, self._step = "start", -1
+        self._phase, self._step, self._times = "start", -1, 1
         self._since = self._armed = time.monotonic()
         self._armed_limit = 0.0  # of the phase in which the hard exit was armed
         self._notes: Path | None = None
@@ -69,9 +69,15 @@ class Watchdog:
             return
         self._notes = folder
 
-    def progress(self, phase: str, step: int | None = None) -> None:
-        """Report that this rank enters `phase` (of step `step`); the time limit starts anew."""
-        self._phase, self._since = phase, time.monotonic()
+    def progress(self, phase: str, step: int | None = None, times: int = 1) -> None:
+        """Report that this rank enters `phase` (of step `step`); the time limit starts anew.
+
+        Args:
+            phase: its name.
+            step: None: as before.
+            times: how many times the phase's limit it may take.
+        """
+        self._phase, self._times, self._since = phase, times, time.monotonic()
         if step is not None:
             self._step = step
         # Not in every step: arming starts a thread in C
@@ -99,7 +105,7 @@ class Watchdog:
         self._hard_exit.disarm()
 
     def _limit(self) -> float:
-        return self._limits.get(self._phase, self._limits["step"])
+        return self._times * self._limits.get(self._phase, self._limits["step"])
 
     def _rearm(self) -> None:
         if not self._watching:

@@ -65,9 +65,14 @@ class Growth(Policy, ABC):
         """`next_batch` for the same arguments.
 
         Raises:
-            ValueError: if it is below `current`.
+            ValueError: if it is below `current`, or no number of samples.
         """
         batch = self.next_batch(initial, current, epoch, measured)
+        if type(batch) is not int or batch > LARGEST_BATCH:
+            raise ValueError(
+                f"{type(self).__name__} gives a batch of {batch!r} at epoch {epoch:g}: it must be "
+                "a whole number of samples"
+            )
         if batch < current:
             raise ValueError(
                 f"{type(self).__name__} gives a batch of {batch} after {current} at epoch "

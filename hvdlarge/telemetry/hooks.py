@@ -6,7 +6,6 @@ Contract: a hook reads and reports; it changes nothing that a run computes. What
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.comm.rank_checks import raise_on_all_ranks
+from hvdlarge.config.nearest import nearest
 from hvdlarge.config.part_errors import describe
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import Modules, named_buffers, named_modules, named_parameters
@@ -99,9 +99,9 @@ def check_hook(name: str, hook: Any) -> None:
     """
     for event in filter(lambda each: each.startswith(("on_", "after_", "before_")), dir(hook)):
         if event not in EVENTS and callable(getattr(hook, event)):
-            close = difflib.get_close_matches(event, EVENTS, n=1)
-            known = f"did you mean {close[0]}?" if close else f"known: {', '.join(EVENTS)}"
-            raise JobError(f"hooks: {name} has {event}, which is never called; {known}")
+            raise JobError(
+                f"hooks: {name} has {event}, which is never called; {nearest(event, EVENTS)}"
+            )
     calls = [event for event in EVENTS if _method(hook, event) is not None]
     if not calls:
         raise JobError(f"hooks: {name} has none of {', '.join(EVENTS)}")
@@ -184,7 +184,11 @@ class Hooks:
     def _run(
         self, name: str, event: str, method: Callable[..., None], values: Sequence[Any]
     ) -> None:
-        tensors = [*named_parameters(self._modules), *named_buffers(self._modules)]
+        tensors = [
+            (what, tensor)
+            for what, tensor in (*named_parameters(self._modules), *named_buffers(self._modules))
+            if not tensor.is_inference()  # read-only here, and without a version
+        ]
         versions = [tensor._version for _, tensor in tensors]
         modes = [(part, module, module.training) for part, module in named_modules(self._modules)]
         try:

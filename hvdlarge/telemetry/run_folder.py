@@ -202,6 +202,7 @@ def summary_of(
         "global_batch": progress.stage_batch,
         "world_size": plan.world_size,
         "skipped_steps": state.skipped,
+        "steps_without_loss": state.without_loss,
         "rollbacks": state.rolled_back,
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory,

@@ -69,6 +69,10 @@ class RunLog:
         record = decision_record(decision, before)
         self._send(lambda sink: sink.decision(record))
 
+    def note(self, message: str) -> None:
+        """Tell the user something about the run."""
+        print_status(f"note     {message}")
+
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
         self._send(lambda sink: sink.metrics(record))
@@ -192,6 +196,9 @@ class SilentRunLog:
     seconds = 0.0
 
     def decision(self, decision: Decision) -> None:
+        """Do nothing."""
+
+    def note(self, message: str) -> None:
         """Do nothing."""
 
     def metrics(self, record: Mapping[str, Any]) -> None:

@@ -46,6 +46,18 @@ def alone(inputs, target):
     return inputs
 
 
+class FewTargets(Samples):
+    """Most samples have no target that counts."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs, target if index % 3 == 0 else PADDED * torch.ones_like(target)
+
+
+def few_targets():
+    return FewTargets(lambda *pair: pair), Samples(lambda *pair: pair, 1, 20)
+
+
 def sets(form):
     """Training and test set of a form named in the job."""
     form = globals()[form]
@@ -173,6 +185,12 @@ def token_sum(outputs, targets):
     """The sum over the tokens that count, and their number."""
     total = nn.functional.cross_entropy(outputs, targets, ignore_index=PADDED, reduction="sum")
     return total, (targets != PADDED).sum()
+
+
+def heavy_sum(outputs, targets):
+    """The same with weights whose sums are far beyond the largest number of 16 bits."""
+    total, weight = token_sum(outputs, targets)
+    return total * 1e7, weight * 1e7
 
 
 def plain_sum(outputs, targets):

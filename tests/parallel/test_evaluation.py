@@ -7,6 +7,7 @@ from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm
+from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.optim.precision import Precision
 
 JOB = """
@@ -44,3 +45,27 @@ def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_b
     assert (together["accuracy"], together["Wrong"]) == (alone["accuracy"], alone["Wrong"])
     assert together["Wrong"] == round(360 * (1 - together["accuracy"]))
     assert len(set(control.allgather(repr(together).encode()))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Metric .* will save all targets")
+@pytest.mark.parametrize("kind", ["R2Score", "ExplainedVariance", "SpearmanCorrCoef"])
+def test_workers_without_samples_follow_the_states_of_the_others(tensors, control, kind, dtype):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    outputs = torch.tensor([[0.5, 2.0], [1.0, 4.0], [1.5, 9.0], [3.0, 2.5]], dtype=dtype)
+    targets = torch.tensor([[1.0, 2.0], [0.5, 5.0], [2.5, 8.0], [3.5, 2.0]], dtype=dtype)
+    if kind == "SpearmanCorrCoef":
+        outputs, targets = outputs[:, 0], targets[:, 0]
+
+    def results(has_samples, collectives):
+        metric = getattr(torchmetrics, kind)()
+        combined = StateMetric("own", metric, (None, None), None)
+        combined.begin(torch.device("cpu"))
+        if has_samples:
+            combined.update(outputs, targets)
+        combined.combine(collectives)
+        return combined.result()
+
+    expected = results(True, SoloCollectives())
+    for busy in range(control.size):
+        assert results(control.rank == busy, tensors) == expected

@@ -104,6 +104,44 @@ def test_a_mean_over_tokens_does_not_depend_on_the_micro_batch(control, tensors,
         assert result["state"]["results"] == pytest.approx(expected["state"]["results"], rel=1e-9)
 
 
+def test_large_weights_do_not_overflow_where_gradients_travel_in_16_bits(control, tensors, folder):
+    jobs = {
+        name: job_of(
+            [f"loss.name=own_forms:{name}", "precision=fp32", "gradients.compression=fp16"]
+        )
+        for name in ("token_sum", "heavy_sum")
+    }
+    results = {name: train(job, control, tensors, folder / name) for name, job in jobs.items()}
+    assert distance(results["heavy_sum"], results["token_sum"]) < 2e-3
+
+
+@pytest.mark.parametrize("more", [[], ["on_nonfinite={policy: skip, limit: 1}", "precision=fp32"]])
+def test_a_step_without_any_target_updates_nothing(control, tensors, folder, capsys, more):
+    job = job_of(
+        [
+            "data.name=own_forms:few_targets",
+            "loss={name: cross_entropy, args: {ignore_index: -100}}",
+            "batch={base: 3, micro: 1}",
+            "log.every_steps=1",
+            *more,
+        ]
+    )
+    expected = alone(job, control, folder)
+    capsys.readouterr()
+    result = train(job, control, tensors, folder / "whole")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no target that" in line]
+    assert len(notes) == (control.rank == 0)
+    assert distance(result, expected) < (1e-12 if not more else 1e-5)
+    steps = read_lines(folder / "whole/metrics.jsonl")
+    without = [step for step in steps if step.get("loss") == "nan"]
+    assert 1 < len(without) == result["state"]["without_loss"] == result["state"]["skipped"]
+    assert len(without) < len(steps) / 2
+    with pytest.raises(Stopped):
+        train(job, control, tensors, folder / "parts", stop_after=30)
+    control.barrier()
+    assert distance(train(job, control, tensors, folder / "parts"), result) == 0.0
+
+
 def test_a_mean_over_tokens_is_bit_identical_in_exact_mode(control, tensors, folder):
     if control.size & (control.size - 1):
         pytest.skip("exact mode needs 1, 2, 4, 8, … workers")

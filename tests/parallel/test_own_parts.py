@@ -234,7 +234,7 @@ def test_averages_follow_the_weights_of_a_plain_loop(control, tensors, folder):
 
 
 REFUSED = {
-    "model.freeze=[frist.*]": "model.freeze: the pattern 'frist.*' matches no parameter.*the nearest names are first",
+    "model.freeze=[frist.*]": "model.freeze: the pattern 'frist.*' matches no parameter; did you mean 'first",
     "init_from=nothing.pt": "init_from: nothing.pt: there is no such file",
     "data={name: 'own_parts:own_generator'}": "training set returns different samples when read again",
     "data={name: 'own_parts:iterable'}": "IterableDataset",

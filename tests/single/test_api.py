@@ -156,11 +156,13 @@ def test_a_best_checkpoint_by_a_result_without_a_test_set_is_refused(folder):
     hvdlarge.run_job(untested)
 
 
-@pytest.mark.parametrize(("best", "is_noted"), [("accuracy", True), ("test_loss", False)])
+@pytest.mark.parametrize(
+    ("best", "is_noted"), [("accuracy", True), ("ema_accuracy", True), ("test_loss", False)]
+)
 def test_a_best_checkpoint_by_a_metric_that_does_not_apply_is_noted(folder, capsys, best, is_noted):
     (folder / "best_parts.py").write_text(PAIRS)
-    hvdlarge.run_job(REGRESSION | {"checkpoint": {"best": best}})
-    note = "note     checkpoint.best: accuracy does not apply to the first samples of the test set"
+    hvdlarge.run_job(REGRESSION | {"checkpoint": {"best": best}, "ema": {"half_life_samples": 10}})
+    note = f"note     checkpoint.best: {best} does not apply to the first samples of the test set"
     assert (note in capsys.readouterr().out) == is_noted
     assert (folder / "runs/api/checkpoints/best.pt").exists() != is_noted
 

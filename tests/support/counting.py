@@ -14,9 +14,16 @@ class CountingStatistics:
         self.restored += 1
 
 
+class CountingAveraging:
+    """No micro-batch was without weight."""
+
+    without_weight = 0
+
+
 class CountingReplica:
     """Two parameters, and statistics that count."""
 
     def __init__(self):
         self.statistics = CountingStatistics()
+        self.averaging = CountingAveraging()
         self.names = {"w": "w", "another": "another"}

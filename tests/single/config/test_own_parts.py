@@ -11,6 +11,7 @@ from hvdlarge.checkpoint import resume
 from hvdlarge.config.job_file import parse_job, read_job
 from hvdlarge.config.json_schema import job_schema
 from hvdlarge.config.planning import plan_run
+from hvdlarge.controller import Controller, PolicyError
 from hvdlarge.exits import CheckpointError, JobError
 
 PARTS = '''
@@ -80,6 +81,33 @@ class Lies(Halving):
 @dataclass(frozen=True)
 class Shrinks(Growth):
     def next_batch(self, initial, current, epoch, measured): return initial - int(epoch)
+
+@dataclass(frozen=True)
+class RaisesErrors(Halving):
+    def errors(self, epochs): raise KeyError("errors")
+
+@dataclass(frozen=True)
+class YieldsTexts(Halving):
+    def errors(self, epochs): yield "every is odd"
+
+@dataclass(frozen=True)
+class RaisesNotes(Halving):
+    def notes(self, epochs): raise TypeError("notes")
+
+@dataclass(frozen=True)
+class RaisesAtFirst(Adding):
+    def check_initial(self, initial): raise ZeroDivisionError("first")
+
+@dataclass(frozen=True)
+class RaisesBetween(Adding):
+    depends_on_measurement: ClassVar[bool] = True
+    def acts_between(self, before, epoch): raise IndexError("between")
+
+@dataclass(frozen=True)
+class Measures(Adding):
+    depends_on_measurement: ClassVar[bool] = True
+    def next_batch(self, initial, current, epoch, measured):
+        return current / 2 if len(measured) == 3 else measured["accuracy"]
 '''
 JOB = """\
 name: own
@@ -170,12 +198,31 @@ def test_a_plan_needs_no_torch(folder):
         ("lr.decay.policy=policies_for_test:Draws", "when asked again"),
         ("lr.decay.policy=policies_for_test:Divides", r"ZeroDivisionError: .*policies_for_test.py, line \d+, in factor"),
         ("lr.decay.policy=policies_for_test:Lies", "depends_on_length is False, but"),
+        ("lr.decay.policy=policies_for_test:RaisesErrors", r"KeyError: 'errors' .*line \d+, in errors"),
+        ("lr.decay.policy=policies_for_test:YieldsTexts", r"errors\(\) gives 'every is odd': it must yield pairs"),
+        ("lr.decay.policy=policies_for_test:RaisesNotes", r"TypeError: notes .*line \d+, in notes"),
+        ("batch.growth={policy: 'policies_for_test:RaisesAtFirst'}", r"batch: policies_for_test:RaisesAtFirst: ZeroDivisionError: first .*in check_initial"),
+        ("batch.growth={policy: 'policies_for_test:RaisesBetween'}", r"IndexError: between .*in acts_between"),
         ("batch.growth={policy: 'policies_for_test:Shrinks'}", "batch.growth.policy: the batch is 9 at epoch 1"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_the_users_words(folder, change, message):
-    with pytest.raises(JobError, match=f"(?s)(command line|yaml:12): .*{message}"):
+    with pytest.raises(JobError, match=f"(?s)(command line|yaml:[0-9]+): .*{message}"):
         read_job(str(folder / "job.yaml"), [change])
+
+
+def test_an_error_in_the_run_names_the_policy(folder):
+    change = "batch.growth={policy: 'policies_for_test:Measures'}"
+    plan = plan_run(read_job(str(folder / "job.yaml"), [change]), 100, 2)
+    controller = Controller(plan)
+    controller.decide()
+    for measured, message in (
+        ({}, r"KeyError: 'accuracy' \(policies_for_test.py, line \d+, in next_batch\)\n"),
+        ({"loss": 1.0, "a": 1, "b": 1}, "ValueError: Measures gives a batch of 5.0 at epoch 0.1"),
+    ):
+        controller._measured, controller._steps_taken = measured, 1
+        with pytest.raises(PolicyError, match=f"^policies_for_test:Measures: .*{message}"):
+            controller.decide()
 
 
 def test_the_line_of_the_file_is_told(folder):

@@ -75,3 +75,26 @@ class Collected(States):
     def compute(self):
         values = torch.cat(self.values)
         return (values * torch.arange(1, len(values) + 1)).sum()
+
+
+class Shaped(States):
+    """As torchmetrics' R2Score, whose states get the shape and dtype of the first outputs."""
+
+    defaults = {"total": torch.tensor(0), "high": torch.tensor(-float("inf"))}
+    reductions = {"total": dim_zero_sum, "high": dim_zero_max}
+
+    def update(self, outputs, targets):
+        self.total = self.total + outputs.sum(dim=0)
+        self.high = torch.maximum(self.high.to(outputs), outputs.amax(dim=0))
+
+    def compute(self):
+        return (self.total + 100 * self.high).sum()
+
+
+class Separate(Collected):
+    """Depends on where one update ends and the next begins, as detection metrics do."""
+
+    reductions = {"values": None}
+
+    def compute(self):
+        return sum((place + 1) * value.sum() for place, value in enumerate(self.values))

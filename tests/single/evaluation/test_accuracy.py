@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from hvdlarge.evaluation.accuracy import F1, Accuracy, Top5
+from hvdlarge.evaluation.errors import Perplexity
+from hvdlarge.evaluation.parts import MetricError
+from hvdlarge.models.losses import CrossEntropyLoss
 
 
 def test_accuracy_of_classes_counts_right_answers():
@@ -83,3 +86,34 @@ def test_f1_of_another_number_of_classes_is_refused():
 )
 def test_nothing_is_called_accuracy_that_is_not(outputs, targets):
     assert Accuracy().result(Accuracy().totals(outputs, targets).tolist()) is None
+
+
+CLASSIFICATION = {
+    "accuracy": Accuracy,
+    "top5": Top5,
+    "f1": lambda **given: F1(7, **given),
+    "perplexity": Perplexity,
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFICATION.values(), ids=CLASSIFICATION)
+@pytest.mark.parametrize("ignored", [255, 0, -100, None])
+def test_ignored_targets_are_those_of_the_loss(kind, ignored):
+    logits = torch.randn(20, 7, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(20) % 7
+    if ignored is not None:
+        targets[4:9] = ignored
+    counted = targets != (-1 if ignored is None else ignored)
+    metric = kind(ignore_index=ignored)
+    result = metric.result(metric.totals(logits, targets).tolist())
+    assert result == kind().result(kind().totals(logits[counted], targets[counted]).tolist())
+    if ignored is not None:
+        _, weight = CrossEntropyLoss(ignore_index=ignored)(logits, targets)
+        assert weight == counted.sum()
+
+
+@pytest.mark.parametrize("kind", CLASSIFICATION.values(), ids=CLASSIFICATION)
+def test_a_target_that_is_no_class_is_an_error(kind):
+    targets = torch.tensor([0, 255, 6])
+    with pytest.raises(MetricError, match=r"a target is 255, .* 7 classes.*ignore_index: 255\}"):
+        kind(ignore_index=254).totals(torch.zeros(3, 7), targets)

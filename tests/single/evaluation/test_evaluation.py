@@ -6,12 +6,12 @@ import pytest
 import torch
 from support.comparing import read_lines
 
-from hvdlarge import build, run_job
+from hvdlarge import InMemory, build, run_job
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm
 from hvdlarge.evaluation.parts import MetricError
-from hvdlarge.exits import JobError
+from hvdlarge.exits import JobError, OutOfMemory
 from hvdlarge.optim.precision import Precision
 
 JOB = """
@@ -39,6 +39,32 @@ class Wrong:
 class Shapeless(Wrong):
     def totals(self, outputs, targets):
         return (outputs.argmax(dim=1) != targets).sum()
+
+class Greedy(Wrong):
+    def totals(self, outputs, targets):
+        raise MemoryError("no room")
+
+class GreedyAtTheEnd(Wrong):
+    def result(self, totals):
+        raise MemoryError("no room")
+
+class GreedyStates(torch.nn.Module):
+    _reductions, _defaults, device = {"count": None}, {"count": []}, torch.device("cpu")
+    _update_count, higher_is_better, where = 0, True, "compute"
+
+    def reset(self):
+        self.count = []
+
+    def update(self, outputs, targets):
+        self.count.append(outputs)
+        if self.where == "update":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def compute(self):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+class GreedyUpdates(GreedyStates):
+    where = "update"
 
 class NotANumber(Wrong):
     def result(self, totals):
@@ -164,3 +190,33 @@ def test_a_run_goes_on_with_other_metrics_and_the_best_by_one_of_them(tmp_path, 
     ]
     best = torch.load(tmp_path / "runs/run/checkpoints/best.pt", weights_only=True)["state"]["best"]
     assert best == {"by": "Wrong", "value": -second["Wrong"], "step": float(second["steps"])}
+
+
+@pytest.mark.parametrize(
+    ("metric", "where"),
+    [
+        ("Greedy", "an evaluation of 7 samples at once: set evaluate.micro_batch lower"),
+        ("GreedyAtTheEnd", "evaluate.metrics: GreedyAtTheEnd: what it keeps may grow"),
+        ("GreedyStates", "evaluate.metrics: GreedyStates: what it keeps may grow"),
+        ("GreedyUpdates", "evaluate.metrics: GreedyUpdates: what it keeps may grow"),
+    ],
+)
+def test_out_of_memory_in_a_metric_is_reported_as_such(metric, where):
+    with pytest.raises(OutOfMemory, match=f"out of memory in {where}"):
+        evaluate(f"own_metrics:{metric}")
+
+
+def test_a_test_set_without_any_target_is_no_divergence(tmp_path):
+    targets = torch.full((20,), -100)
+    pair = InMemory(torch.randn(20, 6), targets)
+    train = InMemory(torch.randn(20, 6), torch.arange(20) % 3)
+    job = {
+        "name": "untargeted",
+        "run_dir": str(tmp_path / "run"),
+        "epochs": 1,
+        "batch": {"base": 4, "micro": 2},
+        "lr": {"base": 0.1},
+        "loss": {"name": "cross_entropy", "args": {"ignore_index": -100}},
+    }
+    with pytest.raises(JobError, match="evaluate: no target of the test set counts"):
+        run_job(job, model=torch.nn.Linear(6, 3), data=(train, pair))

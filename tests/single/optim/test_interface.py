@@ -1,4 +1,4 @@
-"""The update as one typed call, for every optimizer: measure, judge, update."""
+"""What the engine asks of every optimizer: measure the gradients, judge them, update."""
 
 import copy
 import math

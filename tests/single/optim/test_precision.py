@@ -66,6 +66,14 @@ def test_the_part_for_compression_is_a_power_of_two_no_less_than_the_number_of_w
     assert scale_for_compression("none", workers) == 1
 
 
+@pytest.mark.parametrize("weight", [1e-3, 0.7, 1.0, 3.0, 512.0, 10_000.5])
+def test_the_weight_of_a_sample_is_divided_out_before_compression_by_a_power_of_two(weight):
+    scale = scale_for_compression("fp16", 4, weight)
+    assert 0.7 <= scale / 4 * weight <= 1.42
+    assert math.frexp(scale)[0] == 0.5
+    assert scale_for_compression("none", 4, weight) == 1
+
+
 def test_scaling_and_unscaling_round_nothing():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(1000))

@@ -3,11 +3,15 @@
 import math
 
 import pytest
+import torch
 from support.counting import CountingReplica
 
+from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.exits import DivergedError
+from hvdlarge.models.losses import FromModel
 from hvdlarge.optim.interface import GradientNorms
 from hvdlarge.optim.precision import LossScaler
+from hvdlarge.replica.objective import WeightedMean, loss_value
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.nonfinite import (
     LossScalingPolicy,
@@ -82,3 +86,23 @@ def test_loss_scale_grows_after_finite_steps_only():
     state.steps_at_loss_scale = before
     assert check(policy, FINITE)[0] is True
     assert (state.loss_scale, state.steps_at_loss_scale) == (2.0, 0)
+
+
+def test_a_mean_over_no_target_is_named_as_the_cause():
+    """Of a model that divides by the number of its targets, in a micro-batch that has none."""
+
+    def masked_mean(weight, targets):
+        counted = (targets != -100).double()
+        return {"loss": (weight * counted).sum() / counted.sum()}
+
+    replica, weight = CountingReplica(), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    loss, averaging = FromModel(labels="labels"), WeightedMean(SoloChannel())
+    replica.averaging = averaging
+    for targets in (torch.tensor([1, 2, -100]), torch.full((3,), -100)):
+        value = loss_value(loss(masked_mean(weight, targets), {"labels": targets}))
+        averaging.share(value, 1, 2).backward()
+    averaging.factor(2)
+    assert weight.grad.isnan().any()
+    norms = GradientNorms({"w": float(weight.grad.norm())})
+    with pytest.raises(DivergedError, match="a micro-batch of this step had weight 0, such as one"):
+        StopPolicy().check(DECISION, replica, norms)

@@ -23,7 +23,10 @@ RuntimeError: unable to write to file </torch_71_2590_0>: No space left on devic
         (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/psm_1"), True),
         (OSError(errno.ENOSPC, "No space left on device", "/scratch/cache"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
-        (ValueError("shared memory"), False),
+        (ValueError("out of shared memory"), False),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: Success (0)"), True),
+        (RuntimeError("OutOfResources: out of resource: shared memory, Required: 131072, Hardware limit: 101376. Reducing block sizes or `num_stages` may help."), False),
+        (RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: triton_mm Required: 262144 Hardware limit:232448 shared memory"), False),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), False),
     ],
 )  # fmt: skip

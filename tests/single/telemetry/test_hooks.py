@@ -56,7 +56,7 @@ class WrongArguments:
     [
         (object(), "hooks: own has none of on_start, after_step"),
         (Hook(), "has none of"),
-        (Misspelt(), "has after_evaluations, which is never called; did you mean after_evaluation?"),
+        (Misspelt(), "has after_evaluations, which is never called; did you mean 'after_evaluation'"),
         (WrongArguments(), r"on_end is called with \(run, finished\): too many positional"),
     ],
 )  # fmt: skip
@@ -94,6 +94,17 @@ def test_a_hook_may_evaluate_and_put_the_mode_back():
 
     hooks, model = hooks_of(Acts(look))
     hooks.call("after_step", lambda: [model])
+
+
+def test_a_model_may_hold_tensors_of_inference_mode():
+    """Which have no version, and cannot be changed."""
+    hook = Recorder()
+    hooks, model = hooks_of(hook)
+    with torch.inference_mode():
+        constants = torch.ones(3)
+    model.register_buffer("constants", constants)
+    hooks.call("after_step", lambda: ["a step"])
+    assert hook.seen == ["a step"]
 
 
 def test_the_watchdog_is_told_which_hook_runs():

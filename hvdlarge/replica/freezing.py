@@ -7,10 +7,10 @@ Contract: a frozen parameter gets no gradient, no update and no weight decay. Mo
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from hvdlarge.config.nearest import nearest
 from hvdlarge.exits import JobError
 from hvdlarge.models.state import Modules
 
@@ -36,19 +36,11 @@ def freeze(modules: Modules, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matching = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
         if not matching:
-            raise JobError(
-                f"model.freeze: the pattern {pattern!r} matches no parameter"
-                f"{_nearest(pattern, [name for name, _ in named])}"
-            )
+            # A pattern is shorter than the names that it is meant for
+            word, names = pattern.replace("*", "").replace("?", ""), [name for name, _ in named]
+            like = nearest(word, names, "the first names are", likeness=0.4, most=_SHOWN)
+            raise JobError(f"model.freeze: the pattern {pattern!r} matches no parameter; {like}")
         for parameter in matching:
             parameter.requires_grad_(False)
     if patterns and not any(parameter.requires_grad for _, parameter in named):
         raise JobError("model.freeze: every parameter is frozen: nothing is left to train")
-
-
-def _nearest(pattern: str, names: Sequence[str]) -> str:
-    literal = pattern.replace("*", "").replace("?", "")
-    close = difflib.get_close_matches(literal, names, n=3, cutoff=0.4)
-    if close:
-        return f"\n  the nearest names are {', '.join(close)}"
-    return f"\n  the first names are {', '.join(names[:_SHOWN])}"
