@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -75,9 +76,11 @@ def test_a_run_that_ends_with_an_error_unlocks_its_folder_when_nothing_writes_to
     folder, monkeypatch, capsys, fails
 ):
     events, write, release = [], CheckpointFolder._write, FolderLock.release
+    diverged = threading.Event()
 
     def slow_write(self, *arguments):
-        time.sleep(1)
+        assert diverged.wait(60)
+        time.sleep(0.3)
         write(self, *arguments)
         if fails:
             self._failure = CheckpointWriteError("disk full")
@@ -85,6 +88,7 @@ def test_a_run_that_ends_with_an_error_unlocks_its_folder_when_nothing_writes_to
 
     def diverge(parts, state, decision, *others):
         if decision.step == 1:
+            diverged.set()
             raise DivergedError("as the test wants it")
 
     monkeypatch.setattr(CheckpointFolder, "_write", slow_write)

@@ -22,11 +22,14 @@ def test_a_rank_that_is_done_waits_as_long_as_another_may_wait_for_its_data(coun
         seen.append((phase, watchdog._limit()))
 
     watchdog.progress = progress
-    loader = SimpleNamespace(fetch=lambda number: iter(range(number)))
+    loader = SimpleNamespace(
+        fetch=lambda number: iter(range(number)), read_ahead=lambda: seen.append("read ahead")
+    )
     parts = SimpleNamespace(loader=loader, watchdog=watchdog)
+    one = [("fetch", 50), ("step", 3), ("fetch", 50), "read ahead"]
     most = 4  # micro-batches of the rank that has the most
     assert list(fetch_timed(parts, count, most, PhaseTimers())) == list(range(count))
-    assert seen == [*[("fetch", 50), ("step", 3)] * count, ("allreduce", most * 53)]
+    assert seen == [*one * count, ("allreduce", most * 53)]
 
 
 def test_each_of_two_evaluations_has_the_limit_of_one():
