@@ -39,6 +39,17 @@ def causal_lm(kind, **configuration):
     return AutoModelForCausalLM.from_config(configuration)
 
 
+def pretrained_causal_lm(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def write_pretrained(folder):
+    """A GPT-2 as a user downloads one: its configuration, and its weights in model.safetensors."""
+    causal_lm("gpt2", n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2).save_pretrained(folder)
+
+
 def masked_lm(kind, **configuration):
     from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -59,21 +70,21 @@ def classifier_of_pictures(kind, **configuration):
     return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **configuration))
 
 
-def pictures(size=32, channels=3, samples=53):
+def pictures(size=32, samples=53):
     """Pairs (picture, class)."""
     draw = torch.Generator().manual_seed(0)
     classes = torch.randint(3, (samples + 20,), generator=draw)
-    values = torch.randn(samples + 20, channels, size, size, generator=draw)
+    values = torch.randn(samples + 20, 3, size, size, generator=draw)
     values[:, 0] += classes.view(-1, 1, 1)
     both = torch.utils.data.TensorDataset(values, classes)
     return torch.utils.data.random_split(both, [samples, 20])
 
 
-def arrow(path, layout="torch", size=8):
+def arrow(path):
     """An Arrow file on disk, mapped into memory: samples are dicts."""
     from datasets import load_from_disk
 
-    sets = load_from_disk(path).with_format(layout)
+    sets = load_from_disk(path).with_format("torch")
     return sets["train"], sets["test"]
 
 
@@ -91,7 +102,7 @@ def write_arrow(path, size=8, samples=53):
 
 
 def augmented_arrow(path):
-    """Picture files in an Arrow table, decoded and augmented by a transform when they are read."""
+    """The same file, with noise that a transform draws when pictures are read."""
     from datasets import load_from_disk
 
     sets = load_from_disk(path).with_transform(noisy)
@@ -110,7 +121,7 @@ def class_folder(root):
     """Folders of picture files, one for each class, read and augmented by torchvision."""
     from torchvision import datasets, transforms
 
-    seen = transforms.Compose(
+    augmented = transforms.Compose(
         [
             transforms.RandomResizedCrop(64, scale=(0.6, 1.0)),
             transforms.RandomHorizontalFlip(),
@@ -119,6 +130,6 @@ def class_folder(root):
     )
     plain = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor()])
     return (
-        datasets.ImageFolder(f"{root}/train", seen),
+        datasets.ImageFolder(f"{root}/train", augmented),
         datasets.ImageFolder(f"{root}/test", plain),
     )

@@ -40,6 +40,17 @@ CASES = {
         "model.output=logits",
         "loss={name: 'test_foreign_parts:of_tokens'}",
     ],
+    "GPT-2 with the weights of a folder": [
+        SENTENCES,
+        of("foreign_parts", "pretrained_causal_lm", "folder: PRETRAINED"),
+        SHIFTED,
+    ],
+    "GPT-2 with the weights of a file, which rank 0 reads": [
+        SENTENCES,
+        of("foreign_parts", "causal_lm", GPT2),
+        SHIFTED,
+        "init_from={path: WEIGHTS}",
+    ],
     "BERT": [SENTENCES, of("foreign_parts", "masked_lm", f"kind: bert, {BERT}"), LABELLED],
     "BERT, gaps drawn by the collator": [
         "data={name: 'foreign_parts:words', collate: 'gaps:collate', num_workers: 1}",
@@ -113,17 +124,23 @@ def written(control, folder):
         from parts.make_pictures import write
 
         foreign_parts.write_arrow(folder / "arrow")
+        foreign_parts.write_pretrained(folder / "pretrained")
         write(folder / "pictures", train=15, test=5)
     control.barrier()
-    return {"ARROW": folder / "arrow", "PICTURES": folder / "pictures"}
+    return {
+        "ARROW": folder / "arrow",
+        "PICTURES": folder / "pictures",
+        "PRETRAINED": folder / "pretrained",
+        "WEIGHTS": folder / "pretrained/model.safetensors",
+    }
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-def test_it_gives_the_same_run_on_any_number_of_workers(control, tensors, folder, written, changes):
+def test_any_number_of_workers_and_a_stop_give_the_same_run(
+    control, tensors, folder, written, changes
+):
     for word, path in written.items():
         changes = [change.replace(f": {word}", f": '{path}'") for change in changes]
-    if any("torchvision" in change for change in changes):
-        pytest.importorskip("torchvision", reason="no torchvision for this torch")
     job = job_of(changes)
     expected = alone(job, control, folder)
     result = train(job, control, tensors, folder / "whole")

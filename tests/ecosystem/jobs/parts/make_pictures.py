@@ -1,8 +1,8 @@
-"""Writes a folder of small pictures, one folder for each class: python jobs/parts/make_pictures.py pictures
+"""Writes a folder of small pictures, one folder for each class: python make_pictures.py pictures
 
     pictures/train/circle/000.png …   pictures/test/star/099.png
 
-Four shapes of random colour, size, place and rotation on a noisy ground of random colour.
+Four light shapes of random colour, size, place and rotation on a noisy dark ground of random colour.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ CORNERS = {"circle": 40, "star": 10, "square": 4, "triangle": 3}  # of polygons;
 def picture(shape: str, draw: random.Random) -> Image.Image:
     """One picture of a shape."""
     noise = np.random.default_rng(draw.getrandbits(32)).normal(0, 8, (SIZE, SIZE, 3))
-    ground, colour = ([draw.randrange(256) for _ in range(3)] for _ in range(2))
-    while sum(abs(one - other) for one, other in zip(ground, colour, strict=True)) < 150:
-        colour = [draw.randrange(256) for _ in range(3)]
+    ground = [draw.randrange(100) for _ in range(3)]
+    colour = [draw.randrange(156, 256) for _ in range(3)]
     pixels = Image.new("RGB", (SIZE, SIZE), tuple(ground))
     radius = draw.uniform(8, 15)
     x, y = (draw.uniform(radius, SIZE - radius) for _ in range(2))
