@@ -11,4 +11,4 @@ from support.launching import ROOT
 from support.ranks import *  # noqa: F403
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.append(str(ROOT / "tests/ecosystem/jobs"))  # where jobs find their parts
+sys.path.append(str(ROOT / "jobs/ecosystem"))  # where jobs find their parts

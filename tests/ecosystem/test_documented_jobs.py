@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # other libraries' warnings 
 
 BLOCK = re.compile(r"`(my_\w+\.(?:py|yaml))`:\n\n```(?:python|yaml)\n(.*?)```", re.DOTALL)
 SHOWN = dict(BLOCK.findall((ROOT / "docs/other-libraries.md").read_text("utf-8")))
-JOBS = sorted((ROOT / "tests/ecosystem/jobs").glob("*.yaml"))
+JOBS = sorted((ROOT / "jobs/ecosystem").glob("*.yaml"))
 
 
 @pytest.fixture
