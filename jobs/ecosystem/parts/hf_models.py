@@ -1,4 +1,7 @@
-"""Models of Hugging Face's transformers with random weights, built from their configuration: nothing is downloaded."""
+"""Models of Hugging Face's transformers with random weights, built from their configuration.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 
 def causal_lm(kind: str, **configuration: Any) -> torch.nn.Module:
-    """A model that continues text, such as `gpt2`; the other arguments are those of its configuration."""
+    """A model that continues text, such as `gpt2`, with the arguments of its configuration."""
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **configuration))
 
 
 def masked_lm(kind: str, **configuration: Any) -> torch.nn.Module:
-    """A model that fills gaps, such as `bert`; the other arguments are those of its configuration."""
+    """A model that fills gaps, such as `bert`, with the arguments of its configuration."""
     return AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **configuration))

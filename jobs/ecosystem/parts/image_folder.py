@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 
 class Pictures(Dataset):
-    """Pairs (picture, class): float32 in [0, 1], shape (3, size, size), and the number of the folder.
+    """Pairs (picture, class): float32 in [0, 1], shape (3, size, size), and the folder's number.
 
     Args:
         root: holds one folder for each class; classes are numbered in the order of their names.

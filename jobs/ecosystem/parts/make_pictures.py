@@ -2,7 +2,8 @@
 
     pictures/train/circle/000.png …   pictures/test/star/099.png
 
-Four light shapes of random colour, size, place and rotation on a noisy dark ground of random colour.
+Four light shapes of random colour, size, place and rotation on a noisy dark ground of random
+colour.
 """
 
 from __future__ import annotations
