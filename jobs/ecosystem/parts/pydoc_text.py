@@ -35,8 +35,8 @@ class Masked(Causal):
     """Blocks of text with gaps, drawn anew whenever a block is read.
 
     15 % of the tokens are to be predicted: 80 % of them are masked, 10 % replaced by a random one
-    and 10 % kept (Devlin et al. 2018, section 3.1). hvdlarge seeds torch's generator by the sample, so
-    the gaps do not depend on the number of workers, and a test set has the same ones each time.
+    and 10 % kept (Devlin et al. 2018, section 3.1). hvdlarge seeds torch's generator by the sample,
+    so the gaps do not depend on the number of workers, and a test set has the same ones each time.
     """
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
