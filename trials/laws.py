@@ -66,7 +66,7 @@ class Tally:
         """Draw and judge `number` cases, in chunks; a new kind of violation is shrunk and ends its
         chunk.
         """
-        chunk = 0
+        chunk, start = 0, time.monotonic()
         while self.jobs < number:
             before = self.jobs
             try:
@@ -80,6 +80,10 @@ class Tally:
             chunk += 1
             if self.jobs == before:
                 raise RuntimeError("Hypothesis drew no case")
+            seconds = time.monotonic() - start
+            found = f"{self.kinds['violation']} violations"
+            message = f"seed {seed}: {self.jobs:,} of {number:,} jobs, {found}, {seconds:.0f} s"
+            print(message, file=sys.stderr, flush=True)
 
     def _chunk(self, number: int, seed: int, judged: Judge, drawn: dict[str, Any]) -> None:
         phases = [Phase.generate, Phase.shrink] if self._shrink_seconds else [Phase.generate]
