@@ -63,8 +63,10 @@ unset HOROVOD_GPU_OPERATIONS
 nccl=none
 case $gpu in
     none)
-        # torch's own search must not find a toolkit either: Horovod would compile CUDA kernels for nothing.
-        [ -n "$torch_cuda" ] && [ -x "$nvcc" ] && export HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home
+        # With the toolkit Horovod still knows when a GPU's gradients are ready to be copied; without it the engine refuses GPUs.
+        if [ -n "$torch_cuda" ] && [ -x "$nvcc" ]; then
+            export HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home
+        fi
         ;;
     NCCL | MPI)
         [ -n "$torch_cuda" ] || die "HOROVOD_GPU_OPERATIONS=$gpu, but torch in $python is not built for CUDA"
