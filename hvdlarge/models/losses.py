@@ -63,6 +63,8 @@ class CrossEntropyLoss(torch.nn.Module):
         if self._is_first and not self._weighted:
             self._refuse_negative(targets)
         self._is_first = False
+        if _lacks_deterministic(outputs, targets):
+            outputs, targets = outputs.movedim(1, -1).flatten(0, -2), targets.flatten()
         loss = cross_entropy(
             outputs,
             targets,
@@ -90,6 +92,18 @@ class CrossEntropyLoss(torch.nn.Module):
                 f"a target is {smallest}, which is no class: if such targets are not to count, set "
                 f"loss: {{name: cross_entropy, args: {{ignore_index: {smallest}}}}}"
             )
+
+
+def _lacks_deterministic(outputs: torch.Tensor, targets: torch.Tensor) -> bool:
+    """Whether torch would refuse the shape: for class indices of more than one dimension it has no
+    deterministic algorithm on a GPU.
+    """
+    return (
+        outputs.is_cuda
+        and outputs.ndim > 2
+        and not targets.is_floating_point()
+        and torch.are_deterministic_algorithms_enabled()
+    )
 
 
 class FromModel:

@@ -20,8 +20,14 @@ def user_code(what: str) -> Iterator[None]:
             raise
         if isinstance(error, PartError):
             raise JobError(describe(error)) from None
+        # torch's own message speaks of a function that the user has not called
+        limited = (
+            ", where `reduction: exact` or `deterministic: true` excludes other algorithms"
+            if "does not have a deterministic implementation" in str(error)
+            else ""
+        )
         raise JobError(
-            f"model.name: {what} does not go through model and loss: {describe(error)}"
+            f"model.name: {what} does not go through model and loss{limited}: {describe(error)}"
         ) from None
 
 

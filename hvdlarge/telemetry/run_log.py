@@ -17,8 +17,11 @@ from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.telemetry.console import print_status
 from hvdlarge.telemetry.run_folder import summary_of, write_summary
 from hvdlarge.telemetry.sinks import JsonlFiles, Sink, decision_record
+from hvdlarge.telemetry.timers import PHASES
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
+# Waits for samples are reported once they are this share of the first so many measured seconds
+_WAITING_SHARE, _WAITING_SECONDS = 0.2, 10.0
 
 
 class RunLog:
@@ -57,6 +60,8 @@ class RunLog:
         self._stage_batch = progress.stage_batch
         self._lr: float | None = None
         self._metrics = _metrics_of(before.results)
+        self._waited = self._measured = 0.0
+        self._judged_waits = False
 
     def decision(self, decision: Decision) -> None:
         """Record what was ordered for a step; the first step of a larger batch also says what it
@@ -76,6 +81,23 @@ class RunLog:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them."""
         self._send(lambda sink: sink.metrics(record))
+        if not self._judged_waits:
+            self._judge_waits(record)
+
+    def _judge_waits(self, record: Mapping[str, Any]) -> None:
+        """Report, once, that the steps wait for samples for much of the time."""
+        self._waited += record.get("fetch_seconds", 0.0)
+        self._measured += sum(record.get(f"{phase}_seconds", 0.0) for phase in PHASES)
+        if self._measured < _WAITING_SECONDS:
+            return
+        self._judged_waits = True
+        share = self._waited / self._measured
+        if share > _WAITING_SHARE:
+            self.note(
+                f"rank 0 has waited for samples for {100 * share:.0f} % of the time so far: "
+                "loading cannot keep up with training. More data.num_workers may help; "
+                "`python -m hvdlarge.bench data` measures what they load"
+            )
 
     @property
     def failed(self) -> bool:

@@ -41,3 +41,27 @@ class OneByOne(torch.utils.data.Dataset):
 def data(wrong=None, seconds=0.0):
     train, test = digits()
     return OneByOne(train, wrong, seconds), test
+
+
+class Pairs(torch.nn.Module):
+    """Two predictions for each digit: logits of shape (n, 10, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(64, 20)
+
+    def forward(self, images):
+        return self.head(images.flatten(1)).view(-1, 10, 2)
+
+
+class LabelsTwice(OneByOne):
+    """The digits with their label twice, shape (2,)."""
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return image, torch.as_tensor(label).expand(2)
+
+
+def data_of_pairs():
+    train, test = digits()
+    return LabelsTwice(train), LabelsTwice(test)

@@ -135,3 +135,13 @@ def test_loader_processes_change_nothing(own_parts, undisturbed, num_workers):
     data = f"data={{name: 'gpu_parts:data', num_workers: {num_workers}}}"
     assert own_parts.run(1, "reduction=exact", data).code == 0
     assert same(own_parts.checkpoint(), undisturbed(1, "reduction=exact"))
+
+
+@pytest.mark.parametrize(
+    "loss", ["{name: cross_entropy}", "{name: cross_entropy, args: {ignore_index: 3}}"]
+)
+def test_targets_of_two_dimensions_train_in_exact_mode(own_parts, loss):
+    """For which torch has no deterministic algorithm on a GPU."""
+    overrides = ("model={name: 'gpu_parts:Pairs'}", "data={name: 'gpu_parts:data_of_pairs'}")
+    ended = own_parts.run(1, "reduction=exact", *overrides, f"loss={loss}")
+    assert ended.code == 0, ended.text

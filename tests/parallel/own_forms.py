@@ -183,6 +183,8 @@ instance = Module()
 
 def token_sum(outputs, targets):
     """The sum over the tokens that count, and their number."""
+    # Flat, since torch has no deterministic algorithm for more dimensions on a GPU
+    outputs, targets = outputs.movedim(1, -1).flatten(0, -2), targets.flatten()
     total = nn.functional.cross_entropy(outputs, targets, ignore_index=PADDED, reduction="sum")
     return total, (targets != PADDED).sum()
 

@@ -281,6 +281,10 @@ REFUSED = {
 }
 
 
+if torch.cuda.is_available():
+    del REFUSED["precision=tf32"]
+
+
 @pytest.mark.parametrize(("changes", "message"), REFUSED.items())
 def test_a_job_without_one_result_is_refused_before_its_first_step(
     control, tensors, folder, changes, message

@@ -194,3 +194,15 @@ def test_progress_lines_are_rate_limited(tmp_path, plan, capsys, monkeypatch):
     assert "samples/s" in lines[0]
     assert lines[0].startswith("epoch ")
     assert lines[0].endswith("left")
+
+
+@pytest.mark.parametrize(("fetch", "reported"), [(0.5, True), (0.1, False)])
+def test_waits_for_samples_are_reported_once(tmp_path, plan, capsys, fetch, reported):
+    log = begin(tmp_path / "run", plan)
+    for step in range(25):
+        log.metrics({"step": step, "fetch_seconds": fetch, "forward_seconds": 1.0 - fetch})
+        printed = capsys.readouterr().out
+        expected = reported and step == 9  # after ten measured seconds
+        assert ("has waited for samples for 50 % of the time" in printed) == expected
+        assert printed == "" or expected
+    log.close()
