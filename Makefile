@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The release that the figures of the README were measured with; any torch >= 2.10 works. On Linux the package index gives
+# The release that the figures of the README were measured with; any torch >= 2.11 works. On Linux the package index gives
 # the CUDA build; for a CPU build point pip at the index that has it and say TORCH=torch==2.13.0+cpu.
 TORCH ?= torch==2.13.0
 NP ?= 2

@@ -120,11 +120,11 @@ def _torch(torch: Mapping[str, Any]) -> Finding:
             "torch", "error", f"does not load: {torch['error']}", "python -m pip install torch"
         )
     version = torch["__version__"]
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 10):
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 11):
         return Finding(
             "torch",
             "error",
-            f"{version}; 2.10 or later is needed",
+            f"{version}; 2.11 or later is needed",
             "python -m pip install --upgrade torch",
         )
     return Finding("torch", "ok", version)
