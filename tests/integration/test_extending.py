@@ -70,7 +70,7 @@ def test_every_part_of_the_page_is_planned_explained_and_trained(extended, start
     assert (known["plan"]["training_samples"], known["plan"]["steps"]) == (600, 120)
     last_epoch = 119 * 20 / 600
     assert known["plan"]["stages"][0]["lr_last"] == pytest.approx(0.05 / (1 + last_epoch / 2))
-    names = ["rings", "quadratic", "focal", "perplexity", "signum", "inverse_time"]
+    names = ["rings", "quadratic", "focal", "bits_per_target", "signum", "inverse_time"]
     for (key, text), name in zip(known["explain"].items(), names, strict=True):
         assert name in text, key
     assert "Momentum β of the average of gradients." in known["explain"]["optimizer"]
@@ -89,10 +89,11 @@ def test_every_part_of_the_page_is_planned_explained_and_trained(extended, start
     summary = json.loads((extended / "runs/rings/summary.json").read_text())
     assert summary["steps"] == 120
     assert summary["accuracy"] > 0.9
-    assert 1 < summary["perplexity"] < 2  # 2 is that of a guess
+    assert 0 < summary["bits_per_target"] < 1  # 1 is that of a guess
     assert (
-        f"accuracy {summary['accuracy']:.4f}, perplexity {summary['perplexity']:.4f}" in ended.out
+        f"accuracy {summary['accuracy']:.4f}, bits_per_target {summary['bits_per_target']:.4f}"
+        in ended.out
     )
     best = torch.load(extended / "runs/rings/checkpoints/best.pt", weights_only=True)
-    assert best["state"]["best"]["by"] == "perplexity"
+    assert best["state"]["best"]["by"] == "bits_per_target"
     assert best["optimizer"]["classifier.weight"]["average"].shape == (2, 4)
