@@ -244,7 +244,7 @@ def build_learning(
         ):
             for module in modules.values():
                 precision.convert(module)
-        _own_memory(modules)
+        own_memory(modules)
         _check_parameters(modules)
         tracking_layers(modules)  # raises if the engine cannot keep these modules' statistics
         if extra := extra_states(modules):
@@ -294,7 +294,7 @@ def _train_mode(module: torch.nn.Module) -> str | None:
     return f"{were} now in training mode; to keep a layer frozen, override the model's train()"
 
 
-def _own_memory(modules: Modules) -> None:
+def own_memory(modules: Modules) -> None:
     """Give each value of a buffer a place of its own in memory: one that is expanded cannot be
     written to.
     """

@@ -257,7 +257,8 @@ def record(
     outcome: StepOutcome,
     timers: PhaseTimers,
 ) -> None:
-    """Log the step every `log_every_steps` steps, and the last one. Every rank calls this together.
+    """Log the step and check its loss, every `log_every_steps` steps and after the last one. Every
+    rank calls this together.
 
     Raises:
         DivergedError, RollBack: on every rank, if the step was applied and its loss is not finite.

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +69,8 @@ def run_job(
     On one worker, or on those of the launcher that has started this program: then every rank calls
     this together, with the same job and equal objects. An interrupted run is resumed; a finished
     one is left alone, and its summary is returned. torch's global settings (threads, TF32,
-    deterministic algorithms) are set as the job requires and are not restored; signal handlers and
-    environment variables are.
+    deterministic algorithms, with CUBLAS_WORKSPACE_CONFIG) are set as the job requires and are not
+    restored; signal handlers and the variables of Horovod and MPI are.
 
     Args:
         job: the keys of a job file as a mapping, its path, or the name of a shipped job. A mapping
@@ -157,11 +158,9 @@ def _copied(given: Mapping[str, Any]) -> dict[str, Any]:
 
     modules = {name: value for name, value in given.items() if isinstance(value, nn.Module)}
     model, loss = modules.get("model"), given.get("loss")
-    cells = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
-    held = [*cells, getattr(loss, "__self__", None)]
-    if model is not None and any(value is model for value in held):
+    if model is not None and "loss" not in modules and _holds(loss, _pieces(model)):
         raise exits.JobError(
-            "loss: the function holds the model itself, of which a copy is trained: give a "
+            "loss: it holds the model or a part of it, and a copy of the model is trained: give a "
             "torch.nn.Module that holds it"
         )
     try:
@@ -174,6 +173,47 @@ def _copied(given: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
 
 
+def _pieces(model: nn.Module) -> set[int]:
+    """The identities of a model's modules, parameters and buffers."""
+    return {
+        id(piece)
+        for kind in ("modules", "parameters", "buffers")
+        for piece in getattr(model, kind)()
+    }
+
+
+def _holds(value: Any, pieces: set[int], depth: int = 4) -> bool:
+    """Whether something that can be called reaches a piece of a model: by its closure, its object,
+    its attributes, or the arguments of a functools.partial, nested up to `depth` times.
+    """
+    if id(value) in pieces:
+        return True
+    if depth == 0 or isinstance(value, (type, types.ModuleType)):
+        return False
+    inner: list[Any] = [getattr(value, "__self__", None), getattr(value, "func", None)]
+    inner += [
+        cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_bound(cell)
+    ]
+    for name in ("args", "__defaults__"):
+        if isinstance(values := getattr(value, name, None), tuple):
+            inner += values
+    for name in ("keywords", "__kwdefaults__", "__dict__"):
+        if isinstance(values := getattr(value, name, None), dict):
+            inner += values.values()
+    if isinstance(value, (tuple, list)):
+        inner += value
+    if isinstance(value, dict):
+        inner += value.values()
+    return any(_holds(part, pieces, depth - 1) for part in inner if part is not None)
+
+
+def _is_bound(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # its variable has no value yet
+        return False
+
+
 def _run_objects(
     launch: Launch | None,
     read: Callable[[], Job],
@@ -181,6 +221,7 @@ def _run_objects(
     given: Mapping[str, Any],
     fresh: bool,
 ) -> dict[str, Any]:
+    from hvdlarge.build import own_memory
     from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
     from hvdlarge.comm.solo import SoloChannel, SoloCollectives
     from hvdlarge.resilience.preemption import StopRequest
@@ -195,6 +236,7 @@ def _run_objects(
         run(job, path, fresh, replace(context, objects=copies))
         for name, trained in copies.items():
             if trained is not given[name]:
+                own_memory({name: given[name]})
                 given[name].load_state_dict(trained.state_dict())
         read_summary = (job.run_folder / "summary.json").read_text
         text = on_rank_0(context.control, lambda: read_summary(encoding="utf-8")) or ""

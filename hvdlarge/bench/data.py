@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ def measure_waits(
     return DataWait(
         first_step_seconds,
         len(waits),
-        ordered[len(ordered) // 2],
+        statistics.median(ordered),
         ordered[-1],
         max(at_border, default=0.0),
         borders,

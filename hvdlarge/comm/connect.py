@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, WorldMismatchError
 from hvdlarge.comm.launcher import Launch
+from hvdlarge.comm.rank_checks import raise_on_all_ranks
+from hvdlarge.exits import InvalidEnvironmentError
 
 
 def open_control(launch: Launch | None) -> ControlChannel:
@@ -32,18 +34,27 @@ def open_tensors(launch: Launch | None, control: ControlChannel) -> Collectives:
     """Open the collectives. Every rank calls this together, after `open_control`.
 
     Raises:
-        WorldMismatchError: if a launcher started this process and Horovod is missing or sees
-            another number of workers.
+        InvalidEnvironmentError: on every rank, if a launcher started this process and Horovod is
+            missing, or built without MPI, on any rank.
+        WorldMismatchError: if Horovod sees another number of workers.
     """
     if launch is None:
         from hvdlarge.comm.solo import SoloCollectives
 
         return SoloCollectives()
+    raise_on_all_ranks(control, lambda: _check_horovod(launch))
+    from hvdlarge.comm.horovod_backend import HorovodCollectives
+
+    return HorovodCollectives(control)
+
+
+def _check_horovod(launch: Launch) -> None:
+    """Raise InvalidEnvironmentError unless Horovod loads here and was built with MPI."""
     try:
-        from hvdlarge.comm.horovod_backend import HorovodCollectives
+        from hvdlarge.comm import horovod_backend
     except ImportError as error:
-        raise WorldMismatchError(
+        raise InvalidEnvironmentError(
             f"started by {launch.launcher} with {launch.size} workers, but horovod.torch does not "
             f"load here ({error}); docker/install-horovod.sh builds and installs it"
         ) from error
-    return HorovodCollectives(control)
+    horovod_backend.check_build()

@@ -71,7 +71,9 @@ def versions() -> dict[str, str | None]:
 
 
 def set_environment(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:
-    """Set the environment variables for MPI and Horovod, before either starts; returns them."""
+    """Set the environment variables for MPI and Horovod, before either starts; returns them. The
+    values that are replaced are kept for `unset_environment`.
+    """
     if launch is None:
         return {}
     cores = len(bound_cores())
@@ -83,6 +85,8 @@ def set_environment(launch: Launch | None, horovod: HorovodSettings) -> dict[str
         horovod.cycle_ms,
         horovod.yield_when_idle,
     )
+    _replaced.clear()
+    _replaced.update({name: os.environ[name] for name in settings if name in os.environ})
     os.environ.update(settings)
     _read_by_mpi.setdefault(YIELD_WHEN_IDLE, os.environ.get(YIELD_WHEN_IDLE, "0"))
     return settings
@@ -94,8 +98,11 @@ def unset_environment(settings: Mapping[str, str]) -> None:
     """
     for name in settings:
         os.environ.pop(name, None)
+    os.environ.update(_replaced)
+    _replaced.clear()
 
 
+_replaced: dict[str, str] = {}  # variables of the user's that `set_environment` has changed
 _read_by_mpi: dict[str, str] = {}  # as of the first run of this process: MPI starts once
 
 

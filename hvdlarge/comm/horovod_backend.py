@@ -18,7 +18,16 @@ from hvdlarge.comm.interfaces import (
     RankLostError,
     WorldMismatchError,
 )
+from hvdlarge.exits import InvalidEnvironmentError
 from hvdlarge.optim.interface import GradientNorms, MeanGradientOptimizer
+
+
+def check_build() -> None:
+    """Raise InvalidEnvironmentError if this Horovod was built without MPI."""
+    if not hvd.mpi_built():
+        raise InvalidEnvironmentError(
+            "this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI"
+        )
 
 
 @contextmanager
@@ -56,13 +65,8 @@ class HorovodCollectives:
         together.
 
         Raises:
-            WorldMismatchError: if Horovod was built without MPI or sees other ranks than the
-                control channel.
+            WorldMismatchError: if Horovod sees other ranks than the control channel.
         """
-        if not hvd.mpi_built():
-            raise WorldMismatchError(
-                "this Horovod was built without MPI; docker/install-horovod.sh builds it with MPI"
-            )
         hvd.init()
         if (hvd.size(), hvd.rank()) != (control.size, control.rank):
             raise WorldMismatchError(

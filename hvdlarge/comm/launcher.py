@@ -73,8 +73,14 @@ def detect(environ: Mapping[str, str]) -> Launch | None:
             if launcher == "srun" and int(environ[size_name]) < 2:
                 continue
             rank, size = int(environ[rank_name]), int(environ[size_name])
-            local_rank = int(environ.get(local_rank_name, rank))
-            local_size = environ.get(local_size_name, str(size))
+            # Slurm's PMI gives no place on the host; Slurm itself does
+            by_slurm = environ.get("SLURM_STEP_NUM_TASKS") == environ[size_name]
+            slurm_rank, slurm_size = (
+                environ.get(name) if by_slurm else None
+                for name in ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+            )
+            local_rank = int(environ.get(local_rank_name, slurm_rank or rank))
+            local_size = environ.get(local_size_name, slurm_size or str(size))
             return Launch(launcher, rank, size, local_rank, _leading_number(local_size, size))
     return None
 

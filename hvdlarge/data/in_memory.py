@@ -5,7 +5,7 @@ set is map-style: it has a length, and indexing it gives the pair (input, target
 define `__getitems__(indices)`, which gives the pairs of many indices at once. An `InMemory` set is
 indexed in the training process, without loader processes.
 
-A subclass that overrides `__getitem__` disables the batched methods it inherits (`batch`,
+A subclass that overrides `__getitem__` disables the batched methods of its base classes (`batch`,
 `__getitems__`): they would bypass the override.
 """
 

@@ -129,7 +129,7 @@ def are_classes(outputs: Any, targets: Any) -> bool:
         and isinstance(targets, torch.Tensor)
         and not targets.is_floating_point()
         and targets.dtype != torch.bool
-        and outputs.ndim == targets.ndim + 1
+        and outputs.ndim == targets.ndim + 1 >= 2
         and outputs.shape[1] > 1
         and (*outputs.shape[:1], *outputs.shape[2:]) == targets.shape
     )

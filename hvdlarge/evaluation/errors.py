@@ -46,7 +46,8 @@ class Perplexity:
         loss, count = totals
         if not count:
             return None
-        return math.exp(loss / count) if loss / count < 700 else math.inf
+        mean = loss / count
+        return math.inf if mean >= 700 else math.exp(mean)
 
 
 class MeanSquaredError:

@@ -37,7 +37,8 @@ class CrossEntropyLoss(torch.nn.Module):
         of the targets that count).
 
     Raises:
-        ValueError: for negative targets in the first micro-batch, without `ignore_index`.
+        ValueError: for another `reduction`; for negative targets in the first micro-batch,
+            without `ignore_index`.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 """What the engine asks of every optimizer: the norms of the mean gradients, then the update.
 
-Formula:  A tensor whose mean gradient is zero throughout is skipped in a step: weights, state
-          and decay. Horovod submits zeros for a gradient that is missing on every worker; without
-          this rule an optimizer would decay such a parameter, and move it by its momentum, on
-          several workers and leave it alone on one.
+Formula:  A tensor whose mean gradient is zero throughout, or so small that its norm is 0 in the
+          precision of the gradient, is skipped in a step: weights, state and decay. Horovod submits
+          zeros for a gradient that is missing on every worker; without this rule an optimizer would
+          decay such a parameter, and move it by its momentum, on several workers and leave it alone
+          on one.
 Source:   torch's own optimizers do so for a gradient of None.
 Contract: `measure` and `update` are called after the gradients have been averaged over all workers,
           so every rank computes the same. Every hyper-parameter lives in the parameter groups and

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hvdlarge.optim.param_groups import set_group_lr
 from hvdlarge.schedule.growth import Growth, NoGrowth
 from hvdlarge.schedule.lr import LRSchedule
 from hvdlarge.schedule.progress import Clock
@@ -143,4 +144,4 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
+            set_group_lr(group, lr)

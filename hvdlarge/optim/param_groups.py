@@ -101,7 +101,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     none, multiplies it.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        set_group_lr(group, lr * group.get("lr_factor", 1.0))
+
+
+def set_group_lr(group: dict[str, Any], lr: float | torch.Tensor) -> None:
+    """Set the rate of one group, in place where it is a tensor, as in torch's own schedulers: an
+    optimizer that is captured or compiled reads that tensor.
+    """
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def _bias_and_normalisation(modules: Modules) -> Iterator[str]:

@@ -3,9 +3,9 @@
 Formula:  per tensor, its bytes are read as 32-bit words in rows of 1024; the sums of rows and of
           columns, each weighted by its own multiplier, are added up modulo 2^64. Over all tensors,
           the CRC-32 of names and digests, forwards and backwards
-Contract: equal states have equal digests; any flipped bit changes the digest. One pass over the
-          state, every `compare_every_steps` steps and before each checkpoint. Running statistics
-          are excluded while they are partial.
+Contract: equal states have equal digests; any single flipped bit changes the digest. One pass over
+          the state, every `compare_every_steps` steps and before each checkpoint. Running
+          statistics are excluded while they are partial.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class StopRequest:
         Args:
             stop_file: stop when this file appears; None: do not watch for one. An existing file is
                 removed.
-            after_minutes: a time limit, counted from the start of this process; None: no limit.
+            after_minutes: a time limit, counted from the creation of this object; None: no limit.
         """
         self._stop_file, self._minutes = stop_file, after_minutes
         self.consume_file()

@@ -101,8 +101,8 @@ class MultistepDecay(Decay):
         check_milestones(self.every_epochs, self.milestones, ("every_epochs", "milestones"))
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch` (epochs); the end of the warmup and the run's length do not matter
-        to it.
+        """The lr factor at `epoch` (epochs); the end of the warmup and the run's length do not
+        matter to it.
         """
         return self.gamma ** milestones_reached(epoch, self.every_epochs, self.milestones)
 
@@ -111,7 +111,7 @@ class MultistepDecay(Decay):
         return milestones_past_the_end("milestones", self.milestones, epochs)
 
     def notes(self, epochs: float) -> Iterator[str]:
-        """Whether it does nothing."""
+        """A note if it never acts."""
         if never_reached(self.every_epochs, epochs):
             yield (
                 f"every_epochs is {self.every_epochs:g}, the run has {epochs:g}: the lr never "
@@ -133,7 +133,7 @@ class PolynomialDecay(Decay):
     power: float = 2.0
     """Power of the polynomial; 2 in the LARS paper."""
     end_factor: float = 0.0
-    """Decay at the end of the run, in [0, 1]."""
+    """Factor of the lr at the end of the run, in [0, 1]."""
     after_warmup: bool = True
     """Measure from the end of the first warmup; false: from the start of the run."""
 
@@ -143,8 +143,8 @@ class PolynomialDecay(Decay):
         _check_factor("end_factor", self.end_factor)
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs`
-        (all in epochs).
+        """The lr factor at `epoch`, for a first warmup that ends at `warmup_end` in a run of
+        `epochs` (all in epochs).
         """
         passed = _passed(epoch, warmup_end if self.after_warmup else 0.0, epochs)
         return self.end_factor + (1.0 - self.end_factor) * (1.0 - passed) ** self.power
@@ -162,7 +162,7 @@ class CosineDecay(Decay):
     policy: Literal["cosine"] = "cosine"
     """Half a cosine wave over the run."""
     end_factor: float = 0.0
-    """Decay at the end of the run, in [0, 1]."""
+    """Factor of the lr at the end of the run, in [0, 1]."""
     after_warmup: bool = True
     """Measure from the end of the first warmup; false: from the start of the run."""
 
@@ -170,8 +170,8 @@ class CosineDecay(Decay):
         _check_factor("end_factor", self.end_factor)
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch`, for a first warmup that ends at `warmup_end` in a run of `epochs`
-        (all in epochs).
+        """The lr factor at `epoch`, for a first warmup that ends at `warmup_end` in a run of
+        `epochs` (all in epochs).
         """
         passed = _passed(epoch, warmup_end if self.after_warmup else 0.0, epochs)
         return self.end_factor + (1.0 - self.end_factor) * 0.5 * (1.0 + math.cos(math.pi * passed))
@@ -206,7 +206,7 @@ class ExponentialDecay(Decay):
             )
 
     def factor(self, epoch: float, warmup_end: float, epochs: float) -> float:
-        """The decay at `epoch`, for a first warmup that ends at `warmup_end` (both in epochs)."""
+        """The lr factor at `epoch`, for a first warmup that ends at `warmup_end` (in epochs)."""
         begin = warmup_end if self.after_warmup else 0.0
         return self.gamma ** (max(0.0, epoch - begin) / self.every_epochs)
 

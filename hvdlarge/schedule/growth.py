@@ -151,7 +151,7 @@ class AdaBatchGrowth(Growth):
         return milestones_past_the_end("at_epochs", self.at_epochs, epochs)
 
     def notes(self, epochs: float) -> Iterator[str]:
-        """Whether it does nothing."""
+        """A note if it never acts."""
         if never_reached(self.every_epochs, epochs):
             yield (
                 f"every_epochs is {self.every_epochs:g}, the run has {epochs:g}: the batch never "

@@ -134,7 +134,7 @@ class LegwWarmup(Warmup):
         return max(self.epochs * after - epoch, self.epochs * (after - before))
 
     def notes(self, epochs: float) -> Iterator[str]:
-        """Whether it does nothing."""
+        """A note if it never acts."""
         if self.epochs == 0:
             yield "epochs is 0: there is no warmup, and the lr jumps at a growth of the batch"
 

@@ -42,7 +42,7 @@ class RunView:
 
 @dataclass(frozen=True)
 class StepView:
-    """A step that was taken."""
+    """A step that was taken, or skipped by the policy for gradients that are not finite."""
 
     step: int  # its number, from 0
     epoch: float  # after it, in epochs

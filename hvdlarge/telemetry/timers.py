@@ -1,6 +1,6 @@
 """Measures the seconds of a step by phase, under the names that code, log and report share.
 
-Contract: pure; counts this worker's own seconds. Asynchronous work of a GPU is counted in the phase
+Contract: counts this worker's own seconds. Asynchronous work of a GPU is counted in the phase
           in which the host waits for it.
 """
 

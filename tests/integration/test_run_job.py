@@ -59,3 +59,24 @@ def test_a_job_that_is_wrong_is_raised_on_every_rank(start, folder):
     ended = start([*MPIRUN, "-np", "2", sys.executable, "program.py", "run", "0"])
     assert ended.code == 1
     assert ended.err.count("JobError: job.yaml: 1 problem in the job file") == 2
+
+
+WITHOUT_HOROVOD = """
+import sys
+sys.modules["horovod.torch"] = None  # as where it is not installed
+import hvdlarge
+from hvdlarge.exits import InvalidEnvironmentError
+
+try:
+    hvdlarge.run_job("digits")
+except InvalidEnvironmentError as error:
+    print(f"the program goes on: {error}", flush=True)
+"""
+
+
+def test_a_program_goes_on_where_horovod_is_missing(start, folder):
+    (folder / "program.py").write_text(WITHOUT_HOROVOD)
+    ended = start([*MPIRUN, "-np", "2", sys.executable, "program.py"])
+    assert ended.code == 0, ended.text
+    assert ended.text.count("the program goes on: ") == 2
+    assert "horovod.torch does not load here" in ended.text

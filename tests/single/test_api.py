@@ -1,6 +1,7 @@
 """The public names, and a job that is trained in this process."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -248,11 +249,67 @@ def test_a_loss_that_shares_a_part_of_the_model_shares_that_of_its_copy(folder):
     assert [name for name in kept["optimizer"] if "loss" in name] == []  # updated once
 
 
-def test_a_function_that_holds_the_model_is_refused(folder):
+class Penalty:
+    """A loss that is an object, and no module."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __call__(self, outputs, targets):
+        return penalized(outputs, targets, self.held)
+
+
+def penalized(outputs, targets, held):
+    weight = held if isinstance(held, torch.Tensor) else held.weight
+    return torch.nn.functional.cross_entropy(outputs, targets) + weight.mean()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: lambda outputs, targets: penalized(outputs, targets, model[0]),
+        lambda model: (lambda layer: lambda outputs, targets: penalized(outputs, targets, layer))(
+            model[0]
+        ),
+        lambda model: functools.partial(penalized, held=model[0].weight),
+        lambda model: functools.partial(Penalty.__call__, Penalty(model[0])),
+        lambda model: Penalty(model[0]),
+        lambda model: Penalty([model[0]]),
+    ],
+)
+def test_a_loss_that_holds_a_part_of_the_model_is_refused(folder, make):
     model = torch.nn.Sequential(torch.nn.Linear(6, 3))
+    with pytest.raises(JobError, match="it holds the model or a part of it"):
+        hvdlarge.run_job(
+            JOB, "batch={base: 8, micro: 4}", model=model, data=pairs(), loss=make(model)
+        )
 
+
+def test_a_function_with_a_variable_without_a_value_is_a_loss(folder):
     def loss(outputs, targets):
-        return torch.nn.functional.cross_entropy(outputs, targets) + model[0].weight.mean()
+        if len(outputs) < 0:
+            return later
+        return torch.nn.functional.cross_entropy(outputs, targets)
 
-    with pytest.raises(JobError, match="the function holds the model itself"):
-        hvdlarge.run_job(JOB, "batch={base: 8, micro: 4}", model=model, data=pairs(), loss=loss)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3))
+    hvdlarge.run_job(JOB, "batch={base: 8, micro: 4}", model=model, data=pairs(), loss=loss)
+    if len(pairs()) < 0:
+        later = None
+
+
+class Expanded(torch.nn.Linear):
+    """Its buffer holds one value under many indices."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.register_buffer("scale", torch.ones(1).expand(3))
+
+
+def test_a_model_with_an_expanded_buffer_holds_the_trained_weights(folder):
+    model = Expanded()
+    before = model.weight.clone()
+    hvdlarge.run_job(JOB, "batch={base: 8, micro: 4}", model=model, data=pairs())
+    kept = torch.load(folder / "runs/api/checkpoints/last.pt", weights_only=True)["model"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[name].to(value.dtype))
+    assert not torch.equal(model.weight, before)

@@ -231,3 +231,19 @@ def test_a_run_from_another_runs_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / "runs/third").exists()
     itself = tuned | {"init_from": "runs/second/checkpoints/last.pt"}
     hvdlarge.run_job(itself, fresh=True)  # read before the folder is set aside
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+
+def test_a_buffer_may_hold_infinities(file):
+    state = Masked().state_dict()
+    assert not torch.isfinite(state["mask"]).all()
+    load_initial_weights(InitFrom(path=file(state)), Masked())
+    state["mask"] = torch.full((3, 3), torch.nan)
+    with pytest.raises(JobError, match="its tensor 'mask' is not finite"):
+        load_initial_weights(InitFrom(path=file(state)), Masked())

@@ -22,6 +22,10 @@ from hvdlarge.comm.launcher import (
         ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "4"}, Launch("Hydra", 2, 4, 2, 4)),
         ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"}, Launch("horovodrun --gloo", 0, 2, 0, 2)),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, Launch("srun", 5, 8, 1, 4)),
+        ({"PMI_RANK": "8", "PMI_SIZE": "16", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
+         Launch("Hydra", 8, 16, 0, 8)),
+        # Hydra's processes inherit what Slurm says of the one that started them
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, Launch("Hydra", 3, 4, 3, 4)),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, None),  # a batch script, not a launch
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"}, None),
     ],

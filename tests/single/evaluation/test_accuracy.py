@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvdlarge.evaluation.accuracy import F1, Accuracy, Top5
+from hvdlarge.evaluation.accuracy import F1, Accuracy, Top5, are_classes
 from hvdlarge.evaluation.errors import Perplexity
 from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.models.losses import CrossEntropyLoss
@@ -117,3 +117,8 @@ def test_a_target_that_is_no_class_is_an_error(kind):
     targets = torch.tensor([0, 255, 6])
     with pytest.raises(MetricError, match=r"a target is 255, .* 7 classes.*ignore_index: 255\}"):
         kind(ignore_index=254).totals(torch.zeros(3, 7), targets)
+
+
+def test_outputs_of_one_dimension_are_no_classes():
+    assert not are_classes(torch.randn(3), torch.tensor(1))
+    assert Accuracy().totals(torch.randn(3), torch.tensor(1)).tolist() == [0, 0]

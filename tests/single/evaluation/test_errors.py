@@ -32,6 +32,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_the_targets_that_count()
 
 def test_perplexity_beyond_the_largest_float_is_infinite():
     assert Perplexity().result([800.0, 1.0]) == math.inf
+    assert math.isnan(Perplexity().result([math.nan, 1.0]))
 
 
 def test_errors_are_means_over_all_numbers():

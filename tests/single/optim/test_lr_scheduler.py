@@ -13,6 +13,7 @@ from hvdlarge.config.job_file import read_job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.controller import Controller
 from hvdlarge.optim.lr_scheduler import LRScheduler
+from hvdlarge.optim.param_groups import set_lr
 from hvdlarge.schedule.decay import (
     ConstantDecay,
     CosineDecay,
@@ -156,3 +157,23 @@ def test_the_loop_of_the_documentation_trains():
     assert names["scheduler"].finished
     assert names["scheduler"].global_batch > 32
     assert names["loss"].item() < 1.5
+
+
+def test_a_rate_that_is_a_tensor_stays_that_tensor():
+    optimizer = optimizer_of()
+    scheduler = LRScheduler(optimizer, LRSchedule(0.1), 100, 10.0, 10)
+    optimizer.step()
+    scheduler.step()
+    state = scheduler.state_dict()
+    rates = [torch.tensor(7.0) for _ in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        assert group["lr"] is rate
+        assert rate.item() == pytest.approx(scheduler.get_last_lr()[0])
+    set_lr(optimizer, 0.25)
+    assert all(
+        group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True)
+    )
+    assert rates[0].item() == 0.25
