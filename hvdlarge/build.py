@@ -34,6 +34,7 @@ from hvdlarge.data.loader import (
 )
 from hvdlarge.data.rng import seed_all
 from hvdlarge.data.samples import SampleForm
+from hvdlarge.data.transforms import TransformedLoader, Transforms
 from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
 from hvdlarge.evaluation.states import StateMetric
@@ -95,6 +96,7 @@ class Components:
     notes: Sequence[str] = ()  # what the user may not expect
     rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
     hooks: Sequence[tuple[str, Any]] = ()  # with their names
+    transforms: Transforms | None = None  # of images
 
 
 def build_components(job: Job, context: RankContext) -> Components:
@@ -124,16 +126,17 @@ def build_components(job: Job, context: RankContext) -> Components:
         control, lambda: build_learning(job, precision, context.objects)
     )
     form = raise_on_all_ranks(control, lambda: sample_form(job.data))
+    transforms = build_transforms(job, precision)
     metrics = raise_on_all_ranks(control, lambda: build_metrics(job))
     hooks = raise_on_all_ranks(control, lambda: build_hooks(job)) if job.hooks else []
     if job.batch.micro == "auto" and device.type == "cuda":
-        first = first_sample(job.data, form, training_set)
+        first = first_sample(job.data, form, training_set, transforms)
         plan = with_largest_micro_batch(
             plan, objective, first, control, averages=job.ema is not None
         )
     return Components(
         objective, training_set, test_set, sizes, plan, optimizer, form, metrics,
-        [*notes, *model_notes], hooks=hooks,
+        [*notes, *model_notes], hooks=hooks, transforms=transforms,
     )  # fmt: skip
 
 
@@ -390,14 +393,31 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
         set_extra_states(modules, unpack(message))
 
 
-def build_loader(data: sections.Data, form: SampleForm, training_set: Any, seed: int) -> Loader:
+def build_loader(
+    data: sections.Data,
+    form: SampleForm,
+    training_set: Any,
+    seed: int,
+    transforms: Transforms | None = None,
+) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
     fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form)
+    loader: Loader
     if reads_batches(training_set):
-        return TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
-    return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
+        loader = TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
+    else:
+        loader = WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
+    return loader if transforms is None else TransformedLoader(loader, transforms.train)
+
+
+def build_transforms(job: Job, precision: Precision) -> Transforms | None:
+    """The transforms of a job's images; None if it has none."""
+    if not job.data.transforms:
+        return None
+    mover = device_mover(precision, job.model.channels_last)
+    return Transforms(job.data.transforms, job.seed, mover, precision.weights)
 
 
 def sample_form(data: sections.Data) -> SampleForm:
@@ -452,6 +472,7 @@ def build_evaluation(
     test_set: Any,
     rank: int,
     world_size: int,
+    transforms: Transforms | None = None,
 ) -> Evaluation | None:
     """The evaluation of a test set; None without one."""
     if test_set is None:
@@ -466,25 +487,38 @@ def build_evaluation(
         world_size,
         num_workers,
         data.prefetch_factor,
+        None if transforms is None else transforms.evaluate,
     )
 
 
 def test_samples(
-    data: sections.Data, evaluate: sections.Evaluate, form: SampleForm, test_set: Any
+    data: sections.Data,
+    evaluate: sections.Evaluate,
+    form: SampleForm,
+    test_set: Any,
+    transforms: Transforms | None,
 ) -> Callable[[], Iterable[LoadedMicroBatch]]:
     """A function that reads the first micro-batch of a test set twice, in a loader process if there
     are any.
     """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
     loader = _in_order(data, form, test_set, [first, first])
-    return lambda: loader
+    return lambda: loader if transforms is None else map(transforms.evaluate, loader)
 
 
 def first_sample(
-    data: sections.Data, form: SampleForm, training_set: Any
+    data: sections.Data,
+    form: SampleForm,
+    training_set: Any,
+    transforms: Transforms | None = None,
 ) -> Callable[[], LoadedMicroBatch]:
     """A function that reads the first sample of a training set, as a micro-batch of one."""
-    return lambda: next(iter(_in_order(data, form, training_set, [MicroBatch(0, 0, 1)])))
+
+    def read() -> LoadedMicroBatch:
+        loaded = next(iter(_in_order(data, form, training_set, [MicroBatch(0, 0, 1)])))
+        return loaded if transforms is None else transforms.train(loaded)
+
+    return read
 
 
 def _in_order(

@@ -77,7 +77,9 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
         1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32"
     )
     components = build_components(job, context)
-    loader = build_loader(job.data, components.form, components.training_set, job.seed)
+    loader = build_loader(
+        job.data, components.form, components.training_set, job.seed, components.transforms
+    )
     try:
         components = _rehearse(job, components, loader, context)
         _train_in_folder(job, job_file, fresh, context, components, loader, hosts)
@@ -91,7 +93,7 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
     read_again = (
         None
         if test_set is None
-        else test_samples(job.data, job.evaluate, components.form, test_set)
+        else test_samples(job.data, job.evaluate, components.form, test_set, components.transforms)
     )
     with context.watchdog.during("rehearse"):
         rehearsed = rehearse(
@@ -243,7 +245,11 @@ class Run:
                 rolled_back = True
                 components = self.components
                 loader = build_loader(
-                    self.job.data, components.form, components.training_set, self.job.seed
+                    self.job.data,
+                    components.form,
+                    components.training_set,
+                    self.job.seed,
+                    components.transforms,
                 )
             else:
                 break
@@ -319,6 +325,7 @@ class Run:
                 components.test_set,
                 control.rank,
                 control.size,
+                components.transforms,
             ),
             consistency=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), flags),
             policy=build_policy(job.on_nonfinite, state, self.replica),

@@ -136,7 +136,9 @@ def measure_step(
 def _tried(job: Job, components: Components, only: str | None) -> Components:
     """The components after a pass of the first micro-batch, which shows what the loss returns."""
     plan = components.plan
-    loader = build_loader(job.data, components.form, components.training_set, job.seed)
+    loader = build_loader(
+        job.data, components.form, components.training_set, job.seed, components.transforms
+    )
     try:
         size = min(plan.micro_batch_of(plan.initial_batch), plan.initial_batch)
         loader.enqueue([MicroBatch(0, 0, size)], is_last=False)
@@ -146,13 +148,15 @@ def _tried(job: Job, components: Components, only: str | None) -> Components:
     rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
     weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weight is not None
     if only not in ("engine", "control"):
-        plain = job.data.targets is None and job.data.collate is None and job.model.output is None
+        data = job.data
+        plain = not (data.targets is not None or data.collate or data.transforms)
+        plain = plain and job.model.output is None
         pairs = isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)
         if job.reduction == "exact" or weighted or not (plain and pairs):
             raise JobError(
                 "bench step: the bare loop takes samples that are pairs of tensors, without "
-                "data.targets, data.collate and model.output, a loss that is a mean, and "
-                "reduction: fast; --only engine times the engine alone"
+                "data.targets, data.collate, data.transforms and model.output, a loss that is a "
+                "mean, and reduction: fast; --only engine times the engine alone"
             )
     return replace(components, rehearsed=Rehearsed(weighted_loss=weighted))
 
@@ -177,7 +181,11 @@ def _engine_round(run: Run, clock: StepClock, folder: Path) -> float:
     if run.context.control.rank == 0:
         run = replace(run, log=RunLog(folder, plan, {}, RunProgress(), state))
     loader = build_loader(
-        run.job.data, run.components.form, run.components.training_set, run.job.seed
+        run.job.data,
+        run.components.form,
+        run.components.training_set,
+        run.job.seed,
+        run.components.transforms,
     )
     parts = run.build_loop(loader, RunProgress(), state)
     run.replica.statistics.to_partial()

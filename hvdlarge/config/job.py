@@ -25,6 +25,7 @@ from pydantic import (
 from hvdlarge.config import registry, yaml_source
 from hvdlarge.config.own_parts import OwnPolicy, OwnSection
 from hvdlarge.config.part_errors import first_line
+from hvdlarge.data.transform_sections import Transform
 from hvdlarge.optim.sections import Lars, NotNegative, OptimizerSection, OwnOptimizer, Positive
 from hvdlarge.schedule.decay import ConstantDecay, Decay
 from hvdlarge.schedule.growth import LARGEST_BATCH, Growth, NoGrowth
@@ -46,11 +47,13 @@ if TYPE_CHECKING:
     AnyWarmup = Warmup
     AnyDecay = Decay
     AnyOptimizer = OptimizerSection
+    AnyTransform = Transform
 else:
     AnyGrowth = Annotated[registry.union(registry.GROWTHS), OwnPolicy(Growth)]
     AnyWarmup = Annotated[registry.union(registry.WARMUPS), OwnPolicy(Warmup)]
     AnyDecay = Annotated[registry.union(registry.DECAYS), OwnPolicy(Decay)]
     AnyOptimizer = Annotated[registry.union(registry.OPTIMIZERS), OwnSection(OwnOptimizer)]
+    AnyTransform = Annotated[registry.union(registry.TRANSFORMS), Field(discriminator="name")]
 
 
 class Section(BaseModel):
@@ -80,6 +83,10 @@ class Data(Section):
     collate: str | None = None
     """Function that makes a batch of a list of samples, as `package.module:attribute`; default:
     torch's `default_collate`.
+    """
+    transforms: tuple[AnyTransform, ...] = ()
+    """Transforms of whole batches of images on the device, in this order; what is random in them is
+    left out in evaluations.
     """
     samples: Count | None = None
     """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
@@ -532,6 +539,8 @@ class Job(Section):
         }
         if self.model.freeze:
             signature["model"]["freeze"] = resolved["model"]["freeze"]
+        if self.data.transforms:
+            signature["data"]["transforms"] = resolved["data"]["transforms"]
         if self.init_from is not None:  # the file may be moved: a resumed run does not read it
             signature["init_from"] = {
                 key: value for key, value in resolved["init_from"].items() if key != "path"

@@ -435,7 +435,11 @@ def _schema_of(location: Sequence[str | int]) -> dict[str, Any]:
             node.get("properties", {}),
             node.get("discriminator", {}).get("mapping", {}),
         )
-        node = properties.get(part) or ({"$ref": mapping[part]} if part in mapping else {})
+        node = (
+            node.get("items", {})
+            if isinstance(part, int)
+            else properties.get(part) or ({"$ref": mapping[part]} if part in mapping else {})
+        )
         # A section that may be left out, or given as a text
         node = next((choice for choice in node.get("anyOf", []) if "$ref" in choice), node)
         while "$ref" in node:

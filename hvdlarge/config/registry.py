@@ -54,6 +54,13 @@ METRICS = {
     "mae": "hvdlarge.evaluation.errors:MeanAbsoluteError",
 }
 # Sections of the job file, importable without torch; each names itself as here.
+TRANSFORMS = {
+    "random_crop": "hvdlarge.data.transform_sections:RandomCrop",
+    "random_flip": "hvdlarge.data.transform_sections:RandomFlip",
+    "random_resized_crop": "hvdlarge.data.transform_sections:RandomResizedCrop",
+    "normalize": "hvdlarge.data.transform_sections:Normalize",
+    "mixup": "hvdlarge.data.transform_sections:Mixup",
+}
 OPTIMIZERS = {
     "lars": "hvdlarge.optim.sections:Lars",
     "lamb": "hvdlarge.optim.sections:Lamb",

@@ -17,7 +17,7 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 _ALL = 2**64 - 1
 
 # Purposes of keys. The numbers determine the results of every run and must never change.
-ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA, EVALUATION = 1, 2, 3, 4, 5, 6
+ORDER, WEIGHTS, MICRO_BATCH, SAMPLE, DATA, EVALUATION, TRANSFORM = 1, 2, 3, 4, 5, 6, 7
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

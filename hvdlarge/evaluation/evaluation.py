@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,6 +32,7 @@ class Evaluation:
         world_size: workers.
         num_workers: loader processes; 0 loads in this process.
         prefetch_factor: micro-batches that each loader process prepares in advance.
+        transform: changes each micro-batch as it is loaded; None: they stay as they are.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Evaluation:
         world_size: int,
         num_workers: int,
         prefetch_factor: int,
+        transform: Callable[[LoadedMicroBatch], LoadedMicroBatch] | None = None,
     ) -> None:
+        self._transform = transform
         local: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
         self._names = list(metrics)
         self._with_states = {
@@ -115,7 +118,8 @@ class Evaluation:
         device = objective.precision.device
         totals = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=device)
         total_loss, total_weight, *parts = totals.split([1, 1, *sizes])  # views
-        for micro_batch, inputs, targets in self._loader:
+        loaded = self._loader if self._transform is None else map(self._transform, self._loader)
+        for micro_batch, inputs, targets in loaded:
             size = micro_batch.size
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same
             # in every evaluation.

@@ -21,6 +21,15 @@ SOUND = {
         "data={name: 'own_parts:tensor_set', args: {kind: NoisyTensors}}"
     ],
     "an augmentation that draws from three generators": ["data={name: 'own_parts:augmented'}"],
+    "transformed images": [
+        "data={name: 'own_parts:images', transforms: [{name: random_crop, padding: 2}, {name: random_flip}, "
+        "{name: random_resized_crop, size: 6}, {name: normalize, mean: [0.5, 0.5, 0.5], std: [0.3, 0.3, 0.3]}]}",
+        "model.name=own_parts:Seeing",
+    ],
+    "mixed images": [
+        "data={name: 'own_parts:images', transforms: [{name: mixup, classes: 3, alpha: 0.5}]}",
+        "model.name=own_parts:Seeing",
+    ],
     "a model that came in evaluation mode": ["model.name=own_parts:in_evaluation_mode"],
     "a frozen batch norm": ["model.name=own_parts:Frozen"],
     "a batch norm under two names": ["model.name=own_parts:TwoNames"],

@@ -1,0 +1,113 @@
+"""Applies a job's transforms of images to its micro-batches, in training and in evaluations.
+
+Contract: runs in the training process, on the device of the model; a loader in front of it stays as
+          it is. What a sample draws depends on its number in the run (image_transforms.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvdlarge.data.image_transforms import Draws, TransformError
+from hvdlarge.data.loader import LoadedMicroBatch, Loader
+from hvdlarge.data.transform_sections import Transform
+from hvdlarge.schedule.batch import MicroBatch
+
+
+class TransformedLoader:
+    """A loader whose micro-batches are moved to the device and transformed there.
+
+    Args:
+        loader: the loader itself.
+        transform: of a loaded micro-batch.
+    """
+
+    def __init__(
+        self, loader: Loader, transform: Callable[[LoadedMicroBatch], LoadedMicroBatch]
+    ) -> None:
+        self._loader, self._transform = loader, transform
+
+    def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
+        """See Loader."""
+        self._loader.enqueue(micro_batches, is_last)
+
+    def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
+        """See Loader."""
+        return map(self._transform, self._loader.fetch(count))
+
+    def read_ahead(self) -> None:
+        """See Loader."""
+        self._loader.read_ahead()
+
+    def close(self) -> None:
+        """See Loader."""
+        self._loader.close()
+
+
+class Transforms:
+    """The transforms of a job, one after the other.
+
+    Args:
+        transforms: in the order of the job.
+        seed: of the run.
+        to_device: moves inputs or targets.
+        dtype: of the weights; images of bytes become numbers from 0 to 1 of this type.
+    """
+
+    def __init__(
+        self,
+        transforms: Sequence[Transform],
+        seed: int,
+        to_device: Callable[[Any], Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self._transforms, self._seed = transforms, seed
+        self._to_device, self._dtype = to_device, dtype
+
+    def train(self, loaded: LoadedMicroBatch) -> LoadedMicroBatch:
+        """A micro-batch as the model is trained on it.
+
+        Raises:
+            TransformError: unless the inputs are a tensor of images and the targets a tensor.
+        """
+        micro_batch = loaded.micro_batch
+        images, targets = self._images(loaded), self._to_device(loaded.targets)
+        if not isinstance(targets, torch.Tensor):
+            raise TransformError("data.transforms takes samples whose targets are tensors")
+        samples = np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
+        for number, transform in enumerate(self._transforms):
+            draws = Draws(self._seed, number, samples)
+            images, targets = transform.train(images, targets, draws)
+        return LoadedMicroBatch(micro_batch, self._to_device(images), targets)
+
+    def evaluate(self, loaded: LoadedMicroBatch) -> LoadedMicroBatch:
+        """A micro-batch as the model is evaluated on it.
+
+        Raises:
+            TransformError: unless the inputs are a tensor of images.
+        """
+        images = self._images(loaded)
+        for transform in self._transforms:
+            images = transform.evaluate(images)
+        return loaded._replace(inputs=self._to_device(images))
+
+    def _images(self, loaded: LoadedMicroBatch) -> torch.Tensor:
+        images = self._to_device(loaded.inputs)
+        if not isinstance(images, torch.Tensor) or images.ndim != 4:
+            shape = f"of shape {tuple(images.shape)}" if hasattr(images, "shape") else "no tensor"
+            raise TransformError(
+                "data.transforms takes inputs that are images, shape (n, channels, height, width); "
+                f"these are {shape}"
+            )
+        if images.is_floating_point():
+            return images
+        if images.dtype != torch.uint8:
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise TransformError(
+                f"data.transforms takes images of floats or of bytes (uint8), not of {dtype}"
+            )
+        return images.to(self._dtype) / 255
