@@ -34,11 +34,17 @@ DATA_SETS = {
     "synthetic_images": DataSet("hvdlarge.data.synthetic:synthetic_images", samples="samples"),
 }
 MODELS = {
+    "alexnet": "hvdlarge.models.alexnet:AlexNet",
+    "alexnet_bn": "hvdlarge.models.alexnet:AlexNetBN",
     "convnet": "hvdlarge.models.convnet:ConvNet",
+    "gnmt": "hvdlarge.models.gnmt:GNMT",
+    "lenet": "hvdlarge.models.lenet:LeNet",
+    "lstm_lm": "hvdlarge.models.lstm_lm:LSTMLanguageModel",
     "mlp": "hvdlarge.models.mlp:MLP",
     "resnet20": "hvdlarge.models.resnet:ResNet20",
     "resnet50": "hvdlarge.models.resnet:ResNet50",
     "row_lstm": "hvdlarge.models.row_lstm:RowLSTM",
+    "vgg19_bn": "hvdlarge.models.vgg:VGG19BN",
 }
 LOSSES = {
     "cross_entropy": "hvdlarge.models.losses:CrossEntropyLoss",

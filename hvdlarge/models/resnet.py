@@ -1,16 +1,21 @@
 """Residual networks: ResNet-20 for images of 32×32 pixels, ResNet-50 for ImageNet.
 
 Source:   He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2016): section 4.2
-          for ResNet-20 (shortcuts without parameters), table 1 for ResNet-50, with the stride in
-          the 3×3 convolution (ResNet v1.5). Initialisation: He et al., "Delving Deep into
-          Rectifiers" (2015), fan-out mode.
+          for ResNet-20 (shortcuts without parameters), table 1 for ResNet-50, where a block with
+          stride has it in its first 1×1 convolution (v1). In most later work it is in the 3×3
+          convolution (v1.5), as in Goyal et al., "Accurate, Large Minibatch SGD" (2017).
+          Initialisation: He et al., "Delving Deep into Rectifiers" (2015), fan-out mode.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import nn
 from torch.nn import functional
+
+Version = Literal["v1", "v1.5"]
 
 
 class ResNet20(nn.Module):
@@ -48,10 +53,18 @@ class ResNet50(nn.Module):
         classes: number of classes.
         zero_last: initialise the scale of the last normalisation of each block to zero, so that
             each block starts as the identity (Goyal et al. 2017).
+        version: `v1` or `v1.5`, where the stride is; see the file. Both have the same parameters.
+
+    Raises:
+        ValueError: for another version.
     """
 
-    def __init__(self, classes: int = 1000, zero_last: bool = True) -> None:
+    def __init__(
+        self, classes: int = 1000, zero_last: bool = True, version: Version = "v1.5"
+    ) -> None:
         super().__init__()
+        if version not in get_args(Version):
+            raise ValueError(f"version must be v1 or v1.5, got {version!r}")
         self.stem = nn.Sequential(
             _convolution(3, 64, 7, stride=2),
             nn.BatchNorm2d(64),
@@ -63,7 +76,7 @@ class ResNet50(nn.Module):
         for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
             for number in range(depth):
                 stride = 2 if number == 0 and width > 64 else 1
-                blocks.append(_Bottleneck(channels, width, stride))
+                blocks.append(_Bottleneck(channels, width, stride, version))
                 channels = 4 * width
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels, classes)
@@ -106,15 +119,16 @@ class _Basic(nn.Module):
 class _Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolutions and a shortcut, a 1×1 convolution if the shape changes."""
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, version: Version) -> None:
         super().__init__()
         out_channels = 4 * width
+        strides = (stride, 1) if version == "v1" else (1, stride)
         self.last = nn.BatchNorm2d(out_channels)
         self.body = nn.Sequential(
-            _convolution(in_channels, width, 1),
+            _convolution(in_channels, width, 1, strides[0]),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
-            _convolution(width, width, 3, stride),
+            _convolution(width, width, 3, strides[1]),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             _convolution(width, out_channels, 1),

@@ -68,7 +68,7 @@ def test_built_in_and_own_objects(own_module):
     ("name", "arguments", "message"),
     [
         ("convnt", {}, "model.name: unknown name 'convnt'; did you mean 'convnet'"),
-        ("zzz", {}, "built in are convnet, mlp, resnet20, resnet50, row_lstm\\. An own"),
+        ("zzz", {}, "built in are alexnet, alexnet_bn, convnet, gnmt, .*vgg19_bn\\. An own"),
         ("convnet", {"widht": 3}, "do not fit convnet.*widht"),
         (":thing", {}, "not of the form package.module:attribute"),
         ("own_parts:", {}, "not of the form package.module:attribute"),

@@ -29,8 +29,9 @@ def test_resnet20s_shortcut_adds_every_other_pixel_and_zeros():
     assert not out[:, 24:].any()
 
 
-def test_resnet50_has_the_published_size():
-    model = ResNet50()
+@pytest.mark.parametrize("version", ["v1", "v1.5"])
+def test_resnet50_has_the_published_size(version):
+    model = ResNet50(version=version)
     weights = list(model.parameters())
     assert (len(weights), sum(weight.numel() for weight in weights)) == (161, 25_557_032)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
@@ -41,3 +42,20 @@ def test_zero_last_begins_with_blocks_that_change_nothing(zero_last):
     block = ResNet50(zero_last=zero_last).blocks[1].eval()  # without a convolution in its shortcut
     images = torch.rand(1, 256, 4, 4)
     assert torch.equal(block(images), images) == zero_last
+
+
+@pytest.mark.parametrize(("version", "strides"), [("v1", [2, 1, 1]), ("v1.5", [1, 2, 1])])
+def test_the_version_says_which_convolution_has_the_stride(version, strides):
+    with torch.device("meta"):
+        model = ResNet50(version=version)
+    convolutions = [
+        [module.stride[0] for module in block.body if isinstance(module, torch.nn.Conv2d)]
+        for block in model.blocks
+    ]
+    first_of_stage = {3: strides, 7: strides, 13: strides}
+    assert convolutions == [first_of_stage.get(number, [1, 1, 1]) for number in range(16)]
+
+
+def test_another_version_is_refused():
+    with pytest.raises(ValueError, match="version must be v1 or v1.5, got 1.5"):
+        ResNet50(version=1.5)
