@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -34,6 +35,8 @@ _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 _HOSTS_COMMAND_SECONDS = 120.0
 _PAUSE_SECONDS = 1.0  # before a restart; doubled for each start without progress
+_HOST = re.compile(r"([^\s:=]+)(?::([0-9]*)|\s+slots\s*=\s*([0-9]+))?")
+_MAX_SLOTS = re.compile(r"\s+max[_-]slots\s*=\s*[0-9]+(?=\s|$)")
 
 
 class Hosts(NamedTuple):
@@ -60,7 +63,8 @@ class Hosts(NamedTuple):
 
 def parse_hosts(text: str) -> Hosts:
     """Parse hosts given as `name`, `name:slots` or `name slots=n`, separated by lines or commas; #
-    starts a comment. Hosts with 0 slots are left out.
+    starts a comment. Hosts with 0 slots are left out. Open MPI's `max_slots=n` has no effect: a run
+    takes no more than the slots.
 
     Raises:
         JobError: if an entry is not of this form, or no host is left.
@@ -71,14 +75,14 @@ def parse_hosts(text: str) -> Hosts:
     hosts: list[tuple[str, int]] = []
     for line in text.splitlines():
         for entry in line.split("#")[0].split(","):
-            words = entry.replace(" slots=", ":").replace("\tslots=", ":").strip()
-            if words:
-                name, _, slots = words.partition(":")
-                if not (slots or "1").isdigit() or " " in name or not name:
-                    raise exits.JobError(
-                        f"{entry.strip()!r} is not a host: write name, name:slots or name slots=n"
-                    )
-                hosts.append((name, int(slots or "1")))
+            if not entry.strip():
+                continue
+            host = _HOST.fullmatch(_MAX_SLOTS.sub("", entry).strip())
+            if host is None:
+                raise exits.JobError(
+                    f"{entry.strip()!r} is not a host: write name, name:slots or name slots=n"
+                )
+            hosts.append((host[1], int(host[2] or host[3] or "1")))
     hosts = [(name, slots) for name, slots in hosts if slots]
     if not hosts:
         raise exits.JobError("no host is left to run on")
@@ -93,7 +97,8 @@ class Launcher:
     Args:
         command: of each rank.
         workers: maximum number of workers.
-        hosts: called at each start; None leaves the hosts to mpirun.
+        hosts: called at each start; None leaves the hosts to mpirun. A JobError of its ends the
+            launcher at the first start, and counts as a start without progress at a restart.
         mpirun: the command and its options.
         grace_seconds: how long an orderly stop may take.
         max_restarts: maximum number of restarts.
@@ -139,10 +144,16 @@ class Launcher:
             # nohup ignores SIGHUP; background jobs of a shell ignore SIGINT, yet must be stoppable
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
-        restarts = without_progress = 0
+        code = restarts = without_progress = 0
         while True:
             before = -1 if self._fresh else self._progress()
-            code = self._start_once()
+            try:
+                code = self._start_once()
+            except exits.JobError as error:  # the hosts cannot be read
+                if not restarts:
+                    raise
+                # Whatever lists the hosts may fail for a while: a start that made no progress
+                print_status(f"launch: warning: {error}")
             if not self._should_restart(code):
                 return code
             # An earlier run that is still in its place has not been set aside yet

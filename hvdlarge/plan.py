@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--world-size", type=int, default=1, metavar="N", help="workers (default: 1)"
     )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="training samples, where the job does not say it"
+        "--samples", type=int, metavar="N", help="training samples, whatever the jobs say"
     )
     parser.add_argument(
         "--measured",
@@ -107,10 +107,12 @@ def _plan(options: argparse.Namespace) -> int:
             "--measured"
         )
     allreduce = None if options.allreduce is None else read_allreduce(Path(options.allreduce))
+    # Each before the next is read: own parts are looked for beside the job that was read last
     jobs = [read_job(job_path(options.job), options.overrides)]
+    samples = [_samples_of(jobs[0], options)]
     if options.compare is not None:
         jobs.append(read_job(job_path(options.compare)))
-    samples = [_samples_of(job, options) for job in jobs]
+        samples.append(_samples_of(jobs[1], options))
     plans = [
         plan_run(job, known.number, options.world_size)
         for job, known in zip(jobs, samples, strict=True)

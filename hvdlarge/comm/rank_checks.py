@@ -79,17 +79,15 @@ def check_equal_across_ranks(control: ControlChannel, facts: Mapping[str, Any], 
             )
 
 
-def disagreement(control: ControlChannel, name: str, value: float) -> RanksDisagreeError:
-    """The error for ranks that differ in `name`, with every rank's value; −inf stands for none.
-    Every rank calls this together.
+def disagreement(control: ControlChannel, name: str, value: str) -> RanksDisagreeError:
+    """The error for ranks that differ in `name`, with every rank's value as a text. Every rank
+    calls this together.
     """
-    ranks_by_value: dict[float, list[int]] = {}
-    for rank, message in enumerate(control.allgather(json.dumps(value).encode())):
-        ranks_by_value.setdefault(json.loads(message), []).append(rank)
+    ranks_by_value: dict[str, list[int]] = {}
+    for rank, message in enumerate(control.allgather(value.encode())):
+        ranks_by_value.setdefault(message.decode(), []).append(rank)
     values = [
-        f"{'nothing' if value == float('-inf') else f'{value:.17g}'} on rank "
-        f"{', '.join(map(str, ranks))}"
-        for value, ranks in ranks_by_value.items()
+        f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in ranks_by_value.items()
     ]
     return RanksDisagreeError(f"the ranks disagree about the {name}: {' and '.join(values)}")
 

@@ -477,7 +477,7 @@ class Job(Section):
         the run itself sees it.
         """
         job = self.model_copy()
-        job._variables = {path: text for path, text in written.items() if "args" in path[1:3]}
+        job._variables = {path: text for path, text in written.items() if _is_argument(path)}
         return job
 
     @property
@@ -559,6 +559,16 @@ def sha256_of(text: str) -> str:
     'sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b'
     """
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _is_argument(path: yaml_source.Path) -> bool:
+    """Whether the value at a path is within the `args` of some part.
+
+    >>> _is_argument(("hooks", 0, "args", "token")), _is_argument(("model", "name"))
+    (True, False)
+    """
+    # A result may be named args, too
+    return "args" in path[3 if path[:2] == ("evaluate", "metrics") else 1 :]
 
 
 def _each(

@@ -29,6 +29,7 @@ _EXTENDS = "extends"
 # section it extends do not apply.
 _SELECTORS = ("policy", "name")
 _DEFAULT_NAMES = {("optimizer",): "lars", ("loss",): "cross_entropy"}
+_SHORT_FORMS = {("init_from",): "path"}  # sections that may be given as the text of one key
 
 
 class Place(NamedTuple):
@@ -144,7 +145,7 @@ def _read_text(text: bytes | str, path: str, extended_by: tuple[Place, ...]) -> 
         )
     if not isinstance(source.values, dict):
         raise JobError(
-            f"{path}: a job file is a list of `key: value` pairs, not a "
+            f"{path}: a job file is a mapping of keys to values (`key: value`), not a "
             f"{type(source.values).__name__}"
         )
     places = {(): Place(path)} | {
@@ -277,11 +278,15 @@ def _override(written: Written, override: str) -> None:
         raise JobError(f"command line: {override!r}: {error}") from None
     section = written.values
     for number, part in enumerate(parts[:-1]):
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            raise JobError(
-                f"command line: {override!r}: {'.'.join(parts[: number + 1])} is not a section"
-            )
+        path, below = parts[: number + 1], section.get(part)
+        if isinstance(below, str) and path in _SHORT_FORMS:
+            below = {_SHORT_FORMS[path]: below}
+        elif below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise JobError(f"command line: {override!r}: {'.'.join(path)} is not a section")
+        section[part] = below
+        section = below
     if _selects_another(section, {parts[-1]: source.values}, parts[:-1]):
         _keep_from_command_line(written, section, parts[:-1])
     section[parts[-1]] = source.values

@@ -281,7 +281,7 @@ def _growth_problem(growth: Growth, epochs: float, batch: int) -> str | None:
         if type(answers[0]) is not int or not current <= answers[0] <= LARGEST_BATCH:
             return (
                 f"the batch is {answers[0]!r} at epoch {epoch:g}: it must be a whole number of "
-                f"samples, {current} or more"
+                f"samples from {current} to {LARGEST_BATCH}"
             )
         if answers[0] != answers[1]:
             return f"the batch at epoch {epoch:g} is {answers[0]}, and {answers[1]} if asked again"

@@ -14,6 +14,7 @@ import operator
 import os
 import sys
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +101,7 @@ Registry = Mapping[str, str] | Mapping[str, DataSet]
 OWN_PATTERN = r"^[^:]+:[^:]+$"  # package.module:attribute
 
 _JOB_FOLDERS: list[str] = []  # where own parts are looked for after the current folder
+_ADDED: set[str] = set()  # those that were not on sys.path
 
 
 def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
@@ -226,7 +228,8 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
     """The callable that a job names: a part of `registry`, or package.module:attribute.
 
     Raises:
-        JobError: for an unknown name, or a module or attribute that does not exist.
+        JobError: for an unknown name, a module or attribute that does not exist, or an own part
+            whose module's name stands for another file in this process.
     """
     registry = registry or {}
     if ":" not in name and name not in registry:
@@ -239,7 +242,10 @@ def load(key: str, name: str, registry: Registry | None = None) -> Any:
     module_name, _, attribute = target.partition(":")
     if not (module_name and attribute and all(module_name.split("."))):
         raise JobError(f"{key}: {name!r} is not of the form package.module:attribute")
-    folders = [] if name in registry else _extend_search_path()
+    folders: list[str] = []
+    if name not in registry:
+        folders = _extend_search_path()
+        _refuse_another_file(key, module_name)
     try:
         part: Any = importlib.import_module(module_name)
     except Exception as error:
@@ -274,10 +280,35 @@ def _extend_search_path() -> list[str]:
     folders = list(dict.fromkeys([os.getcwd(), *_JOB_FOLDERS]))
     if folders[0] not in sys.path:
         sys.path.insert(0, folders[0])
+    # The job that was read last comes first. Folders that were on sys.path anyway stay in place
+    sys.path[:] = [entry for entry in sys.path if entry == folders[0] or entry not in _ADDED]
     place = sys.path.index(folders[0]) + 1
     missing = [folder for folder in folders if folder not in sys.path]
     sys.path[place:place] = missing
+    _ADDED.update(missing)
     return folders
+
+
+def _refuse_another_file(key: str, module_name: str) -> None:
+    """Raise JobError for a module that was imported from another file than the search finds now,
+    such as that of another job in its folder: Python would return the earlier one.
+    """
+    loaded = getattr(sys.modules.get(module_name), "__file__", None)
+    if loaded is None or module_name == "__main__":
+        return
+    found, folders, parts = None, None, module_name.split(".")
+    for count in range(1, len(parts) + 1):
+        found = PathFinder.find_spec(".".join(parts[:count]), folders)
+        if found is None:
+            return
+        folders = found.submodule_search_locations
+    if found is None or found.origin is None or not found.has_location:
+        return
+    if os.path.realpath(found.origin) != os.path.realpath(loaded):
+        raise JobError(
+            f"{key}: {module_name!r} is {found.origin} here, but this process has imported "
+            f"{loaded} under that name: rename one of the two, or use a process for each"
+        )
 
 
 def _suggestion(name: str, registry: Registry) -> str:

@@ -161,6 +161,13 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("mpi4py", "ok", f"on {' '.join(library)}")
 
 
+def _vendor_of_mpirun() -> str | None:
+    """The vendor of the mpirun on PATH; None if there is none, or if it is not recognized."""
+    if shutil.which("mpirun") is None:
+        return None
+    return next(iter(_vendor_and_version(_output(["mpirun", "--version"]))), None)
+
+
 def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(
@@ -285,7 +292,8 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
             "python -m hvdlarge.launch -np N job.yaml",
         )
     allowed = all(environ.get(f"OMPI_ALLOW_RUN_AS_ROOT{end}") == "1" for end in ("", "_CONFIRM"))
-    if hasattr(os, "geteuid") and os.geteuid() == 0 and not allowed and shutil.which("mpirun"):
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if is_root and not allowed and _vendor_of_mpirun() == "Open MPI":
         text = "Open MPI's mpirun refuses to run as root"
         yield Finding(
             "root",
@@ -332,6 +340,9 @@ def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Itera
     local = [worker for worker in workers if worker["host"] == socket.gethostname()]
     for worker in local:
         workers_of[tuple(worker["cores"])] = workers_of.get(tuple(worker["cores"]), 0) + 1
+    if not local:  # as on a login node, which launches on others
+        yield Finding("cores", "ok", "no worker runs on this host: its cores were not checked")
+        return
     cores, sharing = min(workers_of.items(), key=lambda entry: len(entry[0]) / entry[1])
     count = "1 core" if len(cores) == 1 else f"{len(cores)} cores"
     if sharing > len(cores):
@@ -360,8 +371,16 @@ def _fix_for_launch(error: str) -> str:
     return _BUILD
 
 
-def _gpus(torch: Mapping[str, Any], horovod: Mapping[str, Any] | None) -> Iterator[Finding]:
-    devices = list(Path("/dev").glob("nvidia[0-9]*"))
+def _gpus(
+    torch: Mapping[str, Any],
+    horovod: Mapping[str, Any] | None,
+    device_folder: Path = Path("/dev"),
+) -> Iterator[Finding]:
+    devices = list(device_folder.glob("nvidia[0-9]*"))
+    if not devices and (device_folder / "kfd").exists():
+        text = "AMD GPUs on this host (/dev/kfd): runs on ROCm are untested"
+        yield Finding("GPUs", "warning", text)
+        return
     if not devices:
         yield Finding("GPUs", "ok", "none on this host: runs use the CPU")
         return

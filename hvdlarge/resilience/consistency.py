@@ -26,12 +26,12 @@ _VALUES = (
     "step",
     "samples_seen",
     "global_batch",
-    "lr bits, high",
-    "lr bits, low",
+    "lr",  # the upper half of its bits, and the lower half
+    "lr",
     "set of gradients",
     "job",
-    "digest, high",
-    "digest, low",
+    "digest",  # its upper half, and its lower half
+    "digest",
 )
 _FLAGS = ("stop", "save", "failed", "uneven")
 
@@ -62,7 +62,7 @@ class ConsistencyCheck:
         self._job = job
         self._requests = requests
         self._wait: Callable[[], list[float]] | None = None
-        self._local_values: list[float] = []
+        self._local_texts: Mapping[str, str] = {}  # values by name, for messages
         self._with_gradient: list[str] | None = None
 
     def start(
@@ -96,11 +96,19 @@ class ConsistencyCheck:
         values += [None, None] if digest is None else [digest >> 32, digest & 0xFFFFFFFF]
         requests = {**self._requests(), "uneven": uneven}
         self._with_gradient = with_gradient
+        self._local_texts = {
+            "step": str(decision.step),
+            "samples_seen": str(decision.samples_seen),
+            "global_batch": str(decision.global_batch),
+            "lr": repr(decision.lr),
+            "job": str(self._job),
+            "digest": "nothing" if digest is None else f"{digest:016x}",
+        }
         # -inf, which no maximum takes, for a value that this rank does not have
-        self._local_values = [float("-inf") if value is None else float(value) for value in values]
+        own = [float("-inf") if value is None else float(value) for value in values]
         negated = [float("-inf") if value is None else -float(value) for value in values]
         flags = [float(requests.get(name, False)) for name in _FLAGS]
-        self._wait = self._control.start_max([*self._local_values, *negated, *flags])
+        self._wait = self._control.start_max([*own, *negated, *flags])
 
     def finish(self) -> StepFlags:
         """Wait for the other ranks' values and compare them. Every rank calls this together.
@@ -117,5 +125,5 @@ class ConsistencyCheck:
             if largest[index] != float("-inf") and largest[index] != -negated[index]:
                 if name == "set of gradients":
                     raise missing_gradient(self._control, self._with_gradient)
-                raise disagreement(self._control, name, self._local_values[index])
+                raise disagreement(self._control, name, self._local_texts[name])
         return StepFlags(*(flag > 0 for flag in flags))

@@ -71,7 +71,7 @@ class Growth(Policy, ABC):
         if type(batch) is not int or batch > LARGEST_BATCH:
             raise ValueError(
                 f"{type(self).__name__} gives a batch of {batch!r} at epoch {epoch:g}: it must be "
-                "a whole number of samples"
+                f"a whole number of samples, at most {LARGEST_BATCH}"
             )
         if batch < current:
             raise ValueError(

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 from hvdlarge.schedule.batch import BatchLayout
@@ -61,7 +62,8 @@ class Plan:
             for name, value in asdict(self).items()
             if name not in ("world_size", "largest_micro_batch")
         }
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+        text = json.dumps(_plain(plain), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def layout(self, decision: Decision) -> BatchLayout:
         """How a decided step is dealt to the workers."""
@@ -75,6 +77,22 @@ class Plan:
         return self.growth.depends_on_measurement and self.growth.acts_between(
             decision.epoch, after
         )
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON has them; those that it has no form for (of own policies: dates, decimals,
+    enums) by their repr. Sets are sorted: their order differs between processes.
+    """
+    if isinstance(value, dict):
+        return {
+            key if isinstance(key, (str, int, float, NoneType)) else repr(key): _plain(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    return value if isinstance(value, (str, int, float, NoneType)) else repr(value)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ import time
 import pytest
 from support.launching import ROOT
 
+from hvdlarge.exits import JobError
+from hvdlarge.launch import Hosts, parse_hosts
+
 JOB = str(ROOT / "jobs/digits.yaml")
 
 
@@ -34,6 +37,28 @@ def test_hosts_that_cannot_be_read_are_one_error(tmp_path, options, words):
     assert done.stderr.count("hvdlarge: error:") == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("node01   slots=4\nnode02\t slots=2", "node01:4,node02:2"),
+        ("node01 slots=4 max_slots=8\nnode02 max-slots=3 slots=2", "node01:4,node02:2"),
+        ("node01 slots = 4  max_slots = 8  # big\n\nnode02 max_slots=2", "node01:4,node02:1"),
+        (" a:4 , b slots=2,c,d:0", "a:4,b:2,c:1"),
+    ],
+)
+def test_hostfiles_of_open_mpi_are_read(text, value):
+    slots = sum(int(host.rpartition(":")[2]) for host in value.split(","))
+    assert parse_hosts(text) == Hosts(value, slots)
+
+
+@pytest.mark.parametrize(
+    "entry", ["a b", "a slots=x", "a:b", "a slots=2 slots=3", "a:2 slots=3", "slots=4", ":4", "a slots=2 max_slots=x"]
+)  # fmt: skip
+def test_what_is_no_host_is_refused(entry):
+    with pytest.raises(JobError, match="is not a host: write name, name:slots or name slots=n"):
+        parse_hosts(f"good:2\n{entry}\n")
 
 
 def test_a_stop_while_the_hosts_are_asked_for_starts_nothing(tmp_path):
@@ -122,6 +147,39 @@ def test_fresh_is_passed_until_the_earlier_run_is_set_aside_and_never_to_a_resta
     assert all(start[-1] == "epochs=2" or start[-2] == "epochs=2" for start in starts)
     assert (tmp_path / "runs/digits.1").exists() == (earlier == "run")
     assert (tmp_path / "runs/digits/checkpoints").exists()
+
+
+# Lists the hosts, except at the calls whose numbers follow
+HOSTS = """
+echo call >> calls
+number=$(wc -l < calls)
+for failing in "$@"; do
+    if [ $number -eq $failing ]; then echo "the scheduler is busy" >&2; exit 1; fi
+done
+echo localhost:2
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "starts"),
+    [
+        ("2", 0, 2),  # a transient failure at a restart
+        ("2 3 4", 137, 1),  # no progress in three attempts
+        ("1", 2, 0),  # at the first start it may be a mistake of the command line
+    ],
+)
+def test_hosts_that_cannot_be_read_at_a_restart_are_an_attempt_without_progress(
+    tmp_path, failing, code, starts
+):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    (tmp_path / "hosts.sh").write_text(HOSTS)
+    options = ["-np", "2", "--hosts-command", f"sh hosts.sh {failing}", JOB]
+    fake = f"{sys.executable} mpirun.py"
+    done = launch(tmp_path, *options, mpirun=fake, ENDS="enter:137 enter:0")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "exit code 1: the scheduler is busy" in done.stdout + done.stderr
+    made = tmp_path / "starts"
+    assert (len(made.read_text().splitlines()) if made.exists() else 0) == starts
 
 
 def test_restarts_of_a_fresh_run_count_as_progress_although_the_earlier_run_came_further(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hvdlarge.comm.rank_checks import missing_gradient
+from hvdlarge.comm.rank_checks import disagreement, missing_gradient
 
 
 class Answers:
@@ -29,3 +29,10 @@ def test_gradients_that_are_missing_on_some_ranks_are_named(answers, words):
     message = str(missing_gradient(Answers(*answers), answers[0]))
     assert words in message
     assert "gradients.missing: zero" in message
+
+
+def test_values_that_differ_are_told_with_their_ranks():
+    channel = Answers()
+    channel.answers = [b"0.1", b"0.1", b"0.2"]
+    message = str(disagreement(channel, "lr", "0.1"))
+    assert message == "the ranks disagree about the lr: 0.1 on rank 0, 1 and 0.2 on rank 2"

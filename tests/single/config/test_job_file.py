@@ -160,6 +160,14 @@ def test_what_is_no_mapping_is_refused(text):
         parse_job(text, "job.yaml")
 
 
+def test_a_job_file_that_is_a_list_is_told_what_it_must_be():
+    with pytest.raises(JobError) as raised:
+        parse_job("- name: x\n", "job.yaml")
+    assert str(raised.value) == (
+        "job.yaml: a job file is a mapping of keys to values (`key: value`), not a list"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [("lr.base", "not of the form"), ("=3", "not of the form"), ("lr..base=3", "not of the form"), ("lr.base.x=1", "lr.base is not a section"),
@@ -168,6 +176,17 @@ def test_what_is_no_mapping_is_refused(text):
 def test_mistakes_on_the_command_line_are_named_as_such(override, message):
     with pytest.raises(JobError, match=message):
         parse_job(GOOD, "job.yaml", [override])
+
+
+def test_an_override_reaches_into_sections_that_are_null_or_a_short_form():
+    resolved = parse_job(GOOD, "job.yaml").to_yaml()
+    assert "ema: null" in resolved
+    job = parse_job(resolved, "job.resolved.yaml", ["ema.half_life_samples=100"])
+    assert job.ema.half_life_samples == 100
+    job = parse_job(GOOD + "init_from: w.pt\n", "job.yaml", ["init_from.strict=false"])
+    assert (job.init_from.path, job.init_from.strict) == ("w.pt", False)
+    with pytest.raises(JobError, match="the key 'init_from.path' is missing"):
+        parse_job(resolved, "job.yaml", ["init_from.strict=false"])
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -519,6 +538,29 @@ def test_texts_that_the_environment_gives_to_args_are_known_to_the_run_alone(mon
         .count("${")
         == 0
     )
+
+
+METRICS = """
+evaluate:
+  metrics:
+    bleu: {name: "mine:Bleu", args: {token: "${TOKEN}", deep: [{args: "${TOKEN}"}]}}
+    args: {name: "mine:${BLEU}", args: {token: "${TOKEN}"}}
+"""
+
+
+def test_texts_that_the_environment_gives_to_args_of_metrics_are_known_to_the_run_alone(
+    monkeypatch,
+):
+    monkeypatch.setenv("TOKEN", "s3cret")
+    monkeypatch.setenv("BLEU", "Bleu")
+    job = parse_job(GOOD + METRICS, "job.yaml")
+    assert job.evaluate.metrics["bleu"].args == {"token": "s3cret", "deep": [{"args": "s3cret"}]}
+    for seen in (job.to_yaml(), json.dumps(job.resolved())):
+        assert "s3cret" not in seen
+        assert seen.count("mine:Bleu") == 2  # names are no secrets, whatever the result is called
+    again = parse_job(job.to_yaml(), "resolved")
+    assert again == job
+    assert again.resolved() == job.resolved()
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "mse", "torch.nn:L1Loss"])

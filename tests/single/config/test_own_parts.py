@@ -83,6 +83,10 @@ class Shrinks(Growth):
     def next_batch(self, initial, current, epoch, measured): return initial - int(epoch)
 
 @dataclass(frozen=True)
+class TooLarge(Growth):
+    def next_batch(self, initial, current, epoch, measured): return 2**63
+
+@dataclass(frozen=True)
 class RaisesErrors(Halving):
     def errors(self, epochs): raise KeyError("errors")
 
@@ -204,6 +208,7 @@ def test_a_plan_needs_no_torch(folder):
         ("batch.growth={policy: 'policies_for_test:RaisesAtFirst'}", r"batch: policies_for_test:RaisesAtFirst: ZeroDivisionError: first .*in check_initial"),
         ("batch.growth={policy: 'policies_for_test:RaisesBetween'}", r"IndexError: between .*in acts_between"),
         ("batch.growth={policy: 'policies_for_test:Shrinks'}", "batch.growth.policy: the batch is 9 at epoch 1"),
+        ("batch.growth={policy: 'policies_for_test:TooLarge'}", f"the batch is {2**63} at epoch 0: it must be a whole number of samples from 10 to {2**62}"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_the_users_words(folder, change, message):

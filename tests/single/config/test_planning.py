@@ -372,6 +372,34 @@ def test_an_own_data_set_beside_the_job_is_built_to_count_its_samples(own_set, c
     assert "was built" not in capsys.readouterr().out
 
 
+def test_jobs_are_not_compared_by_the_parts_of_one_of_them(own_set, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "counted_parts.py").write_text(OWN_SET.replace("700", "300"))
+    text = (
+        (ROOT / "jobs/digits.yaml")
+        .read_text()
+        .replace("name: digits}", "name: 'counted_parts:data'}")
+    )
+    for folder in (tmp_path, other):
+        (folder / "job.yaml").write_text(text)
+    assert "counted_parts" in text
+    assert main([own_set[0], "--compare", str(other / "job.yaml")]) == 2
+    said = capsys.readouterr().err
+    for folder in (tmp_path, other):
+        assert str(folder / "counted_parts.py") in said
+
+
+def test_samples_on_the_command_line_hold_for_both_jobs_and_come_first(capsys):
+    job = str(ROOT / "jobs/digits.yaml")
+    assert main([job, "--samples", "1000", "--compare", job, "--json"]) == 0
+    estimates = json.loads(capsys.readouterr().out)
+    assert [estimated["training_samples"] for estimated in estimates] == [1000, 1000]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "training samples, whatever the jobs say" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_dry_run_checks_the_schedule_of_an_own_data_set(own_set, capsys):
     assert train([*own_set, "--dry-run"]) == 0
     shown = capsys.readouterr().out

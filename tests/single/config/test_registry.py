@@ -125,6 +125,47 @@ def test_own_parts_are_looked_for_beside_the_job_file_after_the_current_folder(
     sys.modules.pop("job_parts")
 
 
+@pytest.fixture
+def two_folders(own_module, tmp_path, monkeypatch):
+    """Folders of two jobs, each with modules of the same names; returns a function that reads the
+    job of one of them and then loads a part.
+    """
+    monkeypatch.setattr(registry, "_ADDED", set())
+    for name in ("a", "b"):
+        (tmp_path / name / "named_twice").mkdir(parents=True)
+        (tmp_path / name / "named_twice/parts.py").write_text(f"def which(): return {name!r}\n")
+        (tmp_path / name / "twice.py").write_text(f"def which(): return {name!r}\n")
+    (tmp_path / "b/only.py").write_text("def which(): return 'b'\n")
+
+    def load(folder, part):
+        registry.look_beside(f"{folder}/job.yaml")
+        return registry.load("data.name", part)()
+
+    yield load
+    for name in ("twice", "named_twice.parts", "named_twice", "only"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [("twice:which", "twice.py"), ("named_twice.parts:which", "named_twice/parts.py")]
+)  # fmt: skip
+def test_a_module_that_another_job_loaded_under_the_same_name_is_refused(
+    two_folders, tmp_path, part, file
+):
+    assert two_folders("a", part) == "a"
+    with pytest.raises(JobError, match="^data.name: ") as raised:
+        two_folders("b", part)
+    for folder in ("a", "b"):
+        assert str(tmp_path / folder / file) in str(raised.value)
+    assert two_folders("a", part) == "a"
+
+
+def test_the_folder_of_the_job_that_was_read_last_comes_first_again(two_folders):
+    registry.look_beside("a/job.yaml")
+    assert two_folders("b", "only:which") == "b"
+    assert two_folders("a", "twice:which") == "a"
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_built_in_model_without_width_is_an_error_of_the_job():
     with pytest.raises(JobError, match="^model.name: resnet20: .*zero"):

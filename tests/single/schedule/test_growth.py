@@ -106,3 +106,13 @@ def stages_of(growth, initial, clock):
 def test_a_factor_that_does_not_grow_is_refused(factor):
     with pytest.raises(ValueError, match="factor"):
         AdaBatchGrowth(factor=factor, every_epochs=1)
+
+
+class TooLarge(NoGrowth):
+    def next_batch(self, initial, current, epoch, measured):
+        return 2**63
+
+
+def test_a_batch_that_cannot_be_counted_is_told_with_the_limit():
+    with pytest.raises(ValueError, match=f"must be a whole number of samples, at most {2**62}$"):
+        TooLarge().checked_next_batch(64, 64, 0.0, {})
