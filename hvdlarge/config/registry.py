@@ -26,12 +26,20 @@ class DataSet(NamedTuple):
     """Where a data set lives, and how many training samples it has."""
 
     target: str
-    samples: int | str  # without arguments; or the argument that gives the number
+    # Without arguments; or the argument that gives the number; or the package.module:function that
+    # gives it for any arguments, or None, and needs no torch
+    samples: int | str
 
 
 DATA_SETS = {
     "digits": DataSet("hvdlarge.data.digits:digits", samples=1437),
+    "pydoc_text": DataSet(
+        "hvdlarge.data.language_models:pydoc_text", "hvdlarge.data.text_sizes:pydoc_windows"
+    ),
     "synthetic_images": DataSet("hvdlarge.data.synthetic:synthetic_images", samples="samples"),
+    "text_files": DataSet(
+        "hvdlarge.data.language_models:text_files", "hvdlarge.data.text_sizes:text_file_windows"
+    ),
 }
 MODELS = {
     "convnet": "hvdlarge.models.convnet:ConvNet",
@@ -102,6 +110,12 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     samples = DATA_SETS[name].samples
     if isinstance(samples, int):
         return None if arguments else samples
+    if ":" in samples:
+        count = load("data.name", samples)
+        try:
+            return count(**arguments)
+        except (ValueError, TypeError, ModuleNotFoundError):  # reported when the set is built
+            return None
     given = arguments.get(samples)
     return given if type(given) is int else None
 

@@ -1,0 +1,47 @@
+"""How many training samples the built-in text sets have, for a plan: without torch, and for the
+Penn Treebank without its files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hvdlarge.data.pydoc_text import read_topics
+from hvdlarge.data.text import count_tokens, num_windows, read_lines
+
+TRAINING_FILE, TEST_FILE = "ptb.train.txt", "ptb.valid.txt"  # of Mikolov et al. (2010)
+_PTB_TRAINING_WORDS = 929_589  # with one <eos> for each of the 42,068 lines
+
+
+def text_file_windows(
+    folder: str,
+    train: str = TRAINING_FILE,
+    level: str = "words",
+    length: int = 35,
+    last: str = "drop",
+    **others: Any,
+) -> int | None:
+    """Samples of `text_files`, with its arguments: those of the file, or of the Penn Treebank where
+    the job names its training words and the file is not at hand; None of any other.
+    """
+    path = Path(folder, train)
+    if path.exists():
+        tokens = count_tokens(read_lines(path, "the training text"), level).total()
+    elif (train, level) == (TRAINING_FILE, "words"):
+        tokens = _PTB_TRAINING_WORDS
+    else:
+        return None
+    return num_windows(tokens, length, last, str(path))
+
+
+def pydoc_windows(
+    level: str = "words",
+    length: int = 35,
+    last: str = "drop",
+    sha256: str | None = None,
+    **others: Any,
+) -> int:
+    """Samples of `pydoc_text`, with its arguments, in this version of Python."""
+    text, _ = read_topics(level, sha256)
+    return num_windows(count_tokens(text, level).total(), length, last, text.name)
