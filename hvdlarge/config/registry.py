@@ -33,6 +33,12 @@ class DataSet(NamedTuple):
 
 DATA_SETS = {
     "digits": DataSet("hvdlarge.data.digits:digits", samples=1437),
+    "parallel_text": DataSet(
+        "hvdlarge.data.translation:parallel_text", "hvdlarge.data.text_sizes:parallel_text_pairs"
+    ),
+    "pydoc_phrases": DataSet(
+        "hvdlarge.data.translation:pydoc_phrases", "hvdlarge.data.text_sizes:pydoc_phrase_pairs"
+    ),
     "pydoc_text": DataSet(
         "hvdlarge.data.language_models:pydoc_text", "hvdlarge.data.text_sizes:pydoc_windows"
     ),
@@ -58,6 +64,8 @@ METRICS = {
     "top5": "hvdlarge.evaluation.accuracy:Top5",
     "f1": "hvdlarge.evaluation.accuracy:F1",
     "perplexity": "hvdlarge.evaluation.errors:Perplexity",
+    "bleu": "hvdlarge.evaluation.bleu:Bleu",
+    "bleu_teacher_forced": "hvdlarge.evaluation.bleu:TeacherForcedBleu",
     "mse": "hvdlarge.evaluation.errors:MeanSquaredError",
     "mae": "hvdlarge.evaluation.errors:MeanAbsoluteError",
 }
@@ -89,7 +97,10 @@ DECAYS = {
     "one_cycle": "hvdlarge.schedule.decay:OneCycle",
 }
 
-_EXTRAS = {"torchmetrics": "metrics"}  # extras of hvdlarge that packages come with
+_EXTRAS = {
+    "sacrebleu": "bleu",
+    "torchmetrics": "metrics",
+}  # extras of hvdlarge that packages come with
 
 Registry = Mapping[str, str] | Mapping[str, DataSet]
 OWN_PATTERN = r"^[^:]+:[^:]+$"  # package.module:attribute

@@ -20,12 +20,14 @@ from hvdlarge.data.in_memory import InMemory
 from hvdlarge.data.pydoc_text import read_topics
 from hvdlarge.data.text import (
     IGNORED,
+    Split,
     Text,
     Vocabulary,
     count_tokens,
     encode,
     num_windows,
     read_lines,
+    splitter,
 )
 from hvdlarge.data.text_sizes import TEST_FILE, TRAINING_FILE
 
@@ -96,9 +98,9 @@ def text_files(
     """
     training_text = read_lines(Path(folder, train), "the training text")
     test_text = None if test is None else read_lines(Path(folder, test), "the test text")
-    counts = count_tokens(training_text, level)
-    vocabulary = Vocabulary.of(counts, min_count, max_size)
-    return _sets(training_text, test_text, level, length, last, vocabulary)
+    split = splitter(level, line_ends=True)
+    vocabulary = Vocabulary.of(count_tokens(training_text, split), min_count, max_size)
+    return _sets(training_text, test_text, split, length, last, vocabulary)
 
 
 def pydoc_text(
@@ -128,19 +130,20 @@ def pydoc_text(
         ValueError: for topics of another digest, naming it.
     """
     training_text, test_text = read_topics(level, sha256)
-    counts = count_tokens(training_text, level)
+    split = splitter(level, line_ends=True)
+    counts = count_tokens(training_text, split)
     vocabulary = Vocabulary.of(counts, min_count, max_size, with_unknown=True)
-    training_set, test_set = _sets(training_text, test_text, level, length, last, vocabulary)
+    training_set, test_set = _sets(training_text, test_text, split, length, last, vocabulary)
     assert test_set is not None
     return training_set, test_set
 
 
 def _sets(
-    training_text: Text, test_text: Text | None, level: str, length: int, last: str,
+    training_text: Text, test_text: Text | None, split: Split, length: int, last: str,
     vocabulary: Vocabulary,
 ) -> tuple[TextWindows, TextWindows | None]:  # fmt: skip
     def windows(text: Text) -> TextWindows:
-        tokens = encode(text, level, vocabulary, training_text.name)
+        tokens, _ = encode(text, split, vocabulary, training_text.name)
         return TextWindows(tokens, length, last, vocabulary, text.name)
 
     return windows(training_text), None if test_text is None else windows(test_text)

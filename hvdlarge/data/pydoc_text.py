@@ -10,13 +10,14 @@ Contract: pure for one Python version, and without torch. The topics depend on t
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
 
-from hvdlarge.data.text import Text, splitter
+from hvdlarge.data.text import LEVELS, Text
 
 _TEST_SHARE = 0.1  # of the characters, before repeated paragraphs are left out
 
@@ -33,7 +34,8 @@ def read_topics(level: str, sha256: str | None = None) -> tuple[Text, Text]:
         ValueError: for another level, or topics of another digest.
         ModuleNotFoundError: if this Python comes without its documentation.
     """
-    splitter(level)
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}: it is {' or '.join(LEVELS)}")
     topics = _topics()
     digest = digest_of(topics)
     name = f"the documentation in Python {platform.python_version()}"
@@ -47,6 +49,40 @@ def read_topics(level: str, sha256: str | None = None) -> tuple[Text, Text]:
     if level == "words":
         training, test = ([spaced_words(line) for line in lines] for lines in (training, test))
     return Text(f"{name}, training topics", training), Text(f"{name}, test topics", test)
+
+
+def read_phrases(words: int, sha256: str | None = None) -> list[tuple[Text, Text]]:
+    """Pairs made from the documentation, to learn a translation without a download: the source is
+    a phrase, the target its words in the reverse order, with each letter rotated by 13 places.
+
+    Args:
+        words: of a phrase, of the letters a to z; a paragraph is cut into as many as it has.
+        sha256: see `read_topics`.
+
+    Returns:
+        Source and target, for training and for testing; no phrase occurs twice.
+
+    Raises:
+        ValueError: for words below 1, and as `read_topics`.
+    """
+    if words < 1:
+        raise ValueError(f"words must be at least 1, got {words}")
+    seen: set[str] = set()
+    pairs = []
+    for text in reversed(read_topics("characters", sha256)):  # phrases of the test text first
+        phrases = list(_new_phrases(text.lines, words, seen))
+        translated = [" ".join(reversed(rotated(phrase).split())) for phrase in phrases]
+        pairs.append((Text(text.name, phrases), Text(f"{text.name}, translated", translated)))
+    return pairs[::-1]
+
+
+def rotated(text: str) -> str:
+    """The text with the letters a to z rotated by 13 places.
+
+    >>> rotated("a name")
+    'n anzr'
+    """
+    return codecs.encode(text, "rot13")
 
 
 def digest_of(topics: Mapping[str, str]) -> str:
@@ -92,3 +128,14 @@ def _new_paragraphs(texts: Iterable[str], seen: set[str]) -> Iterable[str]:
             if line and line not in seen:
                 seen.add(line)
                 yield line
+
+
+def _new_phrases(lines: Iterable[str], words: int, seen: set[str]) -> Iterable[str]:
+    """Phrases that are not in `seen`, which is extended."""
+    for line in lines:
+        found = re.findall(r"\b[a-z]+\b", line.lower())
+        for first in range(0, len(found) - words + 1, words):
+            phrase = " ".join(found[first : first + words])
+            if phrase not in seen:
+                seen.add(phrase)
+                yield phrase

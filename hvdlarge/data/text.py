@@ -22,21 +22,30 @@ END_OF_LINE, UNKNOWN = "<eos>", "<unk>"  # as in the Penn Treebank of Mikolov et
 IGNORED = -100  # a target that does not count; what torch's cross entropy ignores by default
 
 
-def words(line: str) -> list[str]:
-    """The words of a line, which whitespace separates, and the end of the line as one more.
+Split = Callable[[str], list[str]]
+LEVELS: dict[str, tuple[Split, str]] = {  # what splits a line, and the token of its end
+    "words": (str.split, END_OF_LINE),
+    "characters": (list, "\n"),
+}
 
-    >>> words("no it was n't")
+
+def splitter(level: str, line_ends: bool) -> Split:
+    """What splits a line into tokens.
+
+    Args:
+        level: `words`, which whitespace separates, or `characters`.
+        line_ends: whether the end of a line is a token too, `<eos>` or a line feed.
+
+    Raises:
+        ValueError: for another level.
+
+    >>> splitter("words", line_ends=True)("no it was n't")
     ['no', 'it', 'was', "n't", '<eos>']
     """
-    return [*line.split(), END_OF_LINE]
-
-
-def characters(line: str) -> list[str]:
-    """The characters of a line, and the end of the line as one more."""
-    return [*line, "\n"]
-
-
-LEVELS: dict[str, Callable[[str], list[str]]] = {"words": words, "characters": characters}
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}: it is {' or '.join(LEVELS)}")
+    split, end = LEVELS[level]
+    return (lambda line: [*split(line), end]) if line_ends else split
 
 
 class Text(NamedTuple):
@@ -153,31 +162,30 @@ class Vocabulary:
         return [self._ids.get(token, self._unknown) for token in tokens]
 
 
-def count_tokens(text: Text, level: str) -> Counter[str]:
-    """How often each token of a text occurs.
-
-    Raises:
-        ValueError: for an unknown level.
-    """
-    split, counts = splitter(level), Counter[str]()
+def count_tokens(text: Text, split: Split) -> Counter[str]:
+    """How often each token of a text occurs."""
+    counts = Counter[str]()
     for line in text.lines:
         counts.update(split(line))
     return counts
 
 
-def encode(text: Text, level: str, vocabulary: Vocabulary, origin: str) -> NDArray[np.int64]:
-    """The ids of a text, one line after the other, shape (tokens,).
+def encode(
+    text: Text, split: Split, vocabulary: Vocabulary, origin: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ids of a text, one line after the other, shape (tokens,), and where each line ends in
+    them, shape (lines,).
 
     Args:
         text: to be encoded.
-        level: `words` or `characters`.
+        split: splits a line into tokens.
         vocabulary: of the training text.
         origin: name of the training text, for messages.
 
     Raises:
         ValueError: naming the text, line and token that the vocabulary does not have.
     """
-    split, ids = splitter(level), array("q")
+    ids, ends = array("q"), array("q")
     for number, line in enumerate(text.lines, start=1):
         try:
             ids.extend(vocabulary.ids(split(line)))
@@ -187,18 +195,57 @@ def encode(text: Text, level: str, vocabulary: Vocabulary, origin: str) -> NDArr
                 f"vocabulary of {len(vocabulary)} has no {UNKNOWN}: set min_count: 2 or max_size, "
                 f"so that rare and unknown ones are {UNKNOWN}"
             ) from None
-    return np.array(ids, dtype=np.int64)
+        ends.append(len(ids))
+    return np.array(ids, dtype=np.int64), np.array(ends, dtype=np.int64)
 
 
-def splitter(level: str) -> Callable[[str], list[str]]:
-    """What splits a line into tokens.
+def read_aligned(folder: str, files: Sequence[str], what: str) -> tuple[Text, Text]:
+    """Two files of the same number of lines, of which line i of the second translates line i of the
+    first.
+
+    Args:
+        folder: of the files.
+        files: the names of both.
+        what: `training` or `test`.
 
     Raises:
-        ValueError: for an unknown level.
+        ValueError: naming the files, if they differ in their lines; and as `read_lines`.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level is {level!r}: it is {' or '.join(LEVELS)}")
-    return LEVELS[level]
+    if isinstance(files, str) or len(files) != 2:
+        raise ValueError(f"{what} files are a list of two names, source and target, not {files!r}")
+    source, target = (
+        read_lines(Path(folder, file), f"the {side} of the {what} pairs")
+        for file, side in zip(files, ("source", "target"), strict=True)
+    )
+    if len(source.lines) != len(target.lines):
+        raise ValueError(
+            f"{source.name} has {len(source.lines):,} lines and {target.name} "
+            f"{len(target.lines):,}: each line of one must translate that of the other"
+        )
+    return source, target
+
+
+def not_longer(pair: tuple[Text, Text], split: Split, max_length: int | None) -> tuple[Text, Text]:
+    """The pairs of lines of which neither has more than `max_length` tokens; all for None.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    source, target = pair
+    if max_length is None:
+        return pair
+    kept = [
+        lines
+        for lines in zip(source.lines, target.lines, strict=True)
+        if max(len(split(line)) for line in lines) <= max_length
+    ]
+    if not kept:
+        raise ValueError(
+            f"max_length is {max_length}, and every pair of {source.name} and {target.name} has "
+            "more tokens"
+        )
+    sources, targets = zip(*kept, strict=True)
+    return Text(source.name, sources), Text(target.name, targets)
 
 
 def num_windows(tokens: int, length: int, last: str, name: str) -> int:

@@ -8,19 +8,22 @@ import pytest
 from hvdlarge.data.text import (
     Text,
     Vocabulary,
-    characters,
     count_tokens,
     encode,
     num_windows,
     read_lines,
-    words,
+    splitter,
 )
+
+WORDS, CHARACTERS = (splitter(level, line_ends=True) for level in ("words", "characters"))
 
 
 def test_a_line_ends_with_a_token_of_its_own():
-    assert words(" aer  banknote <unk> ") == ["aer", "banknote", "<unk>", "<eos>"]
-    assert words("") == ["<eos>"]
-    assert characters("a b") == ["a", " ", "b", "\n"]
+    assert WORDS(" aer  banknote <unk> ") == ["aer", "banknote", "<unk>", "<eos>"]
+    assert WORDS("") == ["<eos>"]
+    assert CHARACTERS("a b") == ["a", " ", "b", "\n"]
+    assert splitter("words", line_ends=False)("a  b ") == ["a", "b"]
+    assert splitter("characters", line_ends=False)("a b") == ["a", " ", "b"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
 
 
 def test_tokens_are_numbered_by_count_then_alphabetically():
-    counts = count_tokens(Text("", ["b a c", "a d b a"]), "words")
+    counts = count_tokens(Text("", ["b a c", "a d b a"]), WORDS)
     assert Vocabulary.of(counts).tokens == ["a", "<eos>", "b", "c", "d"]
 
 
@@ -107,14 +110,15 @@ def test_a_token_without_a_number_is_refused_by_file_and_line():
     with pytest.raises(
         ValueError, match=r"valid\.txt, line 3: 'zebra' does not occur in train.txt"
     ):
-        encode(text, "words", vocabulary, "train.txt")
+        encode(text, WORDS, vocabulary, "train.txt")
 
 
 def test_ids_of_a_text_are_those_of_its_tokens_in_order():
     text = Text("", ["b a", "", "c"])
-    vocabulary = Vocabulary.of(count_tokens(text, "characters"))
-    assert encode(text, "characters", vocabulary, "").dtype == "int64"
-    ids = encode(text, "characters", vocabulary, "")
+    vocabulary = Vocabulary.of(count_tokens(text, CHARACTERS))
+    ids, ends = encode(text, CHARACTERS, vocabulary, "")
+    assert ids.dtype == "int64"
+    assert ends.tolist() == [4, 5, 7]
     assert "".join(vocabulary.tokens[id] for id in ids) == "b a\n\nc\n"
 
 
