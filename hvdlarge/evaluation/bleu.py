@@ -27,7 +27,7 @@ _ORDER = 4  # longest n-grams
 class TeacherForcedBleu:
     """BLEU of the most probable token at each position, given the reference up to there. That is no
     translation: no error has consequences for later tokens, and the length is about that of the
-    reference. It is at hand without decoding, and usually higher than `bleu`.
+    reference. It needs no decoding, and bounds `bleu` neither from above nor from below.
 
     Outputs are logits, shape (n, classes, length); targets are class indices, shape (n, length).
     For anything else `result` returns None.
