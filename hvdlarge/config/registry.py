@@ -27,12 +27,26 @@ class DataSet(NamedTuple):
     """Where a data set lives, and how many training samples it has."""
 
     target: str
-    samples: int | str  # without arguments; or the argument that gives the number
+    # Without arguments; or the argument that gives the number; or the package.module:function that
+    # gives it for any arguments, or None, and needs no torch
+    samples: int | str
 
 
 DATA_SETS = {
     "digits": DataSet("hvdlarge.data.digits:digits", samples=1437),
+    "parallel_text": DataSet(
+        "hvdlarge.data.translation:parallel_text", "hvdlarge.data.text_sizes:parallel_text_pairs"
+    ),
+    "pydoc_phrases": DataSet(
+        "hvdlarge.data.translation:pydoc_phrases", "hvdlarge.data.text_sizes:pydoc_phrase_pairs"
+    ),
+    "pydoc_text": DataSet(
+        "hvdlarge.data.language_models:pydoc_text", "hvdlarge.data.text_sizes:pydoc_windows"
+    ),
     "synthetic_images": DataSet("hvdlarge.data.synthetic:synthetic_images", samples="samples"),
+    "text_files": DataSet(
+        "hvdlarge.data.language_models:text_files", "hvdlarge.data.text_sizes:text_file_windows"
+    ),
 }
 MODELS = {
     "alexnet": "hvdlarge.models.alexnet:AlexNet",
@@ -57,6 +71,8 @@ METRICS = {
     "top5": "hvdlarge.evaluation.accuracy:Top5",
     "f1": "hvdlarge.evaluation.accuracy:F1",
     "perplexity": "hvdlarge.evaluation.errors:Perplexity",
+    "bleu": "hvdlarge.evaluation.bleu:Bleu",
+    "bleu_teacher_forced": "hvdlarge.evaluation.bleu:TeacherForcedBleu",
     "mse": "hvdlarge.evaluation.errors:MeanSquaredError",
     "mae": "hvdlarge.evaluation.errors:MeanAbsoluteError",
 }
@@ -95,7 +111,10 @@ DECAYS = {
     "one_cycle": "hvdlarge.schedule.decay:OneCycle",
 }
 
-_EXTRAS = {"torchmetrics": "metrics"}  # extras of hvdlarge that packages come with
+_EXTRAS = {
+    "sacrebleu": "bleu",
+    "torchmetrics": "metrics",
+}  # extras of hvdlarge that packages come with
 
 Registry = Mapping[str, str] | Mapping[str, DataSet]
 OWN_PATTERN = r"^[^:]+:[^:]+$"  # package.module:attribute
@@ -117,6 +136,12 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     samples = DATA_SETS[name].samples
     if isinstance(samples, int):
         return None if arguments else samples
+    if ":" in samples:
+        count = load("data.name", samples)
+        try:
+            return count(**arguments)
+        except (ValueError, TypeError, ModuleNotFoundError):  # reported when the set is built
+            return None
     given = arguments.get(samples)
     return given if type(given) is int else None
 

@@ -12,7 +12,7 @@ from hvdlarge.comm.interfaces import Collectives
 from hvdlarge.data import seeds
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluation.metric import Metrics, result_of, totals_of
+from hvdlarge.evaluation.metric import Metrics, predict_of, result_of, totals_of
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
 from hvdlarge.replica.replica import Replica
@@ -132,7 +132,9 @@ class Evaluation:
                 total_loss += loss_sum
                 total_weight += weight
                 for part, (name, metric) in zip(parts, self._with_totals.items(), strict=True):
-                    part += totals_of(name, metric, outputs, targets).to(totals)
+                    predict = predict_of(metric)
+                    seen = outputs if predict is None else objective.predict(predict, inputs)
+                    part += totals_of(name, metric, seen, targets).to(totals)
             for name, state_metric in self._with_states.items():
                 with _explained(name):
                     state_metric.update(outputs, targets)

@@ -8,7 +8,7 @@ Contract: sums over micro-batches and workers are taken in float64, so that ever
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,10 @@ from hvdlarge.exits import JobError, is_out_of_memory
 
 class Metric(Protocol):
     """A result of an evaluation. It keeps nothing between calls.
+
+    A metric may have a method `predict(model, inputs)`, which is called without gradients, with the
+    model in evaluation mode and the inputs on its device. What it returns, such as decoded
+    sentences, stands in the place of the model's outputs in `totals`.
 
     Attributes:
         num_totals: k, the totals of a micro-batch.
@@ -59,6 +63,8 @@ class OfParts:
     def __init__(self, metric: Metric, output: str | int | None, targets: str | int | None) -> None:
         self.num_totals, self.higher_is_better = metric.num_totals, metric.higher_is_better
         self._metric, self._output, self._targets = metric, output, targets
+        if (predict := predict_of(metric)) is not None:
+            self.predict = predict
 
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
         """The metric's totals of the parts."""
@@ -136,6 +142,12 @@ def rankings(best_by: str | None, metrics: Metrics) -> dict[str, bool]:
             f"evaluate.metrics.{name}.higher_is_better"
         )
     return {best_by: all_results[name]}
+
+
+def predict_of(metric: Any) -> Callable[[torch.nn.Module, Any], Any] | None:
+    """What a metric takes in place of the model's outputs; None: it takes the outputs."""
+    predict = getattr(metric, "predict", None)
+    return predict if callable(predict) else None
 
 
 def totals_of(name: str, metric: Metric, outputs: Any, targets: Any) -> torch.Tensor:

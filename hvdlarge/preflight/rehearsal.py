@@ -35,7 +35,7 @@ from hvdlarge.data import seeds
 from hvdlarge.data.batches import twofold
 from hvdlarge.data.loader import LoadedMicroBatch, Loader
 from hvdlarge.data.rng import seed_all
-from hvdlarge.evaluation.metric import Metric, Metrics, result_of, totals_of
+from hvdlarge.evaluation.metric import Metric, Metrics, predict_of, result_of, totals_of
 from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError, RunExit, is_out_of_memory
@@ -362,7 +362,9 @@ class Rehearsal:
             seed_all(self._key)
             _, outputs, targets = self._objective.evaluate(batch.inputs, batch.targets)
             for name, metric in metrics.items():
-                first, again = (self._totals(name, metric, outputs, targets) for _ in range(2))
+                first, again = (
+                    self._totals(name, metric, batch.inputs, outputs, targets) for _ in range(2)
+                )
                 close = _TOLERANCE[self._precision.name]
                 if not torch.allclose(first, again, rtol=close, equal_nan=True):
                     raise JobError(
@@ -378,12 +380,14 @@ class Rehearsal:
         return without_result
 
     def _totals(
-        self, name: str, metric: Metric | StateMetric, outputs: Any, targets: Any
+        self, name: str, metric: Metric | StateMetric, inputs: Any, outputs: Any, targets: Any
     ) -> torch.Tensor:
         seed_all(self._key)
         try:
             if isinstance(metric, StateMetric):
                 return torch.tensor([metric.try_out(outputs, targets, self._precision.device)])
+            if (predict := predict_of(metric)) is not None:
+                outputs = self._objective.predict(predict, inputs)
             return totals_of(name, metric, outputs, targets).double()
         except RunExit:
             raise

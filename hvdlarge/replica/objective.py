@@ -109,6 +109,11 @@ class Objective:
         with self.precision.autocast():
             return loss_value(self.loss(outputs, targets))
 
+    def predict(self, predict: Callable[[torch.nn.Module, Any], Any], inputs: Any) -> Any:
+        """What a metric makes of model and inputs, as loaded, in place of the outputs."""
+        with self.precision.autocast():
+            return predict(self.model, self.to_device(inputs))
+
     def set_mode(self, training: bool) -> None:
         """Put model and loss into training or evaluation mode."""
         for module in self.modules.values():

@@ -21,7 +21,10 @@ PURE = {
     "comm/cost_model.py",
     "optim/presets.py",
     "data/order.py",
+    "data/pydoc_text.py",
     "data/seeds.py",
+    "data/text.py",
+    "data/text_sizes.py",
 }
 
 
