@@ -20,7 +20,7 @@ INTRODUCTION = """# Architecture
 Commands import the core modules, core modules import the subpackages, and there are no cycles.
 Horovod and mpi4py are each imported by one file. `tests/single/test_architecture.py` enforces this.
 
-One batch goes from data set to weights through `data/order` → `data/loader` → `step` →
+One batch goes from data set to weights through `data/order` → `data/loader` → `training/step` →
 `comm/horovod_backend` → `optim/lars`.
 """
 

@@ -40,7 +40,6 @@ from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
 from hvdlarge.evaluation.metric import rankings
 from hvdlarge.exits import CheckpointWriteError, Stopped
-from hvdlarge.loop import Cadence, LoopComponents, save, train
 from hvdlarge.models.state import MODEL, Modules
 from hvdlarge.preflight.auto_micro_batch import keep_micro_batches
 from hvdlarge.preflight.rehearsal import rehearse
@@ -54,6 +53,7 @@ from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, RunView
 from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
+from hvdlarge.training.loop import Cadence, LoopComponents, save, train
 from hvdlarge.world import RankContext
 
 

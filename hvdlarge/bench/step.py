@@ -38,7 +38,6 @@ from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
 from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.exits import JobError
-from hvdlarge.loop import train
 from hvdlarge.optim.param_groups import set_lr
 from hvdlarge.preflight.rehearsal import Rehearsal, Rehearsed
 from hvdlarge.replica.replica import Replica
@@ -51,6 +50,7 @@ from hvdlarge.schedule.growth import NoGrowth
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
+from hvdlarge.training.loop import train
 from hvdlarge.world import RankContext
 
 _WARM_UP = 5  # steps of each round that are not timed

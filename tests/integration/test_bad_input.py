@@ -241,7 +241,7 @@ def test_one_rank_that_fails_ends_the_run_with_one_traceback(train, folder, work
     assert "RuntimeError: made to fail (" in ended.errors[0]
     assert "failing.py, line 14, in forward)" in ended.errors[0]
     assert ended.err.count("Traceback") == 1
-    assert "hvdlarge/loop.py" not in ended.err
+    assert "hvdlarge/training/loop.py" not in ended.err
 
 
 EVERYWHERE = """

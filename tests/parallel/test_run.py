@@ -17,7 +17,6 @@ from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data.in_memory import InMemory
 from hvdlarge.data.samples import SampleForm
 from hvdlarge.exits import JobError
-from hvdlarge.loop import train
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.preemption import StopRequest
@@ -25,6 +24,7 @@ from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.run import Run
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_log import SilentRunLog
+from hvdlarge.training.loop import train
 from hvdlarge.world import RankContext
 
 JOB = """

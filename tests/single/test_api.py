@@ -97,7 +97,7 @@ def test_a_run_that_ends_with_an_error_unlocks_its_folder_when_nothing_writes_to
     monkeypatch.setattr(
         FolderLock, "release", lambda lock: (events.append("unlocked"), release(lock))
     )
-    monkeypatch.setattr("hvdlarge.loop.record", diverge)
+    monkeypatch.setattr("hvdlarge.training.loop.record", diverge)
     with pytest.raises(DivergedError):
         hvdlarge.run_job(JOB | {"checkpoint": {"every_steps": 1}})
     assert events == ["written", "unlocked"]

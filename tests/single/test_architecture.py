@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Whoever stands here imports only what stands before it: rooms, what rooms share, the spine, the doors.
 ORDER = ["exits", "models", "schedule", "data", "optim", "reduction", "comm", "config", "replica", "resilience",
          "reporting", "telemetry", "checkpoint",
-         "controller", "step", "evaluation", "preflight", "world", "build", "loop", "run", "api"]  # fmt: skip
+         "controller", "evaluation", "preflight", "world", "build", "training", "run", "api"]  # fmt: skip
 DOORS = {"train", "launch", "plan", "export", "doctor", "bench"}
 PURE = {
     "schedule",

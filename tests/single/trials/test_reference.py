@@ -197,7 +197,7 @@ def test_a_sound_job_holds_all_laws(judged):
 
 
 def test_draws_that_nobody_seeds_are_seen(judged, monkeypatch):
-    monkeypatch.setattr("hvdlarge.step.seed_all", torch.manual_seed)
+    monkeypatch.setattr("hvdlarge.training.step.seed_all", torch.manual_seed)
     noisy = SMALL | {
         "model": {
             "name": "trials.blocks:model",
@@ -282,7 +282,7 @@ def test_an_error_of_one_rank_is_seen(judged, monkeypatch):
         assert not (replica.rank == 2 and decision.step == 1)
         return plain(decision, layout, fetched, replica, *rest)
 
-    monkeypatch.setattr("hvdlarge.loop.train_step", train_step)
+    monkeypatch.setattr("hvdlarge.training.loop.train_step", train_step)
     assert judged().reason.startswith("exit code 70 on 3 workers: AssertionError")
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from hvdlarge.config.job import Timeouts
-from hvdlarge.loop import evaluate_weights, fetch_timed
 from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.telemetry.timers import PhaseTimers
+from hvdlarge.training.loop import evaluate_weights, fetch_timed
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -31,10 +31,10 @@ from hvdlarge.resilience.watchdog import Watchdog
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import milestones_reached
-from hvdlarge.step import StepOutcome, train_step
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, StepView
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.telemetry.timers import PhaseTimers
+from hvdlarge.training.step import StepOutcome, train_step
 
 
 @dataclass(frozen=True)
