@@ -26,11 +26,17 @@ class DataSet(NamedTuple):
     """Where a data set lives, and how many training samples it has."""
 
     target: str
-    samples: int | str  # without arguments; or the argument that gives the number
+    samples: int | str | None  # without arguments; the argument that gives them; None: unknown
+    default: int | None = None  # of that argument
 
 
 DATA_SETS = {
+    "cifar10": DataSet("hvdlarge.data.cifar:cifar10", samples="samples", default=50_000),
+    "cifar100": DataSet("hvdlarge.data.cifar:cifar100", samples="samples", default=50_000),
     "digits": DataSet("hvdlarge.data.digits:digits", samples=1437),
+    "glyphs": DataSet("hvdlarge.data.glyphs:glyphs", samples="samples", default=60_000),
+    "mnist": DataSet("hvdlarge.data.mnist:mnist", samples="samples", default=60_000),
+    "npy": DataSet("hvdlarge.data.npy:npy", samples=None),
     "synthetic_images": DataSet("hvdlarge.data.synthetic:synthetic_images", samples="samples"),
 }
 MODELS = {
@@ -96,13 +102,17 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     1437
     >>> training_samples("synthetic_images", {"samples": 700})
     700
+    >>> training_samples("mnist", {"folder": "data/fashion"})
+    60000
     """
     if name not in DATA_SETS:
         return None
     samples = DATA_SETS[name].samples
     if isinstance(samples, int):
         return None if arguments else samples
-    given = arguments.get(samples)
+    if samples is None:
+        return None
+    given = arguments.get(samples, DATA_SETS[name].default)
     return given if type(given) is int else None
 
 
