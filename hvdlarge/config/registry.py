@@ -35,6 +35,7 @@ DATA_SETS = {
     "cifar100": DataSet("hvdlarge.data.cifar:cifar100", samples="samples", default=50_000),
     "digits": DataSet("hvdlarge.data.digits:digits", samples=1437),
     "glyphs": DataSet("hvdlarge.data.glyphs:glyphs", samples="samples", default=60_000),
+    "image_folder": DataSet("hvdlarge.data.image_folder:image_folder", samples=None),
     "mnist": DataSet("hvdlarge.data.mnist:mnist", samples="samples", default=60_000),
     "npy": DataSet("hvdlarge.data.npy:npy", samples=None),
     "synthetic_images": DataSet("hvdlarge.data.synthetic:synthetic_images", samples="samples"),

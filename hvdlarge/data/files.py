@@ -65,6 +65,14 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
+def cache_folder(named: str | None) -> Path:
+    """The folder for what can be made again: the named one, or the user's."""
+    if named is not None:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "hvdlarge"
+
+
 def wrong_length(path: Path, content: bytes, expected: int, of: str) -> DataFileError:
     """The error for a file that is shorter or longer than it must be.
 

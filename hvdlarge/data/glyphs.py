@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from hvdlarge.data import seeds
-from hvdlarge.data.files import DataFileError, check_sums, write_sums
+from hvdlarge.data.files import DataFileError, cache_folder, check_sums, write_sums
 from hvdlarge.data.images import Images
 from hvdlarge.data.npy import PARTS, Mapped, npy
 from hvdlarge.data.outlines import digest, draw, font_files
@@ -69,7 +69,7 @@ def glyphs(
     files = font_files()
     recipe = f"{_RECIPE} {samples} {test_samples} {size} {seed} {digest(files)}"
     name = f"glyphs-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    folder = _cache_folder(cache) / name
+    folder = cache_folder(cache) / name
     if folder.exists():
         try:
             return _mapped(folder)
@@ -87,13 +87,6 @@ def glyphs(
             stacklevel=2,
         )
         return Images.of(*train), Images.of(*test)
-
-
-def _cache_folder(cache: str | None) -> Path:
-    if cache is not None:
-        return Path(cache).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "hvdlarge"
 
 
 def _mapped(folder: Path) -> tuple[Mapped, Mapped]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from hvdlarge.data.files import write_sums
+from hvdlarge.data.image_folder import ImageFolder
 from hvdlarge.data.images import Images
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.npy import Mapped
@@ -30,7 +31,7 @@ PROGRESS = "packing.jsonl"
 ORIGIN = "packed.json"
 _PIECE_BYTES = 8 << 20
 _FIELDS = ("inputs", "targets")
-_HAS_BYTES: tuple[type, ...] = (Images, Mapped)
+_HAS_BYTES: tuple[type, ...] = (Images, ImageFolder, Mapped)
 
 
 class Source(NamedTuple):

@@ -104,7 +104,7 @@ def test_they_are_drawn_once(tmp_path, one_font, monkeypatch):
     with pytest.raises(TypeError):
         small(tmp_path, seed=1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert module._cache_folder(None) == tmp_path / "xdg" / "hvdlarge"
+    assert module.cache_folder(None) == tmp_path / "xdg" / "hvdlarge"
 
 
 @pytest.mark.parametrize("name", ["train_inputs.npy", "test_targets.npy", "SHA256SUMS"])
