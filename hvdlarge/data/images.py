@@ -32,7 +32,7 @@ class Images(InMemory):
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the samples `indices`, shape (n,)."""
-        return scaled(self.inputs[indices]), rows(self.targets, indices)
+        return scaled(torch.index_select(self.inputs, 0, indices)), rows(self.targets, indices)
 
     def as_bytes(self) -> InMemory:
         """The same samples with their bytes as inputs."""
@@ -48,6 +48,6 @@ class Images(InMemory):
 def scaled(pixels: torch.Tensor) -> torch.Tensor:
     """Bytes divided by 255, float32; where a GPU is in use, in pinned memory."""
     if pixels.device.type != "cpu" or not torch.cuda.is_initialized():
-        return torch.div(pixels, 255)
+        return pixels.float().div_(255)  # faster than a division that converts
     pinned = torch.empty(pixels.shape, dtype=torch.float32, pin_memory=True)
     return torch.div(pixels, 255, out=pinned)

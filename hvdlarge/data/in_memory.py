@@ -49,8 +49,10 @@ def rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`tensor[indices]`; where a GPU is in use, in pinned memory, from which copies are
     asynchronous.
     """
-    if tensor.device.type != "cpu" or not torch.cuda.is_initialized():
+    if tensor.device.type != "cpu":
         return tensor[indices]
+    if not torch.cuda.is_initialized():
+        return torch.index_select(tensor, 0, indices)  # copies whole rows: tensor[indices] is slow
     pinned = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
     return torch.index_select(tensor, 0, indices, out=pinned)
 

@@ -55,7 +55,7 @@ class Mapped(InMemory):
         """Inputs and targets of the samples `indices`, shape (n,)."""
         targets = self._indices(rows(self.targets, indices))
         if self._scales:
-            return scaled(self.inputs[indices]), targets
+            return scaled(torch.index_select(self.inputs, 0, indices)), targets
         return rows(self.inputs, indices), targets
 
     def as_bytes(self) -> InMemory:
@@ -122,6 +122,11 @@ def map_file(path: Path) -> torch.Tensor:
         )
     if array.ndim == 0 or array.size == 0:
         raise DataFileError(f"{path} is empty: its shape is {array.shape}")
+    if array.dtype in (np.uint16, np.uint32, np.uint64):
+        raise DataFileError(
+            f"{path} holds {array.dtype}, for which torch has few operations: int32 or int64 are "
+            "expected"
+        )
     try:
         return torch.from_numpy(array)
     except (TypeError, ValueError):
