@@ -13,6 +13,7 @@ Contract: every sample is a function of (seed, part, i) and the font files. Rand
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from hvdlarge.data import seeds
-from hvdlarge.data.files import DataFileError, cache_folder, check_sums, write_sums
+from hvdlarge.data.files import DataFileError, cache_folder, write_sums
 from hvdlarge.data.images import Images
 from hvdlarge.data.npy import PARTS, Mapped, npy
 from hvdlarge.data.outlines import digest, draw, font_files
@@ -81,9 +82,10 @@ def glyphs(
     try:
         _store(folder, (train, test))
         return _mapped(folder)
-    except OSError as error:
+    except (OSError, DataFileError) as error:
+        reason = getattr(error, "strerror", None) or error
         warnings.warn(
-            f"glyphs stay in memory, since {folder} cannot be written: {error.strerror}",
+            f"glyphs stay in memory, since {folder} cannot be written: {reason}",
             stacklevel=2,
         )
         return Images.of(*train), Images.of(*test)
@@ -107,14 +109,19 @@ def _store(folder: Path, parts: tuple[tuple[np.ndarray, np.ndarray], ...]) -> No
                 np.save(temporary / f"{part}_{name}.npy", array)
                 names.append(f"{part}_{name}.npy")
         write_sums(temporary, names)
-        if folder.exists():  # damaged, or just written by another process, with the same bytes
+        if folder.exists():
+            with contextlib.suppress(DataFileError):
+                _mapped(folder)
+                return  # just written by another process, with the same bytes
             damaged = temporary.with_suffix(".replaced")
-            os.rename(folder, damaged)
+            with contextlib.suppress(FileNotFoundError):  # removed by another process
+                os.rename(folder, damaged)
             shutil.rmtree(damaged, ignore_errors=True)
         try:
             os.rename(temporary, folder)
         except OSError:
-            check_sums(folder)  # another process was faster; it is an error otherwise
+            if not folder.exists():  # no other process was faster
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -179,7 +179,8 @@ def _stored_form(dataset: Any) -> Any:
 def _read(source: Source, pieces: list[MicroBatch]) -> Iterator[list[np.ndarray]]:
     """Inputs and targets of pieces of a data set, in order."""
     dataset = MicroBatchDataset(source.dataset, source.seed, shuffled=False, form=source.form)
-    workers = source.num_workers if len(pieces) > 1 else 0
+    # Not in this process if there are others: what a set opens when it is read may not be sent
+    workers = min(source.num_workers, len(pieces))
     loaded: LoadedMicroBatch
     for loaded in make_dataloader(dataset, pieces, workers, source.prefetch_factor):
         pair = (loaded.inputs, loaded.targets)
