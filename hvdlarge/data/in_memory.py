@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-
 _ONLY_INDEXED = (torch.uint16, torch.uint32, torch.uint64)  # torch has no index_select for them
 
 
