@@ -14,6 +14,7 @@ VERBS = {
     "launch": ("train a job on many workers, with restarts", "hvdlarge.launch"),
     "plan": ("show a run before it is started", "hvdlarge.plan"),
     "export": ("write the weights of a run to a file", "hvdlarge.export"),
+    "pack": ("write data sets to .npy files", "hvdlarge.pack"),
     "doctor": ("check this machine", "hvdlarge.doctor.__main__"),
     "bench": ("measure the engine's speed on this machine", "hvdlarge.bench.__main__"),
 }

@@ -28,12 +28,19 @@ class DataSet(NamedTuple):
 
     target: str
     # Without arguments; or the argument that gives the number; or the package.module:function that
-    # gives it for any arguments, or None, and needs no torch
-    samples: int | str
+    # gives it for any arguments, or None, and needs no torch; None: unknown
+    samples: int | str | None
+    default: int | None = None  # of that argument
 
 
 DATA_SETS = {
+    "cifar10": DataSet("hvdlarge.data.cifar:cifar10", samples="samples", default=50_000),
+    "cifar100": DataSet("hvdlarge.data.cifar:cifar100", samples="samples", default=50_000),
     "digits": DataSet("hvdlarge.data.digits:digits", samples=1437),
+    "glyphs": DataSet("hvdlarge.data.glyphs:glyphs", samples="samples", default=60_000),
+    "image_folder": DataSet("hvdlarge.data.image_folder:image_folder", samples=None),
+    "mnist": DataSet("hvdlarge.data.mnist:mnist", samples="samples", default=60_000),
+    "npy": DataSet("hvdlarge.data.npy:npy", samples=None),
     "parallel_text": DataSet(
         "hvdlarge.data.translation:parallel_text", "hvdlarge.data.text_sizes:parallel_text_pairs"
     ),
@@ -130,19 +137,23 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     1437
     >>> training_samples("synthetic_images", {"samples": 700})
     700
+    >>> training_samples("mnist", {"folder": "data/fashion"})
+    60000
     """
     if name not in DATA_SETS:
         return None
     samples = DATA_SETS[name].samples
     if isinstance(samples, int):
         return None if arguments else samples
+    if samples is None:
+        return None
     if ":" in samples:
         count = load("data.name", samples)
         try:
             return count(**arguments)
         except (ValueError, TypeError, ModuleNotFoundError):  # reported when the set is built
             return None
-    given = arguments.get(samples)
+    given = arguments.get(samples, DATA_SETS[name].default)
     return given if type(given) is int else None
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+_ONLY_INDEXED = (torch.uint16, torch.uint32, torch.uint64)  # torch has no index_select for them
+
 
 class InMemory(Dataset):
     """A data set held as tensors.
@@ -49,8 +51,10 @@ def rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`tensor[indices]`; where a GPU is in use, in pinned memory, from which copies are
     asynchronous.
     """
-    if tensor.device.type != "cpu" or not torch.cuda.is_initialized():
+    if tensor.device.type != "cpu" or tensor.dtype in _ONLY_INDEXED:
         return tensor[indices]
+    if not torch.cuda.is_initialized():
+        return torch.index_select(tensor, 0, indices)  # copies whole rows: tensor[indices] is slow
     pinned = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
     return torch.index_select(tensor, 0, indices, out=pinned)
 

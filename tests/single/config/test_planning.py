@@ -49,6 +49,10 @@ def test_the_built_in_data_sets_have_the_sizes_that_a_plan_counts_with():
         == len(synthetic_images(700)[0])
         == 700
     )
+    for name, samples in {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}.items():
+        assert built_in_samples(name, {"folder": "anywhere"}) == samples
+        assert built_in_samples(name, {"samples": 50}) == 50
+    assert built_in_samples("npy", {"folder": "anywhere"}) is None
     assert built_in_samples("digits", {"samples": 3}) is built_in_samples("mine:data", {}) is None
 
 

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, Subset
 
 from hvdlarge.data.digits import _pixels_and_labels, digits
-from hvdlarge.data.in_memory import InMemory
+from hvdlarge.data.in_memory import InMemory, rows
 from hvdlarge.data.loader import MicroBatchDataset, TensorLoader, WorkerLoader
 from hvdlarge.data.order import samples
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
@@ -336,3 +336,11 @@ def test_a_program_that_closes_nothing_ends_nevertheless():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=600
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "8\n", "")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "bool", "bfloat16", "complex64"])
+def test_rows_of_any_dtype_are_gathered(dtype):
+    tensor = torch.arange(12).reshape(6, 2).to(getattr(torch, dtype))
+    gathered = rows(tensor, torch.tensor([5, 0, 5]))
+    assert gathered.dtype == tensor.dtype
+    assert gathered.tolist() == [tensor[index].tolist() for index in (5, 0, 5)]
