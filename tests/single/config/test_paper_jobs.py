@@ -1,0 +1,58 @@
+"""The jobs of jobs/papers: their schedules against the papers' numbers, without the data sets; their models are built."""
+
+import pytest
+import torch
+from support.launching import ROOT
+
+from hvdlarge.config import registry
+from hvdlarge.config.job_file import read_job
+from hvdlarge.config.planning import plan_run, training_samples
+
+JOBS = sorted(path.name for path in (ROOT / "jobs/papers").glob("*.yaml"))
+# (global batch, first step, highest lr) of each stage, and the number of parameters. ImageNet: epochs of 1,281,167 images
+PUBLISHED = {
+    "cifar100_vgg19bn_adabatch.yaml": (
+        [(128, 0.01), (256, 0.0075), (512, 0.005625), (1024, 0.00421875), (2048, 0.0031640625)],
+        20_086_692,
+    ),
+    "cifar10_alexnet_adabatch.yaml": (
+        [(256, 0.01), (512, 0.0075), (1024, 0.005625), (2048, 0.00421875), (4096, 0.0031640625)],
+        2_472_266,
+    ),
+    "cifar10_resnet20_adabatch.yaml": (
+        [(128, 0.01), (256, 0.0075), (512, 0.005625), (1024, 0.00421875), (2048, 0.0031640625)],
+        269_722,
+    ),
+    "imagenet_alexnet_bn_lars_8k.yaml": ([(8192, 14.0)], 61_101_992),
+    "imagenet_resnet50_819k.yaml": ([(819_200, 160.0)], 25_557_032),
+    "imagenet_resnet50_adabatch.yaml": (
+        [(8192, 3.2), (65_536, 2.56), (524_288, 2.048)],
+        25_557_032,
+    ),
+    "imagenet_resnet50_lars_32k.yaml": ([(32_768, 32.0)], 25_557_032),
+    "imagenet_resnet50_lars_paper_8k.yaml": ([(8192, 30.0)], 25_557_032),
+    "mnist_lenet_fullbatch_lamb.yaml": ([(60_000, 0.11 * (1 - 6 / 35) ** 0.5)], 3_274_634),
+    "mnist_row_lstm_legw.yaml": ([(8192, 0.8)], 82_186),
+}
+
+
+def test_every_job_is_compared():
+    assert sorted(PUBLISHED) == JOBS
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_its_schedule_is_the_papers(name):
+    job = read_job(str(ROOT / "jobs/papers" / name))
+    plan = plan_run(job, training_samples(job), 64)
+    stages, _ = PUBLISHED[name]
+    assert [stage.global_batch for stage in plan.stages] == [batch for batch, _ in stages]
+    highest = [stage.highest_lr for stage in plan.stages]
+    assert highest == pytest.approx([lr for _, lr in stages], rel=0.01)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_its_model_can_be_built(name):
+    job = read_job(str(ROOT / "jobs/papers" / name))
+    with torch.device("meta"):
+        model = registry.instantiate("model.name", job.model.name, job.model.args, registry.MODELS)
+    assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name][1]
