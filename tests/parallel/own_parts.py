@@ -37,7 +37,9 @@ def images():
     """Images of bytes."""
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(256, (73, 3, 9, 8), generator=generator, dtype=torch.uint8)
-    return InMemory(pixels[:53], torch.arange(53) % CLASSES), InMemory(pixels[53:], torch.arange(20) % CLASSES)
+    return InMemory(pixels[:53], torch.arange(53) % CLASSES), InMemory(
+        pixels[53:], torch.arange(20) % CLASSES
+    )
 
 
 def ignored(kept=0):
