@@ -244,7 +244,7 @@ def test_a_momentum_that_is_not_saved_is_seen(judged, monkeypatch):
 
 
 def test_a_rank_that_calls_less_is_seen(judged, monkeypatch):
-    from hvdlarge import loop
+    from hvdlarge.training import loop
 
     plain = loop.compare_states
     monkeypatch.setattr(
@@ -274,7 +274,7 @@ def test_a_sum_in_another_order_is_seen_in_exact_mode(judged, monkeypatch):
 
 
 def test_an_error_of_one_rank_is_seen(judged, monkeypatch):
-    from hvdlarge import step
+    from hvdlarge.training import step
 
     plain = step.train_step
 
