@@ -38,7 +38,7 @@ def test_a_line_ends_with_a_token_of_its_own():
 )
 def test_lines_are_those_between_line_feeds(tmp_path, content, lines):
     (tmp_path / "text").write_bytes(content)
-    (tmp_path / "text.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "text.gz").write_bytes(gzip.compress(content, mtime=0))
     assert read_lines(tmp_path / "text", "a text").lines == lines
     assert read_lines(tmp_path / "text.gz", "a text").lines == lines
 
@@ -51,8 +51,8 @@ def test_lines_are_those_between_line_feeds(tmp_path, content, lines):
         ("latin", b"one\ntw\xf6 three\n", r"latin: byte 6 \(0xf6, in line 2\) is not UTF-8"),
         ("cut", "ö".encode()[:1], r"cut: byte 0 \(0xc3, in line 1\) is not UTF-8 \(unexpected end"),
         ("plain.gz", b"text", r"plain\.gz: damaged gzip file \(Not a gzipped file"),
-        ("cut.gz", gzip.compress(b"text" * 99)[:-9], r"cut\.gz: damaged gzip file"),
-        ("bits.gz", gzip.compress(b"text")[:10] + b"\xff" * 9, r"bits\.gz: damaged gzip file"),
+        ("cut.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"cut\.gz: damaged gzip file"),
+        ("bits.gz", gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 9, r"bits\.gz: damaged gzip file"),
         ("missing", None, r"missing: there is no such file; expected the training text there"),
     ],
 )
