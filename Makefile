@@ -50,7 +50,7 @@ test: test-single test-parallel test-runs
 test-single test-parallel test-runs: export OMP_WAIT_POLICY = passive
 
 test-single: $(stamp)
-	$(bin)/python -m pytest -n 4 --dist worksteal tests/single --doctest-modules hvdlarge
+	$(pytest2) tests/single --doctest-modules hvdlarge
 
 # Every model, data set and loss of tests/parallel/own_parts.py on 1, 2 and 3 workers, against one; on 4 what powers of two promise.
 test-parallel: $(stamp)
