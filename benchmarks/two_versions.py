@@ -99,8 +99,12 @@ def parse():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=4, help="steps per round, after five others")
-    parser.add_argument("job", nargs="*", help="as for `bench step`, after --")
-    return parser.parse_args()
+    parser.epilog = "What follows -- is a job and its overrides, as for `bench step`."
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:cut])
+    options.job = given[cut + 1 :]
+    return options
 
 
 if __name__ == "__main__":
