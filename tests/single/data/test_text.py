@@ -52,7 +52,11 @@ def test_lines_are_those_between_line_feeds(tmp_path, content, lines):
         ("cut", "ö".encode()[:1], r"cut: byte 0 \(0xc3, in line 1\) is not UTF-8 \(unexpected end"),
         ("plain.gz", b"text", r"plain\.gz: damaged gzip file \(Not a gzipped file"),
         ("cut.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"cut\.gz: damaged gzip file"),
-        ("bits.gz", gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 9, r"bits\.gz: damaged gzip file"),
+        (
+            "bits.gz",
+            gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 9,
+            r"bits\.gz: damaged gzip file",
+        ),
         ("missing", None, r"missing: there is no such file; expected the training text there"),
     ],
 )
