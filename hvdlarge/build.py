@@ -24,6 +24,7 @@ from hvdlarge.controller import Controller, DecisionFeed
 from hvdlarge.data import seeds
 from hvdlarge.data.batches import to_device
 from hvdlarge.data.in_memory import reads_batches
+from hvdlarge.data.lanes import Lanes
 from hvdlarge.data.loader import (
     LoadedMicroBatch,
     Loader,
@@ -61,6 +62,13 @@ from hvdlarge.preflight.rehearsal import Rehearsed
 from hvdlarge.reduction.batch_norm import RunningStatistics, tracking_layers
 from hvdlarge.reduction.exact_batch_norm import ExactStatistics
 from hvdlarge.reduction.exact_sum import ExactOptimizer
+from hvdlarge.replica.carried import (
+    CarriedLanes,
+    CarriedState,
+    LaneStates,
+    NoCarriedState,
+    StateForm,
+)
 from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.replica.freezing import freeze
 from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
@@ -238,7 +246,8 @@ def build_learning(
         loss = registry.instantiate_loss("loss.name", job.loss.name, job.loss.arguments)
     mover = device_mover(precision, job.model.channels_last)
     try:
-        objective = Objective(model, loss, precision, mover, job.model.output)
+        carries = job.data.lanes is not None
+        objective = Objective(model, loss, precision, mover, job.model.output, carries)
         modules = objective.modules
         freeze(modules, job.model.freeze)
         notes = [note for module in modules.values() if (note := _train_mode(module))]
@@ -253,10 +262,19 @@ def build_learning(
         if extra := extra_states(modules):
             pack(extra)
         if job.model.compile:
-            model.compile()
+            compile_model(objective)
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
     return objective, _optimizer(modules, job.optimizer), notes
+
+
+def compile_model(objective: Objective) -> None:
+    """Let torch compile what is called of the model."""
+    model: Any = objective.model
+    if objective.carries:
+        model.advance = torch.compile(model.advance)
+    else:
+        model.compile()
 
 
 def _optimizer(modules: Modules, section: OptimizerSection) -> MeanGradientOptimizer:
@@ -366,7 +384,28 @@ def build_replica(
         seed=job.seed,
         rank=control.rank,
         ema=None if job.ema is None else WeightAverage(names, job.ema.half_life_samples),
+        carried=build_carried(job, components, control, tensors),
     )
+
+
+def build_carried(
+    job: Job, components: Components, control: ControlChannel, tensors: Collectives
+) -> CarriedState:
+    """What is carried from one sample of the training set to the next, as the rehearsal has found
+    its form.
+    """
+    lanes = lanes_of(job.data, components.training_set)
+    if lanes is None:
+        return NoCarriedState()
+    form = components.rehearsed.state_form
+    assert form is not None  # found in the rehearsal
+    states = LaneStates(lanes, form, components.objective.precision.device)
+    return CarriedLanes(states, control.rank, control.size, tensors.sum)
+
+
+def lanes_of(data: sections.Data, dataset: Any) -> Lanes | None:
+    """The lanes of a training or test set; None if a job has none."""
+    return None if data.lanes is None else Lanes(len(dataset), min(data.lanes, len(dataset)))
 
 
 def device_mover(precision: Precision, channels_last: bool) -> Callable[[Any], Any]:
@@ -403,7 +442,8 @@ def build_loader(
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
-    fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form)
+    lanes = lanes_of(data, training_set)
+    fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form, lanes=lanes)
     loader: Loader
     if reads_batches(training_set):
         loader = TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
@@ -473,13 +513,15 @@ def build_evaluation(
     rank: int,
     world_size: int,
     transforms: Transforms | None = None,
+    state_form: StateForm | None = None,
 ) -> Evaluation | None:
     """The evaluation of a test set; None without one."""
     if test_set is None:
         return None
+    lanes = lanes_of(data, test_set)
     num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(
-        MicroBatchDataset(test_set, seed=0, shuffled=False, form=form),
+        MicroBatchDataset(test_set, seed=0, shuffled=False, form=form, lanes=lanes),
         len(test_set),
         metrics,
         evaluate.micro_batch,
@@ -488,6 +530,8 @@ def build_evaluation(
         num_workers,
         data.prefetch_factor,
         None if transforms is None else transforms.evaluate,
+        lanes,
+        state_form,
     )
 
 

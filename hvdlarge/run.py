@@ -326,6 +326,7 @@ class Run:
                 control.rank,
                 control.size,
                 components.transforms,
+                components.rehearsed.state_form,
             ),
             consistency=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), flags),
             policy=build_policy(job.on_nonfinite, state, self.replica),

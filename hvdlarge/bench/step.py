@@ -147,18 +147,19 @@ def _tried(job: Job, components: Components, only: str | None) -> Components:
         loader.close()
     rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
     weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weight is not None
+    state_form = rehearsal.state_form(inputs) if components.objective.carries else None
     if only not in ("engine", "control"):
         data = job.data
         plain = not (data.targets is not None or data.collate or data.transforms)
-        plain = plain and job.model.output is None
+        plain = plain and job.model.output is None and job.data.lanes is None
         pairs = isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)
         if job.reduction == "exact" or weighted or not (plain and pairs):
             raise JobError(
                 "bench step: the bare loop takes samples that are pairs of tensors, without "
-                "data.targets, data.collate, data.transforms and model.output, a loss that is a "
-                "mean, and reduction: fast; --only engine times the engine alone"
+                "data.targets, data.collate, data.transforms, data.lanes and model.output, a loss "
+                "that is a mean, and reduction: fast; --only engine times the engine alone"
             )
-    return replace(components, rehearsed=Rehearsed(weighted_loss=weighted))
+    return replace(components, rehearsed=Rehearsed(weighted_loss=weighted, state_form=state_form))
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:

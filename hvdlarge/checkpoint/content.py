@@ -39,6 +39,8 @@ class CheckpointContent:
     # The state_dicts of model and loss with the averaged weights; empty without `ema` in the job
     ema: Mapping[str, Any] = field(default_factory=dict)
     ema_loss: Mapping[str, Any] = field(default_factory=dict)
+    # The states that the model carries along the lanes of a text; empty without `data.lanes`
+    carried: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """The content as tensors and builtins, which `torch.load(weights_only=True)` accepts."""
@@ -54,6 +56,7 @@ class CheckpointContent:
             "statistics": {"world_size": self.facts.world_size, "parts": list(self.local_stats)},
             "logs": dict(self.log_offsets),
             **averaged,
+            **({"carried": dict(self.carried)} if self.carried else {}),
         }
 
     @classmethod
@@ -75,6 +78,7 @@ class CheckpointContent:
             log_offsets=plain["logs"],
             ema=plain.get("ema", {}),
             ema_loss=plain.get("ema_loss", {}),
+            carried=plain.get("carried", {}),
         )
 
 

@@ -270,8 +270,8 @@ def share(
 
     Args:
         resumed: on rank 0 the checkpoint, or None for a new run; None elsewhere.
-        replica: its optimizer state, averages and running statistics are set; the latter are
-            partial afterwards.
+        replica: its optimizer state, averages, carried states and running statistics are set; the
+            latter are partial afterwards.
         control: for everything but tensors.
         tensors: for tensors.
 
@@ -290,6 +290,8 @@ def share(
             of_loss = {f"{LOSS}{name}": value for name, value in content.ema_loss.items()}
             replica.ema.load({**content.ema, **of_loss})
         tensors.broadcast_(list(replica.ema.named_tensors().items()))
+    replica.carried.restore(None if content is None else content.carried)
+    tensors.broadcast_(list(replica.carried.named_tensors().items()))
     replica.statistics.to_partial()
     if record["has_local_stats"] and record["world_size"] == control.size:
         _share_local_stats(content, replica, tensors, control)

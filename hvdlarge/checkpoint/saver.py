@@ -139,6 +139,7 @@ class CheckpointSaver:
         snapshot = statistics.snapshot()
         local_stats = [] if scheduled else self._gather(snapshot.local_stats)
         statistics.all_reduce(self._tensors.sum)
+        self._replica.carried.share()
         try:
             if self._control.rank == 0:
                 assert progress is not None  # rank 0 has the controller
@@ -181,6 +182,7 @@ class CheckpointSaver:
             log_offsets=self._log_offsets(),
             ema=averaged.get(MODEL, {}),
             ema_loss=averaged.get(LOSS, {}),
+            carried=_copy_to_cpu(self._replica.carried.named_tensors()),
         )
 
     def _gather(self, local_stats: torch.Tensor) -> list[torch.Tensor]:

@@ -88,6 +88,11 @@ class Data(Section):
     """Transforms of whole batches of images on the device, in this order; what is random in them is
     left out in evaluations.
     """
+    lanes: Count | None = None
+    """Cut the text into so many lanes, along which the model carries its state from one sample to
+    the next, in training and in evaluations: samples are consecutive windows, read in their order
+    and not shuffled. At least the largest global batch.
+    """
     samples: Count | None = None
     """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -541,6 +546,8 @@ class Job(Section):
             signature["model"]["freeze"] = resolved["model"]["freeze"]
         if self.data.transforms:
             signature["data"]["transforms"] = resolved["data"]["transforms"]
+        if self.data.lanes is not None:
+            signature["data"]["lanes"] = resolved["data"]["lanes"]
         if self.init_from is not None:  # the file may be moved: a resumed run does not read it
             signature["init_from"] = {
                 key: value for key, value in resolved["init_from"].items() if key != "path"

@@ -39,8 +39,8 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
         world_size: workers.
 
     Raises:
-        JobError: for a run without a sample in it, a learning rate that overflows, or a number of
-            workers that exact mode cannot serve.
+        JobError: for a run without a sample in it, a learning rate that overflows, a number of
+            workers that exact mode cannot serve, or too few lanes for the batch.
     """
     if job.reduction == "exact" and depth_of(world_size) is None:
         raise JobError(f"reduction: exact needs 1, 2, 4, 8, … workers, not {world_size}")
@@ -63,7 +63,22 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
                 f"lr: the lr is {stage.highest_lr} in stage {stage.stage} (global batch "
                 f"{stage.global_batch})"
             )
+    if job.data.lanes is not None:
+        _check_lanes(job.data.lanes, dataset_size, max(stage.global_batch for stage in stages))
     return plan
+
+
+def _check_lanes(lanes: int, dataset_size: int, largest_batch: int) -> None:
+    if lanes > dataset_size:
+        raise JobError(
+            f"data.lanes: {lanes:,} lanes cannot be cut from a text of {dataset_size:,} samples"
+        )
+    if largest_batch > lanes:
+        raise JobError(
+            f"data.lanes: a step takes one sample of a lane at most, and the global batch reaches "
+            f"{largest_batch:,} samples: give {largest_batch:,} lanes or more, or limit "
+            "batch.growth.max"
+        )
 
 
 def training_samples(job: Job) -> int:

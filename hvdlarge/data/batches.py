@@ -1,4 +1,4 @@
-"""Moves and repeats batches: tensors, or nested lists, tuples and dicts of tensors."""
+"""Batches, tensors or nested lists, tuples and dicts of tensors: moved, repeated, taken apart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype, channels_las
             )
         return value.to(device) if callable(getattr(value, "to", None)) else value
 
-    return _map(batch, move)
+    return changed_leaves(batch, move)
 
 
 def repeat(batch: Any, size: int) -> Any:
@@ -46,25 +46,32 @@ def repeat(batch: Any, size: int) -> Any:
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
 
-    return _map(batch, expand)
+    return changed_leaves(batch, expand)
 
 
 def twofold(batch: Any) -> Any:
     """Every sample of a batch twice."""
-    return _map(
+    return changed_leaves(
         batch, lambda value: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
     )
 
 
-def _map(batch: Any, change: Callable[[Any], Any]) -> Any:
+def leaves(batch: Any) -> list[Any]:
+    """What is nested in the lists, tuples and dicts of a batch, in order."""
+    found: list[Any] = []
+    changed_leaves(batch, found.append)
+    return found
+
+
+def changed_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
     """The batch with each of its leaves changed."""
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: _map(value, change) for key, value in batch.items()}
+        return {key: changed_leaves(value, change) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         if hasattr(batch, "to"):  # e.g. a PackedSequence, a named tuple that moves itself
             return change(batch)
-        values = [_map(value, change) for value in batch]
+        values = [changed_leaves(value, change) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return change(batch)

@@ -4,8 +4,9 @@ Formula:  sample i of a text t: inputs t[i·L], …, t[i·L + L − 1], targets 
           L = length
 Source:   Mikolov, Karafiát, Burget, Černocký, Khudanpur, "Recurrent Neural Network Based Language
           Model" (2010), for the files of the Penn Treebank: words in lines, `<unk>` for rare ones.
-Contract: windows are independent samples, in the engine's order of samples. A recurrent model
-          starts each with a state of zeros; no state is carried from one window to the next.
+Contract: windows are independent samples, in the engine's order of samples, and a recurrent model
+          starts each with a state of zeros. With `data.lanes` it continues the window before
+          (lanes.py).
 """
 
 from __future__ import annotations

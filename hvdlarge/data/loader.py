@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from hvdlarge.data import order, seeds
 from hvdlarge.data.in_memory import reads_batches, reads_many
+from hvdlarge.data.lanes import Lanes
 from hvdlarge.data.rng import seed_all
 from hvdlarge.data.samples import SampleForm
 from hvdlarge.schedule.batch import MicroBatch
@@ -68,10 +69,16 @@ class MicroBatchDataset(Dataset):
         shuffled: whether a micro-batch numbers samples of the run's shuffled stream (training) or
             of the data set in its own order (evaluation).
         form: how samples become inputs and targets.
+        lanes: of a text, in place of both orders.
     """
 
     def __init__(
-        self, dataset: Any, seed: int, shuffled: bool, form: SampleForm | None = None
+        self,
+        dataset: Any,
+        seed: int,
+        shuffled: bool,
+        form: SampleForm | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._form = form or SampleForm()
         self._size = len(dataset)
@@ -84,8 +91,8 @@ class MicroBatchDataset(Dataset):
         self._dataset = dataset
         self._reads_batches, self._reads_many = reads_batches(dataset), reads_many(dataset)
         self._seed = seed
-        self._shuffled = shuffled
-        self._stream = order.Stream(seed, self._size)
+        self._in_stream = shuffled or lanes is not None
+        self._stream = order.Stream(seed, self._size) if lanes is None else lanes
 
     def __getitem__(self, micro_batch: MicroBatch | None) -> LoadedMicroBatch | None:
         if micro_batch is None:  # nothing was announced when the DataLoader read ahead
@@ -109,7 +116,7 @@ class MicroBatchDataset(Dataset):
 
     def indices(self, micro_batch: MicroBatch) -> np.ndarray:
         """Data-set indices of the samples of a micro-batch, shape (n,), int64."""
-        if self._shuffled:
+        if self._in_stream:
             return self._stream.samples(micro_batch.start, micro_batch.stop)
         return np.arange(micro_batch.start, micro_batch.stop, dtype=np.int64)
 

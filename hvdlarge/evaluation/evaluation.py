@@ -10,14 +10,16 @@ import torch
 
 from hvdlarge.comm.interfaces import Collectives
 from hvdlarge.data import seeds
+from hvdlarge.data.lanes import Lanes
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metrics, predict_of, result_of, totals_of
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
+from hvdlarge.replica.carried import LaneStates, StateForm
 from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory
-from hvdlarge.schedule.batch import BatchLayout, MicroBatch
+from hvdlarge.schedule.batch import BatchLayout
 
 
 class Evaluation:
@@ -33,6 +35,8 @@ class Evaluation:
         num_workers: loader processes; 0 loads in this process.
         prefetch_factor: micro-batches that each loader process prepares in advance.
         transform: changes each micro-batch as it is loaded; None: they stay as they are.
+        lanes: of a test set along which the model carries a state; None: samples are independent.
+        state_form: of that state.
     """
 
     def __init__(
@@ -46,9 +50,14 @@ class Evaluation:
         num_workers: int,
         prefetch_factor: int,
         transform: Callable[[LoadedMicroBatch], LoadedMicroBatch] | None = None,
+        lanes: Lanes | None = None,
+        state_form: StateForm | None = None,
     ) -> None:
-        self._transform = transform
-        local: list[MicroBatch] = BatchLayout(size, micro_batch, world_size).of_rank(rank, start=0)
+        self._transform, self._lanes, self._state_form = transform, lanes, state_form
+        parts = BatchLayout(size if lanes is None else lanes.number, micro_batch, world_size)
+        local = parts.of_rank(rank, start=0)
+        if lanes is not None:
+            local = lanes.along(local)
         self._names = list(metrics)
         self._with_states = {
             name: metric for name, metric in metrics.items() if isinstance(metric, StateMetric)
@@ -119,6 +128,9 @@ class Evaluation:
         totals = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=device)
         total_loss, total_weight, *parts = totals.split([1, 1, *sizes])  # views
         loaded = self._loader if self._transform is None else map(self._transform, self._loader)
+        states = None
+        if self._lanes is not None and self._state_form is not None:
+            states = LaneStates(self._lanes, self._state_form, device)
         for micro_batch, inputs, targets in loaded:
             size = micro_batch.size
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same
@@ -127,7 +139,10 @@ class Evaluation:
             with explain_out_of_memory(
                 f"an evaluation of {size:,} samples at once", "set evaluate.micro_batch lower"
             ):
-                loss, outputs, targets = objective.evaluate(inputs, targets)
+                window = None if states is None else states.window(micro_batch)
+                loss, outputs, targets = objective.evaluate(inputs, targets, window)
+                if states is not None:
+                    states.accept()
                 loss_sum, weight = loss.totals(size)
                 total_loss += loss_sum
                 total_weight += weight

@@ -50,6 +50,7 @@ from hvdlarge.models.state import (
 from hvdlarge.preflight.trial import clear_gradients, eager, restored
 from hvdlarge.preflight.user_code import describe, reading_samples, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
+from hvdlarge.replica.carried import StateForm
 from hvdlarge.replica.objective import LossValue, Objective
 from hvdlarge.resilience.digest import tensor_digests
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
@@ -69,6 +70,7 @@ class Rehearsed(NamedTuple):
     # Weight of a sample of the first micro-batch, on rank 0; 1 for a mean
     weight_per_sample: float = 1.0
     without_result: tuple[str, ...] = ()  # metrics that do not apply to the first samples, by name
+    state_form: StateForm | None = None  # of the state that the model carries along lanes
 
 
 def rehearse(
@@ -107,12 +109,15 @@ def rehearse(
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
     without: list[str] = []
+    state_forms: list[StateForm] = []
 
     def passes() -> Outcome:
         rehearsal = Rehearsal(objective, seeds.key(seed, seeds.MICRO_BATCH, 0))
         inputs, targets = loaded[0].inputs, loaded[0].targets
         outcome = rehearsal.run(inputs, targets, test_samples is not None)
         rehearsal.refuse_sums(inputs, targets)
+        if objective.carries:
+            state_forms.append(rehearsal.state_form(inputs))
         if must_be_finite and not outcome.is_finite:
             raise JobError(_not_finite_message(outcome.loss))
         if len(loaded) > 1:
@@ -130,7 +135,13 @@ def rehearse(
         weight = outcome.weight / loaded[0].micro_batch.size
     # Of one rank, as others may round it differently, and all must divide by the same
     weight = struct.unpack("<d", control.allgather(struct.pack("<d", weight))[0])[0]
-    return Rehearsed(len(roundings) > 1, outcome.weight is not None, weight, tuple(without))
+    return Rehearsed(
+        len(roundings) > 1,
+        outcome.weight is not None,
+        weight,
+        tuple(without),
+        state_forms[0] if state_forms else None,
+    )
 
 
 def _not_finite_message(loss: float) -> str:
@@ -284,6 +295,20 @@ class Rehearsal:
         """
         with _restored(self._modules, self._layers), eager():
             return self._pass(inputs, targets, what)
+
+    def state_form(self, inputs: Any) -> StateForm:
+        """The form of the state that the model carries.
+
+        Raises:
+            JobError: if it cannot be carried, or user code raises.
+        """
+        with (
+            _restored(self._modules, self._layers),
+            eager(),
+            user_code("the first micro-batch with a carried state"),
+        ):
+            seed_all(self._key)
+            return self._objective.state_form(inputs)
 
     def refuse_sums(self, inputs: Any, targets: Any) -> None:
         """Take the loss of the outputs and targets, and of the same twice over.

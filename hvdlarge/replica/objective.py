@@ -26,6 +26,7 @@ from hvdlarge.exits import JobError, PartError
 from hvdlarge.models.parts import NoSuchPartError, part_of
 from hvdlarge.models.state import Modules, trained_modules
 from hvdlarge.optim.precision import Precision
+from hvdlarge.replica.carried import CarriedWindow, StateError, StateForm, find_state_form
 
 
 class LossError(PartError):
@@ -67,9 +68,15 @@ class Objective:
         to_device: moves inputs or targets, and gives floats the dtype of the weights.
         output: key, attribute or position of the model's output that loss and metrics get; None:
             the whole output.
+        carries: whether the model carries a state along lanes: then its method `advance` is called
+            in its place, with the state as the keyword `state`, and returns (outputs, state).
 
     Attributes:
         modules: model and loss, the loss if it is a module.
+        carries: see above.
+
+    Raises:
+        ValueError: if the model should carry a state and has no method `advance`.
     """
 
     def __init__(
@@ -79,25 +86,41 @@ class Objective:
         precision: Precision,
         to_device: Callable[[Any], Any],
         output: str | int | None = None,
+        carries: bool = False,
     ) -> None:
         self.model, self.loss, self.precision = model, loss, precision
+        self.carries = carries
+        if carries and not callable(getattr(model, "advance", None)):
+            raise ValueError(
+                "data.lanes needs a model with a method advance(inputs, state), which returns "
+                "(outputs, new state)"
+            )
         self.modules: Modules = trained_modules(model, loss)
         self.to_device, self._output = to_device, output
 
-    def __call__(self, inputs: Any, targets: Any) -> LossValue:
+    def __call__(self, inputs: Any, targets: Any, window: CarriedWindow | None = None) -> LossValue:
         """The loss of a micro-batch, as loaded."""
-        return self.evaluate(inputs, targets)[0]
+        return self.evaluate(inputs, targets, window)[0]
 
-    def evaluate(self, inputs: Any, targets: Any) -> tuple[LossValue, Any, Any]:
+    def evaluate(
+        self, inputs: Any, targets: Any, window: CarriedWindow | None = None
+    ) -> tuple[LossValue, Any, Any]:
         """Loss, outputs and targets of a micro-batch, both on the device.
+
+        Args:
+            inputs: as loaded.
+            targets: as loaded.
+            window: the states with which the samples begin, and that they leave; None: they begin
+                with the model's own, and no state is kept.
 
         Raises:
             LossError: if the loss returns anything else than a mean, or a sum and its weight.
+            StateError: if the model returns a state of another form than before.
         """
         batch = self.to_device(inputs)
         targets = batch if targets is Targets.WHOLE_BATCH else self.to_device(targets)
         with self.precision.autocast():
-            outputs = self._outputs(batch)
+            outputs = self._outputs(batch, window)
         return self.loss_of(outputs, targets), outputs, targets
 
     def loss_of(self, outputs: Any, targets: Any) -> LossValue:
@@ -119,17 +142,44 @@ class Objective:
         for module in self.modules.values():
             module.train(training)
 
-    def _outputs(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            outputs = self.model(**batch)
-        elif type(batch) is tuple:
-            outputs = self.model(*batch)
+    def state_form(self, inputs: Any) -> StateForm:
+        """The form of the state that the model carries, of a micro-batch as loaded.
+
+        Raises:
+            StateError: if it cannot be carried.
+        """
+        with self.precision.autocast():
+            return find_state_form(self._advance, self.to_device(inputs))
+
+    def _outputs(self, batch: Any, window: CarriedWindow | None) -> Any:
+        if self.carries:
+            outputs, state = self._advance(batch, None if window is None else window.before())
+            if window is not None:
+                window.after(state)
         else:
-            outputs = self.model(batch)
+            outputs = called(self.model, batch)
         try:
             return outputs if self._output is None else part_of(outputs, self._output)
         except NoSuchPartError as error:
             raise LossError(str(error), "model.output") from None
+
+    def _advance(self, batch: Any, state: Any) -> tuple[Any, Any]:
+        advance: Any = self.model.advance
+        returned = called(advance, batch, state=state)
+        if not (isinstance(returned, (tuple, list)) and len(returned) == 2):
+            raise StateError(f"it must return (outputs, state), not {_described(returned)}")
+        return returned[0], returned[1]
+
+
+def called(function: Callable[..., Any], batch: Any, **more: Any) -> Any:
+    """What a function returns for a batch: keyword arguments if that is a dict, positional ones if
+    it is a plain tuple, else one argument.
+    """
+    if isinstance(batch, Mapping):
+        return function(**batch, **more)
+    if type(batch) is tuple:
+        return function(*batch, **more)
+    return function(batch, **more)
 
 
 def loss_value(value: Any) -> LossValue:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,7 @@ from hvdlarge.comm.interfaces import DistributedOptimizer
 from hvdlarge.models.state import Modules
 from hvdlarge.optim.precision import LossScaler
 from hvdlarge.reduction.batch_norm import RunningStatistics
+from hvdlarge.replica.carried import CarriedState, NoCarriedState
 from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.replica.objective import Objective, SampleMean, WeightedMean
 
@@ -32,6 +33,7 @@ class Replica:
     # A parameter without a gradient on some workers counts as having a gradient of zero there
     zero_if_missing: bool = False
     ema: WeightAverage | None = None  # of the trainable parameters
+    carried: CarriedState = field(default_factory=NoCarriedState)  # from one sample to the next
 
     @property
     def modules(self) -> Modules:

@@ -70,6 +70,14 @@ class BatchLayout:
         """The micro-batches of one worker in a step whose first sample is number `start`."""
         return [self._micro_batch(number, start) for number in self.numbers_of_rank(rank)]
 
+    def samples_of_ranks(self) -> list[int]:
+        """How many samples each worker has in this step."""
+        ends = [
+            min(self.numbers_of_rank(rank).stop * self.micro_batch, self.global_batch)
+            for rank in range(self.world_size)
+        ]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of the busiest worker."""

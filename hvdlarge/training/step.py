@@ -60,6 +60,7 @@ def train_step(
     policy.before_step(replica)
     replica.update.zero_grad(numbers, layout.num_micro_batches)
     replica.statistics.begin_step()
+    replica.carried.begin_step(layout, decision.samples_seen)
     micro_batch_shares: list[torch.Tensor] = []
     # In any pass so far: exact mode takes the gradients of each pass off the parameters
     without_gradient = {} if replica.zero_if_missing else dict(replica.names)
@@ -67,7 +68,7 @@ def train_step(
         # Random draws of model and loss are keyed by the micro-batch, not by the worker
         seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
         with timers("forward"):
-            loss = replica.objective(inputs, targets)
+            loss = replica.objective(inputs, targets, replica.carried.window(micro_batch))
             share = replica.averaging.share(loss, micro_batch.size, decision.global_batch)
         with timers("backward"):
             replica.update.backward(replica.loss_scaler.scaled(share))
@@ -86,6 +87,7 @@ def train_step(
     # After the all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient
     with timers("update"):
         applied = not math.isnan(factor) and _update(decision, replica, policy, factor)
+        replica.carried.end_step(applied)
     shares = _shares(micro_batch_shares, factor, replica)
     return StepOutcome(*shares, flags, applied, has_no_loss=math.isnan(factor))
 

@@ -50,6 +50,15 @@ def ignored(kept=0):
     return InMemory(train.inputs, targets), test
 
 
+def windows(samples=53):
+    """Windows of a text of 7 tokens, each of 5, in the order of the text."""
+    tokens = torch.randint(7, ((samples + 70) * 5 + 1,), generator=torch.Generator().manual_seed(3))
+    inputs, targets = tokens[:-1].view(-1, 5), tokens[1:].view(-1, 5)
+    return InMemory(inputs[:samples], targets[:samples]), InMemory(
+        inputs[samples:], targets[samples:]
+    )
+
+
 class Pairs(Dataset):
     """A map-style set; `draw` adds to a sample what it draws."""
 
@@ -792,3 +801,48 @@ class Sleeps:
     def after_step(self, step):
         if step.step == 2 and step.rank == step.world_size - 1:
             time.sleep(600)
+
+
+# --- models that carry a state
+
+
+class Carrying(nn.Module):
+    """Its state is that of torch's LSTM: two tensors (layers, n, hidden)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.lstm = nn.LSTM(6, 4, num_layers=2, batch_first=True)
+        self.last = nn.Linear(4, 7)
+
+    def advance(self, inputs, state=None):
+        outputs, state = self.lstm(self.embedding(inputs), state)
+        return self.last(outputs).movedim(-1, 1), state
+
+
+class Gated(Carrying):
+    """Its state is a dict, of samples first; what it draws belongs to the micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 4)
+        del self.lstm
+
+    def advance(self, inputs, state=None):
+        before = None if state is None else state["hidden"].movedim(0, 1).contiguous()
+        outputs, after = self.gru(self.embedding(inputs).movedim(1, 0), before)
+        outputs = nn.functional.dropout(outputs.movedim(0, 1), 0.3, self.training)
+        return self.last(outputs).movedim(-1, 1), {"hidden": after.movedim(1, 0)}
+
+
+class ForgetsSamples(Carrying):
+    """Its state has no dimension for the samples."""
+
+    def advance(self, inputs, state=None):
+        outputs, _ = super().advance(inputs)
+        return outputs, outputs.mean(dim=0)
+
+
+class ReturnsOutputs(Carrying):
+    def advance(self, inputs, state=None):
+        return super().advance(inputs, state)[0]

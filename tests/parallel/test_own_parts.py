@@ -3,6 +3,8 @@
 Whole runs through the door that `train` uses, with run folders and checkpoints, on this world and on one worker.
 """
 
+import re
+
 import pytest
 import torch
 from support.comparing import distance, read_lines
@@ -82,6 +84,17 @@ SOUND = {
         "lr={base: 0.5, scaling: sqrt, warmup: {policy: 'own_parts:Sudden', epochs: 0.5}, decay: {policy: 'own_parts:Halving', every: 2}}",
     ],
     "a hook": ["hooks=['own_parts:Observer']"],
+    "loader processes, and an augmentation that draws from three generators": [
+        "data={name: 'own_parts:augmented', num_workers: 2}"
+    ],
+    "a state that is carried along lanes": [
+        "data={name: 'own_parts:windows', lanes: 31}",
+        "model.name=own_parts:Carrying",
+    ],
+    "a state in a dict, one lane for each sample": [
+        "data={name: 'own_parts:windows', lanes: 53}",
+        "model.name=own_parts:Gated",
+    ],
 }
 
 
@@ -110,7 +123,7 @@ def test_any_number_of_workers_and_interruptions_give_the_same_run(
 
 @pytest.mark.parametrize(
     "name", ["averaged weights", "frozen layers", "a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
-             "an own optimizer", "an optimizer that is built with state", "own policies", "a hook",
+             "a state that is carried along lanes", "an own optimizer", "an optimizer that is built with state", "own policies", "a hook",
              "a loss with parameters", "a model that came in evaluation mode", "a model that draws from numpy and random"]
 )  # fmt: skip
 def test_exact_mode_is_bit_identical(control, tensors, folder, name):
@@ -285,6 +298,11 @@ REFUSED = {
     'hooks=["own_parts:Observe"]': "has no 'Observe'",
     'hooks=[{"name":"own_parts:Observer","args":{"evry":1}}]': "the arguments .evry. do not fit",
     "precision=tf32": "tf32 is not supported on a CPU; supported: fp32, bf16, fp16, fp64",
+    "data={name: 'own_parts:windows', lanes: 54} model.name=own_parts:Carrying": "data.lanes: 54 lanes cannot be cut from a text of 53 samples",
+    "data={name: 'own_parts:windows', lanes: 29} model.name=own_parts:Carrying": "data.lanes: .* the global batch reaches 30 samples: give 30 lanes or more",
+    "data={name: 'own_parts:plain', lanes: 31}": r"data.lanes needs a model with a method advance\(inputs, state\)",
+    "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ForgetsSamples": r"each tensor of the state must have one dimension of the size of the micro-batch; of 4 and 8 samples it is \(7, 5\) and \(7, 5\)",
+    "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ReturnsOutputs": r"data.lanes carries what advance returns: it must return \(outputs, state\), not a float64 tensor",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
 }
@@ -299,7 +317,7 @@ def test_a_job_without_one_result_is_refused_before_its_first_step(
     control, tensors, folder, changes, message
 ):
     job = job_of(
-        changes.replace("' ", "'\n").split("\n") if "data=" in changes else changes.split()
+        re.split(r"(?<=['}]) (?=\w+[.])", changes) if "data=" in changes else changes.split()
     )
     for where, channels in worlds(control, tensors).items():
         with pytest.raises(RunExit, match=f"(?s){message}") as raised:
