@@ -35,7 +35,7 @@ from hvdlarge.data.loader import (
 )
 from hvdlarge.data.rng import seed_all
 from hvdlarge.data.samples import SampleForm
-from hvdlarge.data.transforms import TransformedLoader, Transforms
+from hvdlarge.data.transforms import Transforms
 from hvdlarge.evaluation.evaluation import Evaluation
 from hvdlarge.evaluation.metric import Metric, Metrics, build_metric, rankings
 from hvdlarge.evaluation.states import StateMetric
@@ -104,7 +104,7 @@ class Components:
     notes: Sequence[str] = ()  # what the user may not expect
     rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
     hooks: Sequence[tuple[str, Any]] = ()  # with their names
-    transforms: Transforms | None = None  # of images
+    transforms: Transforms = field(default_factory=Transforms)  # of images
 
 
 def build_components(job: Job, context: RankContext) -> Components:
@@ -432,30 +432,19 @@ def share_state(modules: Modules, control: ControlChannel, tensors: Collectives)
         set_extra_states(modules, unpack(message))
 
 
-def build_loader(
-    data: sections.Data,
-    form: SampleForm,
-    training_set: Any,
-    seed: int,
-    transforms: Transforms | None = None,
-) -> Loader:
+def build_loader(data: sections.Data, form: SampleForm, training_set: Any, seed: int) -> Loader:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
     lanes = lanes_of(data, training_set)
     fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form, lanes=lanes)
-    loader: Loader
     if reads_batches(training_set):
-        loader = TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
-    else:
-        loader = WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
-    return loader if transforms is None else TransformedLoader(loader, transforms.train)
+        return TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
+    return WorkerLoader(fetch, data.num_workers, data.prefetch_factor)
 
 
-def build_transforms(job: Job, precision: Precision) -> Transforms | None:
-    """The transforms of a job's images; None if it has none."""
-    if not job.data.transforms:
-        return None
+def build_transforms(job: Job, precision: Precision) -> Transforms:
+    """The transforms of a job's images."""
     mover = device_mover(precision, job.model.channels_last)
     return Transforms(job.data.transforms, job.seed, mover, precision.weights)
 
@@ -512,7 +501,7 @@ def build_evaluation(
     test_set: Any,
     rank: int,
     world_size: int,
-    transforms: Transforms | None = None,
+    transforms: Transforms,
     state_form: StateForm | None = None,
 ) -> Evaluation | None:
     """The evaluation of a test set; None without one."""
@@ -529,7 +518,7 @@ def build_evaluation(
         world_size,
         num_workers,
         data.prefetch_factor,
-        None if transforms is None else transforms.evaluate,
+        transforms.evaluate,
         lanes,
         state_form,
     )
@@ -540,27 +529,27 @@ def test_samples(
     evaluate: sections.Evaluate,
     form: SampleForm,
     test_set: Any,
-    transforms: Transforms | None,
+    transforms: Transforms,
 ) -> Callable[[], Iterable[LoadedMicroBatch]]:
     """A function that reads the first micro-batch of a test set twice, in a loader process if there
     are any.
     """
     first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
     loader = _in_order(data, form, test_set, [first, first])
-    return lambda: loader if transforms is None else map(transforms.evaluate, loader)
+    return lambda: map(transforms.evaluate, loader)
 
 
 def first_sample(
     data: sections.Data,
     form: SampleForm,
     training_set: Any,
-    transforms: Transforms | None = None,
+    transforms: Transforms,
 ) -> Callable[[], LoadedMicroBatch]:
     """A function that reads the first sample of a training set, as a micro-batch of one."""
 
     def read() -> LoadedMicroBatch:
         loaded = next(iter(_in_order(data, form, training_set, [MicroBatch(0, 0, 1)])))
-        return loaded if transforms is None else transforms.train(loaded)
+        return transforms.train(loaded)
 
     return read
 

@@ -77,9 +77,7 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
         1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32"
     )
     components = build_components(job, context)
-    loader = build_loader(
-        job.data, components.form, components.training_set, job.seed, components.transforms
-    )
+    loader = build_loader(job.data, components.form, components.training_set, job.seed)
     try:
         components = _rehearse(job, components, loader, context)
         _train_in_folder(job, job_file, fresh, context, components, loader, hosts)
@@ -102,6 +100,7 @@ def _rehearse(job: Job, components: Components, loader: Loader, context: RankCon
             components.metrics,
             loader,
             read_again,
+            components.transforms.train,
             job.seed,
             job.on_nonfinite.policy == "stop",
             context.control,
@@ -245,11 +244,7 @@ class Run:
                 rolled_back = True
                 components = self.components
                 loader = build_loader(
-                    self.job.data,
-                    components.form,
-                    components.training_set,
-                    self.job.seed,
-                    components.transforms,
+                    self.job.data, components.form, components.training_set, self.job.seed
                 )
             else:
                 break
@@ -316,6 +311,7 @@ class Run:
             plan=plan,
             feed=build_feed(job.data, plan, control, controller, loader),
             loader=loader,
+            transform=components.transforms.train,
             replica=self.replica,
             evaluation=build_evaluation(
                 job.data,

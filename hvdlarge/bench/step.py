@@ -136,13 +136,11 @@ def measure_step(
 def _tried(job: Job, components: Components, only: str | None) -> Components:
     """The components after a pass of the first micro-batch, which shows what the loss returns."""
     plan = components.plan
-    loader = build_loader(
-        job.data, components.form, components.training_set, job.seed, components.transforms
-    )
+    loader = build_loader(job.data, components.form, components.training_set, job.seed)
     try:
         size = min(plan.micro_batch_of(plan.initial_batch), plan.initial_batch)
         loader.enqueue([MicroBatch(0, 0, size)], is_last=False)
-        _, inputs, targets = next(iter(loader.fetch(1)))
+        _, inputs, targets = components.transforms.train(next(iter(loader.fetch(1))))
     finally:
         loader.close()
     rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
@@ -181,13 +179,8 @@ def _engine_round(run: Run, clock: StepClock, folder: Path) -> float:
     state, plan = TrainState(), run.components.plan
     if run.context.control.rank == 0:
         run = replace(run, log=RunLog(folder, plan, {}, RunProgress(), state))
-    loader = build_loader(
-        run.job.data,
-        run.components.form,
-        run.components.training_set,
-        run.job.seed,
-        run.components.transforms,
-    )
+    job, components = run.job, run.components
+    loader = build_loader(job.data, components.form, components.training_set, job.seed)
     parts = run.build_loop(loader, RunProgress(), state)
     run.replica.statistics.to_partial()
     clock.starts.clear()

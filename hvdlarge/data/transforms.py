@@ -6,53 +6,26 @@ Contract: runs in the training process, on the device of the model; a loader in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from hvdlarge.data.image_transforms import Draws, TransformError
-from hvdlarge.data.loader import LoadedMicroBatch, Loader
+from hvdlarge.data.loader import LoadedMicroBatch
 from hvdlarge.data.transform_sections import Transform
-from hvdlarge.schedule.batch import MicroBatch
 
 
-class TransformedLoader:
-    """A loader whose micro-batches are moved to the device and transformed there.
-
-    Args:
-        loader: the loader itself.
-        transform: of a loaded micro-batch.
-    """
-
-    def __init__(
-        self, loader: Loader, transform: Callable[[LoadedMicroBatch], LoadedMicroBatch]
-    ) -> None:
-        self._loader, self._transform = loader, transform
-
-    def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
-        """See Loader."""
-        self._loader.enqueue(micro_batches, is_last)
-
-    def fetch(self, count: int) -> Iterator[LoadedMicroBatch]:
-        """See Loader."""
-        return map(self._transform, self._loader.fetch(count))
-
-    def read_ahead(self) -> None:
-        """See Loader."""
-        self._loader.read_ahead()
-
-    def close(self) -> None:
-        """See Loader."""
-        self._loader.close()
+def _unmoved(batch: Any) -> Any:
+    return batch
 
 
 class Transforms:
     """The transforms of a job, one after the other.
 
     Args:
-        transforms: in the order of the job.
+        transforms: in the order of the job; without any, micro-batches stay as they are.
         seed: of the run.
         to_device: moves inputs or targets.
         dtype: of the weights; images of bytes become numbers from 0 to 1 of this type.
@@ -60,10 +33,10 @@ class Transforms:
 
     def __init__(
         self,
-        transforms: Sequence[Transform],
-        seed: int,
-        to_device: Callable[[Any], Any],
-        dtype: torch.dtype,
+        transforms: Sequence[Transform] = (),
+        seed: int = 0,
+        to_device: Callable[[Any], Any] = _unmoved,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._transforms, self._seed = transforms, seed
         self._to_device, self._dtype = to_device, dtype
@@ -74,6 +47,8 @@ class Transforms:
         Raises:
             TransformError: unless the inputs are a tensor of images and the targets a tensor.
         """
+        if not self._transforms:
+            return loaded
         micro_batch = loaded.micro_batch
         images, targets = self._images(loaded), self._to_device(loaded.targets)
         if not isinstance(targets, torch.Tensor):
@@ -90,6 +65,8 @@ class Transforms:
         Raises:
             TransformError: unless the inputs are a tensor of images.
         """
+        if not self._transforms:
+            return loaded
         images = self._images(loaded)
         for transform in self._transforms:
             images = transform.evaluate(images)

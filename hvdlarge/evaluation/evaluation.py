@@ -34,7 +34,7 @@ class Evaluation:
         world_size: workers.
         num_workers: loader processes; 0 loads in this process.
         prefetch_factor: micro-batches that each loader process prepares in advance.
-        transform: changes each micro-batch as it is loaded; None: they stay as they are.
+        transform: changes each micro-batch as it is loaded.
         lanes: of a test set along which the model carries a state; None: samples are independent.
         state_form: of that state.
     """
@@ -49,7 +49,7 @@ class Evaluation:
         world_size: int,
         num_workers: int,
         prefetch_factor: int,
-        transform: Callable[[LoadedMicroBatch], LoadedMicroBatch] | None = None,
+        transform: Callable[[LoadedMicroBatch], LoadedMicroBatch],
         lanes: Lanes | None = None,
         state_form: StateForm | None = None,
     ) -> None:
@@ -127,11 +127,10 @@ class Evaluation:
         device = objective.precision.device
         totals = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=device)
         total_loss, total_weight, *parts = totals.split([1, 1, *sizes])  # views
-        loaded = self._loader if self._transform is None else map(self._transform, self._loader)
         states = None
         if self._lanes is not None and self._state_form is not None:
             states = LaneStates(self._lanes, self._state_form, device)
-        for micro_batch, inputs, targets in loaded:
+        for micro_batch, inputs, targets in map(self._transform, self._loader):
             size = micro_batch.size
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same
             # in every evaluation.

@@ -23,7 +23,7 @@ import contextlib
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -79,6 +79,7 @@ def rehearse(
     metrics: Metrics,
     loader: Loader,
     test_samples: Callable[[], Iterable[LoadedMicroBatch]] | None,
+    transform: Callable[[LoadedMicroBatch], LoadedMicroBatch],
     seed: int,
     must_be_finite: bool,
     control: ControlChannel,
@@ -91,7 +92,9 @@ def rehearse(
         objective: see Rehearsal.
         metrics: tried on the first micro-batch of the test set.
         loader: of the training set, not used before.
-        test_samples: yields the test set's first micro-batch twice; None without evaluations.
+        test_samples: yields the test set's first micro-batch twice, transformed; None without
+            evaluations.
+        transform: of a micro-batch of the training set.
         seed: of the run.
         must_be_finite: whether to reject a first loss that is not finite.
         control: the channel between the ranks.
@@ -103,25 +106,18 @@ def rehearse(
         OutOfMemory: on a rank that runs out of memory.
     """
     sizes = _sizes(plan)
-    loaded = raise_on_all_ranks(control, lambda: _read(loader, sizes))
-    tested: list[LoadedMicroBatch] = []
+    loaded = raise_on_all_ranks(control, lambda: _read(loader, transform, sizes))
+    tested = list[LoadedMicroBatch]()
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
-    without: list[str] = []
-    state_forms: list[StateForm] = []
+    without, state_form = list[str](), list[StateForm]()
 
     def passes() -> Outcome:
         rehearsal = Rehearsal(objective, seeds.key(seed, seeds.MICRO_BATCH, 0))
-        inputs, targets = loaded[0].inputs, loaded[0].targets
-        outcome = rehearsal.run(inputs, targets, test_samples is not None)
-        rehearsal.refuse_sums(inputs, targets)
+        outcome = rehearsal.run_all(loaded, sizes.where, bool(tested), must_be_finite)
         if objective.carries:
-            state_forms.append(rehearsal.state_form(inputs))
-        if must_be_finite and not outcome.is_finite:
-            raise JobError(_not_finite_message(outcome.loss))
-        if len(loaded) > 1:
-            rehearsal.run_once(loaded[1].inputs, loaded[1].targets, sizes.where)
+            state_form.append(rehearsal.state_form(loaded[0].inputs))
         for batch in tested:
             without.extend(rehearsal.try_metrics(metrics, batch))
         return outcome
@@ -130,18 +126,24 @@ def rehearse(
     with explain_out_of_memory(where, oom_hint(sizes.first, plan.initial_batch)):
         outcome = raise_on_all_ranks(control, passes)
     roundings = set(control.allgather(_rounding(outcome, objective.precision.device)))
-    weight = 1.0
-    if outcome.weight and math.isfinite(outcome.weight):
-        weight = outcome.weight / loaded[0].micro_batch.size
-    # Of one rank, as others may round it differently, and all must divide by the same
-    weight = struct.unpack("<d", control.allgather(struct.pack("<d", weight))[0])[0]
     return Rehearsed(
         len(roundings) > 1,
         outcome.weight is not None,
-        weight,
+        _weight_per_sample(control, outcome, sizes.first),
         tuple(without),
-        state_forms[0] if state_forms else None,
+        state_form[0] if state_form else None,
     )
+
+
+def _weight_per_sample(control: ControlChannel, outcome: Outcome, size: int) -> float:
+    """The weight of a sample in a micro-batch of `size`; 1 for a mean. Every rank calls this
+    together.
+    """
+    weight = 1.0
+    if outcome.weight and math.isfinite(outcome.weight):
+        weight = outcome.weight / size
+    # Of one rank, as others may round it differently, and all must divide by the same
+    return struct.unpack("<d", control.allgather(struct.pack("<d", weight))[0])[0]
 
 
 def _not_finite_message(loss: float) -> str:
@@ -194,7 +196,9 @@ def _sizes(plan: Plan) -> _Sizes:
     return smallest._replace(first=candidates[0].first)
 
 
-def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
+def _read(
+    loader: Loader, transform: Callable[[LoadedMicroBatch], LoadedMicroBatch], sizes: _Sizes
+) -> list[LoadedMicroBatch]:
     """The run's first micro-batch, and one of the smallest size if that is smaller.
 
     Raises:
@@ -202,7 +206,7 @@ def _read(loader: Loader, sizes: _Sizes) -> list[LoadedMicroBatch]:
     """
     counts = [sizes.first, sizes.first, *([sizes.smallest] if sizes.smallest < sizes.first else [])]
     loader.enqueue([MicroBatch(0, 0, count) for count in counts], is_last=False)
-    return _read_again(lambda: loader.fetch(len(counts)), "training set")
+    return _read_again(lambda: map(transform, loader.fetch(len(counts))), "training set")
 
 
 def _read_again(
@@ -278,6 +282,34 @@ class Rehearsal:
                 restore()
                 self._refuse_dependent_writes(written, sign, inputs, targets)
             return first
+
+    def run_all(
+        self,
+        loaded: Sequence[LoadedMicroBatch],
+        smallest: str,
+        evaluates: bool,
+        must_be_finite: bool,
+    ) -> Outcome:
+        """Everything but metrics and carried states: both passes with the first micro-batch, and
+        one with that of the smallest size.
+
+        Args:
+            loaded: the first micro-batch, and the smallest if that is another.
+            smallest: describes the smallest one, for messages.
+            evaluates: see `run`.
+            must_be_finite: whether to reject a first loss that is not finite.
+
+        Raises:
+            JobError: see `run`.
+        """
+        first, *others = loaded
+        outcome = self.run(first.inputs, first.targets, evaluates)
+        self.refuse_sums(first.inputs, first.targets)
+        if must_be_finite and not outcome.is_finite:
+            raise JobError(_not_finite_message(outcome.loss))
+        for other in others:
+            self.run_once(other.inputs, other.targets, smallest)
+        return outcome
 
     def run_once(self, inputs: Any, targets: Any, what: str) -> Outcome:
         """One pass with a micro-batch of another size, for the errors it may raise.

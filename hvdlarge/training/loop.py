@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -55,6 +55,7 @@ class LoopComponents:
     plan: Plan
     feed: DecisionFeed
     loader: Loader
+    transform: Callable[[LoadedMicroBatch], LoadedMicroBatch]  # of what the loader gives
     replica: Replica
     evaluation: Evaluation | None
     consistency: ConsistencyCheck
@@ -421,7 +422,8 @@ def compare_states(control: ControlChannel, replica: Replica) -> None:
 def fetch_timed(
     components: LoopComponents, count: int, most: int, timers: PhaseTimers
 ) -> Iterator[LoadedMicroBatch]:
-    """Yield the loader's next `count` micro-batches; waiting for them is the phase `fetch`.
+    """Yield the loader's next `count` micro-batches, transformed; waiting for them is the phase
+    `fetch`.
 
     After the last one begins the phase `allreduce`: other ranks may still wait for the data of all
     of theirs, which are `most` at most.
@@ -432,6 +434,8 @@ def fetch_timed(
         with timers("fetch"):
             loaded = next(fetched)
         components.watchdog.progress("step")
+        with timers("forward"):
+            loaded = components.transform(loaded)
         yield loaded
         components.watchdog.progress("fetch")
         with timers("fetch"):

@@ -7,6 +7,7 @@ from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm
+from hvdlarge.data.transforms import Transforms
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.optim.precision import Precision
 
@@ -35,7 +36,7 @@ def test_results_are_the_same_on_any_number_of_workers(control, tensors, micro_b
     def results(rank, size, collectives):
         metrics = build.build_metrics(job)
         evaluation = build.build_evaluation(
-            job.data, job.evaluate, metrics, SampleForm(), test_set, rank, size
+            job.data, job.evaluate, metrics, SampleForm(), test_set, rank, size, Transforms()
         )
         return evaluation.run(replica, collectives)
 

@@ -98,6 +98,7 @@ SOUND = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 @pytest.mark.parametrize("changes", SOUND.values(), ids=SOUND.keys())
 def test_any_number_of_workers_and_interruptions_give_the_same_run(
     control, tensors, folder, changes

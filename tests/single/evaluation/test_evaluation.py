@@ -10,6 +10,7 @@ from hvdlarge import InMemory, build, run_job
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm
+from hvdlarge.data.transforms import Transforms
 from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.exits import JobError, OutOfMemory
 from hvdlarge.optim.precision import Precision
@@ -101,7 +102,9 @@ def evaluate(*metrics, prepare=lambda model: None):
     prepare(replica.objective.model)
     _, test_set = build.load_data(job.data, job.seed)
     found, tensors = build.build_metrics(job), CountedSums()
-    evaluation = build.build_evaluation(job.data, job.evaluate, found, SampleForm(), test_set, 0, 1)
+    evaluation = build.build_evaluation(
+        job.data, job.evaluate, found, SampleForm(), test_set, 0, 1, Transforms()
+    )
     return evaluation.run(replica, tensors), tensors.sums, replica.objective.model, test_set
 
 

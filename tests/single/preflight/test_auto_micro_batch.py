@@ -13,6 +13,7 @@ from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
 from hvdlarge.data.samples import SampleForm
+from hvdlarge.data.transforms import Transforms
 from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 from hvdlarge.preflight.auto_micro_batch import (
@@ -111,7 +112,7 @@ def test_the_search_for_the_largest_micro_batch_stops_at_the_largest_share():
     training_set, _ = load_data(job.data, job.seed)
     plan = plan_run(job, len(training_set), 1)
     objective, *_ = build_learning(job, CPU)
-    sample = first_sample(job.data, SampleForm(), training_set)
+    sample = first_sample(job.data, SampleForm(), training_set, Transforms())
     plan = with_largest_micro_batch(plan, objective, sample, SoloChannel())
     assert plan.largest_micro_batch == 16
 
@@ -122,7 +123,7 @@ def test_a_model_that_does_not_fit_its_data_is_an_error_of_the_job():
     plan = plan_run(job, len(training_set), 1)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10))
     objective = Objective(model, cross_entropy, CPU, unmoved)
-    sample = first_sample(job.data, SampleForm(), training_set)
+    sample = first_sample(job.data, SampleForm(), training_set, Transforms())
     with pytest.raises(JobError, match="^model.name: a micro-batch .* RuntimeError: mat1 and mat2"):
         with_largest_micro_batch(plan, objective, sample, SoloChannel())
 
