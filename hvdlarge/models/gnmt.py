@@ -124,6 +124,32 @@ class GNMT(nn.Module):
         outputs, new_state = self.decoder(embedded, memory, self.attention, state)
         return self.classifier(outputs).movedim(-1, 1), new_state
 
+    @torch.no_grad()
+    def generate(
+        self, source: torch.Tensor, start: int = 2, end: int = 3, max_length: int = 100
+    ) -> torch.Tensor:
+        """Translations by greedy decoding, each token computed once.
+
+        Args:
+            source: integers, shape (n, source length).
+            start: token before the first one.
+            end: decoding stops when each sentence has had it.
+            max_length: tokens at most.
+
+        Returns:
+            Ids, without `start`, shape (n, at most max_length); what follows `end` does not count.
+        """
+        memory, state = self.encode(source), None
+        token = source.new_full((len(source), 1), start)
+        ended = torch.zeros_like(token, dtype=torch.bool)
+        tokens: list[torch.Tensor] = []
+        while len(tokens) < max_length and not bool(ended.all()):
+            logits, state = self.decode(token, memory, state)
+            token = logits[:, :, -1].argmax(dim=1, keepdim=True)
+            ended |= token == end
+            tokens.append(token)
+        return torch.cat(tokens, dim=1) if tokens else token[:, :0]
+
 
 class _Encoder(nn.Module):
     def __init__(self, hidden: int, layers: int, dropout: float) -> None:

@@ -33,6 +33,9 @@ PUBLISHED = {
     "imagenet_resnet50_lars_paper_8k.yaml": ([(8192, 30.0)], 25_557_032),
     "mnist_lenet_fullbatch_lamb.yaml": ([(60_000, 0.11 * (1 - 6 / 35) ** 0.5)], 3_274_634),
     "mnist_row_lstm_legw.yaml": ([(8192, 0.8)], 82_186),
+    "ptb_large_legw.yaml": ([(640, 5 * 32**0.5)], 66_034_000),
+    "ptb_small_legw.yaml": ([(640, 20 * 32**0.5)], 4_653_200),
+    "wmt_gnmt_legw.yaml": ([(4096, 2**1.5 / 1000)], 193_766_977),
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.counting_parameters import build, count
 
+from hvdlarge.evaluation.bleu import greedy_decoding
 from hvdlarge.models.gnmt import GNMT
 
 WORDS, BOTH = 17, pytest.mark.parametrize("attention", ["current", "previous"])
@@ -207,3 +208,18 @@ def test_target_tokens_that_the_vocabulary_does_not_have_are_refused():
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**arguments)
+
+
+@pytest.mark.parametrize("attention", ["current", "previous"])
+def test_translations_are_those_of_decoding_everything_again(attention):
+    torch.manual_seed(4)
+    model = GNMT(11, 9, hidden=8, encoder_layers=2, decoder_layers=3, attention=attention, init_range=1).eval()  # fmt: skip
+    source = torch.randint(1, 11, (20, 7))
+    source[::2, 5:] = 0
+    lengths = set()
+    for end in range(9):
+        found = model.generate(source, start=2, end=end, max_length=12)
+        assert torch.equal(found, greedy_decoding(model, source, 2, end, 12))
+        lengths.add(found.shape[1])
+    assert 12 in lengths  # some sentence never ends; others do
+    assert model.generate(source, max_length=0).shape == (20, 0)
