@@ -5,6 +5,7 @@
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make test-gpu  what one GPU can show, on this machine's; skipped where there is none
 # make test-ecosystem  models and data sets of transformers, datasets, timm and torchvision (installs them into .ecosystem)
+# make test-papers  each job of jobs/papers on small files of its official format
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -26,7 +27,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-gpu bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-papers test-gpu bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -103,6 +104,10 @@ test-ecosystem: $(stamp)
 	$(bin)/python tests/ecosystem/install.py .ecosystem
 	PYTHONPATH=.ecosystem/site-packages $(mpirun) -np 1 $(bin)/python -m pytest --color=no tests/ecosystem
 	PYTHONPATH=.ecosystem/site-packages $(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/ecosystem
+
+# Each job of jobs/papers on small files of its official format, through two growths and an evaluation: about eight minutes.
+test-papers: $(stamp)
+	$(mpirun) -np $(NP) $(bin)/python -m pytest --color=no tests/papers
 
 # How much of the package the tests of one process reach; the other suites run it in processes of its own.
 coverage: $(stamp)
