@@ -222,6 +222,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
         )
     lines += _loss_notes(job, plan)
     lines += _average_notes(job, plan)
+    lines += _lane_notes(job, plan)
     last = plan.stages[-1]
     if last.full_lr > epochs and not last.open_end:
         lines.append(
@@ -256,6 +257,17 @@ def _average_notes(job: Job, plan: Plan) -> list[str]:
         f"note     ema.half_life_samples is {half_life:,.0f}, the run has {samples:,} samples: "
         f"{share:.0%} of the average at its end are the first weights"
     ]
+
+
+def _lane_notes(job: Job, plan: Plan) -> list[str]:
+    lanes = job.data.lanes
+    if lanes is None:
+        return []
+    length, longer = divmod(plan.clock.dataset_size, lanes)
+    samples = f"{length:,} or {length + 1:,} samples" if longer else f"{length:,} samples"
+    rounds = lanes / plan.initial_batch
+    turn = f", one of each every {rounds:.4g} steps at first" if rounds > 1 else ""
+    return [f"note     data.lanes: {lanes:,} lanes of {samples} in the order of the text{turn}"]
 
 
 def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: Decision) -> str:

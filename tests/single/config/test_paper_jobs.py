@@ -7,6 +7,8 @@ from support.launching import ROOT
 from hvdlarge.config import registry
 from hvdlarge.config.job_file import read_job
 from hvdlarge.config.planning import plan_run, training_samples
+from hvdlarge.exits import JobError
+from hvdlarge.reporting.describe import rule_notes
 
 JOBS = sorted(path.name for path in (ROOT / "jobs/papers").glob("*.yaml"))
 # (global batch, first step, highest lr) of each stage, and the number of parameters. ImageNet: epochs of 1,281,167 images
@@ -59,3 +61,23 @@ def test_its_model_can_be_built(name):
     with torch.device("meta"):
         model = registry.instantiate("model.name", job.model.name, job.model.args, registry.MODELS)
     assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name][1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], "640 lanes of 72 or 73 samples in the order of the text"),
+        (["batch.initial=20"], "one of each every 32 steps at first"),
+    ],
+)
+def test_lanes_are_noted_in_the_plan(changes, words):
+    job = read_job(str(ROOT / "jobs/papers/ptb_small_legw.yaml"), changes)
+    notes = rule_notes(job, plan_run(job, training_samples(job), 2))
+    assert any("data.lanes" in note and words in note for note in notes)
+
+
+def test_a_growth_beyond_the_lanes_is_refused():
+    path = str(ROOT / "jobs/papers/ptb_small_legw.yaml")
+    job = read_job(path, ["data.lanes=639"])
+    with pytest.raises(JobError, match=r"the global batch reaches 640 samples: give 640 lanes"):
+        plan_run(job, training_samples(job), 2)
