@@ -14,6 +14,7 @@ from torch import nn
 from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.data.lanes import Lanes
+from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.carried import CarriedLanes, LaneStates, StateError, StateForm
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
@@ -234,3 +235,30 @@ def test_a_state_that_changes_its_form():
     for changed in (state(2), {"layers": []}, {**state(3), "count": 7}):
         with pytest.raises(StateError, match="a state (of 3 samples|has 3 tensors)"):
             window.after(changed)
+
+
+def test_more_samples_than_lanes_in_a_step_end_the_run():
+    """A growth by measurement may ask for them; others are refused before the run."""
+    form, _ = form_of()
+    carried = CarriedLanes(LaneStates(Lanes(20, 5), form, CPU), 0, 1, None)
+    with pytest.raises(JobError, match="data.lanes: the global batch grows to 6 samples"):
+        carried.begin_step(BatchLayout(6, 3, 1), 0)
+
+
+def test_a_rollback_returns_to_the_states_of_the_checkpoint():
+    form, _ = form_of()
+    carried = CarriedLanes(LaneStates(Lanes(20, 4), form, CPU), 0, 1, None)
+
+    def step(start, value):
+        carried.begin_step(BatchLayout(4, 4, 1), start)
+        rows = [torch.full((4, 2, 4), value), torch.full((4, 2, 4), value), torch.full((4,), value)]
+        carried.window(MicroBatch(0, start, start + 4)).after(form.state(rows))
+        carried.end_step(True)
+
+    step(0, 1.5)
+    saved = {name: tensor.clone() for name, tensor in carried.named_tensors().items()}
+    step(4, 2.5)
+    carried.restore(saved)
+    assert all((tensor == 1.5).all() for tensor in carried.named_tensors().values())
+    carried.restore(None)
+    assert not any(tensor.any() for tensor in carried.named_tensors().values())
