@@ -67,7 +67,6 @@ from hvdlarge.replica.carried import (
     CarriedState,
     LaneStates,
     NoCarriedState,
-    StateForm,
 )
 from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.replica.freezing import freeze
@@ -262,19 +261,10 @@ def build_learning(
         if extra := extra_states(modules):
             pack(extra)
         if job.model.compile:
-            compile_model(objective)
+            objective.compile()
     except ValueError as error:
         raise JobError(f"model.name: {job.model.name}: {error}") from None
     return objective, _optimizer(modules, job.optimizer), notes
-
-
-def compile_model(objective: Objective) -> None:
-    """Let torch compile what is called of the model."""
-    model: Any = objective.model
-    if objective.carries:
-        model.advance = torch.compile(model.advance)
-    else:
-        model.compile()
 
 
 def _optimizer(modules: Modules, section: OptimizerSection) -> MeanGradientOptimizer:
@@ -394,18 +384,22 @@ def build_carried(
     """What is carried from one sample of the training set to the next, as the rehearsal has found
     its form.
     """
-    lanes = lanes_of(job.data, components.training_set)
+    lanes = lanes_of(job.data.lanes, components.training_set)
     if lanes is None:
         return NoCarriedState()
-    form = components.rehearsed.state_form
+    form = components.objective.state_form
     assert form is not None  # found in the rehearsal
-    states = LaneStates(lanes, form, components.objective.precision.device)
-    return CarriedLanes(states, control.rank, control.size, tensors.sum)
+    return CarriedLanes(LaneStates(lanes, form), control.rank, control.size, tensors.sum)
 
 
-def lanes_of(data: sections.Data, dataset: Any) -> Lanes | None:
-    """The lanes of a training or test set; None if a job has none."""
-    return None if data.lanes is None else Lanes(len(dataset), min(data.lanes, len(dataset)))
+def lanes_of(number: int | None, dataset: Any) -> Lanes | None:
+    """A data set in so many lanes, or in one for each sample if those are fewer; None for none."""
+    return None if number is None else Lanes(len(dataset), min(number, len(dataset)))
+
+
+def test_lanes(data: sections.Data, evaluate: sections.Evaluate, test_set: Any) -> Lanes | None:
+    """The lanes of a test set; None if a job has none."""
+    return None if data.lanes is None else lanes_of(evaluate.lanes or data.lanes, test_set)
 
 
 def device_mover(precision: Precision, channels_last: bool) -> Callable[[Any], Any]:
@@ -436,7 +430,7 @@ def build_loader(data: sections.Data, form: SampleForm, training_set: Any, seed:
     """The loader for a training set: direct for one that holds tensors, torch's DataLoader for
     every other.
     """
-    lanes = lanes_of(data, training_set)
+    lanes = lanes_of(data.lanes, training_set)
     fetch = MicroBatchDataset(training_set, seed, shuffled=True, form=form, lanes=lanes)
     if reads_batches(training_set):
         return TensorLoader(fetch, reads_ahead=torch.cuda.is_initialized())
@@ -502,12 +496,11 @@ def build_evaluation(
     rank: int,
     world_size: int,
     transforms: Transforms,
-    state_form: StateForm | None = None,
 ) -> Evaluation | None:
     """The evaluation of a test set; None without one."""
     if test_set is None:
         return None
-    lanes = lanes_of(data, test_set)
+    lanes = test_lanes(data, evaluate, test_set)
     num_workers = 0 if reads_batches(test_set) else data.num_workers
     return Evaluation(
         MicroBatchDataset(test_set, seed=0, shuffled=False, form=form, lanes=lanes),
@@ -520,7 +513,6 @@ def build_evaluation(
         data.prefetch_factor,
         transforms.evaluate,
         lanes,
-        state_form,
     )
 
 
@@ -534,7 +526,9 @@ def test_samples(
     """A function that reads the first micro-batch of a test set twice, in a loader process if there
     are any.
     """
-    first = MicroBatch(0, 0, min(len(test_set), evaluate.micro_batch))
+    lanes = test_lanes(data, evaluate, test_set)
+    most = len(test_set) if lanes is None else lanes.number
+    first = MicroBatch(0, 0, min(most, evaluate.micro_batch))
     loader = _in_order(data, form, test_set, [first, first])
     return lambda: map(transforms.evaluate, loader)
 

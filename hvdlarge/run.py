@@ -322,7 +322,6 @@ class Run:
                 control.rank,
                 control.size,
                 components.transforms,
-                components.rehearsed.state_form,
             ),
             consistency=ConsistencyCheck(control, int(job.fingerprint()[:8], 16), flags),
             policy=build_policy(job.on_nonfinite, state, self.replica),

@@ -144,8 +144,9 @@ def _tried(job: Job, components: Components, only: str | None) -> Components:
     finally:
         loader.close()
     rehearsal = Rehearsal(components.objective, seeds.key(job.seed, seeds.MICRO_BATCH, 0))
+    if components.objective.carries:
+        rehearsal.find_state_form(inputs)
     weighted = rehearsal.run_once(inputs, targets, "the first micro-batch").weight is not None
-    state_form = rehearsal.state_form(inputs) if components.objective.carries else None
     if only not in ("engine", "control"):
         data = job.data
         plain = not (data.targets is not None or data.collate or data.transforms)
@@ -157,7 +158,7 @@ def _tried(job: Job, components: Components, only: str | None) -> Components:
                 "data.targets, data.collate, data.transforms, data.lanes and model.output, a loss "
                 "that is a mean, and reduction: fast; --only engine times the engine alone"
             )
-    return replace(components, rehearsed=Rehearsed(weighted_loss=weighted, state_form=state_form))
+    return replace(components, rehearsed=Rehearsed(weighted_loss=weighted))
 
 
 def _one_stage(plan: Plan, steps: int) -> Plan:

@@ -13,6 +13,7 @@ import torch
 from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
+from hvdlarge.comm.rank_checks import on_rank_0
 from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
 from hvdlarge.exits import CheckpointError, CheckpointWriteError, JobError
@@ -277,6 +278,9 @@ def share(
 
     Returns:
         The run's progress and state, the same on every rank.
+
+    Raises:
+        CheckpointError: on every rank, if the model carries states of another form.
     """
     content = None if resumed is None else resumed.content
     message = b"null" if content is None else json.dumps(_without_tensors(content)).encode()
@@ -290,12 +294,27 @@ def share(
             of_loss = {f"{LOSS}{name}": value for name, value in content.ema_loss.items()}
             replica.ema.load({**content.ema, **of_loss})
         tensors.broadcast_(list(replica.ema.named_tensors().items()))
-    replica.carried.restore(None if content is None else content.carried)
-    tensors.broadcast_(list(replica.carried.named_tensors().items()))
+    if replica.carried.named_tensors():
+        on_rank_0(control, lambda: _check_carried(resumed, replica))
+        replica.carried.restore(None if content is None else content.carried)
+        tensors.broadcast_(list(replica.carried.named_tensors().items()))
     replica.statistics.to_partial()
     if record["has_local_stats"] and record["world_size"] == control.size:
         _share_local_stats(content, replica, tensors, control)
     return RunProgress.from_plain(record["progress"]), TrainState(**record["state"])
+
+
+def _check_carried(resumed: ResumePoint | None, replica: Replica) -> None:
+    """Raise CheckpointError unless the states in a checkpoint are those that the model carries."""
+    assert resumed is not None  # on rank 0 of a run that resumes
+    saved, current = resumed.content.carried, replica.carried.named_tensors()
+    for name in sorted(saved.keys() | current.keys()):
+        saved_form, form = _describe_entry(saved, name), _describe_entry(current, name)
+        if saved_form != form:
+            raise CheckpointError(
+                f"{resumed.path}: the state {name!r} is {form} in the model, {saved_form} in the "
+                "checkpoint"
+            )
 
 
 def _without_tensors(content: CheckpointContent) -> dict[str, Any]:

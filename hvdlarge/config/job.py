@@ -89,9 +89,9 @@ class Data(Section):
     left out in evaluations.
     """
     lanes: Count | None = None
-    """Cut the text into so many lanes, along which the model carries its state from one sample to
-    the next, in training and in evaluations: samples are consecutive windows, read in their order
-    and not shuffled. At least the largest global batch.
+    """Number of lanes into which the text is cut, and along which the model carries its state from
+    one sample to the next. Samples are consecutive windows, read in their order and not shuffled.
+    At least the largest global batch.
     """
     samples: Count | None = None
     """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
@@ -251,6 +251,10 @@ class Evaluate(Section):
     """Epochs between evaluations."""
     micro_batch: Count = 256
     """Samples in one forward pass on one worker."""
+    lanes: Count | None = None
+    """With `data.lanes`, the number of lanes into which the test text is cut; default: as many. In
+    each lane the first sample begins with a state of zeros, so fewer lanes give a lower loss.
+    """
     metrics: (
         tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...]
         | dict[str, EvaluationMetric]

@@ -64,20 +64,32 @@ def plan_run(job: Job, dataset_size: int, world_size: int) -> Plan:
                 f"{stage.global_batch})"
             )
     if job.data.lanes is not None:
-        _check_lanes(job.data.lanes, dataset_size, max(stage.global_batch for stage in stages))
+        _check_lanes(job, job.data.lanes, plan)
     return plan
 
 
-def _check_lanes(lanes: int, dataset_size: int, largest_batch: int) -> None:
-    if lanes > dataset_size:
-        raise JobError(
-            f"data.lanes: {lanes:,} lanes cannot be cut from a text of {dataset_size:,} samples"
+def _check_lanes(job: Job, lanes: int, plan: Plan) -> None:
+    size, largest = plan.clock.dataset_size, max(stage.global_batch for stage in plan.stages)
+    growth = plan.growth
+    if lanes > size:
+        raise JobError(f"data.lanes: {size:,} samples cannot be cut into {lanes:,} lanes")
+    if largest > lanes:
+        key = "batch.initial" if plan.initial_batch > lanes else "batch.growth"
+        most = (
+            f"give {largest:,} lanes or more"
+            if largest <= size
+            else f"there can be {size:,} lanes, as many as samples"
         )
-    if largest_batch > lanes:
         raise JobError(
-            f"data.lanes: a step takes one sample of a lane at most, and the global batch reaches "
-            f"{largest_batch:,} samples: give {largest_batch:,} lanes or more, or limit "
-            "batch.growth.max"
+            f"{key}: the global batch reaches {largest:,} samples, and a step takes at most one of "
+            f"each of {lanes:,} lanes (data.lanes); {most}, or a smaller batch"
+        )
+    limit = getattr(growth, "max", None)
+    if growth.depends_on_measurement and not (isinstance(limit, int) and limit <= lanes):
+        raise JobError(
+            f"batch.growth: {growth.policy} depends on what is measured: with data.lanes it needs "
+            f"a setting `max` of at most {lanes:,} samples, since a step takes at most one of each "
+            "lane"
         )
 
 

@@ -29,6 +29,7 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
     yield from _gradients(job)
     yield from _loss(job)
     yield from _results(job)
+    yield from _lanes(job)
     for path, policy in job.policies():
         for key, message in policy.errors(job.epochs):
             yield (*path, key), message
@@ -111,6 +112,11 @@ def _loss(job: Job) -> Iterator[Problem]:
             ("loss", "args", key),
             f"{given.get(key)!r} makes the loss no mean over its micro-batch: {why}",
         )
+
+
+def _lanes(job: Job) -> Iterator[Problem]:
+    if job.evaluate.lanes is not None and job.data.lanes is None:
+        yield ("evaluate", "lanes"), "goes with data.lanes, which is not set"
 
 
 def _results(job: Job) -> Iterator[Problem]:

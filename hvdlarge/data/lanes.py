@@ -5,9 +5,9 @@ Formula:  N samples, K lanes, M, R = ⌊N / K⌋, N mod K. Lane l holds the data
           l·M + min(l, R), M + 1 of them if l < R, else M. Sample s of a run is at position
           p = s mod N of its epoch: sample ⌊p / K⌋ of lane p mod K. It continues the sample at
           position p − K, and begins its lane if p < K
-Source:   docs/design.md; streams read in parallel, the last state of a window beginning the next
-          one: Zaremba, Sutskever, Vinyals, "Recurrent Neural Network Regularization" (2014),
-          section 4.1.
+Source:   docs/text.md; streams read in parallel, the last state of a window beginning the next one:
+          Zaremba, Sutskever, Vinyals, "Recurrent Neural Network Regularization" (2014), section
+          4.1.
 Contract: pure. Every epoch visits every sample exactly once, in the same order, and the data
           position is one integer. Of at most K samples in a row none continues another, so the
           samples of a step of `global_batch` ≤ K are independent of each other, and a larger batch

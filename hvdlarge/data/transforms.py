@@ -1,7 +1,7 @@
 """Applies a job's transforms of images to its micro-batches, in training and in evaluations.
 
-Contract: runs in the training process, on the device of the model; a loader in front of it stays as
-          it is. What a sample draws depends on its number in the run (image_transforms.py).
+Contract: runs in the training process, on the device of the model; the loader knows nothing of it.
+          What a sample draws depends on its number in the run (image_transforms.py).
 """
 
 from __future__ import annotations

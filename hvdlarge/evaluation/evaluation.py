@@ -16,7 +16,7 @@ from hvdlarge.data.rng import seed_all
 from hvdlarge.evaluation.metric import Metrics, predict_of, result_of, totals_of
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.exits import JobError
-from hvdlarge.replica.carried import LaneStates, StateForm
+from hvdlarge.replica.carried import LaneStates
 from hvdlarge.replica.replica import Replica
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import BatchLayout
@@ -36,7 +36,6 @@ class Evaluation:
         prefetch_factor: micro-batches that each loader process prepares in advance.
         transform: changes each micro-batch as it is loaded.
         lanes: of a test set along which the model carries a state; None: samples are independent.
-        state_form: of that state.
     """
 
     def __init__(
@@ -51,9 +50,8 @@ class Evaluation:
         prefetch_factor: int,
         transform: Callable[[LoadedMicroBatch], LoadedMicroBatch],
         lanes: Lanes | None = None,
-        state_form: StateForm | None = None,
     ) -> None:
-        self._transform, self._lanes, self._state_form = transform, lanes, state_form
+        self._transform, self._lanes = transform, lanes
         parts = BatchLayout(size if lanes is None else lanes.number, micro_batch, world_size)
         local = parts.of_rank(rank, start=0)
         if lanes is not None:
@@ -128,8 +126,9 @@ class Evaluation:
         totals = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=device)
         total_loss, total_weight, *parts = totals.split([1, 1, *sizes])  # views
         states = None
-        if self._lanes is not None and self._state_form is not None:
-            states = LaneStates(self._lanes, self._state_form, device)
+        if self._lanes is not None:
+            assert objective.state_form is not None  # found in the rehearsal
+            states = LaneStates(self._lanes, objective.state_form)
         for micro_batch, inputs, targets in map(self._transform, self._loader):
             size = micro_batch.size
             # What a model draws while it is evaluated belongs to the micro-batch, and is the same

@@ -50,7 +50,6 @@ from hvdlarge.models.state import (
 from hvdlarge.preflight.trial import clear_gradients, eager, restored
 from hvdlarge.preflight.user_code import describe, reading_samples, user_code
 from hvdlarge.reduction.batch_norm import NormLayer, tracking_layers
-from hvdlarge.replica.carried import StateForm
 from hvdlarge.replica.objective import LossValue, Objective
 from hvdlarge.resilience.digest import tensor_digests
 from hvdlarge.resilience.out_of_memory import explain_out_of_memory, oom_hint
@@ -70,7 +69,6 @@ class Rehearsed(NamedTuple):
     # Weight of a sample of the first micro-batch, on rank 0; 1 for a mean
     weight_per_sample: float = 1.0
     without_result: tuple[str, ...] = ()  # metrics that do not apply to the first samples, by name
-    state_form: StateForm | None = None  # of the state that the model carries along lanes
 
 
 def rehearse(
@@ -111,13 +109,11 @@ def rehearse(
     if test_samples is not None:
         tested = raise_on_all_ranks(control, lambda: _read_again(test_samples, "test set"))
     _compare_samples(control, loaded[0])
-    without, state_form = list[str](), list[StateForm]()
+    without: list[str] = []
 
     def passes() -> Outcome:
         rehearsal = Rehearsal(objective, seeds.key(seed, seeds.MICRO_BATCH, 0))
         outcome = rehearsal.run_all(loaded, sizes.where, bool(tested), must_be_finite)
-        if objective.carries:
-            state_form.append(rehearsal.state_form(loaded[0].inputs))
         for batch in tested:
             without.extend(rehearsal.try_metrics(metrics, batch))
         return outcome
@@ -131,7 +127,6 @@ def rehearse(
         outcome.weight is not None,
         _weight_per_sample(control, outcome, sizes.first),
         tuple(without),
-        state_form[0] if state_form else None,
     )
 
 
@@ -290,8 +285,8 @@ class Rehearsal:
         evaluates: bool,
         must_be_finite: bool,
     ) -> Outcome:
-        """Everything but metrics and carried states: both passes with the first micro-batch, and
-        one with that of the smallest size.
+        """Everything but metrics: both passes with the first micro-batch, and one with that of the
+        smallest size.
 
         Args:
             loaded: the first micro-batch, and the smallest if that is another.
@@ -303,6 +298,8 @@ class Rehearsal:
             JobError: see `run`.
         """
         first, *others = loaded
+        if self._objective.carries:
+            self.find_state_form(first.inputs)
         outcome = self.run(first.inputs, first.targets, evaluates)
         self.refuse_sums(first.inputs, first.targets)
         if must_be_finite and not outcome.is_finite:
@@ -328,8 +325,8 @@ class Rehearsal:
         with _restored(self._modules, self._layers), eager():
             return self._pass(inputs, targets, what)
 
-    def state_form(self, inputs: Any) -> StateForm:
-        """The form of the state that the model carries.
+    def find_state_form(self, inputs: Any) -> None:
+        """Find the form of the state that the model carries, with which all passes begin.
 
         Raises:
             JobError: if it cannot be carried, or user code raises.
@@ -337,10 +334,10 @@ class Rehearsal:
         with (
             _restored(self._modules, self._layers),
             eager(),
-            user_code("the first micro-batch with a carried state"),
+            user_code("the first micro-batch, with a state to carry,"),
         ):
             seed_all(self._key)
-            return self._objective.state_form(inputs)
+            self._objective.find_state_form(inputs)
 
     def refuse_sums(self, inputs: Any, targets: Any) -> None:
         """Take the loss of the outputs and targets, and of the same twice over.

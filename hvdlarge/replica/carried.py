@@ -6,9 +6,10 @@ Source:   truncated back-propagation through time: no gradient flows into an ear
 Contract: the states belong to the lanes, not to the workers: their values do not depend on who has
           computed them. Each worker holds a place for every lane. A lane's newest state is on the
           worker that has passed its last sample, which every rank knows from the layouts of the
-          steps alone; the states are shared, bit for bit, before a step in which some worker needs
-          one that another has, and before a checkpoint. While the batch stays the same that is
-          seldom or never the case. A step that is skipped leaves the states as they were.
+          steps alone. All states are shared, bit for bit, before a checkpoint and before a step in
+          which some worker needs one that another has: never while a constant batch divides K, at
+          worst before every step. After a step that is skipped the lanes are as before it, but for
+          those that it began: they begin with zeros once more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvdlarge.data.batches import changed_leaves, leaves, twofold
-from hvdlarge.data.lanes import Lanes
+from hvdlarge.data.lanes import Lanes, Positions
 from hvdlarge.exits import JobError, PartError
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
 
@@ -37,7 +38,9 @@ class StateError(PartError):
     origin = "the model"
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"model.name: data.lanes carries what advance returns: {message}")
+        super().__init__(
+            f"model.name: for data.lanes, advance() must return (outputs, state): {message}"
+        )
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,22 @@ class _Leaf:
     shape: tuple[int, ...]  # of one sample's part
     dim: int  # of the samples
     dtype: torch.dtype  # in which it is kept: at least 32 bits
+    device: torch.device
 
     def rows(self, tensor: torch.Tensor, size: int) -> torch.Tensor:
-        """A state of `size` samples, shape (size, *shape).
+        """A copy of a state of `size` samples, shape (size, *shape).
 
         Raises:
-            StateError: for any other shape.
+            StateError: for any other shape or device.
         """
         expected = (*self.shape[: self.dim], size, *self.shape[self.dim :])
         if not isinstance(tensor, torch.Tensor) or tensor.shape != expected:
             found = tuple(getattr(tensor, "shape", ())) or type(tensor).__name__
-            raise StateError(f"a state of {size} samples has the shape {expected}, now {found}")
-        return tensor.detach().movedim(self.dim, 0).to(self.dtype)
+            raise StateError(f"the state of {size} samples was {expected} before, and is {found}")
+        if tensor.device != self.device:
+            raise StateError(f"the state was on {self.device} before, and is on {tensor.device}")
+        # A copy: the model may use the same memory again, or return a part of something larger
+        return tensor.detach().movedim(self.dim, 0).to(self.dtype, copy=True)
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,13 @@ class StateForm:
             StateError: for a state of another form.
         """
         found, doubled = leaves(state), leaves(twice)
-        if not found or len(found) != len(doubled):
-            raise StateError("it must return (outputs, state), and the state be tensors")
+        if not found:
+            raise StateError("this state is empty")
+        if len(found) != len(doubled):
+            raise StateError(
+                f"the state of {size} samples has {len(found)} tensors, of {2 * size} samples "
+                f"{len(doubled)}"
+            )
         forms = iter([_leaf(one, two, size) for one, two in zip(found, doubled, strict=True)])
         return cls(changed_leaves(state, lambda _: next(forms)))
 
@@ -86,6 +98,15 @@ class StateForm:
     def leaves(self) -> list[_Leaf]:
         """The forms of the tensors, in order."""
         return leaves(self.nested)
+
+    def zeros(self, size: int) -> Any:
+        """The state with which `size` samples begin that have none before them."""
+        return self.state(
+            [
+                torch.zeros(size, *leaf.shape, dtype=leaf.dtype, device=leaf.device)
+                for leaf in self.leaves
+            ]
+        )
 
     def state(self, rows: list[torch.Tensor]) -> Any:
         """The state whose tensors have these values, each of shape (n, *shape)."""
@@ -105,14 +126,15 @@ class StateForm:
         """
         found, expected = leaves(state), self.leaves
         if len(found) != len(expected):
-            raise StateError(f"a state has {len(expected)} tensors, now {len(found)}")
+            raise StateError(f"the state had {len(expected)} tensors before, and has {len(found)}")
         return [leaf.rows(value, size) for value, leaf in zip(found, expected, strict=True)]
 
 
 def _leaf(one: Any, two: Any, size: int) -> _Leaf:
-    if not (isinstance(one, torch.Tensor) and one.is_floating_point()):
-        kind = str(one.dtype) if isinstance(one, torch.Tensor) else f"a {type(one).__name__}"
-        raise StateError(f"the state must be floating-point tensors, and holds {kind}")
+    if not isinstance(one, torch.Tensor):
+        raise StateError(f"this state holds {one!r}, which is no tensor")
+    if not one.is_floating_point():
+        raise StateError(f"this state holds {one.dtype}, and must be of real numbers")
     grown = [
         dim
         for dim in range(one.ndim)
@@ -120,16 +142,16 @@ def _leaf(one: Any, two: Any, size: int) -> _Leaf:
     ]
     if len(grown) != 1 or two.numel() != 2 * one.numel():
         raise StateError(
-            "each tensor of the state must have one dimension of the size of the micro-batch; of "
-            f"{size} and {2 * size} samples it is {tuple(one.shape)} and {tuple(two.shape)}"
+            "each tensor of the state needs one dimension for the samples; the shape is "
+            f"{tuple(one.shape)} for {size} samples and {tuple(two.shape)} for {2 * size}"
         )
     dim = grown[0]
     shape = (*one.shape[:dim], *one.shape[dim + 1 :])
-    return _Leaf(shape, dim, torch.promote_types(one.dtype, torch.float32))
+    return _Leaf(shape, dim, torch.promote_types(one.dtype, torch.float32), one.device)
 
 
 def find_state_form(advance: Callable[[Any, Any], tuple[Any, Any]], inputs: Any) -> StateForm:
-    """The form of a model's state, from three passes.
+    """The form of a model's state, from passes of two and four samples.
 
     Args:
         advance: (inputs, state or None) -> (outputs, state).
@@ -138,15 +160,28 @@ def find_state_form(advance: Callable[[Any, Any], tuple[Any, Any]], inputs: Any)
     Raises:
         StateError: for a state that cannot be carried.
     """
-    tensors = [value for value in leaves(inputs) if isinstance(value, torch.Tensor)]
-    if not tensors or not tensors[0].ndim:
-        raise StateError("its inputs must be tensors")
-    size = len(tensors[0])
+    first_two = changed_leaves(
+        inputs, lambda value: value[:2] if isinstance(value, torch.Tensor) else value
+    )
+    size = number_of_samples(first_two)
     with torch.no_grad():
-        _, state = advance(inputs, None)
-        form = StateForm.of(state, advance(twofold(inputs), None)[1], size)
-        form.rows(advance(inputs, state)[1], size)
+        _, state = advance(first_two, None)
+        form = StateForm.of(state, advance(twofold(first_two), None)[1], size)
+        kept = form.state(form.rows(state, size))  # as a run carries it
+        form.rows(advance(first_two, kept)[1], size)
     return form
+
+
+def number_of_samples(inputs: Any) -> int:
+    """The samples of a micro-batch, by the first dimension of its first tensor.
+
+    Raises:
+        StateError: if there is no such tensor.
+    """
+    for value in leaves(inputs):
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+    raise StateError("and its inputs be tensors")
 
 
 class CarriedWindow:
@@ -159,11 +194,25 @@ class CarriedWindow:
 
     def __init__(self, states: LaneStates, micro_batch: MicroBatch) -> None:
         self._states, self._size = states, micro_batch.size
-        self._lanes, self._begins = states.lanes.positions(micro_batch.start, micro_batch.stop)
+        lanes = states.lanes
+        # On the device: an upload would make the host wait for it
+        samples = torch.arange(micro_batch.start, micro_batch.stop, device=states.device)
+        positions = samples % lanes.size
+        self._lanes, self._begins = positions % lanes.number, positions < lanes.number
+        # At the end of an epoch a lane may occur twice: its later sample counts
+        self._last: list[int] | None = None
+        if micro_batch.start // lanes.size != (micro_batch.stop - 1) // lanes.size:
+            numbers = lanes.positions(micro_batch.start, micro_batch.stop).lanes.tolist()
+            self._last = sorted({lane: place for place, lane in enumerate(numbers)}.values())
 
     def before(self) -> Any:
         """The state with which its samples begin."""
-        return self._states.read(self._lanes, self._begins)
+        rows = []
+        for tensor in self._states.tensors:
+            row = tensor[self._lanes]
+            begins = self._begins.view(-1, *(1 for _ in row.shape[1:]))
+            rows.append(torch.where(begins, torch.zeros_like(row), row))
+        return self._states.form.state(rows)
 
     def after(self, state: Any) -> None:
         """Keep the state that its samples have left, until the step is accepted.
@@ -171,7 +220,10 @@ class CarriedWindow:
         Raises:
             StateError: if it has another form than before.
         """
-        self._states.keep(self._lanes, self._states.form.rows(state, self._size))
+        lanes, rows = self._lanes, self._states.form.rows(state, self._size)
+        if self._last is not None:
+            lanes, rows = lanes[self._last], [row[self._last] for row in rows]
+        self._states.keep(lanes, rows)
 
 
 class LaneStates:
@@ -180,13 +232,13 @@ class LaneStates:
     Args:
         lanes: of the data set.
         form: of the model's state.
-        device: of the model.
     """
 
-    def __init__(self, lanes: Lanes, form: StateForm, device: torch.device) -> None:
-        self.lanes, self.form, self._device = lanes, form, device
+    def __init__(self, lanes: Lanes, form: StateForm) -> None:
+        self.lanes, self.form = lanes, form
+        self.device = form.leaves[0].device
         self.tensors = [
-            torch.zeros(lanes.number, *leaf.shape, dtype=leaf.dtype, device=device)
+            torch.zeros(lanes.number, *leaf.shape, dtype=leaf.dtype, device=leaf.device)
             for leaf in form.leaves
         ]
         self._kept: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
@@ -195,23 +247,9 @@ class LaneStates:
         """The states that a micro-batch uses."""
         return CarriedWindow(self, micro_batch)
 
-    def read(self, lanes: NDArray[np.int64], begins: NDArray[np.bool_]) -> Any:
-        """The state of some lanes; zeros where `begins`."""
-        rows = [tensor[self._on_device(lanes)] for tensor in self.tensors]
-        if begins.any():
-            for row in rows:
-                row[self._on_device(begins)] = 0
-        return self.form.state(rows)
-
-    def keep(self, lanes: NDArray[np.int64], rows: list[torch.Tensor]) -> None:
-        """Keep new states of lanes until `accept` or `discard`."""
-        # At the end of an epoch a lane may occur twice: its later sample counts
-        _, last = np.unique(lanes[::-1], return_index=True)
-        places = np.sort(len(lanes) - 1 - last)
-        if len(places) < len(lanes):
-            chosen = self._on_device(places)
-            lanes, rows = lanes[places], [row[chosen] for row in rows]
-        self._kept.append((self._on_device(lanes), rows))
+    def keep(self, lanes: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        """Keep new states of lanes, each of which occurs once, until `accept` or `discard`."""
+        self._kept.append((lanes, rows))
 
     def accept(self) -> None:
         """The states that were kept are those of their lanes."""
@@ -224,13 +262,16 @@ class LaneStates:
         """Forget the states that were kept."""
         self._kept = []
 
-    def _on_device(self, array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+    def clear(self, lanes: NDArray[np.int64]) -> None:
+        """Set the states of some lanes to zeros."""
+        if len(lanes):
+            for tensor in self.tensors:
+                tensor[torch.from_numpy(lanes).to(tensor.device)] = 0
 
 
 class CarriedState(Protocol):
     """What a replica carries from step to step beside weights and optimizer state. Every rank calls
-    each method together, but for `window`.
+    `begin_step`, `end_step` and `share` together.
     """
 
     def begin_step(self, layout: BatchLayout, start: int) -> None:
@@ -254,13 +295,11 @@ class CarriedState(Protocol):
         ...
 
     def restore(self, saved: Mapping[str, torch.Tensor] | None) -> None:
-        """Set the states to saved ones, or to zeros. Afterwards those of rank 0 are broadcast.
+        """Set the states to saved ones, or to zeros. The caller then broadcasts rank 0's.
 
         Args:
-            saved: on rank 0 what `named_tensors` gave, or None.
-
-        Raises:
-            KeyError: if a tensor is missing.
+            saved: on rank 0 what `named_tensors` gave, of the same names, shapes and types; or
+                None.
         """
         ...
 
@@ -310,7 +349,9 @@ class CarriedLanes:
         self._sum_ranks = sum_ranks
         # Of each lane the rank that has its newest state
         self._holders = np.full(states.lanes.number, _EVERYONE)
-        self._passed: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._step: tuple[Positions, NDArray[np.int64]] | None = (
+            None  # its samples, and their ranks
+        )
 
     def begin_step(self, layout: BatchLayout, start: int) -> None:
         """See CarriedState.
@@ -320,15 +361,16 @@ class CarriedLanes:
         """
         if layout.global_batch > self._states.lanes.number:
             raise JobError(
-                f"data.lanes: the global batch grows to {layout.global_batch:,} samples, and a "
-                f"step takes one sample of each of {self._states.lanes.number:,} lanes at most"
+                f"data.lanes: the global batch has grown to {layout.global_batch:,} samples, and a "
+                f"step takes at most one sample of each of {self._states.lanes.number:,} lanes; "
+                "start anew (--fresh) with more lanes, or with a growth that ends there"
             )
-        lanes, begins = self._states.lanes.positions(start, start + layout.global_batch)
+        positions = self._states.lanes.positions(start, start + layout.global_batch)
         readers = np.repeat(np.arange(self._world_size), layout.samples_of_ranks())
-        holders = self._holders[lanes]
-        if ((holders != _EVERYONE) & (holders != readers) & ~begins).any():
+        holders = self._holders[positions.lanes]
+        if ((holders != _EVERYONE) & (holders != readers) & ~positions.begins).any():
             self.share()
-        self._passed = lanes, readers
+        self._step = positions, readers
 
     def window(self, micro_batch: MicroBatch) -> CarriedWindow:
         """See CarriedState."""
@@ -336,13 +378,17 @@ class CarriedLanes:
 
     def end_step(self, applied: bool) -> None:
         """See CarriedState."""
-        assert self._passed is not None  # begun
-        if not applied:
+        assert self._step is not None  # begun
+        positions, readers = self._step
+        if applied:
+            self._states.accept()
+            # Of a lane that occurs twice, the later one
+            self._holders[positions.lanes] = readers
+        else:
             self._states.discard()
-            return
-        self._states.accept()
-        lanes, readers = self._passed
-        self._holders[lanes] = readers  # of a lane that occurs twice, the later one
+            begun = positions.lanes[positions.begins]
+            self._states.clear(begun)
+            self._holders[begun] = _EVERYONE
 
     def share(self) -> None:
         """See CarriedState."""

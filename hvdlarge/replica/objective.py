@@ -26,7 +26,13 @@ from hvdlarge.exits import JobError, PartError
 from hvdlarge.models.parts import NoSuchPartError, part_of
 from hvdlarge.models.state import Modules, trained_modules
 from hvdlarge.optim.precision import Precision
-from hvdlarge.replica.carried import CarriedWindow, StateError, StateForm, find_state_form
+from hvdlarge.replica.carried import (
+    CarriedWindow,
+    StateError,
+    StateForm,
+    find_state_form,
+    number_of_samples,
+)
 
 
 class LossError(PartError):
@@ -74,6 +80,7 @@ class Objective:
     Attributes:
         modules: model and loss, the loss if it is a module.
         carries: see above.
+        state_form: the form of that state, once `find_state_form` has found it.
 
     Raises:
         ValueError: if the model should carry a state and has no method `advance`.
@@ -90,6 +97,8 @@ class Objective:
     ) -> None:
         self.model, self.loss, self.precision = model, loss, precision
         self.carries = carries
+        self.state_form: StateForm | None = None
+        self._advance: Callable[..., Any] = getattr(model, "advance", model)
         if carries and not callable(getattr(model, "advance", None)):
             raise ValueError(
                 "data.lanes needs a model with a method advance(inputs, state), which returns "
@@ -111,7 +120,7 @@ class Objective:
             inputs: as loaded.
             targets: as loaded.
             window: the states with which the samples begin, and that they leave; None: they begin
-                with the model's own, and no state is kept.
+                with zeros, and no state is kept.
 
         Raises:
             LossError: if the loss returns anything else than a mean, or a sum and its weight.
@@ -142,18 +151,25 @@ class Objective:
         for module in self.modules.values():
             module.train(training)
 
-    def state_form(self, inputs: Any) -> StateForm:
-        """The form of the state that the model carries, of a micro-batch as loaded.
+    def find_state_form(self, inputs: Any) -> None:
+        """Find the form of the state that the model carries, from a micro-batch as loaded.
 
         Raises:
             StateError: if it cannot be carried.
         """
         with self.precision.autocast():
-            return find_state_form(self._advance, self.to_device(inputs))
+            self.state_form = find_state_form(self._advanced, self.to_device(inputs))
+
+    def compile(self) -> None:
+        """Let torch compile what is called of the model."""
+        if self.carries:
+            self._advance = torch.compile(self._advance)
+        else:
+            self.model.compile()
 
     def _outputs(self, batch: Any, window: CarriedWindow | None) -> Any:
         if self.carries:
-            outputs, state = self._advance(batch, None if window is None else window.before())
+            outputs, state = self._advanced(batch, self._state(batch, window))
             if window is not None:
                 window.after(state)
         else:
@@ -163,11 +179,17 @@ class Objective:
         except NoSuchPartError as error:
             raise LossError(str(error), "model.output") from None
 
-    def _advance(self, batch: Any, state: Any) -> tuple[Any, Any]:
-        advance: Any = self.model.advance
-        returned = called(advance, batch, state=state)
+    def _state(self, batch: Any, window: CarriedWindow | None) -> Any:
+        """The state with which a micro-batch begins; None before its form is known."""
+        if window is not None:
+            return window.before()
+        form = self.state_form
+        return None if form is None else form.zeros(number_of_samples(batch))
+
+    def _advanced(self, batch: Any, state: Any) -> tuple[Any, Any]:
+        returned = called(self._advance, batch, state=state)
         if not (isinstance(returned, (tuple, list)) and len(returned) == 2):
-            raise StateError(f"it must return (outputs, state), not {_described(returned)}")
+            raise StateError(f"it returned {_described(returned)}")
         return returned[0], returned[1]
 
 

@@ -266,8 +266,8 @@ def _lane_notes(job: Job, plan: Plan) -> list[str]:
     length, longer = divmod(plan.clock.dataset_size, lanes)
     samples = f"{length:,} or {length + 1:,} samples" if longer else f"{length:,} samples"
     rounds = lanes / plan.initial_batch
-    turn = f", one of each every {rounds:.4g} steps at first" if rounds > 1 else ""
-    return [f"note     data.lanes: {lanes:,} lanes of {samples} in the order of the text{turn}"]
+    turn = f"; at first each advances once in {rounds:.4g} steps" if rounds > 1 else ""
+    return [f"note     data.lanes: {lanes:,} lanes of {samples}, in the order of the text{turn}"]
 
 
 def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: Decision) -> str:

@@ -60,7 +60,8 @@ def train_step(
     policy.before_step(replica)
     replica.update.zero_grad(numbers, layout.num_micro_batches)
     replica.statistics.begin_step()
-    replica.carried.begin_step(layout, decision.samples_seen)
+    with timers("allreduce"):
+        replica.carried.begin_step(layout, decision.samples_seen)
     micro_batch_shares: list[torch.Tensor] = []
     # In any pass so far: exact mode takes the gradients of each pass off the parameters
     without_gradient = {} if replica.zero_if_missing else dict(replica.names)

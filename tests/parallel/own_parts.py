@@ -835,6 +835,19 @@ class Gated(Carrying):
         return self.last(outputs).movedim(-1, 1), {"hidden": after.movedim(1, 0)}
 
 
+class Bursting(Carrying):
+    """Its gradient is not finite for one of the windows, the first of its lane."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("trigger", windows()[0].inputs[20].clone())
+
+    def advance(self, inputs, state=None):
+        outputs, state = super().advance(inputs, state)
+        bursts = (inputs == self.trigger).all(dim=1)
+        return outputs / (~bursts)[:, None, None], state
+
+
 class ForgetsSamples(Carrying):
     """Its state has no dimension for the samples."""
 

@@ -91,9 +91,21 @@ SOUND = {
         "data={name: 'own_parts:windows', lanes: 31}",
         "model.name=own_parts:Carrying",
     ],
-    "a state in a dict, one lane for each sample": [
-        "data={name: 'own_parts:windows', lanes: 53}",
+    "a state in a dict, and averaged weights": [
+        "data={name: 'own_parts:windows', lanes: 33, num_workers: 2}",
         "model.name=own_parts:Gated",
+        "evaluate={lanes: 6, micro_batch: 2}",
+        "ema.half_life_samples=40",
+    ],
+    "lanes of which a step is skipped": [
+        "data={name: 'own_parts:windows', lanes: 31}",
+        "model.name=own_parts:Bursting",
+        "on_nonfinite.policy=skip",
+    ],
+    "a lane for each sample": [
+        "data={name: 'own_parts:windows', lanes: 53}",
+        "model.name=own_parts:Carrying",
+        "batch.micro=auto",
     ],
 }
 
@@ -124,7 +136,7 @@ def test_any_number_of_workers_and_interruptions_give_the_same_run(
 
 @pytest.mark.parametrize(
     "name", ["averaged weights", "frozen layers", "a frozen batch norm", "a batch norm used twice", "a batch norm that is recomputed", "layers that are skipped",
-             "a state that is carried along lanes", "an own optimizer", "an optimizer that is built with state", "own policies", "a hook",
+             "a state that is carried along lanes", "a state in a dict, and averaged weights", "an own optimizer", "an optimizer that is built with state", "own policies", "a hook",
              "a loss with parameters", "a model that came in evaluation mode", "a model that draws from numpy and random"]
 )  # fmt: skip
 def test_exact_mode_is_bit_identical(control, tensors, folder, name):
@@ -299,11 +311,11 @@ REFUSED = {
     'hooks=["own_parts:Observe"]': "has no 'Observe'",
     'hooks=[{"name":"own_parts:Observer","args":{"evry":1}}]': "the arguments .evry. do not fit",
     "precision=tf32": "tf32 is not supported on a CPU; supported: fp32, bf16, fp16, fp64",
-    "data={name: 'own_parts:windows', lanes: 54} model.name=own_parts:Carrying": "data.lanes: 54 lanes cannot be cut from a text of 53 samples",
-    "data={name: 'own_parts:windows', lanes: 29} model.name=own_parts:Carrying": "data.lanes: .* the global batch reaches 30 samples: give 30 lanes or more",
+    "data={name: 'own_parts:windows', lanes: 54} model.name=own_parts:Carrying": "data.lanes: 53 samples cannot be cut into 54 lanes",
+    "data={name: 'own_parts:windows', lanes: 29} model.name=own_parts:Carrying": "batch.growth: the global batch reaches 30 samples, .* 29 lanes .data.lanes.; give 30 lanes or more",
     "data={name: 'own_parts:plain', lanes: 31}": r"data.lanes needs a model with a method advance\(inputs, state\)",
-    "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ForgetsSamples": r"each tensor of the state must have one dimension of the size of the micro-batch; of 4 and 8 samples it is \(7, 5\) and \(7, 5\)",
-    "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ReturnsOutputs": r"data.lanes carries what advance returns: it must return \(outputs, state\), not a float64 tensor",
+    "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ForgetsSamples": r"needs one dimension for the samples; the shape is \(7, 5\) for 2 samples and \(7, 5\) for 4",
+    "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ReturnsOutputs": r"for data.lanes, advance\(\) must return \(outputs, state\): it returned a float64 tensor",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
 }

@@ -49,6 +49,17 @@ def test_compile_prepares_the_model_and_keeps_its_names(wanted):
     assert all(not name.startswith("_orig_mod") for name in replica.objective.model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_with_lanes_leaves_the_model_as_it_is():
+    changes = "data={name: pydoc_text, args: {max_size: 99}, lanes: 40}"
+    model = "model={name: lstm_lm, args: {tokens: 99, hidden: 4}, compile: true}"
+    job = parse_job(JOB, "job", [changes, model])
+    objective, _, _ = build.build_learning(job, Precision(job.precision, torch.device("cpu")))
+    assert objective.model._compiled_call_impl is None
+    assert "advance" not in vars(objective.model)
+    assert hasattr(objective._advance, "_torchdynamo_orig_callable")
+
+
 def test_a_model_that_does_not_fit_on_the_device_is_out_of_memory(monkeypatch):
     def convert(self, module):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")

@@ -16,10 +16,10 @@ def same(ours, theirs):
 
 
 def distance(ours, theirs):
-    """The largest relative distance of any tensor of two checkpoints: model, loss, their averages."""
+    """The largest relative distance of any tensor of two checkpoints: model, loss, their averages, carried states."""
 
     def tensors(checkpoint):
-        kinds = ("model", "loss", "ema", "ema_loss")
+        kinds = ("model", "loss", "ema", "ema_loss", "carried")
         parts = ((part, checkpoint.get(part, {})) for part in kinds)
         return {f"{part}.{name}": value for part, held in parts for name, value in held.items()}
 

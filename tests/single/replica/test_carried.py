@@ -127,7 +127,7 @@ def form_of(size=3):
 
 def test_states_of_any_form_come_back_as_they_were():
     form, state = form_of()
-    states = LaneStates(Lanes(10, 5), form, CPU)
+    states = LaneStates(Lanes(10, 5), form)
     assert [tuple(each.shape) for each in states.tensors] == [(5, 2, 4), (5, 2, 4), (5,)]
     written = state(2)
     for value in (*written["layers"][0], written["count"]):
@@ -147,7 +147,7 @@ def test_states_of_any_form_come_back_as_they_were():
 def test_a_lane_that_occurs_twice_keeps_its_later_state():
     """7 samples in 4 lanes: samples 6, 7, 8, 9, 10 are in lanes 2, 0, 1, 2, 3."""
     form, _ = form_of()
-    states = LaneStates(Lanes(7, 4), form, CPU)
+    states = LaneStates(Lanes(7, 4), form)
     rows = [torch.full((4, 2, 4), 0.0), torch.full((4, 2, 4), 0.0), torch.tensor([6.0, 7, 8, 9])]
     after = form.state(rows)
     states.window(MicroBatch(0, 6, 10)).after(after)
@@ -155,16 +155,36 @@ def test_a_lane_that_occurs_twice_keeps_its_later_state():
     assert states.tensors[2].tolist() == [7, 8, 9, 0]
 
 
-def test_a_step_that_is_skipped_leaves_the_states():
+def test_a_step_that_is_skipped_leaves_the_states_but_for_lanes_that_it_began():
+    """8 samples in 4 lanes: samples 8 and 9 begin lanes 0 and 1 anew."""
     form, _ = form_of()
-    states = LaneStates(Lanes(8, 4), form, CPU)
-    carried = CarriedLanes(states, 0, 1, lambda tensor, name: tensor)
-    for start, applied, expected in ((0, True, [1, 1, 0, 0]), (2, False, [1, 1, 0, 0])):
-        carried.begin_step(BatchLayout(2, 2, 1), start)
-        window = carried.window(MicroBatch(0, start, start + 2))
-        window.after(form.state([torch.ones(2, 2, 4), torch.ones(2, 2, 4), torch.ones(2)]))
+    states = LaneStates(Lanes(8, 4), form)
+    carried = CarriedLanes(states, 0, 1, None)
+
+    def step(start, size, value, applied):
+        carried.begin_step(BatchLayout(size, size, 1), start)
+        window = carried.window(MicroBatch(0, start, start + size))
+        rows = [torch.ones(size, 2, 4), torch.ones(size, 2, 4), torch.full((size,), value)]
+        window.after(form.state(rows))
         carried.end_step(applied)
-        assert states.tensors[2].tolist() == expected
+        return states.tensors[2].tolist()
+
+    assert step(0, 4, 1.0, True) == [1, 1, 1, 1]
+    assert step(4, 2, 2.0, False) == [1, 1, 1, 1]
+    assert step(6, 4, 3.0, False) == [0, 0, 1, 1]
+    assert step(10, 2, 4.0, True) == [0, 0, 4, 4]
+
+
+def test_states_are_kept_as_they_were_when_they_were_returned():
+    """A model may use the memory of a state again."""
+    form, state = form_of()
+    states = LaneStates(Lanes(10, 5), form)
+    returned = state(2)
+    returned["count"].fill_(1.0)
+    states.window(MicroBatch(0, 0, 2)).after(returned)
+    returned["count"].fill_(2.0)
+    states.accept()
+    assert states.tensors[2].tolist() == [1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -175,7 +195,7 @@ def test_a_step_that_is_skipped_leaves_the_states():
 def test_states_are_shared_only_where_a_lane_changes_hands(size, batch, lanes, changes_hands):
     """Ranks are threads."""
     form, _ = form_of()
-    barrier, slots, shared = threading.Barrier(size), [None] * size, []
+    barrier, slots, shared = threading.Barrier(size, timeout=60), [None] * size, []
 
     def sum_ranks(rank, bits, name):
         slots[rank] = bits
@@ -187,7 +207,7 @@ def test_states_are_shared_only_where_a_lane_changes_hands(size, batch, lanes, c
         return total
 
     def run(rank):
-        states = LaneStates(Lanes(30, lanes), form, CPU)
+        states = LaneStates(Lanes(30, lanes), form)
         carried = CarriedLanes(states, rank, size, functools.partial(sum_ranks, rank))
         newest = np.zeros(lanes)
         for start in range(0, 60, batch):
@@ -215,13 +235,13 @@ def test_states_are_shared_only_where_a_lane_changes_hands(size, batch, lanes, c
 @pytest.mark.parametrize(
     ("state", "twice", "message"),
     [
-        (torch.zeros(3, 2), torch.zeros(3, 2), "one dimension of the size of the micro-batch"),
-        (torch.zeros(3, 3), torch.zeros(6, 6), "one dimension of the size of the micro-batch"),
-        (torch.zeros(3, 2), torch.zeros(6, 4), "one dimension of the size of the micro-batch"),
-        (torch.zeros(3).long(), torch.zeros(6).long(), "floating-point tensors, and holds torch.int64"),
-        ([torch.zeros(3), 5], [torch.zeros(6), 5], "holds a int"),
-        ([], [], "the state be tensors"),
-        ([torch.zeros(3)], [torch.zeros(6)] * 2, "the state be tensors"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), "one dimension for the samples"),
+        (torch.zeros(3, 3), torch.zeros(6, 6), "one dimension for the samples"),
+        (torch.zeros(3, 2), torch.zeros(6, 4), "one dimension for the samples"),
+        (torch.zeros(3).long(), torch.zeros(6).long(), "torch.int64, and must be of real numbers"),
+        ([torch.zeros(3), 5], [torch.zeros(6), 5], "holds 5, which is no tensor"),
+        ([], [], "this state is empty"),
+        ([torch.zeros(3)], [torch.zeros(6)] * 2, "has 1 tensors, of 6 samples 2"),
     ],
 )  # fmt: skip
 def test_a_state_that_cannot_be_carried(state, twice, message):
@@ -231,23 +251,23 @@ def test_a_state_that_cannot_be_carried(state, twice, message):
 
 def test_a_state_that_changes_its_form():
     form, state = form_of()
-    window = LaneStates(Lanes(10, 5), form, CPU).window(MicroBatch(0, 0, 3))
+    window = LaneStates(Lanes(10, 5), form).window(MicroBatch(0, 0, 3))
     for changed in (state(2), {"layers": []}, {**state(3), "count": 7}):
-        with pytest.raises(StateError, match="a state (of 3 samples|has 3 tensors)"):
+        with pytest.raises(StateError, match="the state (of 3 samples was|had 3 tensors)"):
             window.after(changed)
 
 
 def test_more_samples_than_lanes_in_a_step_end_the_run():
     """A growth by measurement may ask for them; others are refused before the run."""
     form, _ = form_of()
-    carried = CarriedLanes(LaneStates(Lanes(20, 5), form, CPU), 0, 1, None)
-    with pytest.raises(JobError, match="data.lanes: the global batch grows to 6 samples"):
+    carried = CarriedLanes(LaneStates(Lanes(20, 5), form), 0, 1, None)
+    with pytest.raises(JobError, match="data.lanes: the global batch has grown to 6 samples"):
         carried.begin_step(BatchLayout(6, 3, 1), 0)
 
 
 def test_a_rollback_returns_to_the_states_of_the_checkpoint():
     form, _ = form_of()
-    carried = CarriedLanes(LaneStates(Lanes(20, 4), form, CPU), 0, 1, None)
+    carried = CarriedLanes(LaneStates(Lanes(20, 4), form), 0, 1, None)
 
     def step(start, value):
         carried.begin_step(BatchLayout(4, 4, 1), start)
