@@ -468,5 +468,7 @@ def _configure_torch(threads: int, deterministic: bool, tf32: bool) -> None:
     if deterministic:
         # torch asks for it, before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Also turned off: this process may have run another job before
-    torch.use_deterministic_algorithms(deterministic)
+    # Also turned off, where this process has run another job before. Never called without need: it
+    # imports torch's compiler, which takes more than a second on every worker.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)

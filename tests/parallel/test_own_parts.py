@@ -148,6 +148,11 @@ def test_exact_mode_is_bit_identical(control, tensors, folder, name):
     )
 
 
+def test_a_step_of_lanes_is_really_skipped(control, tensors, folder):
+    job = job_of(SOUND["lanes of which a step is skipped"])
+    assert train(job, control, tensors, folder / "run")["state"]["skipped"] > 0
+
+
 def test_exact_mode_takes_deterministic_algorithms_only(control, tensors, folder):
     if control.size & (control.size - 1):
         pytest.skip("exact mode needs 1, 2, 4, 8, … workers")

@@ -203,6 +203,20 @@ def pairs():
     return InMemory(inputs, inputs[:, :3].argmax(dim=1)), None
 
 
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])  # torch's own import it in their steps
+def test_a_run_does_not_import_torchs_compiler(folder, optimizer):
+    """It takes more than a second on every worker, and hundreds of files of a shared file system."""
+    job = {**JOB, "optimizer": {"name": optimizer}, "lr": {"base": 1e-3}}
+    program = (
+        f"import sys, hvdlarge; hvdlarge.run_job({job!r});"
+        "print(*[name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600
+    )
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_an_object_leaves_the_other_keys_of_its_section(folder):
     sections = {
         "data": {"name": "digits", "args": {}, "prefetch_steps": 3},
