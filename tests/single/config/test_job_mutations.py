@@ -1,5 +1,6 @@
 """Job files with one thing wrong: each either is a job that can be planned, or is refused in words that name the key."""
 
+import copy
 import functools
 import random
 import subprocess
@@ -75,12 +76,16 @@ def misspelt(chance, key):
     )
 
 
+def written(values):
+    return yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+
+
 def structured():
     """(what was done, the key, the text) for one change of a key or a value at a time."""
     chance, whole = random.Random(1), yaml.safe_load(WHOLE)
     for path in keys_of(whole):
         for kind in ("drop", "misspell", "move", "swap"):
-            values = yaml.safe_load(WHOLE)
+            values = copy.deepcopy(whole)
             section, key = section_of(values, path), path[-1]
             if kind == "drop":
                 section.pop(key)
@@ -93,11 +98,11 @@ def structured():
             else:
                 other = chance.choice([other for other in whole if other != path[0]])
                 section[key] = whole[other]
-            yield f"{kind} {'.'.join(path)}", path, yaml.safe_dump(values)
+            yield f"{kind} {'.'.join(path)}", path, written(values)
         for value in chance.sample(VALUES, 6):
-            values = yaml.safe_load(WHOLE)
+            values = copy.deepcopy(whole)
             section_of(values, path)[path[-1]] = value
-            yield f"{'.'.join(path)}={value!r}", path, yaml.safe_dump(values)
+            yield f"{'.'.join(path)}={value!r}", path, written(values)
 
 
 def damaged():
