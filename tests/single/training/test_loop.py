@@ -25,7 +25,7 @@ def test_a_rank_that_is_done_waits_as_long_as_another_may_wait_for_its_data(coun
     loader = SimpleNamespace(
         fetch=lambda number: iter(range(number)), read_ahead=lambda: seen.append("read ahead")
     )
-    parts = SimpleNamespace(loader=loader, watchdog=watchdog)
+    parts = SimpleNamespace(loader=loader, watchdog=watchdog, transform=lambda loaded: loaded)
     one = [("fetch", 50), ("step", 3), ("fetch", 50), "read ahead"]
     most = 4  # micro-batches of the rank that has the most
     assert list(fetch_timed(parts, count, most, PhaseTimers())) == list(range(count))
