@@ -70,7 +70,7 @@ test-faults: $(stamp)
 	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel/test_consistency.py
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration/test_bad_input.py tests/integration/test_main_job.py
 
-# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 10 minutes.
+# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 14 minutes.
 test-kill: $(stamp)
 	$(bin)/python trials/kill_trial.py --runs 51
 	$(bin)/python trials/kill_trial.py --runs 20 --change-workers --seed 1
@@ -79,7 +79,7 @@ test-kill: $(stamp)
 test-laws: $(stamp)
 	$(bin)/python trials/law_trial.py
 
-# The laws on jobs drawn at random, ranks as threads; then on 600 more over MPI and Horovod: about half an hour. A violation is
+# The laws on jobs drawn at random, ranks as threads; then on 600 more over MPI and Horovod: about 20 minutes. A violation is
 # written to violations.jsonl; `python trials/laws.py --replay FILE` judges it again.
 test-fuzz: $(stamp)
 	$(bin)/python trials/laws.py --jobs 5000 --processes 2
