@@ -9,6 +9,7 @@ Source:   He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -25,20 +26,23 @@ class ResNet20(nn.Module):
         in_channels: channels of the images.
         width: channels of the first stage; the other two have twice and four times as many.
         classes: number of classes.
+        zero_last: initialise the scale of the last normalisation of each block to zero, as for
+            `ResNet50`; the paper does not.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 16, classes: int = 10) -> None:
+    def __init__(
+        self, in_channels: int = 3, width: int = 16, classes: int = 10, zero_last: bool = False
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             _convolution(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
         widths = [width] * 3 + [2 * width] * 3 + [4 * width] * 3
         in_widths = [width, *widths[:-1]]
-        self.blocks = nn.Sequential(
-            *(_Basic(a, b, stride=b // a) for a, b in zip(in_widths, widths, strict=True))
-        )
+        blocks = [_Basic(a, b, stride=b // a) for a, b in zip(in_widths, widths, strict=True)]
+        self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(4 * width, classes)
-        _initialise(self)
+        _initialise(self, [block.last for block in blocks] if zero_last else [])
 
     # images: (n, in_channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -71,7 +75,7 @@ class ResNet50(nn.Module):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
-        blocks: list[nn.Module] = []
+        blocks: list[_Bottleneck] = []
         channels = 64
         for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
             for number in range(depth):
@@ -80,10 +84,7 @@ class ResNet50(nn.Module):
                 channels = 4 * width
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels, classes)
-        _initialise(self)
-        if zero_last:
-            for block in blocks:
-                nn.init.zeros_(block.last.weight)  # type: ignore[union-attr, arg-type]
+        _initialise(self, [block.last for block in blocks] if zero_last else [])
 
     # images: (n, 3, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -106,6 +107,11 @@ class _Basic(nn.Module):
             nn.BatchNorm2d(width),
         )
         self._stride, self._added_channels = stride, width - in_channels
+
+    @property
+    def last(self) -> nn.BatchNorm2d:
+        """The normalisation before the shortcut is added."""
+        return self.body[-1]  # type: ignore[return-value]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         shortcut = images
@@ -147,7 +153,9 @@ def _convolution(in_channels: int, out_channels: int, size: int, stride: int = 1
     return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialise(model: nn.Module, zero_scales: Iterable[nn.BatchNorm2d]) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    for norm in zero_scales:
+        nn.init.zeros_(norm.weight)

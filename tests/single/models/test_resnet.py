@@ -38,9 +38,10 @@ def test_resnet50_has_the_published_size(version):
 
 
 @pytest.mark.parametrize("zero_last", [True, False])
-def test_zero_last_begins_with_blocks_that_change_nothing(zero_last):
-    block = ResNet50(zero_last=zero_last).blocks[1].eval()  # without a convolution in its shortcut
-    images = torch.rand(1, 256, 4, 4)
+@pytest.mark.parametrize(("model", "channels"), [(ResNet20, 16), (ResNet50, 256)])
+def test_zero_last_begins_with_blocks_that_change_nothing(model, channels, zero_last):
+    block = model(zero_last=zero_last).blocks[1].eval()  # without a convolution in its shortcut
+    images = torch.rand(1, channels, 4, 4)
     assert torch.equal(block(images), images) == zero_last
 
 
