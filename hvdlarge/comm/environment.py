@@ -5,6 +5,7 @@ Imports neither MPI nor Horovod.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
@@ -62,12 +63,15 @@ def versions() -> dict[str, str | None]:
         "hvdlarge": __version__,
         "python": ".".join(map(str, sys.version_info[:3])),
     }
-    for package in _PACKAGES:
-        try:
-            numbers[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            numbers[package] = None
-    return numbers
+    return numbers | {package: _installed_version(package) for package in _PACKAGES}
+
+
+@functools.cache  # reading a package's metadata takes milliseconds
+def _installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def set_environment(launch: Launch | None, horovod: HorovodSettings) -> dict[str, str]:

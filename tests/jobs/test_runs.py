@@ -1,4 +1,5 @@
-"""Each job of jobs/papers runs, with its own model, transforms, optimizer and schedules, on a dozen samples in the files of its format.
+"""Each job of jobs/papers and jobs/small runs, with its own model, transforms, optimizer and schedules: those of the papers on a dozen samples in
+the files of their formats, the small ones on fewer and larger samples of their own sets.
 
 Sizes and lengths are made small: batches of 4, which grow to 8 and 16, in three epochs and a half. What the schedules are at their own lengths is in
 tests/single/config/test_paper_jobs.py.
@@ -20,6 +21,7 @@ SMALL = [
     *("epochs=3.5", "data.samples=null", "evaluate.micro_batch=4", "log.every_steps=1"),
     "batch={base: 4, micro: 2, growth: {policy: adabatch, at_epochs: [1, 2], max: 16}}",
 ]
+PATHS = [path for part in ("papers", "small") for path in (ROOT / "jobs" / part).glob("*.yaml")]
 
 
 def mnist(folder):
@@ -71,10 +73,22 @@ def wmt(folder):
             (folder / f"{name}.{language}").write_text("\n".join(text) + "\n")
 
 
+def nothing(folder):
+    """The set needs no files."""
+
+
 SMALLER = [f"data.args.samples={SAMPLES}", "data.args.test_samples=5"]
 CIFAR10 = [f"data.args.samples={SAMPLES + 3}", "data.args.test_samples=5"]
 IMAGES = ["data.num_workers=2"]
 PTB = ["data.lanes=20", "lr.warmup.epochs=0.5"]
+EXTRAS = {
+    "imagenet": "PIL.Image",
+    "wmt": "sacrebleu",
+    "docs_seq2seq": "sacrebleu",
+    "glyphs": "matplotlib",
+}
+FEW_GLYPHS = [*SMALLER, "lr.warmup={policy: linear, epochs: 1}"]
+PART_OF_AN_EPOCH = ["epochs=0.6", "batch.growth.at_epochs=[0.2, 0.4]", "lr.warmup.epochs=0.1"]
 JOBS = {
     "cifar100_vgg19bn_adabatch": (cifar100, [*SMALLER, "lr.decay.every_epochs=1"]),
     "cifar10_alexnet_adabatch": (cifar10, [*CIFAR10, "lr.decay.every_epochs=1"]),
@@ -92,25 +106,35 @@ JOBS = {
     "ptb_large_legw": (ptb, PTB),
     "ptb_small_legw": (ptb, [*PTB, "lr.decay.milestones=[1, 2]"]),
     "wmt_gnmt_legw": (wmt, ["data.num_workers=0"]),
+    "docs_lm_legw": (nothing, ["data.args.length=400", "data.lanes=16", *PART_OF_AN_EPOCH]),
+    "docs_seq2seq": (nothing, ["data.args.words=80", *PART_OF_AN_EPOCH]),
+    "glyphs_4k_adam": (nothing, FEW_GLYPHS),
+    "glyphs_4k_lamb": (nothing, FEW_GLYPHS),
+    "glyphs_4k_lars": (nothing, FEW_GLYPHS),
+    "glyphs_4k_momentum": (nothing, FEW_GLYPHS),
+    "glyphs_adabatch": (nothing, FEW_GLYPHS),
+    "glyphs_baseline": (nothing, FEW_GLYPHS),
 }
 
 
 def test_every_job_is_run():
-    assert sorted(JOBS) == sorted(path.stem for path in (ROOT / "jobs/papers").glob("*.yaml"))
+    assert sorted(JOBS) == sorted(path.stem for path in PATHS)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 @pytest.mark.parametrize("name", JOBS)
 def test_it_runs_through_two_growths_and_an_evaluation(control, tensors, folder, name):
-    for extra in {"imagenet": ["PIL.Image"], "wmt_gnmt": ["sacrebleu"]}.get(name[:8], []):
+    if extra := EXTRAS.get(name.split("_")[0]) or EXTRAS.get(name):
         pytest.importorskip(extra)  # on every rank
     write, changes = JOBS[name]
     data = folder / "data"
     if control.rank == 0:
         write(data)
     control.barrier()
-    path = str(ROOT / f"jobs/papers/{name}.yaml")
-    job = read_job(path, [*SMALL, f"data.args.folder={data}", *changes])
+    (path,) = (path for path in PATHS if path.stem == name)
+    at = {"glyphs": [f"data.args.cache={data}"], "docs": []}
+    place = at.get(name.split("_")[0], [f"data.args.folder={data}"])
+    job = read_job(str(path), [*SMALL, *place, *changes])
     found = train(job, control, tensors, folder / "run")
     steps = read_lines(folder / "run/decisions.jsonl")
     assert sorted({step["stage"] for step in steps}) == [0, 1, 2]
@@ -119,5 +143,7 @@ def test_it_runs_through_two_growths_and_an_evaluation(control, tensors, folder,
     results = found["state"]["results"]
     assert {"loss", "test_loss"} <= results.keys()
     assert all(math.isfinite(value) for value in results.values())
-    metric = {"ptb": "perplexity", "wmt": "bleu"}.get(name[:3], "accuracy")
+    metric = {"ptb": "perplexity", "wmt": "bleu", "docs": "perplexity"}.get(
+        name.split("_")[0], "accuracy"
+    )
     assert metric in results
