@@ -1,12 +1,13 @@
 """Complete jobs, those that docs/other-libraries.md shows and those in jobs/, have the same weights on any number of workers."""
 
+import math
 import re
 import sys
 
 import pytest
 import torch
 from parts.make_pictures import write
-from support.comparing import distance
+from support.comparing import distance, read_lines
 from support.launching import ROOT
 from support.whole_runs import alone, train
 
@@ -70,3 +71,23 @@ def test_the_first_steps_of_a_job_of_the_folder(control, tensors, folder, files,
     )
     assert together["progress"]["step"] == expected["progress"]["step"] > 1
     assert distance(together, expected) < 1e-12
+
+
+# base, ends of the stages in epochs, epochs
+FIFTEEN_PICTURES, PART_OF_AN_EPOCH = (4, [1, 2], 3.5), (16, [0.02, 0.05], 0.1)
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
+def test_a_job_of_the_folder_through_two_growths_and_an_evaluation(
+    control, tensors, folder, files, file
+):
+    base, ends, epochs = FIFTEEN_PICTURES if file.stem == "image_folder" else PART_OF_AN_EPOCH
+    growth = f"{{policy: adabatch, at_epochs: {ends}, max: {4 * base}}}"
+    batch = f"batch={{base: {base}, micro: {base // 2}, growth: {growth}}}"
+    job = read_job(str(file), [batch, f"epochs={epochs}", "lr.warmup={policy: none}"])
+    results = train(job, control, tensors, folder / "run")["state"]["results"]
+    steps = read_lines(folder / "run/decisions.jsonl")
+    assert sorted({step["stage"] for step in steps}) == [0, 1, 2]
+    assert {step["global_batch"] for step in steps} >= {base, 2 * base}
+    assert math.isfinite(results["loss"])
+    assert math.isfinite(results["test_loss"])

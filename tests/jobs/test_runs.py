@@ -1,5 +1,5 @@
-"""Each job of jobs/papers and jobs/small runs, with its own model, transforms, optimizer and schedules: those of the papers on a dozen samples in
-the files of their formats, the small ones on fewer and larger samples of their own sets.
+"""Each job of jobs, jobs/papers and jobs/small runs, with its own model, transforms, optimizer and schedules: those of the papers on a dozen samples
+in the files of their formats, the others on a part of their own sets.
 
 Sizes and lengths are made small: batches of 4, which grow to 8 and 16, in three epochs and a half. What the schedules are at their own lengths is in
 tests/single/config/test_paper_jobs.py.
@@ -21,7 +21,9 @@ SMALL = [
     *("epochs=3.5", "data.samples=null", "evaluate.micro_batch=4", "log.every_steps=1"),
     "batch={base: 4, micro: 2, growth: {policy: adabatch, at_epochs: [1, 2], max: 16}}",
 ]
-PATHS = [path for part in ("papers", "small") for path in (ROOT / "jobs" / part).glob("*.yaml")]
+PATHS = [
+    path for part in (".", "papers", "small") for path in (ROOT / "jobs" / part).glob("*.yaml")
+]
 
 
 def mnist(folder):
@@ -108,6 +110,8 @@ JOBS = {
     "wmt_gnmt_legw": (wmt, ["data.num_workers=0"]),
     "docs_lm_legw": (nothing, ["data.args.length=400", "data.lanes=16", *PART_OF_AN_EPOCH]),
     "docs_seq2seq": (nothing, ["data.args.words=80", *PART_OF_AN_EPOCH]),
+    "digits": (nothing, PART_OF_AN_EPOCH),
+    "digits_lstm": (nothing, PART_OF_AN_EPOCH),
     "glyphs_4k_adam": (nothing, FEW_GLYPHS),
     "glyphs_4k_lamb": (nothing, FEW_GLYPHS),
     "glyphs_4k_lars": (nothing, FEW_GLYPHS),
@@ -132,7 +136,7 @@ def test_it_runs_through_two_growths_and_an_evaluation(control, tensors, folder,
         write(data)
     control.barrier()
     (path,) = (path for path in PATHS if path.stem == name)
-    at = {"glyphs": [f"data.args.cache={data}"], "docs": []}
+    at = {"glyphs": [f"data.args.cache={data}"], "docs": [], "digits": []}
     place = at.get(name.split("_")[0], [f"data.args.folder={data}"])
     job = read_job(str(path), [*SMALL, *place, *changes])
     found = train(job, control, tensors, folder / "run")
