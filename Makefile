@@ -5,7 +5,7 @@
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make test-gpu  what one GPU can show, on this machine's; skipped where there is none
 # make test-ecosystem  models and data sets of transformers, datasets, timm and torchvision (installs them into .ecosystem)
-# make test-jobs  each job of jobs/papers, on small files of its official format, and of jobs/small
+# make test-jobs  every job through two growths and an evaluation, those of jobs/papers on small files of their official formats
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -108,7 +108,7 @@ test-ecosystem: $(stamp)
 	PYTHONPATH=.ecosystem/site-packages $(mpirun) -np 1 $(bin)/python -m pytest --color=no tests/ecosystem
 	PYTHONPATH=.ecosystem/site-packages $(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/ecosystem
 
-# Each job of jobs/papers and jobs/small on little data, through two growths and an evaluation: about nine minutes.
+# Each job of jobs, jobs/papers and jobs/small on little data, through two growths and an evaluation: about nine minutes.
 test-jobs: $(stamp)
 	$(mpirun) -np $(NP) $(bin)/python -m pytest --color=no tests/jobs
 

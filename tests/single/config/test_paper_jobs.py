@@ -1,4 +1,6 @@
-"""The jobs of jobs/papers: their schedules against the papers' numbers, without the data sets; their models are built."""
+"""The jobs of jobs/papers: their schedules against the papers' numbers, without the data sets; their models are built. The jobs of jobs/small: that the
+large batches are what the rules of the papers make of the small one.
+"""
 
 import pytest
 import torch
@@ -54,6 +56,29 @@ def test_its_schedule_is_the_papers(name):
     assert [stage.global_batch for stage in plan.stages] == [batch for batch, _ in stages]
     highest = [stage.highest_lr for stage in plan.stages]
     assert highest == pytest.approx([lr for _, lr in stages], rel=0.01)
+
+
+HALVED = [(64 * 2**n, 0.03 * 0.75**n) for n in range(5)]  # AdaBatch beside a decay of 0.375
+SMALL = {
+    "docs_lm_legw": [(256, 4 * 32**0.5)],
+    "docs_seq2seq": [(32, 0.002), *((batch, None) for batch in (64, 128, 256))],
+    "glyphs_2k_adam": [(2048, 0.0005 * 32**0.5)],
+    "glyphs_2k_lamb": [(2048, 0.0015 * 32**0.5)],
+    "glyphs_2k_lars": [(2048, 1.5 * 32**0.5)],
+    "glyphs_2k_momentum": [(2048, 0.03 * 32**0.5)],
+    "glyphs_adabatch": HALVED,
+    "glyphs_baseline": [(64, 0.03)],
+}
+
+
+def test_the_schedules_of_the_small_jobs():
+    assert sorted(SMALL) == sorted(path.stem for path in (ROOT / "jobs/small").glob("*.yaml"))
+    for name, stages in SMALL.items():
+        job = read_job(str(ROOT / f"jobs/small/{name}.yaml"))
+        plan = plan_run(job, training_samples(job), 2)
+        assert [stage.global_batch for stage in plan.stages] == [batch for batch, _ in stages]
+        for stage, (_, lr) in zip(plan.stages, stages, strict=True):
+            assert lr is None or stage.highest_lr == pytest.approx(lr, rel=0.01), name
 
 
 @pytest.mark.parametrize("name", JOBS)
