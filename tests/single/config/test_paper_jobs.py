@@ -63,9 +63,7 @@ SMALL = {
     "docs_lm_legw": [(256, 4 * 32**0.5)],
     "docs_seq2seq": [(32, 0.002), *((batch, None) for batch in (64, 128, 256))],
     "glyphs_2k_adam": [(2048, 0.0005 * 32**0.5)],
-    "glyphs_2k_lamb": [(2048, 0.005 * 32**0.5)],
-    "glyphs_2k_lars": [(2048, 0.3 * 32**0.5)],
-    "glyphs_2k_momentum": [(2048, 0.012 * 32**0.5)],
+    "glyphs_2k_lamb": [(2048, 0.0015 * 32**0.5)],
     "glyphs_adabatch": HALVED,
     "glyphs_baseline": [(64, 0.03)],
 }
