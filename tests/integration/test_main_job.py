@@ -107,6 +107,7 @@ def test_data_of_another_size_than_the_job_says_are_refused(train):
     assert "data.samples is 1,000, but the training set of digits has 1,437 samples" in ended.err
 
 
+@pytest.mark.long  # tests/integration/test_own_parts.py has a shorter one
 def test_float64_weights_are_those_of_the_job_and_not_of_the_workers(train, folder):
     shorter = ["precision=fp64", "epochs=6", "batch.growth.every_epochs=1"]
     for workers in (None, 3):
