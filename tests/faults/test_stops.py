@@ -36,13 +36,13 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(bench, whole, kind):
 def test_a_model_without_statistics_stops_and_goes_on(bench):
     """A stop also keeps each rank's part of the running statistics; here there are none to keep."""
     model = "model={name: mlp}"
-    process = bench.begin(2, model, "epochs=20")
+    process = bench.begin(2, model, "epochs=30")
     bench.until(bench.has_checkpoint)
     os.kill(max(bench.ranks()), signal.SIGUSR1)
     ended = bench.end(process)
     assert ended.code == 75, ended.text
-    assert bench.run(2, model, "epochs=20").code == 0
-    assert bench.run(2, model, "epochs=20", "run_dir=runs/whole").code == 0
+    assert bench.run(2, model, "epochs=30").code == 0
+    assert bench.run(2, model, "epochs=30", "run_dir=runs/whole").code == 0
     assert same(bench.checkpoint(), bench.checkpoint("runs/whole"))
 
 

@@ -123,6 +123,7 @@ def test_the_data_benchmark_writes_what_it_prints(start, folder):
     ("workers", "arguments", "code", "message"),
     [
         (None, ["allreduce"], 2, "needs at least two workers"),
+        (None, ["step", "jobs/digits.yaml", "--only", "bear loop"], 2, "the variants are"),
         (2, ["step", "jobs/digits.yaml", "--only", "bear loop"], 2, "the variants are"),
         (2, ["step", "jobs/digits.yaml", "lr.bas=1"], 2, "unknown key 'lr.bas'"),
         (2, ["data", "nowhere.yaml"], 2, "no such job file"),

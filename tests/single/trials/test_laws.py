@@ -1,4 +1,4 @@
-"""Half a minute of the laws' trial: jobs drawn at random, always the same ones, and every case that once broke a law."""
+"""A minute of the laws' trial: jobs drawn at random, always the same ones, and every case that once broke a law."""
 
 import json
 import time
@@ -23,16 +23,16 @@ def test_what_once_broke_a_law_holds_now(file):
 
 def test_jobs_drawn_at_random_hold_the_laws(tmp_path):
     tally = laws.Tally(tmp_path / "found.jsonl", shrink_seconds=0, until=time.monotonic() + 280)
-    tally.draw(60, seed=2017, judged=laws.judge_on_threads)
+    tally.draw(120, seed=2017, judged=laws.judge_on_threads)
     assert not tally.violations, "\n".join(tally.lines(1))
-    assert tally.jobs == 60
-    assert tally.kinds["held"] >= 35
+    assert tally.jobs == 120
+    assert tally.kinds["held"] >= 70
     assert all(
         tally.laws[law] >= least
-        for law, least in {"0 reference": 35, "1 world": 20, "2 resume": 10, "3 exact": 4}.items()
+        for law, least in {"0 reference": 70, "1 world": 40, "2 resume": 20, "3 exact": 8}.items()
     )
-    assert tally.kinds["refused"] >= 3
-    assert tally.kinds["chaotic"] <= 6
+    assert tally.kinds["refused"] >= 5
+    assert tally.kinds["chaotic"] <= 12
 
 
 @settings(
