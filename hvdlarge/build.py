@@ -157,7 +157,7 @@ def load_data(data: sections.Data, seed: int, given: Any = None) -> tuple[Any, A
         given: the pair itself, in place of what the job names.
 
     Raises:
-        JobError: for a name that is not there, or something that is no pair of map-style sets.
+        JobError: for a name that is not there, or something that is not a pair of map-style sets.
     """
     seed_all(seeds.key(seed, seeds.DATA))
     try:

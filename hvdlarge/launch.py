@@ -150,6 +150,8 @@ class Launcher:
             try:
                 code = self._start_once()
             except exits.JobError as error:  # the hosts cannot be read
+                if self._stop_signal is not None:
+                    return exits.STOPPED
                 if not restarts:
                     raise
                 # Whatever lists the hosts may fail for a while: a start that made no progress
@@ -415,6 +417,7 @@ def _hosts_source(file: str | None, command: str | None) -> Callable[[], Hosts] 
                 text=True,
                 timeout=_HOSTS_COMMAND_SECONDS,
                 check=False,
+                start_new_session=True,  # Ctrl-C is for this launcher
             )
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             raise exits.JobError(f"--hosts-command {command}: {error}") from None

@@ -17,6 +17,7 @@ from typing import Any
 from hvdlarge import exits
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, read_job
+from hvdlarge.config.part_errors import describe
 from hvdlarge.telemetry.console import print_error, print_status
 
 # torch is imported inside functions: it takes a second, and a wrong command line should appear at
@@ -74,7 +75,7 @@ def _pack(job: Job, folder: Path) -> int:
     from hvdlarge.build import load_data, sample_form
     from hvdlarge.data.files import SUMS
     from hvdlarge.data.npy import PARTS
-    from hvdlarge.data.packing import ORIGIN, Source, pack
+    from hvdlarge.data.packing import ORIGIN, Source, UnreadableSample, pack
 
     data = job.data.model_dump(mode="json", include={"name", "args", "targets", "collate"})
     origin = {"data": data, "seed": job.seed}
@@ -93,6 +94,11 @@ def _pack(job: Job, folder: Path) -> int:
         names = pack(parts, folder, origin, _Progress())
     except FileExistsError as error:
         raise exits.JobError(f"{error}: name another folder") from None
+    except UnreadableSample as error:
+        told = describe(error.__cause__ or error)
+        raise exits.JobError(
+            f"data.name: {job.data.name}: a sample cannot be read: {told}"
+        ) from None
     except exits.PartError as error:
         raise exits.JobError(f"data.name: {job.data.name}: {error}") from None
     except OSError as error:

@@ -93,6 +93,8 @@ def run_job(
         InvalidEnvironmentError: if a launcher started this program without MPI or Horovod.
         RunExit: on every rank, for every other end with an exit code (see exits.py). An error that
             one rank of several raises alone ends all processes.
+        OutOfMemory, PartError: on one worker, if memory runs out, or a part of the job breaks its
+            contract after the first step.
 
     >>> run_job({"name": "oops"})
     Traceback (most recent call last):

@@ -97,7 +97,7 @@ def measure_step(
         of a step.
 
     Raises:
-        JobError: on every rank, for an unknown variant, a micro-batch that does not go through
+        JobError: on every rank, for an unknown variant, a micro-batch that fails in
             model and loss, or a job that the bare loop cannot follow.
     """
     if only not in (None, *_VARIANTS):

@@ -30,7 +30,7 @@ def load_initial_weights(section: InitFrom, model: nn.Module) -> list[str]:
 
     Args:
         section: of the job.
-        model: as it is trained; unchanged if this raises.
+        model: as it is trained; unchanged if the file does not fit.
 
     Returns:
         Notes for the user: where the weights are from and, with `strict: false`, what was left out.

@@ -251,7 +251,10 @@ def load_modules(modules: Modules, content: CheckpointContent, path: Path) -> No
                     f"{path}: {name!r} is {form} in the {what}, {saved_form} in the checkpoint"
                 )
     for prefix, module in modules.items():
-        module.load_state_dict(states[prefix])
+        try:
+            module.load_state_dict(states[prefix])
+        except RuntimeError as error:  # of a module that loads in a way of its own
+            raise CheckpointError(f"{path}: {error}") from None
 
 
 def _describe_entry(state: Mapping[str, Any], name: str) -> str:
@@ -358,8 +361,8 @@ def _share_optimizer(
         if dtype is None:
             replica.update.optimizer.state[weight][key] = value
             continue
-        # As `Optimizer.load_state_dict` has it: whatever its shape, beside the weight, but "step".
-        # An own optimizer was seen to keep these on the CPU:
+        # As in `Optimizer.load_state_dict`, state lies on the weight's device, except "step"; that
+        # of an own optimizer where its class was seen to keep it.
         on_cpu = getattr(replica.update.optimizer, "state_on_cpu", None)
         on_device = key != "step" or weight in counted_on_device
         on_device = on_device if on_cpu is None else key not in on_cpu

@@ -28,8 +28,7 @@ from hvdlarge.schedule.progress import Clock, milestones_reached
 
 
 class CheckpointSaver:
-    """Saves the state of a run. Every rank calls each method together, except `wants_save` and
-    `failed`.
+    """Saves the state of a run. Every rank calls `save` together; the other methods are local.
 
     Args:
         control: gathers the partial running statistics.
@@ -104,7 +103,7 @@ class CheckpointSaver:
         if by is None:
             return False
         value = results[by] if self._rankings[by] else -results[by]
-        if math.isnan(value):  # as averaged weights may give with the statistics of the current
+        if math.isnan(value):  # possible with averaged weights and the current statistics
             return False
         best = state.best
         # After a change of `checkpoint.best` the values cannot be compared: start over

@@ -94,6 +94,8 @@ def _state_dict(content: Any) -> dict[str, Any]:
         content = content["model"]
     if not isinstance(content, dict):
         raise JobError(f"it holds a {type(content).__name__} and no state_dict")
+    if unnamed := [name for name in content if not isinstance(name, str)]:
+        raise JobError(f"it holds no state_dict: {unnamed[0]!r} is not a name of a tensor")
     others = [
         str(name)
         for name, value in content.items()
@@ -115,7 +117,7 @@ def write_weights(path: Path, state: Mapping[str, Any], metadata: Mapping[str, s
         path: a name that ends with .safetensors or .pt; a .pt file holds a mapping of `model`, the
             state_dict, and `metadata`.
         state: tensors on the CPU and, for a .pt file only, extra state.
-        metadata: texts that are kept with them.
+        metadata: strings that are kept with them.
 
     Raises:
         JobError: if the format cannot hold the state, or safetensors is not installed.

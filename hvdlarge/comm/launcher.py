@@ -102,7 +102,8 @@ def wrong_launch(environ: Mapping[str, str]) -> str | None:
         return None
     return (
         f"RANK={environ['RANK']} and WORLD_SIZE={size} are set as by torchrun or accelerate "
-        f"launch, but workers find each other over MPI only: {size} runs of one would begin. "
+        f"launch, but workers find each other over MPI only: {size} independent runs of one worker "
+        "would start. "
         f"Start it with `hvdlarge launch -np {size} job.yaml`, `mpirun -np {size} hvdlarge "
         f"train job.yaml` or `horovodrun -np {size} hvdlarge train job.yaml`, or unset RANK and "
         "WORLD_SIZE for a run on one worker"
@@ -171,7 +172,7 @@ def starting_settings(
     HOROVOD_FUSION_THRESHOLD=0: what is fused depends on timing, and with it the order of sums.
     OMPI_MCA_mpi_yield_when_idle=1 with less than two cores per worker: otherwise a waiting rank, or
     Horovod's thread, takes a core from a rank that computes. HOROVOD_STALL_CHECK_TIME_SECONDS is
-    lowered to HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, which Horovod ignores if it is the smaller one.
+    lowered to HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, which Horovod ignores if it is below the former.
 
     Args:
         environ: the current environment.

@@ -97,12 +97,10 @@ class MpiChannel:
         """
         local, largest = array("d", values), array("d", bytes(8 * len(values)))
         request = self._comm.Iallreduce([local, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
-        # `wait` refers to both: MPI uses them until it is done, and the request keeps neither alive
-        buffers = (local, largest)
 
         def wait() -> list[float]:
             _wait(request)
-            return buffers[1].tolist()
+            return largest.tolist()
 
         return wait
 

@@ -77,8 +77,8 @@ class Data(Section):
     """Keyword arguments of the attribute, which returns (training set, test set or None)."""
     targets: Key | tuple[Key, ...] | None = None
     """Key of the targets in samples that are dicts, or their position in tuples, or a list of
-    these; default: a pair is (input, target), and everything else goes to the model whole, as `[]`
-    asks for.
+    these. Default: a pair is (input, target), and everything else goes to the model whole; `[]`
+    does the same for pairs.
     """
     collate: str | None = None
     """Function that makes a batch of a list of samples, as `package.module:attribute`; default:
@@ -91,7 +91,7 @@ class Data(Section):
     lanes: Count | None = None
     """Number of lanes into which the text is cut, and along which the model carries its state from
     one sample to the next. Samples are consecutive windows, read in their order and not shuffled.
-    At least the largest global batch.
+    Must be at least the largest global batch.
     """
     samples: Count | None = None
     """Samples in the training set, for `hvdlarge.plan`; the run checks it against the data."""
@@ -252,8 +252,9 @@ class Evaluate(Section):
     micro_batch: Count = 256
     """Samples in one forward pass on one worker."""
     lanes: Count | None = None
-    """With `data.lanes`, the number of lanes into which the test text is cut; default: as many. In
-    each lane the first sample begins with a state of zeros, so fewer lanes give a lower loss.
+    """With `data.lanes`, the number of lanes into which the test text is cut; default: that of
+    `data.lanes`. In each lane the first sample begins with a state of zeros, so fewer lanes give a
+    lower loss.
     """
     metrics: (
         tuple[Annotated[str, Field(examples=list(registry.METRICS))], ...]
@@ -300,7 +301,7 @@ class Gradients(Section):
     """What is done to gradients on their way to the update."""
 
     clip_norm: Positive | None = None
-    """Scale the mean gradients down to this L2 norm of all of them together if it is exceeded."""
+    """Maximum L2 norm of all mean gradients together; larger ones are scaled down to it."""
     compression: Literal["none", "fp16"] = "none"
     """Type in which gradients travel between workers; fp16 halves the traffic."""
     missing: Literal["error", "zero"] = "error"
@@ -310,9 +311,7 @@ class Gradients(Section):
 
 
 class Horovod(Section):
-    """How Horovod and MPI are set; a variable that stands in the environment already comes
-    first.
-    """
+    """How Horovod and MPI are set; variables already set in the environment take precedence."""
 
     fusion_mib: NotNegative = 0.0
     """Size of Horovod's fusion buffers in MiB (`HOROVOD_FUSION_THRESHOLD`). 0 turns fusion off,
@@ -352,8 +351,8 @@ class RollbackWhenNotFinite(Section):
     """The run goes back to the last checkpoint of the job's cadence and on from there with a lower
     rate.
 
-    Those that a stop or the clock (`checkpoint.every_minutes`) asked for are passed over: an
-    interruption changes nothing.
+    Those that a stop or the clock (`checkpoint.every_minutes`) asked for are ignored, so that an
+    interruption does not change where a rollback leads.
     """
 
     can_roll_back: ClassVar[bool] = True
@@ -378,10 +377,10 @@ class Timeouts(Section):
     checkpoint_seconds: Positive = 3600.0
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
-    """Waiting for one micro-batch of data; the other workers wait so much longer for their sum, for
-    each of the micro-batches that a worker has in a step."""
+    """Waiting for one micro-batch of data. Other workers may wait in the all-reduce for
+    `step_seconds` and, for each micro-batch that a worker has in a step, this long."""
     evaluate_seconds: Positive = 3600.0
-    """One evaluation; that of averaged weights (`ema`) is another."""
+    """One evaluation; that of the averaged weights (`ema`) has its own limit, as long."""
     save_seconds: Positive = 3600.0
     """Saving a checkpoint."""
 
@@ -433,7 +432,8 @@ class Job(Section):
     reduction: Literal["fast", "exact"] = "fast"
     """How gradients are summed; `exact` gives bit-identical weights on 1, 2, 4, 8, … workers."""
     deterministic: bool = False
-    """Bit-identical weights from run to run on the same number of workers."""
+    """Use torch's deterministic algorithms only: needed on a GPU for bit-identical weights from run
+    to run on the same number of workers. On a CPU they are so without it."""
     data: Data
     """The training and test data."""
     model: Model

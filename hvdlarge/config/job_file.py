@@ -321,7 +321,9 @@ def _describe(problem: Any, written: Written) -> str:
     name, place = ".".join(map(str, keys)), written.place(keys)
     kind, value = problem["type"], problem["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = own_parts.known_keys(_value_at(keys[:-1], written.values)) or _known_keys(location)
+        section = keys[:-1]
+        known = own_parts.known_keys(section, _value_at(section, written.values))
+        known = known or _known_keys(location)
         return f"  {place}: unknown key {name!r}{_nearest(str(keys[-1]), known)}"
     if kind == own_parts.REFUSED:
         return f"  {written.place((*keys, 'policy'))}: {name}.policy: {problem['msg']}"

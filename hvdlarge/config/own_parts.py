@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import pydantic
@@ -31,6 +31,7 @@ from hvdlarge.schedule.warmup import Warmup
 REFUSED = "own_part_refused"  # the type of pydantic's error for an own policy that cannot be used
 # In the locations of pydantic's problems; no key is called so
 TAGS = _BUILT_IN, _OWN = ("built-in part", "own part")
+_POLICIES = (("batch", "growth"), ("lr", "warmup"), ("lr", "decay"))
 
 
 def is_own(name: Any) -> bool:
@@ -42,14 +43,20 @@ def is_own(name: Any) -> bool:
     return isinstance(name, str) and ":" in name
 
 
-def known_keys(section: Any) -> list[str]:
-    """The keys of a section, as written, that names an own part; empty for any other section."""
+def known_keys(path: Sequence[Any], section: Any) -> list[str]:
+    """The keys that an own policy or optimizer takes in its section; empty for any other section.
+
+    Args:
+        path: of the section in the job file.
+        section: as written.
+    """
     if not isinstance(section, Mapping):
         return []
-    if is_own(section.get("policy")):
+    if tuple(path) in _POLICIES and is_own(section.get("policy")):
         fields = dataclasses.fields(registry.load("policy", section["policy"]))
         return list(dict.fromkeys(["policy", *(field.name for field in fields)]))
-    return list(OwnOptimizer.model_fields) if is_own(section.get("name")) else []
+    own = tuple(path) == ("optimizer",) and is_own(section.get("name"))
+    return list(OwnOptimizer.model_fields) if own else []
 
 
 class _WithOwn:
@@ -128,7 +135,7 @@ class OwnPolicy(_WithOwn):
         """Its policy alone: the schema cannot know the fields of the class."""
         kind = self.base.__name__
         return {
-            "description": f"A policy of your own: a frozen dataclass below {kind} of "
+            "description": f"A policy of your own: a frozen dataclass derived from {kind} of "
             f"hvdlarge.schedule.{kind.lower()}.",
             "title": f"Own{kind}",
             "type": "object",
@@ -167,7 +174,7 @@ def own_policy(name: str, base: type[Policy]) -> Any:
         base: the class of hvdlarge.schedule below which it must be.
 
     Raises:
-        JobError: if it is not there, or is no frozen dataclass below `base`.
+        JobError: if it is not there, or is not a frozen dataclass derived from `base`.
     """
     try:
         kind = registry.load("policy", name)
@@ -177,13 +184,13 @@ def own_policy(name: str, base: type[Policy]) -> Any:
         raise JobError(f"{name} cannot be imported: {first_line(error)}") from None
     where = f"{base.__name__} of {base.__module__}"
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise JobError(f"{name} is not a class below {where}")
+        raise JobError(f"{name} is not a subclass of {where}")
     settings = vars(kind).get("__dataclass_params__")
     if settings is None or not settings.frozen:
         raise JobError(f"{name} must be a frozen dataclass: decorate it @dataclass(frozen=True)")
     missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
     if missing:
-        raise JobError(f"{name} lacks {missing}, which every class below {where} has")
+        raise JobError(f"{name} lacks {missing}, which every subclass of {where} has")
     return _named(cast(Any, kind), name)
 
 
@@ -233,7 +240,7 @@ def _words_problem(policy: Policy, epochs: float) -> str | None:
             return f"errors() gives {key_and_message!r}: it must yield pairs (key, message)"
     for note in policy.notes(epochs):
         if not isinstance(note, str):
-            return f"notes() gives {note!r}: it must yield texts"
+            return f"notes() gives {note!r}: it must yield strings"
     return None
 
 

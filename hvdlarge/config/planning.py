@@ -165,7 +165,7 @@ def checkpoints_of(cadence: Checkpoint, stages: list[StageOutline], clock: Clock
         if (
             stage is stages[-1]
             and not stage.open_end
-            and not milestones.hold(stage.steps - 1)
+            and not milestones.end_at(stage.steps - 1)
             and (every_steps is None or end % every_steps)
         ):
             count += 1
@@ -197,13 +197,13 @@ class _MilestoneSteps:
     def __len__(self) -> int:
         return self._stage.steps if self._all else len(self._numbers)
 
-    def hold(self, step: int) -> bool:
-        """Whether the stage's step of this number reaches a milestone."""
+    def end_at(self, step: int) -> bool:
+        """Whether the last milestone of the stage is reached in its step of this number."""
         return self._all or (len(self._numbers) > 0 and self._step_of(self._numbers[-1]) == step)
 
     def also_every(self, every_steps: int, first_step: int) -> int:
-        """How many of them are also a multiple of `every_steps`, counted over the run; the stage
-        begins at `first_step`.
+        """How many milestone steps are also multiples of `every_steps`, counted from the start of
+        the run; the stage begins at `first_step`.
         """
         if self._all:
             return (first_step + self._stage.steps) // every_steps - first_step // every_steps

@@ -148,7 +148,7 @@ def training_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     if samples is None:
         return None
     if ":" in samples:
-        count = load("data.name", samples)
+        count = load("data.name", samples, {samples: samples})
         try:
             return count(**arguments)
         except (ValueError, TypeError, ModuleNotFoundError):  # reported when the set is built

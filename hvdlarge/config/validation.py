@@ -74,7 +74,7 @@ def _warmup(job: Job) -> Iterator[Problem]:
         arithmetic = warmup.length_as_arithmetic(k)
         shown = f"{length:g} epochs{f' ({arithmetic})' if arithmetic else ''}"
         yield (
-            ("lr", "warmup", "epochs"),
+            ("lr", "warmup", *(["epochs"] if hasattr(warmup, "epochs") else [])),
             f"the warmup takes {shown}, the run has {job.epochs:g}; it is given in epochs, not in "
             "steps",
         )

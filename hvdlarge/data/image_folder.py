@@ -68,6 +68,8 @@ class ImageFolder(Dataset):
         try:
             pixels = torch.from_numpy(decode(path, self._size, self._resize))
         except _decoding_errors() as error:
+            if not _is_damaged(error):
+                raise
             raise UndecodableImage(
                 f"{path} cannot be decoded: {_reason(error)} (undecodable: skip in data.args "
                 "leaves such images out)"
@@ -114,7 +116,7 @@ def image_folder(
         ModuleNotFoundError: if Pillow is not installed; names the extra to install.
         DataFileError: for a folder that is missing or holds no images, a class of the test set
             that has no training images, and images that are refused.
-        ValueError: for a size or a choice that there is not.
+        ValueError: for a size below 1 or an unknown choice.
     """
     _require_pillow()
     resize = round(size * 8 / 7) if resize is None else resize
@@ -228,6 +230,11 @@ def _decoding_errors() -> tuple[type[Exception], ...]:
     )
 
 
+def _is_damaged(error: Exception) -> bool:
+    """Whether a file's content is the cause, and not the system: its errors have a number."""
+    return getattr(error, "errno", None) is None
+
+
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -251,7 +258,9 @@ def _undecodable(files: list[Path], size: int, resize: int, cache: Path) -> list
     def fails(file: Path) -> bool:
         try:
             decode(file, size, resize)
-        except _decoding_errors():
+        except _decoding_errors() as error:
+            if not _is_damaged(error):
+                raise
             return True
         return False
 

@@ -13,8 +13,8 @@ Source:   crop and flip: He, Zhang, Ren, Sun, "Deep Residual Learning for Image 
           Mixup: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization"
           (2018), equation 1, with a weight for each image.
 Contract: what a sample draws depends on the seed and its number in the run alone. Mixup also
-          depends on the micro-batch, whose images it mixes; micro-batches do not depend on the
-          number of workers (schedule/batch.py).
+          depends on the micro-batch, whose images it mixes; with a fixed `batch.micro` these do not
+          depend on the number of workers (schedule/batch.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hvdlarge.exits import PartError
 
 
 class TransformError(PartError):
-    """A batch has not the form that a transform takes."""
+    """A batch does not have the form that a transform takes."""
 
     origin = "the data set"
 
@@ -176,10 +176,16 @@ def mixup(
         The images, and probabilities of the classes, shape (n, classes).
 
     Raises:
-        TransformError: for targets that are no class indices.
+        TransformError: for targets that are not class indices below `classes`; on a GPU, where
+            reading them would make every step wait, torch reports those that are too large.
     """
-    if targets.ndim != 1 or targets.is_floating_point():
+    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         raise TransformError("mixup takes class indices, one for each image")
+    targets = targets.long()
+    if targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise TransformError(
+            f"mixup has {classes} classes; the targets go from {targets.min()} to {targets.max()}"
+        )
     weight = torch.from_numpy(weights).to(images)
     one_hot = torch.nn.functional.one_hot(targets, classes).to(images.dtype)
     spread = weight[:, None, None, None]

@@ -210,7 +210,7 @@ class WorkerLoader:
     def __init__(self, dataset: MicroBatchDataset, num_workers: int, prefetch_factor: int) -> None:
         self._announced = _QueuedMicroBatches()
         self._loader: DataLoader | None = make_dataloader(
-            dataset, self._announced, num_workers, prefetch_factor
+            dataset, self._announced, num_workers, prefetch_factor, torch.cuda.is_available()
         )
         self._loaded: Iterator[LoadedMicroBatch | None] | None = None
         self._thread: threading.Thread | None = None
@@ -297,7 +297,11 @@ class WorkerLoader:
 
 
 def make_dataloader(
-    dataset: MicroBatchDataset, micro_batches: Any, num_workers: int, prefetch_factor: int
+    dataset: MicroBatchDataset,
+    micro_batches: Any,
+    num_workers: int,
+    prefetch_factor: int,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """A torch DataLoader that yields one item of `dataset` for each of `micro_batches`.
 
@@ -306,6 +310,8 @@ def make_dataloader(
         micro_batches: iterable of micro-batches, the sampler.
         num_workers: loader processes; 0 loads in this process.
         prefetch_factor: micro-batches in flight per loader process.
+        pin_memory: whether tensors come in pinned memory, so that copies to the GPU overlap with
+            compute.
     """
     return DataLoader(
         dataset,
@@ -315,7 +321,7 @@ def make_dataloader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),  # lets copies to the GPU overlap with compute
+        pin_memory=pin_memory,
         multiprocessing_context=_context() if num_workers else None,
         worker_init_fn=_start_worker if num_workers else None,
     )

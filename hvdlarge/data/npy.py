@@ -131,6 +131,6 @@ def map_file(path: Path) -> torch.Tensor:
         return torch.from_numpy(array)
     except (TypeError, ValueError):
         raise DataFileError(
-            f"{path} holds {array.dtype}, which torch has not: numbers in the byte order of this "
-            "machine are expected"
+            f"{path} holds {array.dtype}, which torch does not support: numbers in the byte order "
+            "of this machine are expected"
         ) from None

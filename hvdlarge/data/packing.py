@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from hvdlarge.data.images import Images
 from hvdlarge.data.loader import LoadedMicroBatch, MicroBatchDataset, make_dataloader
 from hvdlarge.data.npy import Mapped
 from hvdlarge.data.samples import SampleError, SampleForm
+from hvdlarge.exits import PartError, is_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 
 PROGRESS = "packing.jsonl"
@@ -32,6 +33,10 @@ ORIGIN = "packed.json"
 _PIECE_BYTES = 8 << 20
 _FIELDS = ("inputs", "targets")
 _HAS_BYTES: tuple[type, ...] = (Images, ImageFolder, Mapped)
+
+
+class UnreadableSample(SampleError):
+    """The data set's own code raised an error, which is the cause of this one."""
 
 
 class Source(NamedTuple):
@@ -107,8 +112,9 @@ def pack(
         The names of the files, which are in SHA256SUMS.
 
     Raises:
-        SampleError: if a sample is no pair of one tensor each, or its shape or dtype differs from
-            the first one's.
+        SampleError: if a sample cannot be read, is not a pair of two tensors, or differs from the
+            first one in shape or dtype.
+        FileExistsError: if the folder holds other files of these names.
         OSError: if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,8 +187,7 @@ def _read(source: Source, pieces: list[MicroBatch]) -> Iterator[list[np.ndarray]
     dataset = MicroBatchDataset(source.dataset, source.seed, shuffled=False, form=source.form)
     # Not in this process if there are others: what a set opens when it is read may not be sent
     workers = min(source.num_workers, len(pieces))
-    loaded: LoadedMicroBatch
-    for loaded in make_dataloader(dataset, pieces, workers, source.prefetch_factor):
+    for loaded in _reported(make_dataloader(dataset, pieces, workers, source.prefetch_factor)):
         pair = (loaded.inputs, loaded.targets)
         if wrong := [v for v in pair if not isinstance(v, torch.Tensor) or v.ndim < 1]:
             raise SampleError(
@@ -192,6 +197,23 @@ def _read(source: Source, pieces: list[MicroBatch]) -> Iterator[list[np.ndarray]
         if unknown := [v.dtype for v in pair if v.dtype == torch.bfloat16]:
             raise SampleError(f"numpy has no {unknown[0]}: it cannot be packed")
         yield [np.ascontiguousarray(values.cpu().numpy()) for values in pair]
+
+
+def _reported(loader: Iterable[LoadedMicroBatch]) -> Iterator[LoadedMicroBatch]:
+    """What a loader gives; errors of the data set as UnreadableSample, since those of the files
+    that are written may be of the same class.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            loaded = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            if isinstance(error, PartError) or is_out_of_memory(error):
+                raise
+            raise UnreadableSample(f"a sample cannot be read: {error}") from error
+        yield loaded
 
 
 def _check_form(

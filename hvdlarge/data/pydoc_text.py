@@ -56,7 +56,8 @@ def read_phrases(words: int, sha256: str | None = None) -> list[tuple[Text, Text
     a phrase, the target its words in the reverse order, with each letter rotated by 13 places.
 
     Args:
-        words: of a phrase, of the letters a to z; a paragraph is cut into as many as it has.
+        words: per phrase, made of the letters a to z; a paragraph gives as many whole phrases
+            as it has.
         sha256: see `read_topics`.
 
     Returns:

@@ -35,8 +35,8 @@ class SampleForm:
     """How samples become inputs and targets.
 
     Args:
-        targets: the key or keys of the targets; none of them (an empty tuple) for a batch that
-            goes to the model whole; None to split pairs only.
+        targets: the key or keys of the targets. An empty tuple: the whole batch goes to the model.
+            None: a pair is split, anything else goes to the model whole.
         collate: makes a batch of a list of samples; by default torch's `default_collate`, which
             stacks tensors and keeps the structure of dicts and tuples.
     """
@@ -114,7 +114,7 @@ def _split_sequence(batch: Sequence[Any], wanted: tuple[Key, ...]) -> tuple[Any,
     if wrong := [key for key in wanted if isinstance(key, str) or not -size <= key < size]:
         raise SampleError(
             f"data.targets: {wrong[0]!r} is not a position in the samples, which are tuples of "
-            f"{size}: 0 to {size - 1}, or −1 for the last"
+            f"{size}: 0 to {size - 1}, or -1 for the last"
         )
     positions = [int(key) % size for key in wanted]
     inputs = tuple(value for place, value in enumerate(batch) if place not in positions)

@@ -4,7 +4,8 @@ Formula:  mix(x) = the SplitMix64 finalizer;  key(seed, purpose, a, b, …) = mi
           + b …), all modulo 2^64
 Source:   Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014), with the
           constants of its reference implementation.
-Contract: pure. Augmentation is keyed by sample and dropout by micro-batch, so the results do not
+Contract: pure. Augmentation is keyed by sample (of a data set that reads many samples at once, by
+          micro-batch) and dropout by micro-batch, so with a fixed `batch.micro` the results do not
           depend on the number of workers (docs/design.md).
 """
 

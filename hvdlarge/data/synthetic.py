@@ -26,7 +26,9 @@ class Repeated(InMemory):
         return self._samples
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().__getitem__(index % len(self.inputs))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no sample {index} of {len(self)}")  # ends a loop over them
+        return super().__getitem__(index % len(self) % len(self.inputs))
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the samples `indices`, shape (n,)."""

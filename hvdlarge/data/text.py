@@ -119,8 +119,8 @@ class Vocabulary:
         Args:
             counts: of each token of the training text.
             min_count: rarer tokens are left out; above 1, the vocabulary has `<unk>`.
-            max_size: most tokens, all of these included: the rarest are left out, of equally rare
-                ones the alphabetically last; the vocabulary then has `<unk>`. None: any number.
+            max_size: maximum number of tokens, reserved ones and `<unk>` included: the rarest are
+                left out, of equally rare ones the alphabetically last. None: no maximum.
             reserved: tokens that get the first ids, whether they occur or not.
             with_unknown: whether it has `<unk>` in any case; otherwise where the text has it too.
 

@@ -30,8 +30,8 @@ def text_file_windows(
     last: str = "drop",
     **others: Any,
 ) -> int | None:
-    """Samples of `text_files`, with its arguments: those of the file, or of the Penn Treebank where
-    the job names its training words and the file is not at hand; None of any other.
+    """Samples of `text_files`, with its arguments: counted if the file exists; else that of the
+    Penn Treebank, if the file has its name and is read as words; else None.
     """
     path = Path(folder, train)
     if path.exists():

@@ -52,6 +52,7 @@ import json, os, socket
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
 from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.connect import open_control, open_tensors
+from hvdlarge.exits import RunExit
 launch = detect(os.environ)
 os.environ.update(starting_settings(os.environ, launch.local_size, len(bound_cores())))
 report = {"host": socket.gethostname(), "cores": bound_cores()}
@@ -63,7 +64,7 @@ try:
     report["workers"] = [json.loads(answer) for answer in answers]
     tensors.close()
     control.close()
-except (WorldMismatchError, OSError) as error:
+except (WorldMismatchError, RunExit, OSError) as error:
     report["error"] = str(error)
 if launch.is_local_leader:
     print("REPORT" + json.dumps(report))
@@ -98,7 +99,7 @@ def run_checks(environ: Mapping[str, str], launch: Launch | None) -> Iterator[Fi
     )
     yield from _horovod(horovod, torch, mpi4py)
     yield from _variables(environ)
-    if "error" not in mpi4py and horovod is not None and "error" not in horovod:
+    if "error" not in mpi4py and horovod is not None and horovod.get("mpi_built"):
         yield from _launch(launch)
     yield from _gpus(torch, horovod)
     yield from _system()
@@ -158,7 +159,8 @@ def _mpi(mpi4py: Mapping[str, Any]) -> Iterator[Finding]:
             "mpi4py", "error", text, f"{_BUILD}  (with the MPI that you launch with first on PATH)"
         )
     else:
-        yield Finding("mpi4py", "ok", f"on {' '.join(library)}")
+        name = " ".join(library) or "an MPI that the doctor does not know"
+        yield Finding("mpi4py", "ok", f"on {name}")
 
 
 def _vendor_of_mpirun() -> str | None:
@@ -364,7 +366,7 @@ def _cores(workers: Sequence[Mapping[str, Any]], launch: Launch | None) -> Itera
 
 
 def _fix_for_launch(error: str) -> str:
-    if "root" in error:
+    if "as root" in error:
         return "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     if "did not answer" in error:
         return "mpirun --mca btl_tcp_if_include lo …  (or the interface that the hosts share)"

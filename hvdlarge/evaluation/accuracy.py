@@ -54,7 +54,9 @@ class Top5(Accuracy):
     """
 
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Numbers of targets among the five, and of all targets, shape (2,); errors as above."""
+        """Numbers of targets among the five, and of all targets, shape (2,); errors as in
+        Accuracy.totals.
+        """
         if not (are_classes(outputs, targets) and outputs.shape[1] > 5):
             return torch.zeros(2)
         return super().totals(outputs, targets)

@@ -57,7 +57,10 @@ class TeacherForcedBleu:
         """Lengths of translations and references, matched and all 1- to 4-grams, shape (10,)."""
         if not (are_classes(outputs, targets) and targets.ndim == 2):
             return torch.zeros(self.num_totals)
-        return self._totals_of_ids(outputs.argmax(dim=1), targets)
+        predicted, counted = outputs.argmax(dim=1), self._counted(targets)
+        return self._totals_of_ids(
+            [row[kept].tolist() for row, kept in zip(predicted, counted, strict=True)], targets
+        )
 
     def result(self, totals: Sequence[float]) -> float | None:
         """BLEU, 0 to 100."""
@@ -69,12 +72,17 @@ class TeacherForcedBleu:
         )
         return float(score.score)
 
-    def _totals_of_ids(self, translations: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        references = [
-            [id for id in row if id >= 0 and id != self._ignored] for row in targets.tolist()
-        ]
+    def _counted(self, targets: torch.Tensor) -> torch.Tensor:
+        """Which of the targets count, shape (n, length)."""
+        return (targets >= 0) & (targets != self._ignored)
+
+    def _totals_of_ids(
+        self, translations: Sequence[list[int]], targets: torch.Tensor
+    ) -> torch.Tensor:
+        kept = zip(targets, self._counted(targets), strict=True)
+        references = [row[counted].tolist() for row, counted in kept]
         score = self._bleu.corpus_score(
-            [self._sentence(row) for row in translations.tolist()],
+            [self._sentence(row) for row in translations],
             [[self._sentence(row) for row in references]],
         )
         totals = [score.sys_len, score.ref_len, *score.counts, *score.totals]
@@ -124,7 +132,9 @@ class Bleu(TeacherForcedBleu):
         """
         generate = getattr(model, "generate", None)
         source = inputs[0] if isinstance(inputs, tuple) else inputs
-        if not isinstance(source, torch.Tensor) or not (callable(generate) or source is not inputs):
+        if not isinstance(source, torch.Tensor) or not (
+            callable(generate) or isinstance(inputs, tuple)
+        ):
             raise MetricError(
                 "evaluate.metrics: bleu needs the inputs (source, target_in) of a translation, or "
                 f"a source and a model with generate(); {type(model).__name__} gets a "
@@ -142,10 +152,12 @@ class Bleu(TeacherForcedBleu):
         return ids
 
     def totals(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """As above, of translations, shape (n, …), and targets, shape (n, length)."""
+        """As TeacherForcedBleu.totals, of translations, shape (n, …), and targets, shape (n,
+        length).
+        """
         if not isinstance(targets, torch.Tensor) or targets.ndim != 2:
             return torch.zeros(self.num_totals)
-        return self._totals_of_ids(outputs, targets)
+        return self._totals_of_ids(outputs.tolist(), targets)
 
 
 def greedy_decoding(

@@ -64,7 +64,7 @@ class Evaluation:
             name: metric for name, metric in metrics.items() if not isinstance(metric, StateMetric)
         }
         self._loader: Iterable[LoadedMicroBatch] = make_dataloader(
-            dataset, local, num_workers, prefetch_factor
+            dataset, local, num_workers, prefetch_factor, torch.cuda.is_available()
         )
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Evaluation:
             same on every rank.
 
         Raises:
-            JobError: on every rank, if a metric of a finite loss is not a number, or no target of
+            JobError: on every rank, if a metric is NaN although the loss is finite, or no target of
                 the test set counts.
             MetricError: on one rank, if a metric's totals have another shape than it promised.
             OutOfMemory: on one rank, naming what needs the memory.

@@ -150,7 +150,7 @@ class StateMetric:
         return number
 
     def _tentative(self) -> float:
-        """The metric so far; not a number where it has none, infinite where it is no number."""
+        """The metric so far; NaN if compute() raises, infinite if its result is not a number."""
         try:
             value = self._metric.compute()
         except Exception as error:

@@ -52,8 +52,8 @@ class GNMT(nn.Module):
         attention: `current` or `previous`, where the query is from.
         init_range: bound of the uniform initial weights and biases.
         padding: token after the last one of a shorter sequence; such positions of the source do
-            not count. Those of the target are left out by the loss:
-            `{name: cross_entropy, args: {ignore_index: 0}}`.
+            not count. Those of the target are for the loss to leave out, by its `ignore_index`:
+            −100 with `hvdlarge.data.translation:pad`.
 
     Raises:
         ValueError: for impossible sizes or another attention; in `forward` for tokens that a

@@ -22,8 +22,8 @@ def check_tokens(name: str, tokens: torch.Tensor, vocabulary: int) -> None:
     """Raise a ValueError unless tokens have the shape (n, length) and are integers in
     [0, vocabulary).
 
-    On a GPU values are not read, for which every step would wait: there the embedding's own
-    assertion fails.
+    On a GPU the values are not checked, since reading them would synchronize every step: there
+    the embedding's own assertion fails.
     """
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
         raise ValueError(
@@ -35,7 +35,8 @@ def check_tokens(name: str, tokens: torch.Tensor, vocabulary: int) -> None:
         if lowest < 0 or highest >= vocabulary:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"{name} hold the token {wrong}; the model has {vocabulary}, 0 to {vocabulary - 1}"
+                f"{name} hold the token {wrong}; the vocabulary has {vocabulary}, 0 to "
+                f"{vocabulary - 1}"
             )
 
 

@@ -11,7 +11,7 @@ class NoSuchPartError(Exception):
 
 
 def part_of(value: Any, name: str | int) -> Any:
-    """A part of a value: an item of a dict or tuple, or an attribute of anything else.
+    """A part of a value: an item of a dict, tuple or list, or an attribute of anything else.
 
     Raises:
         NoSuchPartError: if there is none, naming the keys that are there.
@@ -25,7 +25,10 @@ def part_of(value: Any, name: str | int) -> Any:
     """
     if isinstance(name, str) and not isinstance(value, Mapping) and hasattr(value, name):
         return getattr(value, name)
+    has_items = isinstance(value, (Mapping, tuple, list))  # a tensor's would be samples
     try:
+        if not has_items:
+            raise TypeError
         return value[name]
     except (KeyError, IndexError, TypeError):
         keys = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""

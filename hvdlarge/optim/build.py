@@ -30,7 +30,7 @@ def build_optimizer(
         ValueError: for patterns that match nothing, or a model without trainable parameters.
         OptimizerRefused: see `own_optimizer`.
     """
-    _leave_the_compiler_out()
+    _skip_the_import_of_dynamo()
     groups = parameter_groups(
         modules,
         section.weight_decay,
@@ -47,10 +47,11 @@ def build_optimizer(
     return getattr(importlib.import_module(module), name)(groups, **section.options)
 
 
-def _leave_the_compiler_out() -> None:
+def _skip_the_import_of_dynamo() -> None:
     # torch keeps its compiler away from these methods, and imports it for that when one of them is
     # first called: more than a second on every worker. The engine never has them compiled, so they
-    # are marked as kept away already; where torch does it another way this changes nothing.
+    # are marked as kept away already, for the whole process; where torch does it another way this
+    # changes nothing.
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None and not hasattr(plain, "__dynamo_disable"):

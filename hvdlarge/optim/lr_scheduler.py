@@ -101,7 +101,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
                 data set. None: by `growth`, and cut short by the end of the run.
 
         Raises:
-            ValueError: for a batch below 1.
+            ValueError: for a batch below 1, or a growth that gives no number of samples.
         """
         if global_batch is not None and global_batch < 1:
             raise ValueError(f"a batch has at least 1 sample, got {global_batch}")
@@ -116,8 +116,9 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     def _next_batch(self) -> int:
         current = self._stage_batch or self._first_batch
-        grown = self._growth.checked_next_batch(self._first_batch, current, self.epoch, {})
-        return max(current, grown)
+        grown = self._growth.next_batch(self._first_batch, current, self.epoch, {})
+        # The caller's own batches may be ahead of the growth's
+        return max(current, self._growth.checked(grown, self.epoch))
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """The rates of the step to come, one for each parameter group."""

@@ -54,7 +54,8 @@ def momentum_update(
     velocities: Sequence[torch.Tensor],
     move: MomentumStep,
 ) -> None:
-    """Update tensors of a CPU in place, all in the same way, the fastest that gives the formula.
+    """Update CPU tensors in place, all in the same way: by torch's fused SGD where that gives the
+    formula, else by the plain operations.
 
     Args:
         weights: w of each.

@@ -19,6 +19,7 @@ _ROW = 4096  # values
 
 def norm(tensor: torch.Tensor) -> torch.Tensor:
     """L2 norm of a dense tensor of any shape, as a float64 tensor of shape () on its device."""
+    tensor = _wide(tensor)
     if tensor.numel() < _ROW:
         return torch.linalg.vector_norm(tensor).double()
     rows, rest = _cut(tensor)
@@ -39,7 +40,7 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     squares = np.zeros(len(tensors))
     parts: dict[int, torch.Tensor] = {}
     rests: dict[int, torch.Tensor] = {}
-    for number, tensor in enumerate(tensors):
+    for number, tensor in enumerate(map(_wide, tensors)):
         if tensor.numel() < _ROW:
             rests[number] = tensor
             continue
@@ -75,6 +76,11 @@ def norms_of_list(tensors: Sequence[torch.Tensor]) -> list[float]:
     # Never in 16 bits, whose range a sum of squares may leave
     dtype = torch.float64 if wide else torch.float32
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype)).tolist()
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of 16 bits, whose range a sum of squares may leave, in 32."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _cut(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,8 +8,10 @@ gradients, parameter groups and saved state.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import math
+import pickle
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +86,7 @@ def own_optimizer(
 
 def _refuse_other_kinds(kind: Any) -> None:
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise OptimizerRefused("it is not a class below torch.optim.Optimizer")
+        raise OptimizerRefused("it is not a subclass of torch.optim.Optimizer")
     if kind.step is torch.optim.Optimizer.step:
         raise OptimizerRefused("it has no step() of its own")
     closure = list(inspect.signature(kind.step).parameters.values())[1:2]
@@ -295,11 +297,11 @@ def _check_savable(trial: _Trial) -> None:
             )
         for key, value in state.items():
             if not isinstance(key, str):
-                raise OptimizerRefused(f"self.state has the key {key!r}, which is no text")
+                raise OptimizerRefused(f"self.state has the key {key!r}, which is not a string")
             if not _is_savable(value):
                 raise OptimizerRefused(
                     f"self.state has {key!r}, a {type(value).__name__}: a checkpoint holds dense "
-                    "tensors, numbers and texts"
+                    "tensors, numbers and strings"
                 )
 
 
@@ -323,11 +325,20 @@ def _frozen(value: Any, depth: int = 6) -> Any:
     if depth and isinstance(value, Mapping):
         keys = [id(key) if isinstance(key, torch.Tensor) else key for key in value]
         return dict(zip(keys, (_frozen(each, depth - 1) for each in value.values()), strict=True))
-    if depth and isinstance(value, (list, tuple)):
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(repr, value))
+    if depth and isinstance(value, (list, tuple, collections.deque)):
         return [_frozen(each, depth - 1) for each in value]
     if depth and hasattr(value, "__dict__") and not callable(value):
         return (type(value).__name__, _frozen(vars(value), depth - 1))
-    return value if isinstance(value, (int, str, bytes, type(None))) else repr(type(value))
+    if isinstance(value, (int, complex, str, bytes, type(None))):
+        return value
+    if callable(value):
+        return repr(type(value))
+    try:
+        return pickle.dumps(value)
+    except Exception:  # whatever its class raises: such as a lock, which is not saved either
+        return repr(type(value))
 
 
 @contextmanager

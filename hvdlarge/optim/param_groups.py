@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdlarge.models.state import Modules, join_names, named_modules
+from hvdlarge.models.state import Modules, named_modules
 from hvdlarge.models.state import named_parameters as every_parameter
 
 _NORMALISATION = (
@@ -40,7 +40,7 @@ def parameter_groups(
         modules: parameters that do not require a gradient are left out.
         weight_decay: β of the adapted group; the other one has none.
         exclude: patterns with `*` and `?`; a parameter whose full name matches one is neither
-            adapted nor decayed.
+            adapted nor decayed. A tied parameter is found by any of its names.
         exclude_bias_and_norm: whether biases and normalisation parameters are excluded too; False
             is the paper's reading.
         excluded_lr_factor: factor of the learning rate of the parameters that are not adapted.
@@ -59,20 +59,14 @@ def parameter_groups(
     ]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
-    for pattern in exclude:
-        matching = {name for name, _ in trainable if fnmatchcase(name, pattern)}
-        if not matching:
-            names = ", ".join(name for name, _ in trainable[:8])
-            raise ValueError(
-                f"the pattern {pattern!r} matches no trainable parameter; the first names are: "
-                f"{names}"
-            )
-        apart |= matching
+    apart |= _matching(modules, exclude)
 
     groups = []
     for adapt in (True, False):
         members = [
-            (name, parameter) for name, parameter in trainable if (name not in apart) == adapt
+            (name, parameter)
+            for name, parameter in trainable
+            if (id(parameter) not in apart) == adapt
         ]
         if members:
             groups.append(
@@ -85,6 +79,27 @@ def parameter_groups(
                 }
             )
     return groups
+
+
+def _matching(modules: Modules, patterns: Sequence[str]) -> set[int]:
+    """The identities of the trainable parameters with a name that matches a pattern."""
+    named = [
+        (prefix + name, parameter)
+        for prefix, root in modules.items()
+        for name, parameter in root.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    found: set[int] = set()
+    for pattern in patterns:
+        matching = {id(parameter) for name, parameter in named if fnmatchcase(name, pattern)}
+        if not matching:
+            names = ", ".join(name for name, _ in named[:8])
+            raise ValueError(
+                f"the pattern {pattern!r} matches no trainable parameter; the first names are: "
+                f"{names}"
+            )
+        found |= matching
+    return found
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Parameter]]:
@@ -114,12 +129,13 @@ def set_group_lr(group: dict[str, Any], lr: float | torch.Tensor) -> None:
         group["lr"] = lr
 
 
-def _bias_and_normalisation(modules: Modules) -> Iterator[str]:
-    for module_name, module in named_modules(modules):
-        for name, _ in module.named_parameters(recurse=False):
+def _bias_and_normalisation(modules: Modules) -> Iterator[int]:
+    """The identities of the parameters that are a bias, or belong to a normalisation."""
+    for _, module in named_modules(modules):
+        for name, parameter in module.named_parameters(recurse=False):
             if (
                 isinstance(module, _NORMALISATION)
                 or name.startswith("bias")
                 or name.endswith("_bias")
             ):
-                yield join_names(module_name, name)
+                yield id(parameter)

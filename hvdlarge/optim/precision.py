@@ -3,10 +3,10 @@
 Formula:  gradients of s·loss, divided by s once they are summed over all workers; s a power of two,
           so that nothing is rounded. fp16: s begins at 2¹⁶, is halved at each step whose gradients
           overflow (that step is skipped on every rank), and doubled after 2000 steps without one.
-          compression fp16: s also has the smallest power of two that is no less than the number of
-          workers, since what travels is each worker's share of the mean. For a loss that is a sum
-          with a weight it is divided by the power of two next to the weight of a sample, since the
-          weight of a step divides the sum only once that has arrived.
+          compression fp16: s is also multiplied by the smallest power of two that is at least the
+          number of workers, since what travels is each worker's share of the mean. For a loss
+          (sum, weight) s is then divided by the power of two nearest to the weight per sample,
+          since the sum is divided by the weight of the step only after the all-reduce.
 Source:   Micikevicius et al., "Mixed Precision Training" (2018), section 3.2; the numbers are those
           of torch's GradScaler.
 Contract: weights, their gradients and everything in the update stay in 32 (or 64) bits. The order

@@ -1,13 +1,13 @@
-"""The published forms of LARS under their names, so that the settings of another program can be
+"""The published variants of LARS under their names, so that the settings of another program can be
 carried over.
 
 Source:   `paper`: You, Gitman, Ginsburg (2017), Algorithm 1. `mlperf`: the MLPerf reference in
           TensorFlow, which is the paper's form with an epsilon. `torch`: the rate outside the
           buffer, as torch's SGD has it and most PyTorch forms of LARS with it. `larc`: NVIDIA
           Apex's LARC in its clipping mode. `optax`: decay added before the norm is taken.
-Contract: pure; a preset gives defaults only, every option may be set beside it. What remains of a
-          peer's own ways is the treatment of a gradient that is zero throughout (interface.py), of
-          biases (param_groups.py), and of clamps that no paper has
+Contract: pure; a preset gives defaults only, every option may be set beside it. Not part of a
+          preset: how other implementations treat a gradient of zeros (see interface.py) and biases
+          (see param_groups.py), and clamps that are in no paper.
 """
 
 from __future__ import annotations

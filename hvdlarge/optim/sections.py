@@ -66,7 +66,8 @@ class Lars(OptimizerSection):
     joint_norm: bool = False
     """Use ‖g + βw‖ instead of ‖g‖ + β‖w‖ in the trust ratio."""
     clip: bool = False
-    """Limit the trust ratio times the rate to the rate (LARC's clipping mode)."""
+    """LARC's clipping mode: the effective rate of a tensor is the smaller of its trust ratio and
+    the learning rate, instead of their product."""
     nesterov: bool = False
     """Nesterov momentum."""
     eps: NotNegative = 0.0
@@ -166,10 +167,10 @@ class RmsProp(OptimizerSection):
 
 
 class OwnOptimizer(OptimizerSection):
-    """A class below torch.optim.Optimizer, by its import path."""
+    """A subclass of torch.optim.Optimizer, by its import path."""
 
     name: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
-    """A class below `torch.optim.Optimizer`: one of torch's, or your own."""
+    """A subclass of `torch.optim.Optimizer`: one of torch's, or your own."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class, beside the parameters, `lr` and `weight_decay`."""
 

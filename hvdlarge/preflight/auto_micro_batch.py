@@ -55,7 +55,7 @@ def with_largest_micro_batch(
         averages: whether the run also keeps an average of the weights.
 
     Raises:
-        OutOfMemory: on every rank, if a single sample does not fit on some rank.
+        OutOfMemory: if a single sample does not fit on some rank.
         JobError: on every rank, for a sample that cannot be read, or an error of the model or the
             loss that is not about memory.
     """
@@ -118,7 +118,7 @@ def largest_micro_batch(
 ) -> int:
     """The largest micro-batch whose forward and backward pass fit in this worker's memory.
 
-    Gradients, buffers, module modes and torch's random generators are left as they were.
+    Buffers, module modes and torch's random generators are restored; gradients are cleared.
 
     Args:
         objective: model and loss, on the device, without the hooks of a distributed optimizer.
@@ -212,6 +212,4 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
         else:
             bad = size
         size = min(2 * good, most) if bad > most else (good + bad) // 2
-        if good == most:
-            break
     return good

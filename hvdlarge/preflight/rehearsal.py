@@ -262,8 +262,7 @@ class Rehearsal:
             after = self._versions()
             written = [name for name, version in versions.items() if after.get(name) != version]
             restore()
-            evaluated = self._evaluate(inputs, targets) if evaluates else None
-            before.check_unchanged(self._modules, [])
+            evaluated = self._evaluate_without_changes(inputs, targets) if evaluates else None
             shifts = _shift(self._layers)
             second = self._pass(inputs, targets, add=True)
             if not self._same(first, second._replace(gradient=second.gradient / 2)):
@@ -271,7 +270,7 @@ class Rehearsal:
                 self._explain(first, inputs, targets, restore)
             self._refuse_other_rules(first, averages, shifts)
             restore()
-            if evaluates and evaluated is not None:
+            if evaluated is not None:
                 self._refuse_other_loss(evaluated, self._evaluate(inputs, targets))
             for sign in (1.0, -1.0) if written else ():
                 restore()
@@ -384,7 +383,7 @@ class Rehearsal:
         if once.weight is None or twice.weight is None or once.weight.item() == 0:
             return ""
         if doubles and not grows(once.weight, twice.weight, 2):
-            return "of the pair (sum, weight) the sum doubles with the samples, and the weight not"
+            return "of the pair (sum, weight) the sum doubles with the samples, the weight does not"
         if grows(once.weight, twice.weight, 2) and grows(once.value, twice.value, 1):
             return "of the pair (sum, weight) the first is a mean: return the sum"
         return ""
@@ -491,6 +490,13 @@ class Rehearsal:
         """The loss in evaluation mode."""
         with self._evaluating(), user_code("the first micro-batch, in evaluation mode,"):
             return self._forward(inputs, targets).mean().item()
+
+    def _evaluate_without_changes(self, inputs: Any, targets: Any) -> float:
+        """The same, which must not change saved state: not the running statistics either."""
+        before = _State.of(self._modules, [])
+        loss = self._evaluate(inputs, targets)
+        before.check_unchanged(self._modules, [], "a pass in evaluation mode")
+        return loss
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -658,18 +664,19 @@ class _State(NamedTuple):
             {name: module.training for name, module in named_modules(modules)},
         )
 
-    def check_unchanged(self, modules: Modules, layers: list[NormLayer]) -> None:
+    def check_unchanged(
+        self, modules: Modules, layers: list[NormLayer], what: str = "the forward or backward pass"
+    ) -> None:
         after = _State.of(modules, layers)
         changed = [name for name in self.digests if after.digests.get(name) != self.digests[name]]
         changed += [name for name in self.extra if after.extra.get(name) != self.extra[name]]
         if changed:
-            raise JobError(_changed_message(changed[0]))
+            raise JobError(_changed_message(changed[0], what))
         if switched := [
             name for name, mode in after.modes.items() if self.modes.get(name, mode) != mode
         ]:
             raise JobError(
-                "model.name: the forward pass changes the mode (training or evaluation) of "
-                f"{switched[0]!r}"
+                f"model.name: {what} changes the mode (training or evaluation) of {switched[0]!r}"
             )
 
 
@@ -683,9 +690,9 @@ def _keeps_values(after: torch.Tensor, shifted: torch.Tensor, before: torch.Tens
     return bool(kept.all())
 
 
-def _changed_message(name: str) -> str:
+def _changed_message(name: str, what: str = "the forward or backward pass") -> str:
     return (
-        f"model.name: the forward or backward pass changes {name!r}, which is saved with the "
+        f"model.name: {what} changes {name!r}, which is saved with the "
         "model: its value would depend on how many micro-batches a worker processes (a cache may "
         "be a buffer with persistent=False)"
     )

@@ -27,7 +27,7 @@ def user_code(what: str) -> Iterator[None]:
             else ""
         )
         raise JobError(
-            f"model.name: {what} does not go through model and loss{limited}: {describe(error)}"
+            f"model.name: {what} fails in the model or the loss{limited}: {describe(error)}"
         ) from None
 
 

@@ -4,12 +4,12 @@ Formula:  the pass of sample s begins with the state that the pass of sample s â
           the number of lanes, and with zeros where s is the first sample of its lane in its epoch
 Source:   truncated back-propagation through time: no gradient flows into an earlier sample.
 Contract: the states belong to the lanes, not to the workers: their values do not depend on who has
-          computed them. Each worker holds a place for every lane. A lane's newest state is on the
-          worker that has passed its last sample, which every rank knows from the layouts of the
-          steps alone. All states are shared, bit for bit, before a checkpoint and before a step in
-          which some worker needs one that another has: never while a constant batch divides K, at
-          worst before every step. After a step that is skipped the lanes are as before it, but for
-          those that it began: they begin with zeros once more.
+          computed them. Each worker has room for every lane. A lane's newest state is on the
+          worker that processed the lane's latest sample, which every rank knows from the layouts
+          of the steps alone. All states are shared, bit for bit, before a checkpoint and before a
+          step in which some worker needs one that another has: never while a constant batch
+          divides K, at worst before every step. A skipped step leaves the states as they were
+          before it, except that lanes which began in it begin with zeros again.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _leaf(one: Any, two: Any, size: int) -> _Leaf:
 
 
 def find_state_form(advance: Callable[[Any, Any], tuple[Any, Any]], inputs: Any) -> StateForm:
-    """The form of a model's state, from passes of two and four samples.
+    """The form of a model's state, from a pass of at most two samples, and one of these twice.
 
     Args:
         advance: (inputs, state or None) -> (outputs, state).
@@ -181,7 +181,7 @@ def number_of_samples(inputs: Any) -> int:
     for value in leaves(inputs):
         if isinstance(value, torch.Tensor) and value.ndim:
             return len(value)
-    raise StateError("and its inputs be tensors")
+    raise StateError("its inputs must hold a tensor whose first dimension is the samples")
 
 
 class CarriedWindow:

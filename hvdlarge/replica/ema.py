@@ -25,7 +25,7 @@ class WeightAverage:
     """The averages of the trained parameters.
 
     Args:
-        names: of the parameters, with the values at which the averages start.
+        names: name of each parameter; the averages start at the parameters' current values.
         half_life: in samples, above 0.
     """
 

@@ -272,7 +272,7 @@ def _lane_notes(job: Job, plan: Plan) -> list[str]:
 
 def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: Decision) -> str:
     """One line in words about a growth of the batch."""
-    layout = BatchLayout(after.stage_batch, after.micro_batch, plan.world_size)
+    layout = layout_of(plan, after.stage_batch)
     lr = f"lr {after.lr:.4g}" if lr_before is None else f"lr {lr_before:.4g} becomes {after.lr:.4g}"
     return (
         f"epoch {after.epoch:.2f}: the global batch grows from {batch_before} to "

@@ -1,4 +1,4 @@
-"""Checks that training changes no saved buffers and extra state, except those of batch norm.
+"""Checks that training changes neither saved buffers, except those of batch norm, nor extra state.
 
 The rehearsal refuses a model whose first forward pass changes them; this detects a model that does
 so later, before anything is saved.

@@ -50,7 +50,7 @@ class StopRequest:
     def restore_handlers(self) -> None:
         """Put back the handlers that `install_handlers` has replaced."""
         for name, handler in self._replaced.items():
-            if handler is not None:  # one that Python has not installed, and cannot
+            if handler is not None:  # None: installed from outside Python, which cannot restore it
                 signal.signal(getattr(signal, name), handler)
         self._replaced = {}
 

@@ -13,7 +13,6 @@ _MESSAGES = (
     "shared memory(shm)",
     "out of shared memory",
     "killed by signal: Bus error",
-    "/dev/shm/",
 )
 
 
@@ -24,9 +23,15 @@ def is_shared_memory_error(error: BaseException) -> bool:
     True
     >>> is_shared_memory_error(OSError(28, "No space left on device", "/scratch/cache"))
     False
+    >>> is_shared_memory_error(FileNotFoundError(2, "No such file", "/dev/shm/cache/train.bin"))
+    False
     """
-    if isinstance(error, (OSError, RuntimeError)) and any(sign in str(error) for sign in _MESSAGES):
-        return True
+    if isinstance(error, (OSError, RuntimeError)):
+        text = str(error)
+        if any(sign in text for sign in _MESSAGES):
+            return True
+        if "/dev/shm/" in text and "No space left" in text:
+            return True
     # Semaphores lie there too, and have no name in the error
     frames = traceback.extract_tb(error.__traceback__)
     return (

@@ -152,7 +152,7 @@ class Watchdog:
     def _exit(self, seconds: float) -> None:
         lines = [
             f"hvdlarge: error: rank {self._rank} ({socket.gethostname()}) has waited {seconds:.0f} "
-            f"s in phase {self._phase} of step {self._step}; the limit is {self._limit():g} s "
+            f"s in phase {self._phase}{_of_step(self._step)}; the limit is {self._limit():g} s "
             "(timeouts in the job). A rank hangs or is stopped.",
             *self._lagging_ranks(),
             "the stacks of this rank:",
@@ -177,10 +177,15 @@ class Watchdog:
                     age > 3 * _NOTE_SECONDS or note["step"] < self._step
                 ):
                     seen = (
-                        f"was last seen {age:.0f} s ago in phase {note['phase']} of step "
-                        f"{note['step']}"
+                        f"was last seen {age:.0f} s ago in phase {note['phase']}"
+                        f"{_of_step(note['step'])}"
                     )
                     lines.append(f"rank {note['rank']} ({note['host']}) {seen}")
             except (OSError, ValueError, KeyError):
                 continue
         return lines
+
+
+def _of_step(step: int) -> str:
+    """Names a step in a message; nothing before the first one."""
+    return f" of step {step}" if step >= 0 else ""

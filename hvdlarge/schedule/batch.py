@@ -7,8 +7,8 @@ Formula:  global_batch = Σ over workers of (micro-batches of that worker × the
           ⌊(r+1)·M/n⌋ − 1
 Source:   docs/design.md.
 Contract: pure. Micro-batches belong to the step and not to the worker: their limits do not depend
-          on the number of workers. Each worker's micro-batches are consecutive, and two workers
-          never differ by more than one.
+          on the number of workers, unless `batch.micro: auto` derives their size from it. Each
+          worker's micro-batches are consecutive, and two workers never differ by more than one.
 """
 
 from __future__ import annotations

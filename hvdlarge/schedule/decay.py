@@ -252,6 +252,11 @@ class OneCycle(Decay):
         left = (1.0 - passed) / (1.0 - 2 * self.peak)
         return self.end_factor + (self.start_factor - self.end_factor) * left
 
+    def notes(self, epochs: float) -> Iterator[str]:
+        """A note if there is no tail."""
+        if self.peak == 0.5 and self.end_factor != self.start_factor:
+            yield "peak is 0.5: the run ends at start_factor, and end_factor has no effect"
+
     def highest_factor(self, start: float, end: float, warmup_end: float, epochs: float) -> float:
         """The largest factor in [start, end] (epochs): 1 where the peak lies in it."""
         if start <= self.peak * epochs <= end:

@@ -67,16 +67,24 @@ class Growth(Policy, ABC):
         Raises:
             ValueError: if it is below `current`, or no number of samples.
         """
-        batch = self.next_batch(initial, current, epoch, measured)
-        if type(batch) is not int or batch > LARGEST_BATCH:
-            raise ValueError(
-                f"{type(self).__name__} gives a batch of {batch!r} at epoch {epoch:g}: it must be "
-                f"a whole number of samples, at most {LARGEST_BATCH}"
-            )
+        batch = self.checked(self.next_batch(initial, current, epoch, measured), epoch)
         if batch < current:
             raise ValueError(
                 f"{type(self).__name__} gives a batch of {batch} after {current} at epoch "
                 f"{epoch:g}: batches only grow"
+            )
+        return batch
+
+    def checked(self, batch: int, epoch: float) -> int:
+        """A batch that `next_batch` has returned.
+
+        Raises:
+            ValueError: if it is no number of samples.
+        """
+        if type(batch) is not int or batch > LARGEST_BATCH:
+            raise ValueError(
+                f"{type(self).__name__} gives a batch of {batch!r} at epoch {epoch:g}: it must be "
+                f"a whole number of samples, at most {LARGEST_BATCH}"
             )
         return batch
 

@@ -118,7 +118,8 @@ class LegwWarmup(Warmup):
     policy: Literal["legw"] = "legw"
     """LEGW (You et al. 2019): the length in epochs grows with the batch."""
     epochs: float = 0.0
-    """Warmup of the tuned baseline (`base_warmup_epochs`), in epochs."""
+    """Warmup at `batch.base`, in epochs; a batch k times as large has one k times as long. LEGW is
+    this warmup together with `lr.scaling: sqrt`."""
     on_growth: OnGrowth = "ramp"
     """At a growth of the batch: `ramp` up to the new rate, or `jump` to it."""
 

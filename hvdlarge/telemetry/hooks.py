@@ -165,7 +165,8 @@ class Hooks:
             arguments: gives those of the call; not asked if no hook wants it.
 
         Raises:
-            JobError: on every rank, if a hook raised on any, or changed the model.
+            JobError: on every rank, if a hook raised on any, or changed the modes of the model, or
+                a tensor of it in place; a change through `.data` is not seen.
         """
         if not self._calls[event]:
             return

@@ -1,5 +1,6 @@
-"""One step: from decided micro-batches to updated weights. It stays on one screen; a new idea is an
-object handed in.
+"""One step: from decided micro-batches to updated weights.
+
+`train_step` stays short: new behaviour is passed in as an object.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def test_a_model_that_does_not_fit_its_data_is_refused_before_the_first_step(
     assert ended.code == 2
     assert len(ended.errors) == 1
     assert (
-        "the first micro-batch does not go through model and loss: RuntimeError: mat1 and mat2"
+        "the first micro-batch fails in the model or the loss: RuntimeError: mat1 and mat2"
         in ended.errors[0]
     )
     assert "everywhere.py, line 11, in forward" in ended.errors[0]

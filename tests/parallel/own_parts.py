@@ -217,6 +217,15 @@ class Frozen(Normed):
         return self
 
 
+class AlwaysInTraining(Normed):
+    """Normalises by the batch in evaluations too, and so changes what is saved there."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.train()
+        return self
+
+
 class TwoNames(Normed):
     def build(self):
         super().build()

@@ -280,6 +280,7 @@ REFUSED = {
     "data={name: 'own_parts:iterable'}": "IterableDataset",
     "data={name: 'own_parts:own_generator_of_the_test_set'}": "the test set returns different samples when read again",
     "model.name=own_parts:RemembersEvaluations": "changes 'evaluations', which is saved",
+    "model.name=own_parts:AlwaysInTraining": "a pass in evaluation mode changes 'norm.running_mean', which is saved",
     "model.name=own_parts:NoisyEvaluations": "in evaluation mode the model or the loss gives a different result",
     "model.name=own_parts:ClipsWhatIsAccumulated": "a hook changes what has been accumulated",
     "loss.name=own_parts:Unreduced": r"a loss must return a mean over samples, .* returned a float64 tensor of shape \(4,\)",
@@ -311,7 +312,7 @@ REFUSED = {
     'optimizer={"name":"torch.optim:Muon"}': "Muon only supports 2D parameters",
     'optimizer={"name":"own_parts:Langevin"}': "own_parts:Langevin: .*whose .grad is None",
     'optimizer={"name":"own_parts:RaisingInItsStep"}': r"KeyError: 'no such momentum' \(.*own_parts.py, line \d+, in step\)",
-    'optimizer={"name":"own_parts:Net"}': "not a class below torch.optim.Optimizer",
+    'optimizer={"name":"own_parts:Net"}': "not a subclass of torch.optim.Optimizer",
     'hooks=["own_parts:Net"]': "hooks: own_parts:Net has none of on_start",
     'hooks=["own_parts:Observe"]': "has no 'Observe'",
     'hooks=[{"name":"own_parts:Observer","args":{"evry":1}}]': "the arguments .evry. do not fit",
@@ -321,7 +322,7 @@ REFUSED = {
     "data={name: 'own_parts:plain', lanes: 31}": r"data.lanes needs a model with a method advance\(inputs, state\)",
     "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ForgetsSamples": r"needs one dimension for the samples; the shape is \(7, 5\) for 2 samples and \(7, 5\) for 4",
     "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ReturnsOutputs": r"for data.lanes, advance\(\) must return \(outputs, state\): it returned a float64 tensor",
-    "model.name=own_parts:Normed batch.micro=1": "the first micro-batch does not go through .* more than 1 value per channel",
+    "model.name=own_parts:Normed batch.micro=1": "the first micro-batch fails in .* more than 1 value per channel",
     "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
 }
 

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = ["exits", "models", "schedule", "data", "optim", "reduction", "comm", "config", "replica", "resilience",
          "reporting", "telemetry", "checkpoint",
          "controller", "evaluation", "preflight", "world", "build", "training", "run", "api"]  # fmt: skip
-DOORS = {"train", "launch", "plan", "export", "pack", "doctor", "bench"}
+DOORS = {"__main__", "train", "launch", "plan", "export", "pack", "doctor", "bench"}
 PURE = {
     "schedule",
     "telemetry/timers.py",

@@ -248,6 +248,13 @@ def test_the_lines_for_the_user_say_the_arithmetic():
     assert line.startswith("epoch 6.01: the global batch grows from 32 to 64 = 16 × 2 × 2; lr ")
 
 
+def test_a_growth_in_the_last_shorter_step_says_the_arithmetic_of_its_stage():
+    plan = make_plan(micro=None, world_size=2)
+    last = all_of(plan)[-1]
+    short = dataclasses.replace(last, global_batch=3, micro_batch=2, stage_batch=64)
+    assert " to 64 = 32 × 1 × 2; " in growth_line(plan, 32, None, short)
+
+
 @pytest.mark.parametrize("workers", [1, 3, 8])
 @pytest.mark.parametrize("largest", [1, 7, 64, None])
 def test_a_step_that_is_shared_evenly_has_no_larger_micro_batch_than_fits(workers, largest):

@@ -27,8 +27,8 @@ REST = "model: {name: mlp}\nbatch: {base: 8, micro: 8}\nlr: {base: 0.1}\nepochs:
 class Noisy(Dataset):
     """Samples with random draws; sample `bad` has another shape."""
 
-    def __init__(self, size=50, bad=None, stop=None):
-        self.size, self.bad, self.stop, self.reads = size, bad, stop, 0
+    def __init__(self, size=50, bad=None, stop=None, lost=None):
+        self.size, self.bad, self.stop, self.lost, self.reads = size, bad, stop, lost, 0
 
     def __len__(self):
         return self.size
@@ -37,12 +37,14 @@ class Noisy(Dataset):
         self.reads += 1
         if index == self.stop:
             raise KeyboardInterrupt
+        if index == self.lost:
+            raise FileExistsError(f"an error of the set at {index}")
         values = torch.randn(3 + (index == self.bad)) + random.random()
         return values.numpy() + np.float32(index), index % 7
 
 
-def noisy(bad=None, size=50):
-    return Noisy(size, bad), Noisy(size=9)
+def noisy(bad=None, size=50, lost=None):
+    return Noisy(size, bad, lost=lost), Noisy(size=9)
 
 
 def as_dicts():
@@ -214,12 +216,13 @@ def test_the_same_command_again_verifies_and_another_job_is_refused(tmp_path, ca
     [
         ("{name: 'single.test_pack:noisy', args: {bad: 1}}", "samples cannot be stacked"),
         ("{name: 'single.test_pack:noisy', args: {bad: 48, size: 49}}", "samples 48 to 48"),
+        ("{name: 'single.test_pack:noisy', args: {lost: 20}}", "a sample cannot be read: FileExistsError: an error of the set at 20 (test_pack.py, line "),
         ("{name: 'single.test_pack:as_dicts'}", "only pairs of one input and one target"),
         ("{name: 'single.test_pack:as_dicts', targets: y}", "only pairs of one input and one"),
         ("{name: 'single.test_pack:alone'}", "only pairs of one input and one target"),
         ("{name: mnist, args: {folder: nowhere}}", "there is no folder"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_packed_is_an_error_of_the_job(
     tmp_path, small_pieces, capsys, data, problem
 ):

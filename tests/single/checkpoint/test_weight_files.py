@@ -84,6 +84,7 @@ def test_a_damaged_torch_file_is_refused(tmp_path):
         (torch.ones(3), "it holds a Tensor and no state_dict"),
         ({"epoch": 3, "state_dict": STATE}, "it holds no state_dict.*\n.*epoch, state_dict"),
         ({}, "it holds no state_dict"),
+        (dict(enumerate(STATE.values())), "it holds no state_dict: 0 is not a name"),
         ({"a": Custom()}, "more than tensors and builtins"),
     ],
 )

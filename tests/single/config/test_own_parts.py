@@ -46,6 +46,12 @@ class Later(Warmup):
     def ramp_length(self, epoch, before, after): return 0.0
 
 @dataclass(frozen=True)
+class Endless(Warmup):
+    on_growth: ClassVar[str] = "jump"
+    def length(self, batch_factor): return 500.0
+    def ramp_length(self, epoch, before, after): return 0.0
+
+@dataclass(frozen=True)
 class Adding(Growth):
     samples: int = 2
     def next_batch(self, initial, current, epoch, measured):
@@ -186,6 +192,9 @@ def test_a_plan_needs_no_torch(folder):
     ("change", "message"),
     [
         ("lr.decay.evry=3", "unknown key 'lr.decay.evry'; did you mean 'every'"),
+        ("lr.policy=os.path:join", r"unknown key 'lr.policy'; .*base"),
+        ("model={name: 'policies_for_test:Later', chanels_last: true}", "unknown key 'model.chanels_last'; did you mean 'channels_last'"),
+        ("lr.warmup={policy: 'policies_for_test:Endless'}", "lr.warmup: the warmup takes 500 epochs"),
         ("lr.decay.every=often", "lr.decay.every is \"often\": input should be a valid number"),
         ("lr.decay.every=-1", "lr.decay: every must be above 0, got -1"),
         ("lr.decay.points=3", "lr.decay.points is 3: "),
@@ -193,7 +202,7 @@ def test_a_plan_needs_no_torch(folder):
         ("lr.decay.policy=nowhere:Decay", "lr.decay.policy: there is no module 'nowhere'.*beside too"),
         ("lr.decay.policy=policies_for_test:Halvin", "has no 'Halvin'"),
         ("lr.decay.policy='policies_for_test:'", "lr.decay.policy: .*not of the form package.module:attribute"),
-        ("lr.decay.policy=policies_for_test:Later", "not a class below Decay of hvdlarge.schedule.decay"),
+        ("lr.decay.policy=policies_for_test:Later", "not a subclass of Decay of hvdlarge.schedule.decay"),
         ("lr.decay.policy=policies_for_test:random", "is not callable"),
         ("lr.decay={policy: 'policies_for_test:NotFrozen'}", "must be a frozen dataclass"),
         ("lr.decay={policy: 'policies_for_test:NoFactor'}", "lacks factor"),

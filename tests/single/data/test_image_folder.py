@@ -105,6 +105,13 @@ def test_stop_names_the_first_image_that_is_read(folder):
         train[3]
 
 
+def test_an_error_of_the_system_is_not_one_of_the_image(folder):
+    train, _ = small(folder)
+    (folder / "train/ant/9.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        train[1]
+
+
 def test_refuse_names_and_counts_them_before_the_run(folder):
     small(folder, undecodable="refuse")
     damage(folder)

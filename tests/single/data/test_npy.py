@@ -101,9 +101,9 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, change, problem):
     [
         (np.zeros((0, 3)), "is empty"),
         (np.float32(1), "is empty"),
-        (np.array(["a"]), "holds <U1, which torch has not"),
+        (np.array(["a"]), "holds <U1, which torch does not support"),
         (np.zeros(3, "u2"), "holds uint16, .*: int32 or int64 are expected"),
-        (np.zeros(3, ">f4"), "holds >f4, which torch has not"),
+        (np.zeros(3, ">f4"), "holds >f4, which torch does not support"),
         (np.array([None]), "no complete .npy file of numbers"),
     ],
 )

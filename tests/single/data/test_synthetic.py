@@ -19,6 +19,14 @@ def test_a_set_of_any_size_stays_small_in_memory():
     assert set(targets.tolist()) <= {0, 1, 2}
 
 
+def test_a_loop_over_the_set_ends_and_its_last_sample_is_the_last():
+    images, _ = synthetic_images(600, size=2)
+    assert len(list(images)) == 600
+    assert torch.equal(images[-1][0], images[599][0])
+    with pytest.raises(IndexError):
+        images[600]
+
+
 def test_a_wrong_size_is_the_jobs_error():
     with pytest.raises(JobError, match=r"data\.name: synthetic_images: .* at least 1 sample"):
         registry.instantiate("data.name", "synthetic_images", {"samples": 0}, registry.DATA_SETS)

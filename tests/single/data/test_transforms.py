@@ -173,6 +173,19 @@ def test_mixup_mixes_images_and_classes_by_the_same_weights():
     assert abs(weights.var() - 1 / (4 * (2 * 0.7 + 1))) < 0.005  # of Beta(α, α)
 
 
+def test_mixup_takes_integers_of_any_width_and_names_classes_that_there_are_not():
+    images, mix = loaded(0, 5), build("{name: mixup, classes: 4}")
+    narrow = images._replace(targets=images.targets.to(torch.uint8))
+    assert torch.equal(mix.train(narrow).targets, mix.train(images).targets)
+    for targets, problem in (
+        (images.targets.bool(), "takes class indices"),
+        (images.targets + 1, "mixup has 4 classes; the targets go from 1 to 4"),
+        (images.targets - 1, "the targets go from -1 to 2"),
+    ):
+        with pytest.raises(TransformError, match=problem):
+            mix.train(images._replace(targets=targets))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     {

@@ -83,6 +83,17 @@ def test_teacher_forced_bleu_is_that_of_the_most_probable_tokens():
     metric = TeacherForcedBleu()
     totals = metric.totals(logits, targets)
     assert metric.result(totals.tolist()) == of_sacrebleu(translations, references)
+    # A short sentence whose end the model misses is no longer for the padding beside a long one
+    first = [i for i, row in enumerate(targets.tolist()) if row.count(-100) > 2][:1]
+    missed = logits.clone()
+    missed[first, :, :] = torch.nn.functional.one_hot(torch.tensor(7), 30)[None, :, None].double()
+    alone = (targets[first] != -100).sum()
+    together, cut = (
+        metric.totals(missed, targets),
+        metric.totals(missed[first, :, :alone], targets[first, :alone]),
+    )
+    others = [i for i in range(len(targets)) if i not in first]
+    assert torch.equal(together, cut + metric.totals(logits[others], targets[others]))
     for outputs in (logits[:, :, :-1], logits[0], {"logits": logits}):
         assert metric.result(metric.totals(outputs, targets).tolist()) is None
 

@@ -183,7 +183,7 @@ def test_initial_weights():
         ([[3, 0, 4]], r"a source must be one token or more, then only padding \(token 0\)"),
         ([[0, 3, 4]], "then only padding"),
         ([[3, 4], [0, 0]], "one token or more"),
-        ([[3, 17]], "source tokens hold the token 17; the model has 17, 0 to 16"),
+        ([[3, 17]], "source tokens hold the token 17; the vocabulary has 17, 0 to 16"),
     ],
 )
 def test_sources_that_are_not_sentences_are_refused(source, message):
@@ -192,7 +192,9 @@ def test_sources_that_are_not_sentences_are_refused(source, message):
 
 
 def test_target_tokens_that_the_vocabulary_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="target tokens hold the token 9; the model has 9, 0 to 8"):
+    with pytest.raises(
+        ValueError, match="target tokens hold the token 9; the vocabulary has 9, 0 to 8"
+    ):
         small(target_tokens=9)(sentences(3), torch.tensor([[1, 9]]))
 
 

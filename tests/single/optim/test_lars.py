@@ -270,6 +270,20 @@ def test_patterns_the_papers_reading_and_an_own_rate():
     assert [group["lr"] for group in optimizer.param_groups] == [3.0, 1.5]
 
 
+def test_a_tied_parameter_is_found_by_any_of_its_names():
+    model = Net()
+    model.again = torch.nn.Module()
+    model.again.table = model.scale  # the first name is "scale"
+    _, others = parameter_groups(model, 0.1, exclude=("again.*",))
+    assert "scale" in others["names"]
+    norm = torch.nn.Module()
+    norm.first = torch.nn.Linear(3, 3)
+    norm.norm = torch.nn.LayerNorm(3)
+    norm.first.gain = norm.norm.weight
+    _, others = parameter_groups(norm, 0.1)
+    assert "first.gain" in others["names"]
+
+
 def test_a_pattern_that_matches_nothing_and_a_model_without_weights_are_refused():
     with pytest.raises(ValueError, match=r"'encoder\.\*' matches no"):
         parameter_groups(Net(), 0.1, exclude=("encoder.*",))

@@ -90,6 +90,21 @@ def test_batches_that_the_loop_gives_are_those_of_a_growth(schedule):
     assert told.finished
 
 
+def test_a_loop_may_be_ahead_of_its_growth():
+    for growth, batches in (
+        (None, [400, 400]),
+        (AdaBatchGrowth(every_epochs=1, max=800), [400, 800]),
+    ):
+        arguments = {} if growth is None else {"growth": growth}
+        scheduler = LRScheduler(optimizer_of(), RULES[0], 800, 8.0, 100, **arguments)
+        taken(scheduler, 400)
+        seen = []
+        for _ in range(16):
+            taken(scheduler)
+            seen.append(scheduler.global_batch)
+        assert (seen[0], max(seen)) == tuple(batches)
+
+
 def test_a_step_cut_short_is_no_new_stage():
     schedule = LRSchedule(1.0, "linear", LinearWarmup(2.0))
     scheduler = LRScheduler(optimizer_of(), schedule, 100, 3.0, 32)

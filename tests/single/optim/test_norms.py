@@ -86,10 +86,17 @@ def test_lists_are_for_devices_with_launches():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norms_of_a_list_are_not_rounded_to_16_bits(dtype):
+def test_norms_are_not_rounded_to_16_bits(dtype):
     """The first, 2¹⁴ · √27, lies beyond the range of fp16."""
     tensors = [torch.full((27,), 2.0**14, dtype=dtype), torch.tensor([3.0, 4.0])]
-    assert norms_of_list(tensors) == pytest.approx([2**14 * math.sqrt(27), 5], rel=1e-6)
+    truth = pytest.approx([2**14 * math.sqrt(27), 5], rel=1e-6)
+    assert norms_of_list(tensors) == truth
+    assert norms(tensors) == truth
+    assert [norm(tensor).item() for tensor in tensors] == truth
+    many = torch.full((3, 4097), 2.0**14, dtype=dtype)
+    expected = pytest.approx(2**14 * math.sqrt(3 * 4097), rel=1e-6)
+    assert norms([many]) == [expected]
+    assert norm(many).item() == expected
 
 
 def test_norms_of_a_list_of_unlike_types():

@@ -1,8 +1,10 @@
 """Optimizers of the user's own: any of torch's works unchanged, and what cannot keep the laws is refused with the reason."""
 
+import collections
 import copy
 import inspect
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -202,6 +204,27 @@ class KeepsDecayToItself(Plain):
         self.weight_decay = weight_decay
 
 
+class KeepsASet(Plain):
+    """A set, which has no order, and a lock, which cannot be saved."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.seen, self.lock = set(), threading.Lock()
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps = 0
+        self.seen.add(len(self.seen))
+
+
+class KeepsADeque(KeepsASet):
+    def step(self, closure=None):
+        super().step(closure)
+        self.seen = set()
+        self.last = getattr(self, "last", collections.deque(maxlen=50))
+        self.last.append(1)
+
+
 class HooksItself(Plain):
     def __init__(self, params, lr=0.1):
         super().__init__(params, lr)
@@ -211,12 +234,14 @@ class HooksItself(Plain):
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
-        (torch.nn.Linear, {}, "not a class below torch.optim.Optimizer"),
+        (torch.nn.Linear, {}, "not a subclass of torch.optim.Optimizer"),
         (NoStep, {}, "has no step"),
         (torch.optim.LBFGS, {}, "needs 'closure'"),
         (NoRate, {}, "no 'lr' among the defaults"),
         (Counts, {}, "a step changes its attribute 'steps'"),
         (CountsInTheGroup, {}, "a step changes the parameter groups' 'k'"),
+        (KeepsASet, {}, "a step changes its attribute 'seen'"),
+        (KeepsADeque, {}, "a step changes its attribute 'last'"),
         (HidesMomentum, {}, "the same step from the same saved state gives a different result"),
         (OwnDraws, {}, "draws from a random generator of its own"),
         (Langevin, {}, "draws random numbers"),
