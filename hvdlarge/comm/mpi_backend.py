@@ -79,12 +79,9 @@ class MpiChannel:
 
     def allgather(self, message: bytes) -> list[bytes]:
         """Every rank's message, in rank order. Every rank calls this together."""
-        lengths = bytearray(8 * self.size)
-        _wait(
-            self._comm.Iallgather(
-                [len(message).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE]
-            )
-        )
+        # Both have names, since MPI reads and writes them until it is done
+        length, lengths = len(message).to_bytes(8, "little"), bytearray(8 * self.size)
+        _wait(self._comm.Iallgather([length, MPI.BYTE], [lengths, MPI.BYTE]))
         counts = [int.from_bytes(lengths[8 * r : 8 * r + 8], "little") for r in range(self.size)]
         gathered = bytearray(sum(counts))
         _wait(self._comm.Iallgatherv([message, MPI.BYTE], [gathered, counts, MPI.BYTE]))
@@ -97,10 +94,12 @@ class MpiChannel:
         """
         local, largest = array("d", values), array("d", bytes(8 * len(values)))
         request = self._comm.Iallreduce([local, MPI.DOUBLE], [largest, MPI.DOUBLE], op=MPI.MAX)
+        # `wait` refers to both: MPI uses them until it is done, and the request keeps neither alive
+        buffers = (local, largest)
 
         def wait() -> list[float]:
             _wait(request)
-            return largest.tolist()
+            return buffers[1].tolist()
 
         return wait
 

@@ -383,7 +383,7 @@ class Rehearsal:
         if once.weight is None or twice.weight is None or once.weight.item() == 0:
             return ""
         if doubles and not grows(once.weight, twice.weight, 2):
-            return "of the pair (sum, weight) the sum doubles with the samples, the weight does not"
+            return "of the pair, the sum doubles with the samples, and the weight does not"
         if grows(once.weight, twice.weight, 2) and grows(once.value, twice.value, 1):
             return "of the pair (sum, weight) the first is a mean: return the sum"
         return ""

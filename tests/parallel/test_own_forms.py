@@ -186,7 +186,7 @@ WRONG = {
     "data.targets=label": "data.name: .*data.targets: 'label' is not a position .* tuples of 2",
     "data.collate=own_forms:padd": "data.collate: the module 'own_forms' has no 'padd'",
     "model.output=logits": "model.output: there is no 'logits' in a Tensor",
-    "model.name=own_forms:Two": "model.name: the first micro-batch does not go .*missing 1 required",
+    "model.name=own_forms:Two": "model.name: the first micro-batch fails in .*missing 1 required",
 }
 
 

@@ -323,7 +323,7 @@ REFUSED = {
     "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ForgetsSamples": r"needs one dimension for the samples; the shape is \(7, 5\) for 2 samples and \(7, 5\) for 4",
     "data={name: 'own_parts:windows', lanes: 31} model.name=own_parts:ReturnsOutputs": r"for data.lanes, advance\(\) must return \(outputs, state\): it returned a float64 tensor",
     "model.name=own_parts:Normed batch.micro=1": "the first micro-batch fails in .* more than 1 value per channel",
-    "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, does not",
+    "model.name=own_parts:Normed batch.micro=7": "a micro-batch of 1, with which a step of 8 samples ends, fails",
 }
 
 
