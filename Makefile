@@ -54,7 +54,7 @@ test: $(stamp)
 test-single test-parallel test-runs: export OMP_WAIT_POLICY = passive
 
 test-single: $(stamp)
-	$(pytest2) --dist worksteal tests/single/trials tests/single --doctest-modules hvdlarge
+	$(pytest2) tests/single --doctest-modules hvdlarge
 
 # Every model, data set, loss and form of samples in tests/parallel on 2 and 3 workers, against one; on 4 what powers of two promise.
 test-parallel: $(stamp)

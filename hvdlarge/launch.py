@@ -433,4 +433,4 @@ def _hosts_source(file: str | None, command: str | None) -> Callable[[], Hosts] 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.exit_process(main())

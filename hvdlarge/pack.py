@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,4 +137,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.exit_process(main())

@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import os
-import sys
 import tempfile
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -342,4 +341,4 @@ class _Explain(argparse.Action):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.exit_process(main())

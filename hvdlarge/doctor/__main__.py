@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import socket
-import sys
 from collections.abc import Sequence
 
 from hvdlarge import __version__, exits
@@ -65,4 +64,4 @@ def in_words(findings: Sequence[Finding]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.exit_process(main())
