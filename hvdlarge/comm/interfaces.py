@@ -140,11 +140,15 @@ class Collectives(Protocol):
         ...
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """The sum of `tensor` over all workers, as a new tensor of the same shape on every rank."""
+        """The sum of `tensor` over all workers, as a new tensor of its shape and dtype on every
+        rank.
+        """
         ...
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Every worker's tensor, of one shape on all, stacked in the order of the ranks."""
+        """Every worker's tensor, of one shape on all, shape (world_size, *shape), in the order of
+        the ranks.
+        """
         ...
 
     def distributed_optimizer(

@@ -38,9 +38,8 @@ class _AlexNet(nn.Module):
         self.features = _features(form, batch_norm)
         self.classifier = _classifier(_FEATURES[form], classes, form, dropout)
 
-    # images: (n, 3, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, 3, height, width)."""
         check_images(f"AlexNet, form {self._form},", images, 3, _SIDES[self._form])
         return self.classifier(self.features(images).flatten(start_dim=1))
 

@@ -29,9 +29,8 @@ class ConvNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(2 * width, classes)
 
-    # images: (n, in_channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, in_channels, height, width)."""
         features = self.features(images).mean(dim=(2, 3))  # (n, 2·width)
         return self.classifier(self.dropout(features))
 

@@ -128,7 +128,8 @@ class GNMT(nn.Module):
     def generate(
         self, source: torch.Tensor, start: int = 2, end: int = 3, max_length: int = 100
     ) -> torch.Tensor:
-        """Translations by greedy decoding, each token computed once.
+        """Translations by greedy decoding, with a state that is kept from token to token. Call
+        `eval()` first, so that nothing is dropped out.
 
         Args:
             source: integers, shape (n, source length).

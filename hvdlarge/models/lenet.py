@@ -75,9 +75,8 @@ class LeNet(nn.Module):
         self.classifier = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
         _initialise(self)
 
-    # images: (n, 1, 28, 28)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, 1, 28, 28)."""
         check_images("LeNet", images, 1, (28,))
         return self.classifier(self.features(images))
 

@@ -59,9 +59,10 @@ class LSTMLanguageModel(nn.Module):
         self.classifier = nn.Linear(hidden, tokens)
         initialise_uniformly(self, init_range)
 
-    # tokens: (n, length)
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of the token after each, shape (n, tokens, length); the state begins at zero."""
+        """Logits of the token after each, shape (n, vocabulary, length), of ids of the shape (n,
+        length); the state begins at zero.
+        """
         logits, _ = self.advance(tokens)
         return logits
 

@@ -44,9 +44,8 @@ class ResNet20(nn.Module):
         self.classifier = nn.Linear(4 * width, classes)
         _initialise(self, [block.last for block in blocks] if zero_last else [])
 
-    # images: (n, in_channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, in_channels, height, width)."""
         return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 
@@ -86,9 +85,8 @@ class ResNet50(nn.Module):
         self.classifier = nn.Linear(channels, classes)
         _initialise(self, [block.last for block in blocks] if zero_last else [])
 
-    # images: (n, 3, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, 3, height, width)."""
         return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 

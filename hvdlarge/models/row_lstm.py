@@ -22,9 +22,8 @@ class RowLSTM(nn.Module):
         self.lstm = nn.LSTM(row, hidden, batch_first=True)
         self.classifier = nn.Linear(hidden, classes)
 
-    # images: (n, channels, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, channels, height, width)."""
         rows = images.movedim(1, 2).flatten(start_dim=2)  # (n, height, channels · width)
         _, (state, _) = self.lstm(rows)  # state: (1, n, hidden)
         return self.classifier(state[-1])

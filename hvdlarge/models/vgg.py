@@ -50,9 +50,8 @@ class VGG19BN(nn.Module):
         self.classifier = _classifier(_FEATURES[form], classes, form, dropout)
         _initialise(self)
 
-    # images: (n, 3, height, width)
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (n, classes)."""
+        """Logits, shape (n, classes), of images of the shape (n, 3, height, width)."""
         check_images(f"VGG-19, form {self._form},", images, 3, _SIDES[self._form])
         return self.classifier(self.features(images).flatten(start_dim=1))
 

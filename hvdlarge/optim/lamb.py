@@ -28,8 +28,8 @@ class LAMB(MeanGradientOptimizer):
     """Adam's direction, as long as the weights.
 
     Args:
-        params: parameters or parameter groups. A group may set `adapt: False` to be left without
-            trust ratios.
+        params: parameters or parameter groups, all on one device. A group may set `adapt: False` to
+            be left without trust ratios.
         lr: learning rate, ≥ 0.
         betas: β₁ and β₂, in [0, 1).
         eps: ε, > 0.

@@ -34,8 +34,8 @@ class LARS(MeanGradientOptimizer):
     """Stochastic gradient descent with momentum and one trust ratio for each tensor.
 
     Args:
-        params: parameters or parameter groups. A group may set `adapt: False` to be left without
-            trust ratios.
+        params: parameters or parameter groups, all on one device. A group may set `adapt: False` to
+            be left without trust ratios.
         lr: learning rate, ≥ 0.
         momentum: m, in [0, 1).
         weight_decay: β, ≥ 0.

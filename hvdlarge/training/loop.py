@@ -118,7 +118,7 @@ def take_step(components: LoopComponents, decision: Decision, timers: PhaseTimer
 
     Raises:
         JobError: on every rank, if a forward pass changed a module's mode.
-        RanksDisagreeError: on every rank.
+        RanksDisagreeError, DivergedError, RollBack, PartError, OutOfMemory: see `train_step`.
     """
     layout = components.plan.layout(decision)
     micro_batches = fetch_timed(
@@ -295,6 +295,10 @@ def evaluate(
 
     Returns:
         Whether this is the best evaluation so far; the same on every rank.
+
+    Raises:
+        DivergedError: on every rank, if the test loss is not finite.
+        JobError: on every rank, if a metric is NaN although the loss is finite, or a hook fails.
     """
     samples_seen = decision.samples_seen + decision.global_batch
     epoch, every = (

@@ -56,6 +56,13 @@ def train_step(
         digest: of this rank's state, where states are compared in this step.
         policy: decides what happens if gradients are not finite.
         timers: of the phases.
+
+    Raises:
+        RanksDisagreeError: on every rank, if the ranks differ in what is compared.
+        DivergedError: on every rank, if gradients are not finite and `policy` stops the run; a
+            policy that rolls back raises `RollBack`.
+        ModeChangedError: on every rank, if a forward pass changed a module's mode on any.
+        PartError, OutOfMemory: on one rank, for an error of the loss, or memory that runs out.
     """
     numbers = layout.numbers_of_rank(replica.rank)
     policy.before_step(replica)

@@ -114,6 +114,8 @@ JOBS = {
     "digits_lstm": (nothing, PART_OF_AN_EPOCH),
     "glyphs_2k_adam": (nothing, FEW_GLYPHS),
     "glyphs_2k_lamb": (nothing, FEW_GLYPHS),
+    "glyphs_2k_lars": (nothing, FEW_GLYPHS),
+    "glyphs_2k_momentum": (nothing, FEW_GLYPHS),
     "glyphs_adabatch": (nothing, FEW_GLYPHS),
     "glyphs_baseline": (nothing, FEW_GLYPHS),
 }

@@ -60,10 +60,12 @@ def test_its_schedule_is_the_papers(name):
 
 DOUBLED = [(64 * 2**n, 0.03 * 0.75**n) for n in range(5)]  # AdaBatch beside a decay of 0.375
 SMALL = {
-    "docs_lm_legw": [(256, 4 * 32**0.5)],
+    "docs_lm_legw": [(256, 12 * 32**0.5)],
     "docs_seq2seq": [(32, 0.002), *((batch, None) for batch in (64, 128, 256))],
-    "glyphs_2k_adam": [(2048, 0.0005 * 32**0.5)],
-    "glyphs_2k_lamb": [(2048, 0.0015 * 32**0.5)],
+    "glyphs_2k_adam": [(2048, 0.002 * 32**0.5)],
+    "glyphs_2k_lamb": [(2048, 0.006 * 32**0.5)],
+    "glyphs_2k_lars": [(2048, 1.1 * 32**0.5)],
+    "glyphs_2k_momentum": [(2048, 0.024 * 32**0.5)],
     "glyphs_adabatch": DOUBLED,
     "glyphs_baseline": [(64, 0.03)],
 }
