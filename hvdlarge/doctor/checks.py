@@ -27,9 +27,9 @@ _TIMEOUT_SECONDS = 60
 _SMALL_SHARED_MEMORY = 512 * 2**20
 
 # Imports a module; reports the values of its named functions or attributes and the loaded MPI
-# libraries
+# libraries. As in exits.exit_process, no last search for garbage.
 _MODULE_SCRIPT = """
-import importlib, json, os, sys
+import gc, importlib, json, os, sys
 report = {}
 try:
     module = importlib.import_module(sys.argv[1])
@@ -44,11 +44,12 @@ try:
 except BaseException as error:
     report["error"] = f"{type(error).__name__}: {error}"
 print("REPORT" + json.dumps(report, default=str))
+gc.freeze()
 """
 
 # Opens both channels as a run does; reports the workers that this one sees
 _LAUNCH_SCRIPT = """
-import json, os, socket
+import gc, json, os, socket
 from hvdlarge.comm.launcher import bound_cores, detect, starting_settings
 from hvdlarge.comm.interfaces import WorldMismatchError
 from hvdlarge.comm.connect import open_control, open_tensors
@@ -68,6 +69,7 @@ except (WorldMismatchError, RunExit, OSError) as error:
     report["error"] = str(error)
 if launch.is_local_leader:
     print("REPORT" + json.dumps(report))
+gc.freeze()
 """
 
 

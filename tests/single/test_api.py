@@ -130,7 +130,9 @@ def test_under_a_launcher_whose_world_mpi_does_not_see_it_is_refused(folder, mon
 def test_under_torchrun_it_is_refused_too(folder, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidEnvironmentError, match="2 runs of one would begin"):
+    with pytest.raises(
+        InvalidEnvironmentError, match="2 independent runs of one worker would start"
+    ):
         hvdlarge.run_job(JOB)
     assert list(folder.iterdir()) == []
 

@@ -95,7 +95,7 @@ def test_initial_weights_are_uniform_and_the_second_bias_is_zero_and_not_trained
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.tensor([[1, 13]]), "tokens hold the token 13; the model has 13, 0 to 12"),
+        (torch.tensor([[1, 13]]), "tokens hold the token 13; the vocabulary has 13, 0 to 12"),
         (torch.tensor([[-1, 3]]), "tokens hold the token -1"),
         (torch.tensor([1, 2]), r"integers of the shape \(n, length\), not torch.int64 .*\(2,\)"),
         (torch.zeros(2, 3), "must be integers .*not torch.float32"),
