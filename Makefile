@@ -50,8 +50,10 @@ test: $(stamp)
 	$(MAKE) --jobs 2 test-single test-runs
 	$(MAKE) test-parallel
 
-# Threads of torch that wait do so without a core, which the other processes need.
+# Threads that wait do so without a core, which the other processes need: those of torch by their policy; those of numpy ask again
+# and again for some time after their start, so there are none.
 test-single test-parallel test-runs: export OMP_WAIT_POLICY = passive
+test-single test-parallel test-runs: export OPENBLAS_NUM_THREADS = 1
 
 test-single: $(stamp)
 	$(pytest2) tests/single --doctest-modules hvdlarge

@@ -58,11 +58,8 @@ def train_step(
         timers: of the phases.
 
     Raises:
-        RanksDisagreeError: on every rank, if the ranks differ in what is compared.
-        DivergedError: on every rank, if gradients are not finite and `policy` stops the run; a
-            policy that rolls back raises `RollBack`.
-        ModeChangedError: on every rank, if a forward pass changed a module's mode on any.
-        PartError, OutOfMemory: on one rank, for an error of the loss, or memory that runs out.
+        RanksDisagreeError, ModeChangedError, DivergedError, RollBack: on every rank.
+        PartError, OutOfMemory: on one rank.
     """
     numbers = layout.numbers_of_rank(replica.rank)
     policy.before_step(replica)
@@ -86,9 +83,8 @@ def train_step(
             replica.update.backward_done()
     got_gradient = _got_gradient(replica, without_gradient) if numbers else None
     with timers("allreduce"):
-        consistency.start(
-            decision, got_gradient, digest, uneven=replica.statistics.count_uses(len(numbers))
-        )
+        uneven = replica.statistics.count_uses(len(numbers))
+        consistency.start(decision, got_gradient, digest, uneven=uneven)
         replica.update.synchronize()
         flags = consistency.finish()
         replica.statistics.end_step(layout, flags.uneven)
