@@ -378,7 +378,7 @@ class Timeouts(Section):
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
     """Waiting for one micro-batch of data. Other workers may wait in the all-reduce for
-    `step_seconds` and, for each micro-batch that a worker has in a step, this long."""
+    `step_seconds` + n · `fetch_seconds`, n being the micro-batches of a worker in a step."""
     evaluate_seconds: Positive = 3600.0
     """One evaluation; that of the averaged weights (`ema`) has its own limit, as long."""
     save_seconds: Positive = 3600.0
@@ -452,7 +452,9 @@ class Job(Section):
     gradients: Gradients = Gradients()
     """Clipping, compression and missing gradients."""
     optimizer: Annotated[AnyOptimizer, Field(discriminator="name")] = Lars()
-    """The optimizer; default: LARS as in its paper."""
+    """The optimizer; default: `{name: lars}`, the paper's formula with biases and normalisation
+    parameters excluded, unlike the paper, and no weight decay.
+    """
     ema: Ema | None = None
     """Averages the weights over the steps; default: no average."""
     evaluate: Evaluate = Evaluate()
@@ -466,7 +468,7 @@ class Job(Section):
     on_nonfinite: Annotated[
         StopWhenNotFinite | SkipWhenNotFinite | RollbackWhenNotFinite, Field(discriminator="policy")
     ] = StopWhenNotFinite()
-    """What happens when gradients are not finite."""
+    """What happens when gradients or a logged training loss are not finite."""
     compare_every_steps: Count = 100
     """Steps between two comparisons of all weights and optimizer state across the ranks."""
     stop_after_minutes: Positive | None = None

@@ -31,7 +31,7 @@ def read(size):
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    (tmp_path / "own_parts.py").write_text(OWN)
+    (tmp_path / "parts_of_a_test.py").write_text(OWN)
     (tmp_path / "broken_parts.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "typing_error.py").write_text("def data(:\n    pass\n")
     (tmp_path / "failing_parts.py").write_text(FAILING)
@@ -39,7 +39,7 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     monkeypatch.setattr(registry, "_JOB_FOLDERS", [])
     yield
-    for name in ("own_parts", "failing_parts"):
+    for name in ("parts_of_a_test", "failing_parts"):
         sys.modules.pop(name, None)
 
 
@@ -51,14 +51,14 @@ def test_built_in_and_own_objects(own_module):
         CrossEntropyLoss,
     )
     assert registry.instantiate(
-        "data.name", "own_parts:numbers", {"count": 2, "start": 5}, registry.DATA_SETS
+        "data.name", "parts_of_a_test:numbers", {"count": 2, "start": 5}, registry.DATA_SETS
     ) == [
         5,
         6,
     ]
     assert (
         type(
-            registry.instantiate("data.name", "own_parts:Outer.Inner", {}, registry.DATA_SETS)
+            registry.instantiate("data.name", "parts_of_a_test:Outer.Inner", {}, registry.DATA_SETS)
         ).__name__
         == "Inner"
     )
@@ -71,16 +71,16 @@ def test_built_in_and_own_objects(own_module):
         ("zzz", {}, "built in are alexnet, alexnet_bn, convnet, gnmt, .*vgg19_bn\\. An own"),
         ("convnet", {"widht": 3}, "do not fit convnet.*widht"),
         (":thing", {}, "not of the form package.module:attribute"),
-        ("own_parts:", {}, "not of the form package.module:attribute"),
-        (".own_parts:thing", {}, "not of the form package.module:attribute"),
+        ("parts_of_a_test:", {}, "not of the form package.module:attribute"),
+        (".parts_of_a_test:thing", {}, "not of the form package.module:attribute"),
         ("nowhere:thing", {}, "there is no module 'nowhere'"),
         ("nowhere.deep:thing", {}, "there is no module 'nowhere'"),
-        ("own_parts.deep:thing", {}, "there is no module 'own_parts.deep'"),
-        ("own_parts:thing", {}, "the module 'own_parts' has no 'thing'"),
-        ("own_parts:not_callable", {}, "is not callable"),
+        ("parts_of_a_test.deep:thing", {}, "there is no module 'parts_of_a_test.deep'"),
+        ("parts_of_a_test:thing", {}, "the module 'parts_of_a_test' has no 'thing'"),
+        ("parts_of_a_test:not_callable", {}, "is not callable"),
         ("mlp", {"hidden": 5}, "^model.name: mlp: Value after .* must be an iterable"),
         ("mlp", {"inputs": -1}, "^model.name: mlp: .*negative dimension"),
-        ("own_parts:numbers", {}, "missing a required argument: 'count'"),
+        ("parts_of_a_test:numbers", {}, "missing a required argument: 'count'"),
     ],
 )
 def test_names_that_lead_nowhere(own_module, name, arguments, message):
@@ -111,13 +111,13 @@ def test_own_parts_are_looked_for_beside_the_job_file_after_the_current_folder(
 ):
     beside = tmp_path / "jobs"
     beside.mkdir()
-    (beside / "own_parts.py").write_text("def numbers(count):\n    return 'of the job'\n")
+    (beside / "parts_of_a_test.py").write_text("def numbers(count):\n    return 'of the job'\n")
     (beside / "job_parts.py").write_text("def numbers(count):\n    return ['of the job'] * count\n")
     registry.look_beside("jobs/job.yaml")
     assert registry.instantiate("data.name", "job_parts:numbers", {"count": 1}, {}) == [
         "of the job"
     ]
-    assert registry.instantiate("data.name", "own_parts:numbers", {"count": 1}, {}) == [0]
+    assert registry.instantiate("data.name", "parts_of_a_test:numbers", {"count": 1}, {}) == [0]
     assert sys.path.index(str(tmp_path)) < sys.path.index(str(beside))
     with pytest.raises(JobError) as raised:
         registry.instantiate("data.name", "nowhere:thing", {}, {})
