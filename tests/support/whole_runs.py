@@ -1,10 +1,5 @@
 """Whole runs in this process, through the function that `train` calls, on a world that is given."""
 
-import hashlib
-import os
-import shutil
-from pathlib import Path
-
 import torch
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
@@ -62,21 +57,11 @@ def train(job, control, tensors, place, stop_after=None):
 
 
 def alone(job, control, place):
-    """What the last checkpoint holds where rank 0 trains the job alone, on every rank.
-
-    The folder ALONE_RUNS of the environment keeps it for the same job beside other numbers of ranks.
-    """
-    last = place / "alone/checkpoints/last.pt"
-    kept = last
-    if folder := os.environ.get("ALONE_RUNS"):
-        values = job.model_copy(update={"run_dir": None}).model_dump_json()
-        kept = Path(folder, hashlib.sha256(values.encode()).hexdigest())
-    if control.rank == 0 and not kept.exists():
+    """What the last checkpoint holds where rank 0 trains the job alone, on every rank."""
+    if control.rank == 0:
         train(job, SoloChannel(), SoloCollectives(), place / "alone")
-        if kept != last:
-            shutil.copy(last, kept)
     control.barrier()
-    return torch.load(kept, weights_only=True)
+    return torch.load(place / "alone/checkpoints/last.pt", weights_only=True)
 
 
 def worlds(control, tensors):
