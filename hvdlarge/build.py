@@ -121,13 +121,13 @@ def build_components(job: Job, context: RankContext) -> Components:
         training_set, test_set = raise_on_all_ranks(
             control, lambda: load_data(job.data, job.seed, context.objects.get("data"))
         )
-    if test_set is None and job.checkpoint.best is not None:
-        raise_on_all_ranks(control, lambda: _refuse_best(job))
     sizes = {
         "training samples": len(training_set),
         "test samples": None if test_set is None else len(test_set),
     }
     check_equal_across_ranks(control, sizes | {"device": device.type}, "data and devices")
+    if test_set is None and job.checkpoint.best is not None:
+        raise_on_all_ranks(control, lambda: _refuse_best(job))
     plan = raise_on_all_ranks(control, lambda: plan_run(job, len(training_set), control.size))
     objective, optimizer, model_notes = raise_on_all_ranks(
         control, lambda: build_learning(job, precision, context.objects)

@@ -2,6 +2,7 @@
 
 Source:   docs/design.md. Under MPI the launcher's exit code is a race if one rank exits alone, so a
           run ends in one of two ways: all ranks raise the same `RunExit`, or one rank aborts all.
+          Only a rank that hangs or has lost another exits alone; the launcher ends the others.
 """
 
 from __future__ import annotations

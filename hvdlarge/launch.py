@@ -180,7 +180,8 @@ class Launcher:
             )
             self._sleep(pause)
             if self._stop_signal is not None:
-                return code
+                print_status(f"launch: {self._stop_signal}: nothing more was started")
+                return exits.STOPPED
 
     def _identity(self) -> int | None:
         """A number that tells the run folder from another of its name; None if there is none."""

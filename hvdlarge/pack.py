@@ -76,7 +76,8 @@ def _pack(job: Job, folder: Path) -> int:
     from hvdlarge.data.npy import PARTS
     from hvdlarge.data.packing import ORIGIN, Source, UnreadableSample, pack
 
-    data = job.data.model_dump(mode="json", include={"name", "args", "targets", "collate"})
+    written = job.resolved()["data"]  # of texts from the environment only the SHA-256
+    data = {key: written[key] for key in ("name", "args", "targets", "collate")}
     origin = {"data": data, "seed": job.seed}
     if (folder / SUMS).exists():
         if _origin(folder / ORIGIN) != origin:

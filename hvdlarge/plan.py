@@ -173,10 +173,9 @@ def in_words(
     ]
     warmup = estimated["warmup_epochs"]
     if warmup:
-        lines.append(
-            f"warmup   {warmup:.4g} epochs, "
-            f"{warmup * plan.clock.dataset_size / plan.initial_batch:,.1f} steps"
-        )
+        steps = warmup * plan.clock.dataset_size / plan.initial_batch
+        which = " of the first batch" if len(plan.stages) > 1 else ""
+        lines.append(f"warmup   {warmup:.4g} epochs, {steps:,.1f} steps{which}")
     lines.append(
         f"saved    {_checkpoints(estimated['checkpoints'])} at the job's cadence, and one at each "
         "new best evaluation"

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +192,8 @@ def _pieces(model: nn.Module) -> set[int]:
 
 def _holds(value: Any, pieces: set[int], depth: int = 4) -> bool:
     """Whether something that can be called reaches a piece of a model: by its closure, its object,
-    its attributes, or the arguments of a functools.partial, nested up to `depth` times.
+    its attributes, the global variables that it names, or the arguments of a functools.partial,
+    nested up to `depth` times.
     """
     if id(value) in pieces:
         return True
@@ -208,11 +209,22 @@ def _holds(value: Any, pieces: set[int], depth: int = 4) -> bool:
     for name in ("keywords", "__kwdefaults__", "__dict__"):
         if isinstance(values := getattr(value, name, None), dict):
             inner += values.values()
+    if isinstance(value, types.FunctionType):
+        named = (value.__globals__.get(name) for name in _names_used(value.__code__))
+        inner += [each for each in named if callable(each)]
     if isinstance(value, (tuple, list)):
         inner += value
     if isinstance(value, dict):
         inner += value.values()
     return any(_holds(part, pieces, depth - 1) for part in inner if part is not None)
+
+
+def _names_used(code: types.CodeType) -> Iterator[str]:
+    """The global names and attributes that a function's code names, inner functions included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_used(constant)
 
 
 def _is_bound(cell: types.CellType) -> bool:

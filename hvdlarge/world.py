@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -79,8 +80,9 @@ def run_on_all_ranks(
         watched: whether to start the watchdog and to handle signals to stop.
 
     Returns:
-        The exit code: FINISHED, or that of the `RunExit` that every rank raised, whose message
-        rank 0 has printed. If a single rank raises anything else, this does not return: all
+        The exit code: FINISHED; that of the `RunExit` that every rank raised, whose message
+        rank 0 has printed; or WRONG_ENVIRONMENT where the channels cannot be opened, which one rank
+        of each host has printed. If a single rank raises anything else, this does not return: all
         processes are ended.
     """
     try:
@@ -121,14 +123,15 @@ def on_all_ranks(
     timeouts, horovod = _before_the_ranks_agree(attempt)
     watchdog = Watchdog(0 if launch is None else launch.rank, timeouts.limits())
     stop = StopRequest()
-    if watched:
-        watchdog.start()
-        stop.install_handlers()
     not_set = None if launch is None else cannot_be_set(horovod)
     settings = set_environment(launch, horovod)
     if not_set and launch is not None and launch.rank == 0:
         print_status(f"note     {not_set}")
     try:
+        if watched:
+            watchdog.start()
+            if threading.current_thread() is threading.main_thread():  # as Python demands
+                stop.install_handlers()
         _refuse_other_launchers()
         control = open_control(launch)
         _on_channels(launch, attempt, options, work, last, control, settings, watchdog, stop)

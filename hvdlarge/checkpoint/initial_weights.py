@@ -20,6 +20,7 @@ from hvdlarge.checkpoint.folder import file_sha256
 from hvdlarge.checkpoint.weight_files import read_weights
 from hvdlarge.config.job import InitFrom
 from hvdlarge.exits import JobError
+from hvdlarge.models.state import with_versions
 
 _SHOWN = 20  # names in a message
 _PATH_SHOWN = 60  # characters, so that the first line of a message stays below 200
@@ -60,9 +61,9 @@ def load_initial_weights(section: InitFrom, model: nn.Module) -> list[str]:
             "\n".join([f"init_from: {_shown(path)}: none of its tensors fits the model", *problems])
         )
     try:
-        model.load_state_dict(fit.loaded, strict=False)
-    except RuntimeError as error:  # of a module that loads in a way of its own
-        raise JobError(f"init_from: {_shown(path)}: {error}") from None
+        model.load_state_dict(with_versions(fit.loaded, model), strict=False)
+    except Exception as error:  # of a module that loads in a way of its own
+        raise JobError(f"init_from: {_shown(path)}: {type(error).__name__}: {error}") from None
     notes = [
         f"init_from: {len(fit.loaded):,} tensors are those of {path} (sha256:{file_sha256(path)})"
     ]

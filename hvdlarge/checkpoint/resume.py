@@ -17,7 +17,7 @@ from hvdlarge.comm.rank_checks import on_rank_0
 from hvdlarge.config.job import sha256_of
 from hvdlarge.config.job_file import read_job
 from hvdlarge.exits import CheckpointError, CheckpointWriteError, JobError
-from hvdlarge.models.state import LOSS, MODEL, Modules
+from hvdlarge.models.state import LOSS, MODEL, Modules, with_versions
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
@@ -252,9 +252,9 @@ def load_modules(modules: Modules, content: CheckpointContent, path: Path) -> No
                 )
     for prefix, module in modules.items():
         try:
-            module.load_state_dict(states[prefix])
-        except RuntimeError as error:  # of a module that loads in a way of its own
-            raise CheckpointError(f"{path}: {error}") from None
+            module.load_state_dict(with_versions(states[prefix], module))
+        except Exception as error:  # of a module that loads in a way of its own
+            raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def _describe_entry(state: Mapping[str, Any], name: str) -> str:

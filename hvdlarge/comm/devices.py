@@ -12,11 +12,11 @@ from hvdlarge.exits import InvalidEnvironmentError
 
 
 def choose_device(tensors: Collectives) -> torch.device:
-    """The GPU with the worker's local rank, or the CPU on a host without GPUs.
+    """The GPU with the worker's local rank, modulo the visible ones, or the CPU on a host without.
 
     Raises:
-        InvalidEnvironmentError: if Horovod cannot use the GPUs, or there are fewer of them than
-            workers on this host.
+        InvalidEnvironmentError: if Horovod cannot use the GPUs, or uses NCCL and several are
+            visible, but fewer than there are workers on this host.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")

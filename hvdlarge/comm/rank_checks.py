@@ -48,7 +48,10 @@ def raise_on_all_ranks(
     except RunExit as error:
         problem = error
     local = "" if problem is None else f"{problem.code} {problem}"
-    answers = [message.decode() for message in control.allgather(local.encode())]
+    answers = [
+        message.decode(errors="surrogateescape")  # names of files need not be UTF-8
+        for message in control.allgather(local.encode(errors="surrogateescape"))
+    ]
     for answer in filter(None, answers):
         ranks = [str(rank) for rank, other in enumerate(answers) if other == answer]
         code, _, message = answer.partition(" ")

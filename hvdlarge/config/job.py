@@ -377,8 +377,8 @@ class Timeouts(Section):
     checkpoint_seconds: Positive = 3600.0
     """Finding, verifying, loading and distributing a checkpoint."""
     fetch_seconds: Positive = 600.0
-    """Waiting for one micro-batch of data. Other workers may wait in the all-reduce for
-    `step_seconds` + n · `fetch_seconds`, n being the micro-batches of a worker in a step."""
+    """Waiting for one micro-batch of data. Other workers may wait in the all-reduce for n times
+    `step_seconds` + `fetch_seconds`, n being the micro-batches of a worker in a step."""
     evaluate_seconds: Positive = 3600.0
     """One evaluation; that of the averaged weights (`ema`) has its own limit, as long."""
     save_seconds: Positive = 3600.0

@@ -8,6 +8,7 @@ Contract: tensors are identified by object identity, not by name: one that has t
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -126,3 +127,12 @@ def _entries(modules: Modules) -> Iterator[tuple[str, Any]]:
     for prefix, root in modules.items():
         for name, value in root.state_dict(keep_vars=True).items():
             yield prefix + name, value
+
+
+def with_versions(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A state_dict of saved tensors with the versions of the module's parts, which some modules
+    want to see when they load it. Names and forms are those of the module already.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(module.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    return versioned

@@ -2,8 +2,8 @@
 
 Source:   the LARS paper (2017) adapts and decays every tensor; each later reference (TensorFlow's
           TPU code, MLPerf) excludes biases and normalisation parameters, and so does this default.
-          They are identified by the type of their module, not by
-          their shape, and by name patterns that a job adds.
+          Normalisation parameters are identified by the type of their module, biases by their
+          name (`bias…`, `…_bias`), neither by shape; a job adds patterns of names.
 """
 
 from __future__ import annotations

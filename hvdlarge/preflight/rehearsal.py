@@ -5,16 +5,16 @@ Formula:  pass A: forward and backward on the initial state;  pass B: the same m
           seeds on the restored state, but with the running statistics of batch normalisation
           shifted by δ, their counts by a million, and gradients accumulated onto those of A. A
           model is accepted if no other saved tensor changes and
-              loss of B = loss of A;    gradients after B = 2 · gradients after A;
+              loss of B = loss of A;    ‖all gradients after B‖ = 2 · ‖all gradients after A‖;
               running after B − running after A = (1 − m)^u · δ  for u uses in A.
           If the run evaluates, a forward pass in evaluation mode follows each of the two: their
           losses must be equal, and they must not change any state.
 Source:   the contract of reduction/batch_norm.py (running statistics are linear, and not read in
           training), and docs/design.md: results depend on the samples, the seeds and the saved
           state only.
-Contract: restores gradients, saved tensors and counts; only caches that the model keeps itself
-          remain. Runs on the model as built, before its optimizer is distributed; every rank uses
-          the same samples.
+Contract: clears gradients, restores saved tensors and counts; only caches that the model keeps
+          itself remain. Runs on the model as built, before its optimizer is distributed; every rank
+          uses the same samples.
 """
 
 from __future__ import annotations

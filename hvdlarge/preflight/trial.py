@@ -1,4 +1,4 @@
-"""Passes on trial: they leave buffers, gradients and the compiler as they were."""
+"""Passes on trial: they leave buffers and the compiler as they were, and no gradients."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class StageOutline:
     highest_lr: float
     last_lr: float
     full_lr: float  # epoch at which the lr reaches the stage's scaled value
-    # Whether the batch after this stage's end, before the run's, depends on what is measured
+    # Whether the run goes on after this stage, with a batch that depends on what is measured
     open_end: bool = False
 
 

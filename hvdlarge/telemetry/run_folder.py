@@ -164,9 +164,7 @@ def write_documents(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    _write_atomically(
-        path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    _write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -117,7 +117,7 @@ def take_step(components: LoopComponents, decision: Decision, timers: PhaseTimer
     Every rank calls this together.
 
     Raises:
-        JobError: on every rank, if a forward pass changed a module's mode.
+        JobError: on every rank, for a changed mode, or a loss with a negative weight.
         RanksDisagreeError, DivergedError, RollBack, PartError, OutOfMemory: see `train_step`.
     """
     layout = components.plan.layout(decision)
@@ -210,7 +210,7 @@ def call_hooks(
 def _no_loss_note(decision: Decision) -> str:
     return (
         f"step {decision.step} (epoch {decision.epoch:.2f}, global batch "
-        f"{decision.global_batch:,}) has no target that counts: it updates nothing and has no "
+        f"{decision.global_batch:,}) has no target that counts: it updates no weight and has no "
         "loss; summary.json counts such steps, steps_without_loss"
     )
 
@@ -363,6 +363,7 @@ def save(
 
     Raises:
         RanksDisagreeError, DivergedError: on every rank.
+        JobError: on every rank, if a saved buffer or extra state has changed.
     """
     if components.rounds_differently:
         take_over(components.replica, components.tensors)

@@ -58,7 +58,7 @@ def train_step(
         timers: of the phases.
 
     Raises:
-        RanksDisagreeError, ModeChangedError, DivergedError, RollBack: on every rank.
+        JobError, RanksDisagreeError, ModeChangedError, DivergedError, RollBack: on every rank.
         PartError, OutOfMemory: on one rank.
     """
     numbers = layout.numbers_of_rank(replica.rank)

@@ -217,6 +217,24 @@ class Frozen(Normed):
         return self
 
 
+class Versioned(nn.Module):
+    """Loads its state only where its version is known, as some models of torchvision."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.net = Normed()
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
 class AlwaysInTraining(Normed):
     """Normalises by the batch in evaluations too, and so changes what is saved there."""
 

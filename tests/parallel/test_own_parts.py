@@ -84,6 +84,7 @@ SOUND = {
         "lr={base: 0.5, scaling: sqrt, warmup: {policy: 'own_parts:Sudden', epochs: 0.5}, decay: {policy: 'own_parts:Halving', every: 2}}",
     ],
     "a hook": ["hooks=['own_parts:Observer']"],
+    "a module that wants to see its version": ["model.name=own_parts:Versioned"],
     "loader processes, and an augmentation that draws from three generators": [
         "data={name: 'own_parts:augmented', num_workers: 2}"
     ],

@@ -51,6 +51,15 @@ def test_a_job_from_a_dict_gives_its_summary(folder):
     assert summary == json.loads((folder / "runs/api/summary.json").read_text())
 
 
+def test_a_job_is_trained_in_a_thread_too(folder):
+    """Where Python allows no signal handlers."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(hvdlarge.run_job(JOB)))
+    thread.start()
+    thread.join()
+    assert found[0]["steps"] == 12
+
+
 def test_a_finished_job_is_left_alone_and_a_fresh_one_is_trained_again(folder):
     first = hvdlarge.run_job(JOB)
     assert hvdlarge.run_job(JOB) == first
@@ -276,6 +285,20 @@ class Penalty:
         return penalized(outputs, targets, self.held)
 
 
+def with_the_global_model(model):
+    """As in a notebook: the model is a global variable, and an inner function uses it."""
+    names = {"torch": torch, "model": model}
+    exec(NOTEBOOK, names)
+    return names["loss"]
+
+
+NOTEBOOK = """
+def loss(outputs, targets):
+    penalty = [weight.square().sum() for weight in (lambda: model.parameters())()]
+    return torch.nn.functional.cross_entropy(outputs, targets) + sum(penalty)
+"""
+
+
 def penalized(outputs, targets, held):
     weight = held if isinstance(held, torch.Tensor) else held.weight
     return torch.nn.functional.cross_entropy(outputs, targets) + weight.mean()
@@ -292,6 +315,7 @@ def penalized(outputs, targets, held):
         lambda model: functools.partial(Penalty.__call__, Penalty(model[0])),
         lambda model: Penalty(model[0]),
         lambda model: Penalty([model[0]]),
+        lambda model: with_the_global_model(model),
     ],
 )
 def test_a_loss_that_holds_a_part_of_the_model_is_refused(folder, make):

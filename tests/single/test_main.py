@@ -24,6 +24,14 @@ def test_what_is_no_verb_is_an_error(arguments, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
+def test_a_name_of_a_file_that_is_no_utf_8_is_told(tmp_path):
+    command = [sys.executable, "-m", "hvdlarge.train", b"caf\xe9.yaml"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert b"hvdlarge: error: " in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("hvdlarge 0.")

@@ -230,6 +230,19 @@ def test_what_cannot_be_packed_is_an_error_of_the_job(
     assert problem in capsys.readouterr().err
 
 
+def with_token(token):
+    return [(torch.zeros(2), 1)] * 5, None
+
+
+def test_a_secret_of_the_environment_is_in_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", "s3cret")
+    data = "{name: 'single.test_pack:with_token', args: {token: '${TOKEN}'}}"
+    assert pack.main([job(tmp_path, data), str(tmp_path / "out")]) == 0
+    assert "sha256" in (tmp_path / "out/packed.json").read_text()
+    for file in (tmp_path / "out").iterdir():
+        assert b"s3cret" not in file.read_bytes()
+
+
 def test_a_wrong_command_line(tmp_path, capsys):
     assert pack.main([job(tmp_path, "{name: digits}")]) == 2
     assert "name a job file and a folder" in capsys.readouterr().err
