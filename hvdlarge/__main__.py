@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from hvdlarge import __version__
-from hvdlarge.exits import exit_process
 
 # Description and module, imported on use: plan and doctor work without torch, Horovod and MPI
 VERBS = {
@@ -47,10 +45,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return importlib.import_module(VERBS[verb][1]).main(rest[:-1])
 
 
-def command() -> NoReturn:
-    """The console command: run a verb, and end this process with its exit code."""
-    exit_process(main())
-
-
 if __name__ == "__main__":
-    command()
+    sys.exit(main())

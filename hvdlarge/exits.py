@@ -7,11 +7,8 @@ Source:   docs/design.md. Under MPI the launcher's exit code is a race if one ra
 
 from __future__ import annotations
 
-import gc
 import shutil
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 FINISHED = 0
 WRONG_JOB = 2
@@ -106,14 +103,6 @@ def run_exit(code: int, message: str) -> RunExit:
     """
     kinds = {kind.code: kind for kind in RunExit.__subclasses__()}
     return kinds.get(code, RunExit)(message)
-
-
-def exit_process(code: int) -> NoReturn:
-    """End this process as `sys.exit` does, but without Python's last search for garbage: with torch
-    imported it takes 0.3 s, on every worker.
-    """
-    gc.freeze()
-    sys.exit(code)
 
 
 class PartError(Exception):

@@ -7,6 +7,7 @@ programs that know nothing of hvdlarge. Needs no Horovod and no MPI.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,4 +151,4 @@ def _job_name(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    exits.exit_process(main())
+    sys.exit(main())

@@ -434,4 +434,4 @@ def _hosts_source(file: str | None, command: str | None) -> Callable[[], Hosts] 
 
 
 if __name__ == "__main__":
-    exits.exit_process(main())
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,4 +139,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    exits.exit_process(main())
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -396,4 +397,4 @@ def draw(path: Path, plans: Sequence[tuple[str, Plan]]) -> None:
 
 
 if __name__ == "__main__":
-    exits.exit_process(main())
+    sys.exit(main())

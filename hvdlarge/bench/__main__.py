@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -304,4 +305,4 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    exits.exit_process(main())
+    sys.exit(main())

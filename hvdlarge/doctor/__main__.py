@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import socket
+import sys
 from collections.abc import Sequence
 
 from hvdlarge import __version__, exits
@@ -64,4 +65,4 @@ def in_words(findings: Sequence[Finding]) -> list[str]:
 
 
 if __name__ == "__main__":
-    exits.exit_process(main())
+    sys.exit(main())

@@ -27,7 +27,7 @@ _TIMEOUT_SECONDS = 60
 _SMALL_SHARED_MEMORY = 512 * 2**20
 
 # Imports a module; reports the values of its named functions or attributes and the loaded MPI
-# libraries. As in exits.exit_process, no last search for garbage.
+# libraries. At its end there is no search for garbage, which takes 0.3 s with torch.
 _MODULE_SCRIPT = """
 import gc, importlib, json, os, sys
 report = {}
