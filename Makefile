@@ -75,12 +75,12 @@ test-faults: $(stamp)
 	$(mpirun) -np 2 $(bin)/python -m pytest --color=no tests/parallel/test_consistency.py
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest tests/integration/test_bad_input.py tests/integration/test_main_job.py
 
-# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: about 14 minutes.
+# 51 runs killed at random and restarted, then 20 with another number of workers at each restart: 10 to 14 minutes.
 test-kill: $(stamp)
 	$(bin)/python trials/kill_trial.py --runs 51
 	$(bin)/python trials/kill_trial.py --runs 20 --change-workers --seed 1
 
-# The three laws on whole jobs at 1, 2, 3 and 4 workers: about 11 minutes.
+# The three laws on whole jobs at 1, 2, 3 and 4 workers: 9 to 11 minutes.
 test-laws: $(stamp)
 	$(bin)/python trials/law_trial.py
 
