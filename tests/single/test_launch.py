@@ -283,7 +283,7 @@ def test_signals_that_are_ignored_from_the_start_stay_ignored(tmp_path):
 
 def test_a_stop_in_the_pause_before_a_restart_is_a_stop(tmp_path):
     ends = tmp_path / "mpirun"
-    ends.write_text("#!/bin/sh\n(sleep 0.4; kill -TERM $PPID) > /dev/null 2>&1 &\nexit 76\n")
+    ends.write_text("#!/bin/sh\n(sleep 1; kill -TERM $PPID) > /dev/null 2>&1 &\nexit 76\n")
     ends.chmod(0o755)
     done = launch(tmp_path, "-np", "1", JOB, mpirun=str(ends))
     assert done.returncode == 75, done.stdout + done.stderr
