@@ -1,0 +1,122 @@
+"""The batch files of docker/slurm under a real Slurm: a run on two nodes, the time limit, a lost node, scancel, an array, and a wrong PMI."""
+
+import json
+import sys
+
+import torch
+
+
+def weights(folder):
+    return torch.load(folder / "run/checkpoints/last.pt", weights_only=True)["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_a_run_on_two_nodes(bench):
+    job = bench.cluster.wait_for_job(bench.submit())
+    assert (job["JobState"], job["ExitCode"], job["NumNodes"]) == ("COMPLETED", "0:0", "2"), (
+        bench.logs()
+    )
+    environment = json.loads((bench.folder / "run/environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert "2 workers by srun" in bench.logs()
+
+
+def undisturbed(bench):
+    """The weights of the job in the folder without anything that disturbs it."""
+    job = bench.cluster.wait_for_job(bench.submit())
+    assert job["JobState"] == "COMPLETED", bench.logs()
+    found = weights(bench.folder)
+    (bench.folder / "run").rename(bench.folder / "whole")
+    return found
+
+
+def wait_for_requeue(bench, number):
+    """Wait until a job was put back into the queue."""
+    bench.cluster.wait_until(
+        lambda: bench.cluster.job(number)["Restarts"] == "1", 240, "the job is in the queue again"
+    )
+
+
+def has_checkpoint(bench):
+    return any((bench.folder / "run/checkpoints").glob("step_*.pt"))
+
+
+def test_a_run_stopped_by_the_time_limit_goes_on_until_its_end(bench):
+    """Slurm may send the signal a minute earlier than it says: here 15 to 75 s after the start."""
+    bench.write(epochs=12)
+    expected = undisturbed(bench)
+    number = bench.submit("--time=2", "--signal=USR1@45", WAIT="0.3")
+    wait_for_requeue(bench, number)
+    bench.cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    job = bench.cluster.wait_for_job(number, 600)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), bench.logs()
+    assert job["Restarts"] == "1"
+    assert f"job {number} goes back into the queue" in bench.logs()
+    assert same(weights(bench.folder), expected)
+
+
+def test_a_run_goes_on_after_its_node_was_lost(bench):
+    expected = undisturbed(bench)
+    number = bench.submit("--nodes=1", "--ntasks-per-node=2", WAIT="0.1")
+    bench.cluster.wait_until(lambda: has_checkpoint(bench), 120, "there is a checkpoint")
+    node = bench.cluster.job(number)["NodeList"]
+    bench.cluster.lose_node(node)
+    wait_for_requeue(bench, number)
+    job = bench.cluster.wait_for_job(number)
+    bench.cluster.start_node(node)
+    assert job["JobState"] == "COMPLETED", bench.logs()
+    assert job["NodeList"] != node
+    assert same(weights(bench.folder), expected)
+
+
+def test_scancel_stops_in_order_and_for_good(bench):
+    number = bench.submit(WAIT="0.3")
+    bench.cluster.wait_until(lambda: has_checkpoint(bench), 120, "there is a checkpoint")
+    bench.cluster.run("scancel", number)
+    assert bench.cluster.wait_for_job(number)["JobState"] == "CANCELLED"
+    assert "stopped after step" in bench.logs()
+    assert "goes back" not in bench.logs()
+
+
+def test_scancel_with_a_signal_puts_the_job_back_into_the_queue(bench):
+    expected = undisturbed(bench)
+    number = bench.submit(WAIT="0.3")
+    bench.cluster.wait_until(lambda: has_checkpoint(bench), 120, "there is a checkpoint")
+    bench.cluster.run("scancel", "--signal=USR1", number)
+    wait_for_requeue(bench, number)
+    assert bench.cluster.wait_for_job(number)["JobState"] == "COMPLETED", bench.logs()
+    assert same(weights(bench.folder), expected)
+
+
+def test_the_elements_of_an_array_are_runs_of_their_own(bench):
+    (bench.folder / "settings.txt").write_text("seed=1\nseed=2 epochs=1\n")
+    arguments = ("job.yaml", "settings.txt")
+    number = bench.submit("--array=1-2", file="array.sbatch", arguments=arguments)
+    for element in (1, 2):
+        job = bench.cluster.wait_for_job(f"{number}_{element}")
+        assert job["JobState"] == "COMPLETED", bench.logs()
+        found = json.loads((bench.folder / f"runs/{number}/{element}/summary.json").read_text())
+        assert found["epochs"] == {1: 3, 2: 1}[element]
+
+
+def test_a_step_without_pmi_is_refused(bench):
+    """Each of its workers would be alone."""
+    done = bench.cluster.run(
+        *("srun", "-N2", "-n2", "--mpi=none", f"--chdir={bench.folder}"),
+        *(sys.executable, "-m", "hvdlarge.train", "job.yaml"),
+        **bench.environ,
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("hvdlarge: error:") == 1
+    assert not (bench.folder / "run").exists()
+
+
+def test_the_launcher_starts_workers_on_the_hosts_of_the_allocation(bench):
+    job = bench.cluster.wait_for_job(bench.submit(file="launch.sbatch"))
+    assert job["JobState"] == "COMPLETED", bench.logs()
+    assert json.loads((bench.folder / "run/environment.json").read_text())["world_size"] == 2
