@@ -86,14 +86,21 @@ def detect(environ: Mapping[str, str]) -> Launch | None:
 
 
 def wrong_launch(environ: Mapping[str, str]) -> str | None:
-    """What is wrong with a launch by torchrun, `accelerate launch` or another launcher that starts
-    several processes without MPI, each of which would train the whole job alone; None otherwise.
+    """What is wrong with a launch by torchrun, `accelerate launch`, an `srun` without PMIx, or
+    another launcher that starts several processes without MPI, each of which would train the whole
+    job alone; None otherwise.
 
     >>> wrong_launch({"RANK": "1", "WORLD_SIZE": "4"})[:52]
     'RANK=1 and WORLD_SIZE=4 are set as by torchrun or ac'
     >>> wrong_launch({"RANK": "0", "WORLD_SIZE": "1"}) is None
     True
     """
+    if tasks := _tasks_without_pmi(environ):
+        return (
+            f"srun started {tasks} processes without PMIx, so that MPI sees one of them each: "
+            f"{tasks} runs of one would begin. Start it with `srun --mpi=pmix …`, if `srun "
+            f"--mpi=list` names it, else without srun: `hvdlarge launch -np {tasks} job.yaml`"
+        )
     size = environ.get("WORLD_SIZE", "")
     if "RANK" not in environ or not size.isdigit() or int(size) < 2:
         return None
@@ -110,8 +117,21 @@ def wrong_launch(environ: Mapping[str, str]) -> str | None:
     )
 
 
+def _tasks_without_pmi(environ: Mapping[str, str]) -> int | None:
+    """Processes of a step of Slurm whose ranks MPI has no way to know; None in any other launch."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if "SLURM_PROCID" not in environ or not tasks.isdigit() or int(tasks) < 2:
+        return None
+    by_mpi = ("PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    return None if any(name in environ for name in by_mpi) else int(tasks)
+
+
 def reports_wrong_launch(environ: Mapping[str, str]) -> bool:
-    """Whether this process is the one of its host that reports such a launch."""
+    """Whether this process is the one of its host that reports such a launch; of a step of Slurm
+    it is the first.
+    """
+    if _tasks_without_pmi(environ):
+        return environ["SLURM_PROCID"] == "0"
     return environ.get("LOCAL_RANK", environ.get("RANK")) == "0"
 
 

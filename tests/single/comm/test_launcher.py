@@ -56,6 +56,28 @@ def test_several_processes_without_mpi_are_a_wrong_launch(environ, is_wrong):
     assert (wrong_launch(environ) is not None) == is_wrong
 
 
+STEP = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def test_a_step_of_slurm_without_pmi_is_a_wrong_launch_which_its_first_task_reports():
+    assert "srun --mpi=pmix" in wrong_launch(STEP)
+    assert not reports_wrong_launch(STEP)
+    assert reports_wrong_launch(STEP | {"SLURM_PROCID": "0", "RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"PMIX_RANK": "1"},
+        {"PMI_RANK": "1"},
+        {"OMPI_COMM_WORLD_RANK": "1"},  # an mpirun in the step
+        {"SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_a_step_of_slurm_with_pmi_is_none(other):
+    assert wrong_launch(STEP | other) is None
+
+
 def test_one_process_per_host_reports_a_wrong_launch():
     assert reports_wrong_launch({"RANK": "8", "LOCAL_RANK": "0"})
     assert not reports_wrong_launch({"RANK": "8", "LOCAL_RANK": "3"})
