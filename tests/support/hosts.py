@@ -39,7 +39,9 @@ def missing():
         return f"{', '.join(absent)} not installed (Debian: iproute2 util-linux openssh-client openssh-server)"
     if os.geteuid() != 0:
         return "network namespaces need root here"
-    tried = subprocess.run([find("unshare"), "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        [find("unshare"), "--net", "--uts", "--mount", "true"], capture_output=True, text=True
+    )
     return "" if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
 
 
@@ -57,7 +59,15 @@ class Host:
 
     def inside(self, *command):
         """The command line that runs a command on this host."""
-        return [find("nsenter"), "-t", str(self.holder.pid), "--net", "--uts", "--mount", *map(str, command)]
+        return [
+            find("nsenter"),
+            "-t",
+            str(self.holder.pid),
+            "--net",
+            "--uts",
+            "--mount",
+            *map(str, command),
+        ]
 
     def run(self, *command):
         """Run a command there; AssertionError if it fails."""
@@ -69,7 +79,9 @@ class Host:
         """Start the ssh server."""
         with (self.hosts.folder / f"sshd-{self.name}.log").open("a") as log:
             command = [find("sshd"), "-D", "-e", "-f", f"{self.hosts.folder}/sshd_config"]
-            self.sshd = subprocess.Popen(self.inside(*command), stdout=log, stderr=log, start_new_session=True)
+            self.sshd = subprocess.Popen(
+                self.inside(*command), stdout=log, stderr=log, start_new_session=True
+            )
 
     def stop_sshd(self):
         """End the ssh server: no new connection is taken."""
@@ -117,13 +129,18 @@ class Hosts:
     def __enter__(self):
         self.folder.mkdir(parents=True)
         names = [chr(ord("a") + number) for number in range(self.count)]
-        lines = ["127.0.0.1 localhost", *(f"10.77.0.{2 + i} {name}" for i, name in enumerate(names))]
+        lines = [
+            "127.0.0.1 localhost",
+            *(f"10.77.0.{2 + i} {name}" for i, name in enumerate(names)),
+        ]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         for key in ("host_key", "user_key"):
             command = [find("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key]
             subprocess.run(command, check=True)
         (self.folder / "sshd_config").write_text(SSHD.format(port=PORT, folder=self.folder))
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd gives up its rights; Debian makes it at the service's start
+        Path("/run/sshd").mkdir(
+            exist_ok=True
+        )  # where sshd gives up its rights; Debian makes it at the service's start
         self.switch = subprocess.Popen([find("unshare"), "--net", "sleep", "100000"])
         try:
             self._join(names)
@@ -140,7 +157,19 @@ class Hosts:
         self._ip(in_switch, "link", "set", "bridge", "up")
         for host in self.hosts:
             port = f"port-{host.name}"
-            self._ip(in_switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.holder.pid)
+            self._ip(
+                in_switch,
+                "link",
+                "add",
+                port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                host.holder.pid,
+            )
             self._ip(in_switch, "link", "set", port, "master", "bridge", "up")
             host.run(find("ip"), "address", "add", f"{host.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
@@ -161,7 +190,10 @@ class Hosts:
         own = os.readlink("/proc/self/ns/net")
         deadline = time.monotonic() + 20
         for pid in [self.switch.pid, *(host.holder.pid for host in self.hosts)]:
-            while os.readlink(f"/proc/{pid}/ns/net") == own or b"sleep" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            while (
+                os.readlink(f"/proc/{pid}/ns/net") == own
+                or b"sleep" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
 
