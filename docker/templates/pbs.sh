@@ -1,0 +1,27 @@
+#!/bin/bash
+# A job under PBS Pro or OpenPBS: qsub -v JOB=job.yaml docker/templates/pbs.sh. Not run here: no PBS was at hand.
+#PBS -N hvdlarge
+#PBS -l select=2:ncpus=32:mpiprocs=4:ngpus=4
+#PBS -l walltime=04:00:00
+#PBS -r y
+#PBS -j oe
+# PBS ends a job at its limit by SIGTERM and, after the server's kill_delay (10 s by default), SIGKILL. So the run stops itself with a checkpoint
+# before that, by the job's own clock: `stop_after_minutes`, here five minutes before the limit. It then ends with 75 and is submitted again.
+set -u
+cd "$PBS_O_WORKDIR" || exit 3
+python=${HVDLARGE_PYTHON:-python}
+minutes=${STOP_AFTER_MINUTES:-235}
+hosts=$(mktemp)
+sort "$PBS_NODEFILE" | uniq -c | awk '{print $2 ":" $1}' > "$hosts"
+"$python" -m hvdlarge.launch -np "$(wc -l < "$PBS_NODEFILE")" --hosts-file "$hosts" "$JOB" stop_after_minutes="$minutes" &
+launcher=$!
+trap 'kill -TERM $launcher' TERM
+wait $launcher
+code=$?
+while kill -0 $launcher 2>/dev/null; do
+    wait $launcher
+    code=$?
+done
+rm -f "$hosts"
+[ $code != 75 ] || qsub -v JOB="$JOB" "$0"
+exit $code
