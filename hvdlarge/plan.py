@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdlarge import exits
-from hvdlarge.comm.cost_model import AllreduceCost
-from hvdlarge.config import yaml_source
+from hvdlarge.comm.cost_model import ALGORITHMS
+from hvdlarge.config.forecast import Cluster, Forecast
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.config.json_schema import job_schema
@@ -27,11 +27,17 @@ from hvdlarge.config.planning import (
     differences,
     estimate,
     known_or_counted_samples,
-    measured_settings,
     plan_run,
 )
 from hvdlarge.controller import Controller
 from hvdlarge.reporting.describe import batch_line, columns, duration, rule_notes, stage_table
+from hvdlarge.reporting.forecast_table import (
+    forecast_as_json,
+    forecast_in_words,
+    sizes_as_json,
+    sizes_in_words,
+)
+from hvdlarge.reporting.measured_run import read_allreduce, read_measured, read_step_costs
 from hvdlarge.schedule.plan import Plan
 from hvdlarge.telemetry.console import print_error
 from hvdlarge.telemetry.sinks import decision_record, json_line
@@ -56,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key.sub=value", help="as for hvdlarge.train"
     )
     parser.add_argument(
-        "--world-size", type=int, default=1, metavar="N", help="workers (default: 1)"
+        "--world-size",
+        type=_sizes,
+        default=[1],
+        metavar="N[,N…]",
+        help="workers (default: 1); several numbers are compared",
     )
     parser.add_argument(
         "--samples", type=int, metavar="N", help="training samples, whatever the jobs say"
@@ -68,8 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--allreduce",
+        action="append",
+        default=[],
         metavar="FILE",
-        help="with --measured: what hvdlarge.bench allreduce wrote, for other numbers of workers",
+        help=(
+            "with --measured: what hvdlarge.bench allreduce wrote, for a forecast of the time on "
+            "any number of workers; twice: within a host and between hosts"
+        ),
+    )
+    parser.add_argument(
+        "--workers-per-host",
+        type=int,
+        metavar="N",
+        help="of the forecast (default: as many as were measured)",
+    )
+    parser.add_argument(
+        "--algorithm",
+        choices=ALGORITHMS,
+        default="fastest",
+        help="how the forecast sums gradients (default: fastest, the faster of ring and tree)",
     )
     parser.add_argument(
         "--compare", metavar="JOB", help="another job, or another file of the same, side by side"
@@ -101,12 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     measured = None if options.measured is None else read_measured(Path(options.measured))
-    if options.allreduce is not None and measured is None:
+    if options.allreduce and measured is None:
         raise exits.JobError(
-            "command line: --allreduce gives the difference to a measured run: name that run with "
+            "command line: --allreduce needs the times of a measured run: name that run with "
             "--measured"
         )
-    allreduce = None if options.allreduce is None else read_allreduce(Path(options.allreduce))
     # Each before the next is read: own parts are looked for beside the job that was read last
     jobs = [read_job(job_path(options.job), options.overrides)]
     samples = [_samples_of(jobs[0], options)]
@@ -114,11 +140,12 @@ def _plan(options: argparse.Namespace) -> int:
         jobs.append(read_job(job_path(options.compare)))
         samples.append(_samples_of(jobs[1], options))
     plans = [
-        plan_run(job, known.number, options.world_size)
+        _planned(job, known.number, options.world_size)
         for job, known in zip(jobs, samples, strict=True)
     ]
     estimates = [
-        estimate(job, plan, measured, allreduce)
+        estimate(job, plan, measured)
+        | _on_all_sizes(job, plan, options)
         | ({"data_set_built": True} if known.was_built else {})
         for job, plan, known in zip(jobs, plans, samples, strict=True)
     ]
@@ -137,10 +164,61 @@ def _plan(options: argparse.Namespace) -> int:
     return exits.FINISHED
 
 
-def _samples_of(job: Job, options: argparse.Namespace) -> TrainingSamples:
-    if options.world_size < 1:
+def _sizes(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of workers, or several with commas between them"
+        ) from None
+
+
+def _planned(job: Job, samples: int, sizes: Sequence[int]) -> Plan:
+    """The plan on the first number of workers; JobError if the job cannot run on one of them."""
+    plans = [plan_run(job, samples, size) for size in sizes]
+    return plans[0]
+
+
+def _on_all_sizes(job: Job, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
+    """What a plan says of all numbers of workers together."""
+    if options.allreduce:
+        forecast, notes = _forecast(job, plan, options)
+        figures = forecast_as_json(forecast, options.world_size)
+        return {"forecast": figures | {"notes": notes}}
+    if len(options.world_size) > 1:
+        return {"world_sizes": sizes_as_json(plan, options.world_size)}
+    return {}
+
+
+def _forecast(job: Job, plan: Plan, options: argparse.Namespace) -> tuple[Forecast, list[str]]:
+    """The forecast, and what is to be said of it."""
+    if job.reduction == "exact":
         raise exits.JobError(
-            f"command line: --world-size is {options.world_size}: at least one worker is needed"
+            "--allreduce: reduction: exact does not sum by all-reduce; there is no forecast for it"
+        )
+    costs = read_step_costs(Path(options.measured))
+    allreduce = read_allreduce([Path(path) for path in options.allreduce])
+    per_host = options.workers_per_host or max(costs.workers_per_host, allreduce.workers_per_host)
+    notes = list(allreduce.notes)
+    if costs.on_gpu:
+        notes.append(
+            "on GPUs the wait for sums of the measured run counts as computation: measure with one "
+            "worker; that sums hide behind the backward pass was not checked against measurements"
+        )
+    cluster = Cluster(per_host, allreduce.cost, options.algorithm)
+    return Forecast(plan, costs, cluster), notes
+
+
+def _samples_of(job: Job, options: argparse.Namespace) -> TrainingSamples:
+    for size in options.world_size:
+        if size < 1:
+            raise exits.JobError(
+                f"command line: --world-size is {size}: at least one worker is needed"
+            )
+    if options.workers_per_host is not None and options.workers_per_host < 1:
+        raise exits.JobError(
+            f"command line: --workers-per-host is {options.workers_per_host}: at least one worker "
+            "is needed"
         )
     if options.samples is not None and options.samples < 1:
         raise exits.JobError(
@@ -183,6 +261,12 @@ def in_words(
     )
     if measured is not None:
         lines += _costs_in_words(job, plan, estimated, measured)
+    if "forecast" in estimated:
+        forecast = estimated["forecast"]
+        lines += [*(f"note     {note}" for note in forecast["notes"])]
+        lines += forecast_in_words(forecast, plan)
+    elif "world_sizes" in estimated:
+        lines += sizes_in_words(estimated["world_sizes"])
     return lines
 
 
@@ -222,15 +306,6 @@ def _costs_in_words(
         f"time     {duration(estimated['seconds'])} at {measured.samples_per_second:,.0f} "
         "samples/s on a busy worker"
     ]
-    if "allreduce" in estimated:
-        cost = estimated["allreduce"]
-        lines.append(
-            f"sums     {cost['bytes'] / 2**20:,.1f} MiB in each step: "
-            f"{1e3 * cost['seconds']:.3g} ms by bench allreduce, and "
-            f"{1e3 * cost['seconds_measured']:.3g} ms on the {measured.world_size} workers of "
-            "the measured run; if none of the difference overlaps with the backward pass, the "
-            f"run takes {duration(estimated['seconds_if_none_hides'])}"
-        )
     memory, size = estimated["peak_memory_bytes"], estimated["checkpoint_bytes"]
     if memory is not None:
         lines.append(
@@ -292,49 +367,6 @@ def _short(value: Any) -> str:
         if type(value) is int
         else str(value)
     )
-
-
-def read_measured(folder: Path) -> Measured:
-    """The figures of a finished run.
-
-    Raises:
-        JobError: if the folder does not hold one.
-    """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        job = yaml_source.read((folder / "job.resolved.yaml").read_bytes(), fill_in=False).values
-        micro = job["batch"]["micro"]
-        last = folder / "checkpoints" / "last.pt"
-        return Measured(
-            samples_per_second=summary["samples_per_second"] / summary["world_size"],
-            world_size=summary["world_size"],
-            gradient_bytes=summary.get("gradient_bytes"),
-            micro_batch=micro if isinstance(micro, int) else None,
-            peak_memory_bytes=summary.get("peak_memory_bytes"),
-            checkpoint_bytes=last.stat().st_size if last.exists() else None,
-            settings=measured_settings(job),
-        )
-    except (OSError, ValueError, KeyError, TypeError, yaml_source.SourceError) as error:
-        raise exits.JobError(
-            f"--measured {folder}: not the folder of a finished run ({type(error).__name__}: "
-            f"{error})"
-        ) from None
-
-
-def read_allreduce(path: Path) -> AllreduceCost:
-    """The figures that `hvdlarge.bench allreduce --json` wrote.
-
-    Raises:
-        JobError: if the file does not hold them.
-    """
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        return AllreduceCost(float(figures["latency_seconds"]), float(figures["seconds_per_byte"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise exits.JobError(
-            f"--allreduce {path}: not what hvdlarge.bench allreduce --json writes "
-            f"({type(error).__name__}: {error})"
-        ) from None
 
 
 def write_decisions(path: Path, plan: Plan) -> None:

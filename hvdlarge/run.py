@@ -51,7 +51,7 @@ from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, RunView
-from hvdlarge.telemetry.run_folder import summary_of, write_documents, write_summary
+from hvdlarge.telemetry.run_folder import Sums, summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.training.loop import Cadence, LoopComponents, save, train
 from hvdlarge.world import RankContext
@@ -427,9 +427,7 @@ class Run:
         if not (folder / "summary.json").exists():
             assert start.resumed is not None  # what is finished was begun
             plan = replace(self.components.plan, world_size=start.resumed.content.facts.world_size)
-            summary = summary_of(
-                plan, state, progress, state.train_seconds, None, self._gradient_bytes()
-            )
+            summary = summary_of(plan, state, progress, state.train_seconds, None, self._sums())
             write_summary(folder, summary)
             written = " (the missing summary.json was written)"
         print_status(
@@ -441,13 +439,15 @@ class Run:
         """Wait for the last checkpoint and write the summary. Rank 0 alone."""
         parts.saver.finish()
         progress = parts.feed.final_progress()
-        self.log.finish(state, progress, peak_memory, self._gradient_bytes())
+        self.log.finish(state, progress, peak_memory, self._sums())
 
-    def _gradient_bytes(self) -> int:
-        """Bytes of gradients that a worker sends in each step."""
+    def _sums(self) -> Sums:
+        """What a worker sends in each step."""
         half = self.job.gradients.compression == "fp16"
-        return sum(
-            weight.numel() * (2 if half else weight.element_size()) for weight in self.replica.names
+        weights = list(self.replica.names)
+        return Sums(
+            sum(weight.numel() * (2 if half else weight.element_size()) for weight in weights),
+            len(weights),
         )
 
     def _peak_memory(self) -> int:

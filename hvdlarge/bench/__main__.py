@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -158,7 +159,7 @@ def _step(context: RankContext, job: Job | None, options: argparse.Namespace) ->
 def _allreduce(
     context: RankContext, job: Job | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    from hvdlarge.bench.allreduce import measure_allreduce
+    from hvdlarge.bench.allreduce import measure_allreduce, times_of
     from hvdlarge.comm.cost_model import fit
     from hvdlarge.comm.devices import choose_device
 
@@ -169,12 +170,10 @@ def _allreduce(
         )
     device = raise_on_all_ranks(context.control, lambda: choose_device(context.tensors))
     seconds = measure_allreduce(context.tensors, context.control, device, _SIZES, options.rounds)
-    timings = {f"{size:,} bytes": Timing.of(values) for size, values in seconds.items()}
-    cost = fit(
-        list(seconds),
-        [Timing.of(values).median for values in seconds.values()],
-        context.control.size,
-    )
+    timings = {name: Timing.of(values) for name, values in seconds.items()}
+    workers = context.control.size
+    cycle, message, link = fit(times_of(seconds, workers, _SIZES))
+    hosts = context.control.allgather(socket.gethostname().encode())
     figures = _figures(
         "allreduce",
         f"seconds per sum over {context.control.size} workers, float32",
@@ -183,10 +182,12 @@ def _allreduce(
         None,
     )
     return figures | {
-        "workers": context.control.size,
-        "latency_seconds": cost.latency_seconds,
-        "seconds_per_byte": cost.seconds_per_byte,
-        "fitted": {str(size): cost.seconds(size, context.control.size) for size in seconds},
+        "workers": workers,
+        "hosts": [host.decode() for host in hosts],
+        "cycle_seconds": cycle,
+        "message_seconds": message,
+        "hop_seconds": link.hop_seconds,
+        "carried_seconds": {str(size): carried for size, carried in link.carried},
     }
 
 
@@ -285,21 +286,21 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
             f"{waits['median']:.2g} s, longest {waits['longest']:.2g} s; after {waits['borders']} "
             f"growths and epoch ends: longest {waits['longest_at_border']:.2g} s",
         ]
-    last = "fitted" if figures["what"] == "allreduce" else f"× {figures['reference']}"
-    rows: list[tuple[str, ...]] = [("", "median ms", "lowest", "highest", last)]
+    last = [] if figures["what"] == "allreduce" else [f"× {figures['reference']}"]
+    rows: list[tuple[str, ...]] = [("", "median ms", "lowest", "highest", *last)]
     for name, variant in figures["variants"].items():
-        cell = f"{variant['ratio']:.3f}" if "ratio" in variant else ""
-        if figures["what"] == "allreduce":
-            cell = f"{1e3 * figures['fitted'][name.split()[0].replace(',', '')]:.3f}"
         times = [f"{1e3 * variant[key]:.3f}" for key in ("median", "lowest", "highest")]
-        rows.append((name, *times, cell))
+        ratio = [f"{variant['ratio']:.3f}"] if "ratio" in variant else [""] * len(last)
+        rows.append((name, *times, *ratio))
     lines += columns(rows)
     if figures["what"] == "allreduce":
-        seconds = figures["seconds_per_byte"]
-        bandwidth = 1e-9 / seconds if seconds else float("inf")
+        size, carried = max((int(size), s) for size, s in figures["carried_seconds"].items())
+        bandwidth = 1e-9 * size / carried if carried else float("inf")
         lines.append(
-            f"fit      latency {1e6 * figures['latency_seconds']:.1f} µs per message, bandwidth "
-            f"{bandwidth:.3g} GB/s along the ring"
+            f"fit      {1e3 * figures['cycle_seconds']:.3g} ms for each step, "
+            f"{1e6 * figures['message_seconds']:.3g} µs for each message and "
+            f"{1e6 * figures['hop_seconds']:.3g} µs for each hop of it; a link carries "
+            f"{size:,} bytes at {bandwidth:.3g} GB/s"
         )
     return lines
 

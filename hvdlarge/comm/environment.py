@@ -124,8 +124,13 @@ def cannot_be_set(horovod: HorovodSettings) -> str | None:
 
 
 def host() -> dict[str, Any]:
-    """Host name, process id and usable cores of this worker, for the run folder."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "cores": bound_cores()}
+    """Host name and its cores, process id and usable cores of this worker, for the run folder."""
+    return {
+        "host": socket.gethostname(),
+        "host_cores": os.cpu_count(),
+        "pid": os.getpid(),
+        "cores": bound_cores(),
+    }
 
 
 def shared_settings(environ: Mapping[str, str]) -> dict[str, str]:

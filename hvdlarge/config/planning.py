@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from hvdlarge.comm.cost_model import AllreduceCost
 from hvdlarge.config import registry, yaml_source
 from hvdlarge.config.job import Checkpoint, Job
 from hvdlarge.exits import JobError
@@ -226,7 +225,6 @@ class Measured:
     micro_batch: int | None  # samples; None if it differed from step to step
     peak_memory_bytes: int | None  # of the worker that needed most
     checkpoint_bytes: int | None
-    gradient_bytes: int | None  # that a worker sends in each step
     # Of its job, by key, what the figures depend on
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -263,9 +261,7 @@ def differences(job: Job, measured: Measured) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def estimate(
-    job: Job, plan: Plan, measured: Measured | None, allreduce: AllreduceCost | None = None
-) -> dict[str, Any]:
+def estimate(job: Job, plan: Plan, measured: Measured | None) -> dict[str, Any]:
     """Everything about a planned run, as JSON values under the words of the run's own files.
 
     Where the batch depends on what the run measures, steps, checkpoints, stages and seconds are
@@ -275,8 +271,6 @@ def estimate(
         job: a job.
         plan: of that job.
         measured: figures of an earlier run, for the time and the memory; None leaves those out.
-        allreduce: its cost, for the time on another number of workers; None: as long as in the
-            earlier run.
     """
     stages = plan.stages
     checkpoints = checkpoints_of(job.checkpoint, stages, plan.clock)
@@ -303,7 +297,7 @@ def estimate(
     }
     if measured is not None:
         figures["measured_differs"] = [key for key, _, _ in differences(job, measured)]
-        figures |= _costs(plan, sum(row["seconds"] for row in rows), steps, measured, allreduce)
+        figures |= _costs(plan, sum(row["seconds"] for row in rows), measured)
     return figures
 
 
@@ -338,23 +332,12 @@ def _stage_row(
 def _costs(
     plan: Plan,
     seconds: float,
-    steps: int,
     measured: Measured,
-    allreduce: AllreduceCost | None,
 ) -> dict[str, Any]:
-    """Time, memory and disk of a run of so many steps and seconds."""
+    """Time, memory and disk of a run of so many seconds."""
     same = plan.micro_batch is not None and plan.micro_batch == measured.micro_batch
-    costs: dict[str, Any] = {
+    return {
         "seconds": seconds,
         "peak_memory_bytes": measured.peak_memory_bytes if same else None,
         "checkpoint_bytes": measured.checkpoint_bytes,
     }
-    if allreduce is not None and measured.gradient_bytes is not None:
-        size = measured.gradient_bytes
-        here, there = (
-            allreduce.seconds(size, workers) for workers in (plan.world_size, measured.world_size)
-        )
-        # What the earlier run waited for its own allreduce is in its speed already
-        costs["allreduce"] = {"bytes": size, "seconds": here, "seconds_measured": there}
-        costs["seconds_if_none_hides"] = seconds + steps * max(0.0, here - there)
-    return costs

@@ -14,6 +14,7 @@ RESERVED_RESULTS = {
     *("global_batch", "world_size", "lr", "trust_ratio_min", "trust_ratio_max", "skipped_steps"),
     *("steps_without_loss", "rollbacks"),
     *("train_seconds", "samples_per_second", "peak_memory_bytes", "gradient_bytes"),
+    "gradient_tensors",
 }
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 

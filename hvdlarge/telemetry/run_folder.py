@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hvdlarge.exits import CheckpointWriteError, JobError
 from hvdlarge.replica.train_state import TrainState
@@ -173,13 +173,20 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+class Sums(NamedTuple):
+    """The gradients that a worker sends in each step."""
+
+    gradient_bytes: int
+    gradient_tensors: int
+
+
 def summary_of(
     plan: Plan,
     state: TrainState,
     progress: RunProgress,
     seconds: float,
     peak_memory: int | None,
-    gradient_bytes: int,
+    sums: Sums,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -189,7 +196,7 @@ def summary_of(
         progress: after the last step.
         seconds: of training.
         peak_memory: the largest of all workers, in bytes; None if no longer known.
-        gradient_bytes: sent by each worker in each step.
+        sums: sent by each worker in each step.
     """
     return {
         **state.results,
@@ -204,7 +211,7 @@ def summary_of(
         "rollbacks": state.rolled_back,
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory,
-        "gradient_bytes": gradient_bytes,
+        **sums._asdict(),
         "samples_per_second": progress.samples_seen / seconds,
     }
 

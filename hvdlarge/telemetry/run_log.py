@@ -15,7 +15,7 @@ from hvdlarge.reporting.describe import duration, growth_line
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.telemetry.console import print_status
-from hvdlarge.telemetry.run_folder import summary_of, write_summary
+from hvdlarge.telemetry.run_folder import Sums, summary_of, write_summary
 from hvdlarge.telemetry.sinks import JsonlFiles, Sink, decision_record
 from hvdlarge.telemetry.timers import PHASES
 
@@ -175,7 +175,7 @@ class RunLog:
         return self._before_seconds + time.monotonic() - self._began
 
     def finish(
-        self, state: TrainState, progress: RunProgress, peak_memory: int, gradient_bytes: int
+        self, state: TrainState, progress: RunProgress, peak_memory: int, sums: Sums
     ) -> None:
         """Write the summary and print the final line.
 
@@ -183,13 +183,13 @@ class RunLog:
             state: of the run.
             progress: after the last step.
             peak_memory: maximum over workers, in bytes.
-            gradient_bytes: bytes of gradients that a worker sends per step.
+            sums: the gradients that a worker sends in each step.
 
         Raises:
             CheckpointWriteError: if it cannot be written.
         """
         self.offsets()  # everything is written, or this raises
-        summary = summary_of(self._plan, state, progress, self.seconds, peak_memory, gradient_bytes)
+        summary = summary_of(self._plan, state, progress, self.seconds, peak_memory, sums)
         write_summary(self.folder, summary)
         results = state.results
         metrics = "".join(f"{name} {value:.4f}, " for name, value in _metrics_of(results).items())
@@ -243,7 +243,7 @@ class SilentRunLog:
         """Do nothing."""
 
     def finish(
-        self, state: TrainState, progress: RunProgress, peak_memory: int, gradient_bytes: int
+        self, state: TrainState, progress: RunProgress, peak_memory: int, sums: Sums
     ) -> None:
         """Do nothing."""
 
