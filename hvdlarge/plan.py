@@ -45,6 +45,20 @@ from hvdlarge.telemetry.sinks import decision_record, json_line
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a plan; returns the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        if options.schema:
+            print(json.dumps(job_schema(), indent=2))
+            return exits.FINISHED
+        if options.job is None:
+            raise exits.JobError("command line: name a job file")
+        return _plan(options)
+    except exits.RunExit as end:
+        print_error(str(end))
+        return end.code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.plan",
         description=(
@@ -77,6 +91,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a finished run's folder: its figures give time, memory and disk space",
     )
     parser.add_argument(
+        "--compare", metavar="JOB", help="another job, or another file of the same, side by side"
+    )
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw lr and batch over the epochs (png, svg or pdf)"
+    )
+    parser.add_argument(
+        "--decisions",
+        metavar="FILE",
+        help="write every step's decision as the run's decisions.jsonl will hold it",
+    )
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of the job file, for editors"
+    )
+    _add_forecast(parser)
+    return parser
+
+
+def _add_forecast(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--allreduce",
         action="append",
         default=[],
@@ -98,32 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="fastest",
         help="how the forecast sums gradients (default: fastest, the faster of ring and tree)",
     )
-    parser.add_argument(
-        "--compare", metavar="JOB", help="another job, or another file of the same, side by side"
-    )
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw lr and batch over the epochs (png, svg or pdf)"
-    )
-    parser.add_argument(
-        "--decisions",
-        metavar="FILE",
-        help="write every step's decision as the run's decisions.jsonl will hold it",
-    )
-    parser.add_argument(
-        "--schema", action="store_true", help="print the JSON Schema of the job file, for editors"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        if options.schema:
-            print(json.dumps(job_schema(), indent=2))
-            return exits.FINISHED
-        if options.job is None:
-            raise exits.JobError("command line: name a job file")
-        return _plan(options)
-    except exits.RunExit as end:
-        print_error(str(end))
-        return end.code
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ Contract: pure. On CPUs nothing hides, since the cores that sum are those that c
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -150,12 +151,16 @@ class Limits(NamedTuple):
 
 def _limits(candidates: Sequence[int], seconds: Callable[[int], float]) -> Limits:
     times = {workers: seconds(workers) for workers in candidates}
-    return Limits(
-        fastest=min(times, key=lambda workers: (times[workers], workers)),
-        half_efficient=max(
-            workers for workers, time in times.items() if times[1] >= 0.5 * workers * time
-        ),
-    )
+
+    def pays(workers: int) -> bool:
+        return times[1] >= 0.5 * workers * seconds(workers)
+
+    half = max(workers for workers in times if pays(workers))
+    # From there to the next candidate a step takes no less, so efficiency falls
+    beyond = min((workers for workers in times if workers > half), default=half + 1)
+    between = range(half + 1, beyond)
+    half += bisect.bisect_left(between, True, key=lambda workers: not pays(workers))
+    return Limits(min(times, key=lambda workers: (times[workers], workers)), half)
 
 
 def above_the_mean(workers: int) -> float:

@@ -18,7 +18,7 @@ from hvdlarge.config.planning import Measured, measured_settings
 from hvdlarge.exits import JobError
 from hvdlarge.schedule.batch import BatchLayout
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml_source.SourceError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, yaml_source.SourceError)
 
 
 def read_measured(folder: Path) -> Measured:
