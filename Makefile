@@ -5,6 +5,7 @@
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
 # make test-gpu  what one GPU can show, on this machine's; skipped where there is none
 # make test-ecosystem  models and data sets of transformers, datasets, timm and torchvision (installs them into .ecosystem)
+# make test-slurm  the batch files of docker/slurm under a real Slurm, which the tests start (Debian: slurm-wlm munge, as root)
 # make test-jobs  every job through two growths and an evaluation, those of jobs/papers on small files of their official formats
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
@@ -27,7 +28,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-gpu bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-gpu bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -66,7 +67,7 @@ test-parallel: $(stamp)
 
 # Whole runs, and the short ones of those in which something goes wrong on purpose. A run keeps less than a core busy.
 test-runs: $(stamp)
-	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest -n 4 --dist worksteal tests/faults tests/integration -m "not long"
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest -n 4 --dist worksteal tests/faults tests/integration tests/slurm -m "not long"
 
 # What goes wrong on purpose, all of it (the suites after tests/faults are part of the default suite too).
 test-faults: $(stamp)
@@ -113,6 +114,10 @@ test-ecosystem: $(stamp)
 # Each job of jobs, jobs/papers and jobs/small on little data, through two growths and an evaluation: about nine minutes.
 test-jobs: $(stamp)
 	$(mpirun) -np $(NP) $(bin)/python -m pytest --color=no tests/jobs
+
+# Runs on two nodes, time limits, a lost node, requeues: about eight minutes, most of it spent waiting for Slurm.
+test-slurm: $(stamp)
+	$(bin)/python -m pytest tests/slurm
 
 # How much of the package the tests of one process reach; the other suites run it in processes of its own.
 coverage: $(stamp)

@@ -3,7 +3,9 @@
 import json
 import sys
 
+import pytest
 import torch
+from support.launching import ROOT
 
 
 def weights(folder):
@@ -14,6 +16,14 @@ def same(first, second):
     return first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
+
+
+@pytest.mark.parametrize("file", ["train.sbatch", "launch.sbatch", "array.sbatch"])
+def test_slurm_takes_the_batch_files_as_they_are(bench, file):
+    """With their own options: two nodes of four tasks and four GPUs each."""
+    tried = bench.cluster.run("sbatch", "--test-only", ROOT / "docker/slurm" / file, "job.yaml")
+    assert tried.returncode == 0, tried.stderr
+    assert "to start at" in tried.stderr
 
 
 def test_a_run_on_two_nodes(bench):
@@ -46,6 +56,7 @@ def has_checkpoint(bench):
     return any((bench.folder / "run/checkpoints").glob("step_*.pt"))
 
 
+@pytest.mark.long
 def test_a_run_stopped_by_the_time_limit_goes_on_until_its_end(bench):
     """Slurm may send the signal a minute earlier than it says: here 15 to 75 s after the start."""
     bench.write(epochs=12)
@@ -60,6 +71,7 @@ def test_a_run_stopped_by_the_time_limit_goes_on_until_its_end(bench):
     assert same(weights(bench.folder), expected)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_after_its_node_was_lost(bench):
     expected = undisturbed(bench)
     number = bench.submit("--nodes=1", "--ntasks-per-node=2", WAIT="0.1")
@@ -74,6 +86,7 @@ def test_a_run_goes_on_after_its_node_was_lost(bench):
     assert same(weights(bench.folder), expected)
 
 
+@pytest.mark.long
 def test_scancel_stops_in_order_and_for_good(bench):
     number = bench.submit(WAIT="0.3")
     bench.cluster.wait_until(lambda: has_checkpoint(bench), 120, "there is a checkpoint")
@@ -83,6 +96,7 @@ def test_scancel_stops_in_order_and_for_good(bench):
     assert "goes back" not in bench.logs()
 
 
+@pytest.mark.long
 def test_scancel_with_a_signal_puts_the_job_back_into_the_queue(bench):
     expected = undisturbed(bench)
     number = bench.submit(WAIT="0.3")
@@ -93,6 +107,7 @@ def test_scancel_with_a_signal_puts_the_job_back_into_the_queue(bench):
     assert same(weights(bench.folder), expected)
 
 
+@pytest.mark.long
 def test_the_elements_of_an_array_are_runs_of_their_own(bench):
     (bench.folder / "settings.txt").write_text("seed=1\nseed=2 epochs=1\n")
     arguments = ("job.yaml", "settings.txt")
@@ -104,6 +119,7 @@ def test_the_elements_of_an_array_are_runs_of_their_own(bench):
         assert found["epochs"] == {1: 3, 2: 1}[element]
 
 
+@pytest.mark.long
 def test_a_step_without_pmi_is_refused(bench):
     """Each of its workers would be alone."""
     done = bench.cluster.run(
@@ -116,6 +132,7 @@ def test_a_step_without_pmi_is_refused(bench):
     assert not (bench.folder / "run").exists()
 
 
+@pytest.mark.long
 def test_the_launcher_starts_workers_on_the_hosts_of_the_allocation(bench):
     job = bench.cluster.wait_for_job(bench.submit(file="launch.sbatch"))
     assert job["JobState"] == "COMPLETED", bench.logs()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
+# Cores and GPUs are declared, not there: as many as the batch files ask for, so that Slurm can judge them as they are.
 # PMIx keeps its files in TmpFS: nodes that share a folder would take each other's. A job that is put back into the queue waits until the credential
 # of its first start has expired, by default two minutes.
 CONF = """\
@@ -44,7 +45,8 @@ JobRequeue=1
 MinJobAge=3600
 SlurmdParameters=config_overrides
 TmpFS={folder}/tmp-%n
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{last}] CPUs=2 RealMemory=2000 State=UNKNOWN
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{last}] CPUs=32 RealMemory=2000 Gres=gpu:4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 """
 
@@ -85,6 +87,9 @@ class Cluster:
             "nodes": self.nodes,
         }
         (self.folder / "slurm.conf").write_text(CONF.format(**values))
+        for number in range(4):
+            (self.folder / f"gpu{number}").touch()  # what Slurm takes for a device
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-3]\n")
         try:
             self._start_munge()
             self._start("slurmctld", "slurmctld", "-D")
