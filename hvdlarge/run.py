@@ -51,8 +51,10 @@ from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, RunView
+from hvdlarge.telemetry.measurements import Measurements, NoMeasurements
 from hvdlarge.telemetry.run_folder import Sums, summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
+from hvdlarge.telemetry.weight_distance import FILE, WeightDistance
 from hvdlarge.training.loop import Cadence, LoopComponents, save, train
 from hvdlarge.world import RankContext
 
@@ -336,7 +338,42 @@ class Run:
             hooks=Hooks(components.hooks, control, context.watchdog, self.replica.modules)
             if components.hooks
             else NoHooks(),
+            measurements=self._measurements(state, begins=progress.step == 0),
         )
+
+    def _measurements(self, state: TrainState, begins: bool) -> Measurements | NoMeasurements:
+        """What is measured within the steps. Every rank calls this together."""
+        log, control = self.job.log, self.context.control
+        if not (log.layers_every_steps or log.noise_every_steps or log.distances):
+            return NoMeasurements()
+        distance = on_rank_0(control, lambda: self._distance(begins)) if log.distances else None
+        return Measurements(
+            self.replica, control, state, log.layers_every_steps, log.noise_every_steps, distance
+        )
+
+    def _distance(self, begins: bool) -> WeightDistance | None:
+        """From the start of the run. Rank 0 alone.
+
+        Raises:
+            CheckpointWriteError: if the first weights cannot be written.
+        """
+        if isinstance(self.log, SilentRunLog):
+            return None
+        folder, names = self.log.folder, self.replica.names
+        if not begins:
+            distance = WeightDistance.resume(names, folder)
+            if distance is None:
+                self.log.note(
+                    f"log.distances: {folder / FILE} is missing or holds other weights, so the "
+                    "distance from the start is not known any more; it is not logged"
+                )
+            return distance
+        try:
+            return WeightDistance.begin(names, folder)
+        except OSError as error:
+            raise CheckpointWriteError.of(
+                f"the first weights in {folder}", folder, error, "no step was taken"
+            ) from None
 
     def _roll_back(
         self, parts: LoopComponents, state: TrainState, reason: RollBack

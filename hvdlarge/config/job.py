@@ -414,6 +414,18 @@ class Log(Section):
 
     every_steps: Count = 10
     """Steps between two lines of metrics.jsonl."""
+    layers_every_steps: Count | None = None
+    """Steps between lines with the norms of each parameter, its gradient and its update, and its
+    trust ratio; default: none.
+    """
+    noise_every_steps: Count | None = None
+    """Steps between measurements of the gradient noise scale, for which a step needs at least two
+    micro-batches; default: none.
+    """
+    distances: bool = False
+    """Whether the distance of the weights from those of the start is logged, at all steps up to the
+    11th and then eight times while their number doubles.
+    """
 
 
 class Job(Section):

@@ -103,6 +103,7 @@ OPTIMIZERS = {
 GROWTHS = {
     "none": "hvdlarge.schedule.growth:NoGrowth",
     "adabatch": "hvdlarge.schedule.growth:AdaBatchGrowth",
+    "noise_scale": "hvdlarge.schedule.noise_growth:NoiseScaleGrowth",
 }
 WARMUPS = {
     "none": "hvdlarge.schedule.warmup:NoWarmup",

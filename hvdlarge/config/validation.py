@@ -31,9 +31,26 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
     yield from _loss(job)
     yield from _results(job)
     yield from _lanes(job)
+    yield from _noise(job)
     for path, policy in job.policies():
         for key, message in policy.errors(job.epochs):
             yield (*path, key), message
+
+
+def _noise(job: Job) -> Iterator[Problem]:
+    every, micro, first = job.log.noise_every_steps, job.batch.micro, job.batch.first
+    if job.batch.growth.policy == "noise_scale" and every is None:
+        yield (
+            ("batch", "growth", "policy"),
+            "noise_scale follows the gradient noise, which is measured where "
+            "log.noise_every_steps is set, for example to 20",
+        )
+    if every is not None and (micro == "auto" or micro >= first):
+        yield (
+            ("log", "noise_every_steps"),
+            "the gradient noise is the difference between the micro-batches of a step, of which "
+            f"there must be two at least: give a batch.micro of {max(1, first // 2)} or less",
+        )
 
 
 def _own_policies(job: Job) -> Iterator[Problem]:

@@ -22,6 +22,9 @@ class TrainState:
     loss_scale: float | None = None  # the dynamic part, for fp16
     steps_at_loss_scale: int = 0
     train_seconds: float = 0.0  # of all starts of the run, by rank 0's clock; saved by rank 0
+    # Averages of the gradient noise (telemetry/gradient_noise.py); None before it was measured
+    gradient_square: float | None = None
+    gradient_variance: float | None = None
     # With micro: auto, the samples that fit into memory on every one of `workers` workers
     largest_micro_batch: int | None = None
     workers: int | None = None

@@ -55,7 +55,8 @@ class RunLog:
         self._began = self._last_line = time.monotonic()
         self._before_seconds = before.train_seconds
         self._pause = _FIRST_LINE_SECONDS
-        self._samples_at_last_line = progress.samples_seen
+        self._samples_at_last_line = self._samples_at_last_record = progress.samples_seen
+        self._last_step_record = self._began
         # Of the step before, and its lr where it is known
         self._stage_batch = progress.stage_batch
         self._lr: float | None = None
@@ -79,7 +80,16 @@ class RunLog:
         print_status(f"note     {message}")
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Record measured values; `record` holds step, epoch and samples_seen among them."""
+        """Record measured values; `record` holds step, epoch and samples_seen among them. Adds the
+        time, in seconds since 1970, and to a step's record the samples per second since the last.
+        """
+        record = {**record, "time": round(time.time(), 3)}
+        if "lr" in record:
+            now = time.monotonic()
+            passed, self._last_step_record = now - self._last_step_record, now
+            samples = record["samples_seen"] - self._samples_at_last_record
+            self._samples_at_last_record = record["samples_seen"]
+            record["samples_per_second"] = samples / passed if passed > 0 else None
         self._send(lambda sink: sink.metrics(record))
         if not self._judged_waits:
             self._judge_waits(record)
@@ -166,7 +176,8 @@ class RunLog:
         """
         self._send(lambda sink: sink.roll_back(progress.step, offsets))
         self.check()
-        self._samples_at_last_line, self._last_line = progress.samples_seen, time.monotonic()
+        self._samples_at_last_line = self._samples_at_last_record = progress.samples_seen
+        self._last_line = self._last_step_record = time.monotonic()
         self._stage_batch, self._lr = progress.stage_batch, None
 
     @property

@@ -32,6 +32,7 @@ from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import milestones_reached
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, StepView
+from hvdlarge.telemetry.measurements import Measurements, NoMeasurements
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.telemetry.timers import PhaseTimers
 from hvdlarge.training.step import StepOutcome, train_step
@@ -68,6 +69,7 @@ class LoopComponents:
     rounds_differently: bool = False  # whether ranks use different floating-point rounding
     buffer_guard: BufferGuard = field(default_factory=BufferGuard)
     hooks: Hooks | NoHooks = field(default_factory=NoHooks)
+    measurements: Measurements | NoMeasurements = field(default_factory=NoMeasurements)
 
 
 def train(components: LoopComponents, state: TrainState) -> None:
@@ -103,6 +105,7 @@ def train(components: LoopComponents, state: TrainState) -> None:
             state.without_loss += 1
             if state.without_loss == 1:
                 components.log.note(_no_loss_note(decision))
+        measure(components, decision, timers)
         observe(components, decision, outcome, timers)
         record(components, state, decision, outcome, timers)
         call_hooks(components, "after_step", state, decision)
@@ -137,11 +140,19 @@ def take_step(components: LoopComponents, decision: Decision, timers: PhaseTimer
     )
     where = f"step {decision.step}, with micro-batches of {decision.micro_batch:,} samples"
     hint = oom_hint(decision.micro_batch, decision.global_batch)
-    replica, consistency, policy = components.replica, components.consistency, components.policy
+    replica = components.replica
     try:
-        with explain_out_of_memory(where, hint):
+        with explain_out_of_memory(where, hint), components.measurements.step(decision):
             outcome = train_step(
-                decision, layout, micro_batches, replica, consistency, digest, policy, timers
+                decision,
+                layout,
+                micro_batches,
+                replica,
+                components.consistency,
+                digest,
+                components.policy,
+                timers,
+                components.measurements,
             )
     except ModeChangedError as error:
         raise JobError(f"model.name: {error}") from None
@@ -229,11 +240,25 @@ def _stopped(components: LoopComponents, decision: Decision) -> str:
     )
 
 
+def measure(components: LoopComponents, decision: Decision, timers: PhaseTimers) -> None:
+    """Log what was measured within the step. Every rank calls this together."""
+    with timers("measure"):
+        records = components.measurements.finish(decision)
+    samples_seen = decision.samples_seen + decision.global_batch
+    place = {
+        "step": decision.step,
+        "epoch": components.plan.clock.epoch(samples_seen),
+        "samples_seen": samples_seen,
+    }
+    for each in records:
+        components.log.metrics({**place, **each})
+
+
 def observe(
     components: LoopComponents, decision: Decision, outcome: StepOutcome, timers: PhaseTimers
 ) -> None:
-    """Pass the step's mean loss to the controller, if the growth depends on measurements. Every
-    rank calls this together.
+    """Pass the step's mean loss, and the gradient noise scale where it is available, to the
+    controller, if the growth depends on measurements. Every rank calls this together.
 
     The loss is the exact sum of the micro-batches' shares, rounded once, so its bits do not depend
     on the number of workers.
@@ -248,6 +273,9 @@ def observe(
         shares = [share for message in messages for (share,) in struct.iter_unpack("<d", message)]
         finite = all(map(math.isfinite, shares))
         measured["loss"] = math.fsum(shares) if finite else math.nan
+        noise_scale = components.measurements.noise_scale
+        if noise_scale is not None:
+            measured["noise_scale"] = noise_scale
     components.feed.observe(decision.step, measured)
 
 

@@ -19,6 +19,7 @@ from hvdlarge.resilience.consistency import ConsistencyCheck, StepFlags
 from hvdlarge.resilience.nonfinite import NonFinitePolicy
 from hvdlarge.schedule.batch import BatchLayout
 from hvdlarge.schedule.decision import Decision
+from hvdlarge.telemetry.measurements import Measurements, NoMeasurements
 from hvdlarge.telemetry.timers import PhaseTimers
 
 
@@ -44,6 +45,7 @@ def train_step(
     digest: int | None,
     policy: NonFinitePolicy,
     timers: PhaseTimers,
+    measurements: Measurements | NoMeasurements,
 ) -> StepOutcome:
     """Take the decided step. Every rank calls this together, with its own micro-batches.
 
@@ -56,6 +58,7 @@ def train_step(
         digest: of this rank's state, where states are compared in this step.
         policy: decides what happens if gradients are not finite.
         timers: of the phases.
+        measurements: within the step.
 
     Raises:
         JobError, RanksDisagreeError, ModeChangedError, DivergedError, RollBack: on every rank.
@@ -78,6 +81,7 @@ def train_step(
             share = replica.averaging.share(loss, micro_batch.size, decision.global_batch)
         with timers("backward"):
             replica.update.backward(replica.loss_scaler.scaled(share))
+            measurements.end_pass(micro_batch.size if loss.weight is None else loss.weight)
             micro_batch_shares.append(share.detach())
             without_gradient = {w: name for w, name in without_gradient.items() if w.grad is None}
             replica.update.backward_done()
@@ -91,19 +95,29 @@ def train_step(
         factor = replica.averaging.factor(decision.global_batch)
     # After the all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient
     with timers("update"):
-        applied = not math.isnan(factor) and _update(decision, replica, policy, factor)
+        applied = not math.isnan(factor) and _update(
+            decision, replica, policy, factor, measurements
+        )
         replica.carried.end_step(applied)
     shares = _shares(micro_batch_shares, factor, replica)
     return StepOutcome(*shares, flags, applied, has_no_loss=math.isnan(factor))
 
 
-def _update(decision: Decision, replica: Replica, policy: NonFinitePolicy, factor: float) -> bool:
+def _update(
+    decision: Decision,
+    replica: Replica,
+    policy: NonFinitePolicy,
+    factor: float,
+    measurements: Measurements | NoMeasurements,
+) -> bool:
     """Update the weights if the policy allows it, and return whether it does."""
     replica.loss_scaler.unscale(replica.names, factor)
     norms = replica.update.optimizer.measure()
     if not policy.check(decision, replica, norms):
         return False
+    measurements.before_update(norms)
     replica.update.apply(norms.clipped(replica.clip_norm), decision.lr)
+    measurements.after_update()
     return True
 
 
