@@ -310,4 +310,9 @@ def read_folder(outcome: Outcome, folder: Path) -> Outcome:
 
 
 def _without_times(line: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in line.items() if not name.endswith("_seconds")}
+    times = ("time", "samples_per_second")
+    return {
+        name: float(value)
+        for name, value in line.items()
+        if not (name.endswith("_seconds") or name in times)
+    }

@@ -73,15 +73,11 @@ def train_step(
     micro_batch_shares: list[torch.Tensor] = []
     # In any pass so far: exact mode takes the gradients of each pass off the parameters
     without_gradient = {} if replica.zero_if_missing else dict(replica.names)
-    for micro_batch, inputs, targets in micro_batches:
-        # Random draws of model and loss are keyed by the micro-batch, not by the worker
-        seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
-        with timers("forward"):
-            loss = replica.objective(inputs, targets, replica.carried.window(micro_batch))
-            share = replica.averaging.share(loss, micro_batch.size, decision.global_batch)
+    for loaded in micro_batches:
+        share, weight = _forward(loaded, decision, replica, timers)
         with timers("backward"):
             replica.update.backward(replica.loss_scaler.scaled(share))
-            measurements.end_pass(micro_batch.size if loss.weight is None else loss.weight)
+            measurements.end_pass(weight)
             micro_batch_shares.append(share.detach())
             without_gradient = {w: name for w, name in without_gradient.items() if w.grad is None}
             replica.update.backward_done()
@@ -101,6 +97,19 @@ def train_step(
         replica.carried.end_step(applied)
     shares = _shares(micro_batch_shares, factor, replica)
     return StepOutcome(*shares, flags, applied, has_no_loss=math.isnan(factor))
+
+
+def _forward(
+    loaded: LoadedMicroBatch, decision: Decision, replica: Replica, timers: PhaseTimers
+) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """The share of a micro-batch in the step's loss, and its weight there."""
+    micro_batch, inputs, targets = loaded
+    # Random draws of model and loss are keyed by the micro-batch, not by the worker
+    seed_all(seeds.key(replica.seed, seeds.MICRO_BATCH, micro_batch.start))
+    with timers("forward"):
+        loss = replica.objective(inputs, targets, replica.carried.window(micro_batch))
+        share = replica.averaging.share(loss, micro_batch.size, decision.global_batch)
+    return share, micro_batch.size if loss.weight is None else loss.weight
 
 
 def _update(
