@@ -89,7 +89,6 @@ def train_step(
         flags = consistency.finish()
         replica.statistics.end_step(layout, flags.uneven)
         factor = replica.averaging.factor(decision.global_batch)
-    # After the all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient
     with timers("update"):
         applied = not math.isnan(factor) and _update(
             decision, replica, policy, factor, measurements
@@ -119,7 +118,9 @@ def _update(
     factor: float,
     measurements: Measurements | NoMeasurements,
 ) -> bool:
-    """Update the weights if the policy allows it, and return whether it does."""
+    """Update the weights if the policy allows it, and return whether it does. After the
+    all-reduce: norms, and so the trust ratios of LARS, are those of the mean gradient.
+    """
     replica.loss_scaler.unscale(replica.names, factor)
     norms = replica.update.optimizer.measure()
     if not policy.check(decision, replica, norms):
