@@ -1,15 +1,16 @@
-"""Runs on several hosts: namespaces of this machine with names, addresses and ssh servers of their own."""
+"""Runs on several hosts: namespaces of this machine with names, addresses and ssh servers."""
 
-import os
 import shutil
 import subprocess
-import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.hosts import Hosts, missing
-from support.launching import ROOT, EndedRun, environment
+from support.launching import ROOT, TRAIN, EndedRun, core_of_its_own, environment
+
+__all__ = ["core_of_its_own"]  # a fixture
 
 
 @dataclass
@@ -19,45 +20,58 @@ class Cluster:
     hosts: Hosts
     folder: Path
 
-    def command(self, places, *arguments, program=("-m", "hvdlarge.train"), options=()):
-        """The command line on host a for a run by mpirun on some places, such as "a:1,b:2"."""
-        workers = sum(int(place.partition(":")[2]) for place in places.split(","))
-        launch = [
-            "mpirun",
-            "--allow-run-as-root",
-            "-np",
-            workers,
-            "--host",
-            places,
-            "--bind-to",
-            "none",
-        ]
-        # Hosts that do not know of each other's use of the cores would wait for each other with all of them
-        exported = ["-x", "PATH", "-x", "PYTHONPATH", "-x", "OMPI_MCA_mpi_yield_when_idle"]
-        remote = ["--mca", "plm_rsh_args", self.hosts.ssh_options, "--wdir", self.folder]
-        command = [*launch, *exported, *remote, *options, sys.executable, *program, *arguments]
-        return self.hosts.hosts[0].inside(*command)
+    def __getitem__(self, name):
+        return next(host for host in self.hosts.hosts if host.name == name)
 
-    def begin(self, *arguments, **keywords):
-        """Start a run, with its output in the folder's file `output`."""
-        with (self.folder / "output").open("w") as output:
+    def mpirun(self, *options):
+        """The beginning of mpirun's command line."""
+        exported = ["-x", "PATH", "-x", "PYTHONPATH"]
+        return ["mpirun", "--allow-run-as-root", "--bind-to", "none", *exported, *options]
+
+    def begin(self, *command, log="output", **environ):
+        """Start a command on host a, in the folder."""
+        with (self.folder / log).open("w") as output:
             return subprocess.Popen(
-                self.command(*arguments, **keywords),
-                cwd=self.folder,
-                env=environment(PYTHONPATH=str(ROOT), OMPI_MCA_mpi_yield_when_idle="1"),
+                self["a"].inside(*command, folder=self.folder),
+                env=environment(PYTHONPATH=str(ROOT), **environ),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def end(self, process, seconds=600):
-        """Wait for its end."""
-        process.wait(timeout=seconds)
-        return EndedRun(process.returncode, (self.folder / "output").read_text())
+    def begin_training(self, places, *arguments):
+        """Start a run by mpirun on some places, such as "a:1,b:2"."""
+        workers = sum(int(place.partition(":")[2]) for place in places.split(","))
+        launch = self.mpirun("-np", workers, "--host", places)
+        return self.begin(*launch, *TRAIN, *arguments)
 
-    def run(self, *arguments, **keywords):
-        """Run to the end."""
-        return self.end(self.begin(*arguments, **keywords))
+    def end(self, process, seconds=300, log="output"):
+        """Wait for the end of a command."""
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"runs after {seconds} s\n{self.text(log)}") from None
+        return EndedRun(process.returncode, self.text(log))
+
+    def text(self, log="output"):
+        """What a command has printed so far."""
+        return (self.folder / log).read_text()
+
+    def train(self, places, *arguments):
+        """Run to the end by mpirun."""
+        return self.end(self.begin_training(places, *arguments))
+
+    def left(self):
+        """What still runs on the hosts, by name."""
+        return {host.name: found for host in self.hosts.hosts if (found := host.processes())}
+
+    def seconds_until(self, condition, limit):
+        """How long it takes for something to be true; AssertionError after a limit."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < limit, f"waited in vain\n{self.text()}"
+            time.sleep(0.05)
+        return time.monotonic() - began
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +85,12 @@ def hosts(tmp_path_factory):
 @pytest.fixture
 def cluster(hosts, tmp_path):
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
-    yield Cluster(hosts, tmp_path)
-    left = {}
-    for host in hosts.hosts:
-        sshd = {host.sshd.pid} if host.sshd else set()
-        commands = [Path(f"/proc/{pid}/cmdline") for pid in host.processes() if pid not in sshd]
-        left[host.name] = [
-            path.read_bytes()
-            for path in commands
-            if path.exists() and b"hvdlarge" in path.read_bytes()
-        ]
-    assert not any(left.values()), left
-    assert os.path.isdir(tmp_path)
+    made = Cluster(hosts, tmp_path)
+    yield made
+    try:
+        made.seconds_until(lambda: not made.left(), 8)
+    finally:
+        left = made.left()
+        for host in hosts.hosts:
+            host.end_runs()
+    assert not left
