@@ -28,8 +28,16 @@ from hvdlarge.comm.launcher import detect, report_wrong_launch, wrong_launch
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
-# A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank
-_RESTARTABLE = frozenset([exits.HUNG, exits.RANK_LOST, 134, 137, 139])
+# A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank (137 also of
+# an mpirun that waits for a host that was cut off); 205: of mpirun, a host was lost
+_RESTARTABLE = frozenset([exits.HUNG, exits.RANK_LOST, 134, 137, 139, 205])
+# mpirun notices within a minute that a host does not answer (Open MPI: within eight), before a rank
+# reaches its limit: after that mpirun would wait for the host much longer
+_KEEPALIVE = {
+    "OMPI_MCA_oob_tcp_keepalive_time": "30",
+    "OMPI_MCA_oob_tcp_keepalive_intvl": "10",
+    "OMPI_MCA_oob_tcp_keepalive_probes": "3",
+}
 _USR1_CODE = 128 + signal.SIGUSR1  # of a process that SIGUSR1 has killed
 _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
@@ -213,7 +221,10 @@ class Launcher:
         command = [*self._mpirun, "-np", str(workers), *host_option, *self._command, *fresh]
         try:
             process = subprocess.Popen(
-                command, start_new_session=True, preexec_fn=_stop_with_parent
+                command,
+                env={**_KEEPALIVE, **os.environ},
+                start_new_session=True,
+                preexec_fn=_stop_with_parent,
             )
         except FileNotFoundError:
             print_error(

@@ -4,7 +4,7 @@ lock.
 Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not notice
 a rank that is frozen as a whole. So a thread on every rank watches it: when a phase exceeds its
 time limit, the thread prints where this rank is, which ranks lag behind, and all stacks, and exits
-with code 72; the launcher then ends the others. MPI holds the interpreter lock while it waits, in
+with code 72; the launcher then ends the others, or is ended itself (stuck_launcher.py). MPI holds the interpreter lock while it waits, in
 its own start, for a rank that never comes; hard_exit.py is the fallback that does not need it.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from hvdlarge.exits import HUNG
 from hvdlarge.resilience.hard_exit import HardExit
+from hvdlarge.resilience.stuck_launcher import kill_stuck_launcher
 
 _POLL_SECONDS = 0.5
 _NOTE_SECONDS = 2.0
@@ -160,6 +161,7 @@ class Watchdog:
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
+        kill_stuck_launcher()
         os._exit(HUNG)
 
     def _lagging_ranks(self) -> list[str]:

@@ -202,18 +202,23 @@ class Host:
         self.hosts.at_switch("link", "set", f"port-{self.name}", "up")
 
     def processes(self):
-        """Process ids and command lines of all that runs on the host but its ssh server."""
+        """Process ids and command lines of all that runs on the host but its ssh server.
+
+        A connection's part of that server outlives a client that was cut off.
+        """
         found = {}
         for pid in self.holder.processes():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if words and pid != self.sshd.pid:  # zombies have none
+                if words and "sshd" not in words.split()[0]:  # zombies have no words
                     found[pid] = words
         return found
 
     def end_runs(self):
-        """Kill all that runs there but the ssh server."""
-        for pid in self.processes():
+        """Kill all that runs there but the ssh server that listens."""
+        for pid in self.holder.processes():
+            if pid == self.sshd.pid:
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
