@@ -4,7 +4,7 @@ lock.
 Horovod warns of a stall after four minutes at the earliest, never ends the run, and does not notice
 a rank that is frozen as a whole. So a thread on every rank watches it: when a phase exceeds its
 time limit, the thread prints where this rank is, which ranks lag behind, and all stacks, and exits
-with code 72; the launcher then ends the others, or is ended itself (stuck_launcher.py). MPI holds the interpreter lock while it waits, in
+with code 72; the launcher then ends the others. MPI holds the interpreter lock while it waits, in
 its own start, for a rank that never comes; hard_exit.py is the fallback that does not need it.
 """
 

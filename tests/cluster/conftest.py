@@ -1,5 +1,6 @@
 """Runs on several hosts: namespaces of this machine with names, addresses and ssh servers."""
 
+import json
 import shutil
 import subprocess
 import time
@@ -7,10 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from support.hosts import Hosts, missing
 from support.launching import ROOT, TRAIN, EndedRun, core_of_its_own, environment
 
 __all__ = ["core_of_its_own"]  # a fixture
+
+# 119 steps, in float64 as other numbers of workers round differently
+JOB = ["jobs/digits.yaml", "epochs=4", "batch.growth.every_epochs=1", "precision=fp64"]
+
+
+def weights(folder, run="digits"):
+    return torch.load(folder / "runs" / run / "checkpoints/last.pt", weights_only=True)["model"]
+
+
+def distance(first, second):
+    return max(
+        float((first[name] - value).norm() / value.norm().clamp_min(1e-3))
+        for name, value in second.items()
+        if value.is_floating_point()
+    )
+
+
+def used_hosts(cluster, run="digits"):
+    """The host of each worker."""
+    found = json.loads((cluster.folder / "runs" / run / "environment.json").read_text())
+    return [worker["host"] for worker in found["workers"]]
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is not short as long, so that one expression selects from several suites."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not item.get_closest_marker("short"):
+            item.add_marker("long")
 
 
 @dataclass
@@ -25,7 +55,7 @@ class Cluster:
 
     def mpirun(self, *options):
         """The beginning of mpirun's command line."""
-        exported = ["-x", "PATH", "-x", "PYTHONPATH"]
+        exported = ["-x", "PATH", "-x", "PYTHONPATH", "-x", "PYTHONDONTWRITEBYTECODE"]
         return ["mpirun", "--allow-run-as-root", "--bind-to", "none", *exported, *options]
 
     def begin(self, *command, log="output", **environ):
@@ -33,7 +63,8 @@ class Cluster:
         with (self.folder / log).open("w") as output:
             return subprocess.Popen(
                 self["a"].inside(*command, folder=self.folder),
-                env=environment(PYTHONPATH=str(ROOT), **environ),
+                # One host may see other sources than the rest
+                env=environment(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", **environ),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -94,3 +125,13 @@ def cluster(hosts, tmp_path):
         for host in hosts.hosts:
             host.end_runs()
     assert not left
+
+
+@pytest.fixture(scope="session")
+def undisturbed(hosts, tmp_path_factory):
+    """The weights of JOB on two hosts."""
+    made = Cluster(hosts, tmp_path_factory.mktemp("undisturbed"))
+    shutil.copytree(ROOT / "jobs", made.folder / "jobs")
+    ended = made.train("a:1,b:1", *JOB)
+    assert ended.code == 0, ended.text
+    return weights(made.folder)

@@ -36,6 +36,7 @@ UserKnownHostsFile /dev/null
 LogLevel ERROR
 BatchMode yes
 ConnectTimeout 10
+ServerAliveInterval 5
 """
 # What a host's namespaces need the permission for
 TRIAL = """\
@@ -193,13 +194,15 @@ class Host:
         finally:
             self.run(find("tc"), "qdisc", "del", *link)
 
-    def cut(self):
-        """Take the host off the network, as a pulled cable does."""
-        self.hosts.at_switch("link", "set", f"port-{self.name}", "down")
-
-    def join(self):
-        """Put the host on the network again."""
-        self.hosts.at_switch("link", "set", f"port-{self.name}", "up")
+    @contextlib.contextmanager
+    def off_the_network(self):
+        """Take the host off the network for a while, as a pulled cable does."""
+        port = ["link", "set", f"port-{self.name}"]
+        self.hosts.at_switch(*port, "down")
+        try:
+            yield
+        finally:
+            self.hosts.at_switch(*port, "up")
 
     def processes(self):
         """Process ids and command lines of all that runs on the host but its ssh server.
