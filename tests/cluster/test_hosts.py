@@ -75,7 +75,7 @@ def test_a_host_that_is_cut_off_at_the_start_is_named(cluster):
 def test_another_version_on_one_host_is_refused_by_name(cluster, package):
     """The host sees another file in the place of the one that has the version."""
     if package == "torch":
-        file, key = Path(distribution("torch").locate_file("")), "Version: "
+        file, key = Path(distribution("torch").locate_file("")), "\nVersion: "
         file = file / f"torch-{distribution('torch').version}.dist-info/METADATA"
     else:
         file, key = ROOT / "hvdlarge/__init__.py", '__version__ = "'

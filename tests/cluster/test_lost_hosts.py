@@ -40,7 +40,9 @@ def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, 
     limits = ["timeouts.step_seconds=4", "timeouts.fetch_seconds=4"]
     process = cluster.begin_training("a:1,b:1", *job, *limits)
     wait_for_a_checkpoint(cluster, process)
-    with cluster["b"].off_the_network():
+    lost, notes = cluster["b"], cluster.folder / "runs/digits/progress"
+    with lost.off_the_network():
+        lost.run("mount", "-t", "tmpfs", "tmpfs", notes)  # a shared folder is lost too
         # n · (step_seconds + fetch_seconds) = 8 s, then 30 s for mpirun to end the run by itself
         seconds = cluster.seconds_until(ended(process), 50)
         assert process.returncode in (137, -9)
@@ -49,6 +51,7 @@ def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, 
         assert seconds > 30  # else mpirun has ended by itself, and this test has no purpose
         # The same on the host that was cut off; ssh needs 15 s to notice
         cluster.seconds_until(lambda: not cluster.left(), 10)
+        lost.run("umount", notes)
     done = cluster.train(again, *job)
     assert done.code == 0, done.text
     assert "resuming from" in done.text
