@@ -14,8 +14,14 @@ from support.launching import ROOT, TRAIN, EndedRun, core_of_its_own, environmen
 
 __all__ = ["core_of_its_own"]  # a fixture
 
-# 119 steps, in float64 as other numbers of workers round differently
-JOB = ["jobs/digits.yaml", "epochs=4", "batch.growth.every_epochs=1", "precision=fp64"]
+# 85 steps, in float64 as other numbers of workers round differently
+JOB = [
+    "jobs/digits.yaml",
+    "epochs=4",
+    "batch.growth.every_epochs=1",
+    "precision=fp64",
+    "checkpoint.every_steps=20",
+]
 
 
 def weights(folder, run="digits"):

@@ -6,8 +6,7 @@ import pytest
 from cluster.conftest import JOB, distance, used_hosts, weights
 from support.launching import TRAIN
 
-SAVE = ["checkpoint.every_steps=20"]
-LONG = ["jobs/digits.yaml", "epochs=200", "batch.growth={policy: none}", *SAVE]
+LONG = [*JOB, "epochs=200"]
 # mpirun notices after 8 s that a host does not answer: before the job's limits, which are minutes
 KEEPALIVE = {
     f"OMPI_MCA_oob_tcp_keepalive_{name}": value
@@ -36,9 +35,8 @@ def ended(process):
 
 @pytest.mark.parametrize("again", ["a:1,c:1", "a:1"])
 def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, undisturbed, again):
-    job = [*JOB, *SAVE]
     limits = ["timeouts.step_seconds=4", "timeouts.fetch_seconds=4"]
-    process = cluster.begin_training("a:1,b:1", *job, *limits)
+    process = cluster.begin_training("a:1,b:1", *JOB, *limits)
     wait_for_a_checkpoint(cluster, process)
     lost, notes = cluster["b"], cluster.folder / "runs/digits/progress"
     with lost.off_the_network():
@@ -52,7 +50,7 @@ def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, 
         # The same on the host that was cut off; ssh needs 15 s to notice
         cluster.seconds_until(lambda: not cluster.left(), 10)
         lost.run("umount", notes)
-    done = cluster.train(again, *job)
+    done = cluster.train(again, *JOB)
     assert done.code == 0, done.text
     assert "resuming from" in done.text
     difference = distance(weights(cluster.folder), undisturbed)
@@ -76,17 +74,17 @@ def test_mpirun_notices_a_lost_host(cluster, how):
     assert "node b" in cluster.text().replace("Remote daemon: ", "")
 
 
-@pytest.mark.parametrize("hosts", ["a b c", "b c"])
-def test_launch_goes_on_with_the_hosts_that_are_left(cluster, undisturbed, hosts):
+@pytest.mark.parametrize("listed", ["a b c", "b c"])
+def test_launch_goes_on_with_the_hosts_that_are_left(cluster, undisturbed, listed):
     """From host a; of b and c alone rank 0 is on the host that is cut off."""
     (cluster.folder / "reachable.sh").write_text(REACHABLE)
     options = [
         "--hosts-command",
-        f"sh reachable.sh {hosts}",
+        f"sh reachable.sh {listed}",
         "--mpirun",
         " ".join(cluster.mpirun()),
     ]
-    command = [sys.executable, "-m", "hvdlarge.launch", "-np", "3", *options, *JOB, *SAVE]
+    command = [sys.executable, "-m", "hvdlarge.launch", "-np", "3", *options, *JOB]
     process = cluster.begin(*command, **KEEPALIVE)
     wait_for_a_checkpoint(cluster, process)
     with cluster["b"].off_the_network():
@@ -94,7 +92,7 @@ def test_launch_goes_on_with_the_hosts_that_are_left(cluster, undisturbed, hosts
     text = cluster.text()
     assert process.returncode == 0, text
     assert "launch: exit code 205; restart 1 from the last checkpoint" in text
-    left = [host for host in hosts.split() if host != "b"]
+    left = [host for host in listed.split() if host != "b"]
     assert f"launch: {len(left)} workers on {','.join(f'{host}:1' for host in left)}" in text
     assert "resuming from" in text
     assert used_hosts(cluster) == left
