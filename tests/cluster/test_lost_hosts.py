@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from cluster.conftest import JOB, distance, used_hosts, weights
+from support.cluster import JOB, distance, used_hosts, weights
 from support.launching import TRAIN
 
 LONG = [*JOB, "epochs=200"]

@@ -133,6 +133,24 @@ def test_a_lost_host_which_mpirun_notices_within_a_minute_is_a_reason_to_restart
 
 
 @pytest.mark.parametrize(
+    ("ends", "code", "starts"),
+    [
+        ("hang:255 enter:0", 255, 1),  # at the first start it may be a mistake of the command line
+        ("enter:205 hang:255 enter:0", 0, 3),
+        ("enter:205 hang:255 hang:255 hang:255 enter:0", 255, 4),
+    ],
+)
+def test_a_host_out_of_reach_at_a_restart_is_an_attempt_without_progress(
+    tmp_path, ends, code, starts
+):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    fake = {"mpirun": f"{sys.executable} mpirun.py", "ENDS": ends}
+    done = launch(tmp_path, "-np", "2", JOB, **fake)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
+
+
+@pytest.mark.parametrize(
     ("earlier", "ends", "fresh"),
     [
         ("run", "enter:137 enter:72 enter:0", [True, False, False]),

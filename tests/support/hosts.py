@@ -15,7 +15,7 @@ from pathlib import Path
 
 PROGRAMS = ("ip", "tc", "unshare", "nsenter", "taskset", "ssh", "ssh-keygen", "sshd")
 PACKAGES = "iproute2 util-linux openssh-client openssh-server"
-KERNEL_SECONDS = 5
+SSHD_SECONDS = 30.0
 # The programs of the administrator too, which another user's PATH may leave out
 PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 OWN_NAMESPACES = ["--net", "--uts", "--ipc", "--mount"]
@@ -126,7 +126,7 @@ class Holder:
         if self.process.poll() is None and (
             os.readlink(f"/proc/{self.pid}/ns/net") != os.readlink("/proc/self/ns/net")
         ):
-            deadline = time.monotonic() + KERNEL_SECONDS
+            deadline = time.monotonic() + 5
             while (pids := self.processes()) and time.monotonic() < deadline:
                 for pid in pids:
                     with contextlib.suppress(ProcessLookupError):
@@ -173,7 +173,7 @@ class Host:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + SSHD_SECONDS
         while subprocess.run(self.inside("ssh", self.name, "true"), capture_output=True).returncode:
             assert time.monotonic() < deadline, Path(log.name).read_text()
             time.sleep(0.1)

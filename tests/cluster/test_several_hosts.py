@@ -6,7 +6,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from cluster.conftest import JOB, distance, used_hosts, weights
+from support.cluster import JOB, distance, used_hosts, weights
 from support.launching import ROOT, TRAIN
 
 
