@@ -44,7 +44,8 @@ def test_nothing_is_left_after_an_exception(permitted, tmp_path):
             assert left_of(tmp_path)
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, use)
+    with pytest.raises(KeyboardInterrupt):
+        use()
     assert began[0].wait(timeout=5) == -9
     assert not left_of(tmp_path)
 
