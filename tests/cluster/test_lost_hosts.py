@@ -1,5 +1,6 @@
 """A host that is lost in the middle of a run: what ends the run on every host, when, and how it goes on with the others."""
 
+import re
 import shutil
 import sys
 
@@ -41,10 +42,10 @@ def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, 
     lost, notes = cluster["b"], cluster.folder / "runs/digits/progress"
     with lost.off_the_network():
         lost.run("mount", "-t", "tmpfs", "tmpfs", notes)  # a shared folder is lost too
-        # n · (step_seconds + fetch_seconds) = 8 s, then 30 s for mpirun to end the run by itself
+        # n · (step_seconds + fetch_seconds) with 1 or 2 micro-batches, and 30 s for mpirun to end
         seconds = cluster.seconds_until(ended(process), 50)
         assert process.returncode in (137, -9)
-        assert "rank 0 (a) has waited 8 s in phase allreduce" in cluster.text()
+        assert re.search(r"rank 0 \(a\) has waited (8|16) s in phase allreduce", cluster.text())
         assert "rank 1 (b) was last seen" in cluster.text()
         assert seconds > 30  # else mpirun has ended by itself, and this test has no purpose
         # The same on the host that was cut off; ssh needs 15 s to notice

@@ -16,7 +16,7 @@ JOB = [
     "epochs=4",
     "batch.growth.every_epochs=1",
     "precision=fp64",
-    "checkpoint.every_steps=20",
+    "checkpoint.every_steps=10",
 ]
 
 
