@@ -40,6 +40,7 @@ def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, 
     process = cluster.begin_training("a:1,b:1", *JOB, *limits)
     wait_for_a_checkpoint(cluster, process)
     lost, notes = cluster["b"], cluster.folder / "runs/digits/progress"
+    cluster.seconds_until((notes / "rank_1.json").exists, 5)  # rank 0 removes those of earlier runs
     with lost.off_the_network():
         lost.run("mount", "-t", "tmpfs", "tmpfs", notes)  # a shared folder is lost too
         # n · (step_seconds + fetch_seconds) with 1 or 2 micro-batches, and 30 s for mpirun to end
