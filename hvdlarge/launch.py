@@ -38,7 +38,7 @@ _KEEPALIVE = {
     "OMPI_MCA_oob_tcp_keepalive_intvl": "10",
     "OMPI_MCA_oob_tcp_keepalive_probes": "3",
 }
-_UNREACHABLE = 255  # of mpirun: no connection to a host by ssh
+_NO_CONNECTION = 255  # of mpirun: ssh to a host failed, at the start or later
 _USR1_CODE = 128 + signal.SIGUSR1  # of a process that SIGUSR1 has killed
 _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
@@ -165,12 +165,12 @@ class Launcher:
                     raise
                 # Whatever lists the hosts may fail for a while: a start that made no progress
                 print_status(f"launch: warning: {error}")
-            if not self._should_restart(code, restarts):
-                return code
             # An earlier run that is still in its place has not been set aside yet
             self._fresh = self._fresh and self._earlier_run is not None
             self._fresh = self._fresh and self._identity() == self._earlier_run
             moved = not self._fresh and self._progress() > before
+            if not self._should_restart(code, began=restarts > 0 or moved):
+                return code
             without_progress = 0 if moved else without_progress + 1
             restarts += 1
             if without_progress >= _NO_PROGRESS_LIMIT:
@@ -199,11 +199,11 @@ class Launcher:
         except OSError:
             return None
 
-    def _should_restart(self, code: int, restarts: int) -> bool:
+    def _should_restart(self, code: int, began: bool) -> bool:
         if self._stop_signal is not None:
             return False
-        # At the first start it may be a mistake of the command line
-        if code == _UNREACHABLE and restarts:
+        # Before the run has begun it may be a mistake of the command line
+        if code == _NO_CONNECTION and began:
             return True
         return code in _RESTARTABLE or (code == exits.STOPPED and self._restart_stopped)
 

@@ -1,5 +1,7 @@
 """A host that is lost in the middle of a run: what ends the run on every host, when, and how it goes on with the others."""
 
+import re
+import shutil
 import sys
 
 import pytest
@@ -33,28 +35,30 @@ def ended(process):
     return lambda: process.poll() is not None
 
 
-@pytest.mark.parametrize("again", ["a:1,c:1", "a:1"])
-def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, undisturbed, again):
+def test_ranks_end_by_their_limits_and_a_launcher_that_waits_is_killed(cluster, undisturbed):
     limits = ["timeouts.step_seconds=4", "timeouts.fetch_seconds=4"]
     process = cluster.begin_training("a:1,b:1", *JOB, *limits)
     wait_for_a_checkpoint(cluster, process)
     lost, notes = cluster["b"], cluster.folder / "runs/digits/progress"
+    cluster.seconds_until((notes / "rank_1.json").exists, 5)  # rank 0 removes those of earlier runs
     with lost.off_the_network():
         lost.run("mount", "-t", "tmpfs", "tmpfs", notes)  # a shared folder is lost too
-        # n · (step_seconds + fetch_seconds) = 8 s, then 30 s for mpirun to end the run by itself
+        # n · (step_seconds + fetch_seconds) with 1 or 2 micro-batches, and 30 s for mpirun to end
         seconds = cluster.seconds_until(ended(process), 50)
         assert process.returncode in (137, -9)
-        assert "rank 0 (a) has waited 8 s in phase allreduce" in cluster.text()
+        assert re.search(r"rank 0 \(a\) has waited (8|16) s in phase allreduce", cluster.text())
         assert "rank 1 (b) was last seen" in cluster.text()
         assert seconds > 30  # else mpirun has ended by itself, and this test has no purpose
         # The same on the host that was cut off; ssh needs 15 s to notice
         cluster.seconds_until(lambda: not cluster.left(), 10)
         lost.run("umount", notes)
-    done = cluster.train(again, *JOB)
-    assert done.code == 0, done.text
-    assert "resuming from" in done.text
-    difference = distance(weights(cluster.folder), undisturbed)
-    assert difference == 0 if again == "a:1,c:1" else difference < 1e-10
+    shutil.copytree(cluster.folder / "runs/digits", cluster.folder / "runs/alone")
+    for run, places in (("digits", "a:1,c:1"), ("alone", "a:1")):
+        done = cluster.train(places, *JOB, f"run_dir=runs/{run}")
+        assert done.code == 0, done.text
+        assert "resuming from" in done.text
+    assert distance(weights(cluster.folder), undisturbed) == 0
+    assert distance(weights(cluster.folder, "alone"), undisturbed) < 1e-10
 
 
 @pytest.mark.parametrize("how", ["cut off", "powered off"])
@@ -70,8 +74,9 @@ def test_mpirun_notices_a_lost_host(cluster, how):
     else:
         cluster["b"].end_runs()  # its connections are closed
         cluster.seconds_until(ended(process), 8)
-    assert process.returncode == 205, cluster.text()
-    assert "node b" in cluster.text().replace("Remote daemon: ", "")
+    # Of the connection to mpirun's daemon, or that of ssh
+    assert process.returncode in ((205,) if how == "cut off" else (205, 255)), cluster.text()
+    assert "on node b" in cluster.text() or "Connection to b closed" in cluster.text()
 
 
 @pytest.mark.parametrize("listed", ["a b c", "b c"])

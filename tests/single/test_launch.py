@@ -136,11 +136,12 @@ def test_a_lost_host_which_mpirun_notices_within_a_minute_is_a_reason_to_restart
     ("ends", "code", "starts"),
     [
         ("hang:255 enter:0", 255, 1),  # at the first start it may be a mistake of the command line
+        ("enter:255 enter:0", 0, 2),  # the connection was lost in the middle of the run
         ("enter:205 hang:255 enter:0", 0, 3),
         ("enter:205 hang:255 hang:255 hang:255 enter:0", 255, 4),
     ],
 )
-def test_a_host_out_of_reach_at_a_restart_is_an_attempt_without_progress(
+def test_a_host_out_of_reach_is_a_reason_to_restart_once_the_run_has_begun(
     tmp_path, ends, code, starts
 ):
     (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
