@@ -112,7 +112,8 @@ def test_the_pods_of_the_mpijob_train_together(bench, image, shared, three_hosts
         "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
         "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
         "OMPI_MCA_orte_set_default_slots": "1",
-        # The three share the cores of one
+        # The three share the cores of one machine, which no process knows
+        "OMPI_MCA_mca_base_env_list": "OMP_NUM_THREADS=1",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
         "OMPI_MCA_mpi_yield_when_idle": "1",
     }
@@ -121,7 +122,7 @@ def test_the_pods_of_the_mpijob_train_together(bench, image, shared, three_hosts
     process = bench.begin(
         image,
         *launcher,
-        "run_dir=/shared/run",
+        *("run_dir=/shared/run", "epochs=4", "batch.growth.every_epochs=1"),
         host=a,
         mounts=[secret, (tmp_path / "hostfile", "/etc/mpi/hostfile")],
         environ=environ,
@@ -135,8 +136,19 @@ def test_the_pods_of_the_mpijob_train_together(bench, image, shared, three_hosts
     assert ended.code == 0, ended.text
     assert "2 workers on b:1,c:1" in ended.text
     found = summary(shared / "run")
-    assert (found["steps"], found["world_size"]) == (524, 2)
-    assert found["accuracy"] >= 0.98
+    assert (found["epochs"], found["world_size"], found["growths"]) == (4, 2, 3)
+    # A session has the PATH of the image, so that ranks of a plain mpirun are found too
+    script = "echo $(uname -n) $(command -v hvdlarge)"
+    said = bench.run(
+        *(image, "mpirun", "-np", "2", "sh", "-c", script),
+        host=a,
+        mounts=[secret, (tmp_path / "hostfile", "/etc/mpi/hostfile")],
+        environ=environ,
+    )
+    assert sorted(said.out.splitlines()) == [
+        "b /opt/hvdlarge/bin/hvdlarge",
+        "c /opt/hvdlarge/bin/hvdlarge",
+    ], said.text
     environment = json.loads((shared / "run/environment.json").read_text())
     assert [place["host"] for place in environment["workers"]] == ["b", "c"]
 
