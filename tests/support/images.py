@@ -38,21 +38,18 @@ def missing():
     return "" if os.geteuid() == 0 else "buildah with chroot isolation must be started by root here"
 
 
-def buildah(*arguments, seconds=120, log=None):
-    """Run buildah; its output, or AssertionError with the end of it."""
-    output = subprocess.PIPE if log is None else log.open("w")
+def buildah(*arguments, seconds=120):
+    """Run buildah; what it printed, or AssertionError with the end of that."""
     done = subprocess.run(
         [find("buildah"), *map(str, arguments)],
-        stdout=output,
-        stderr=subprocess.STDOUT if log else subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=seconds,
         cwd=ROOT,
         env=environ(),
     )
-    said = done.stdout if log is None else log.read_text()
-    assert done.returncode == 0, (said + (done.stderr or ""))[-4000:]
-    return said
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
 
 
 def environ():
@@ -132,7 +129,7 @@ def build(folder, dockerfile="docker/Dockerfile", name=IMAGE, **arguments):
         word for key, value in arguments.items() for word in ("--build-arg", f"{key}={value}")
     ]
     command = ["bud", "--layers", *mounts(folder), "-f", dockerfile, "-t", name, *options, "."]
-    buildah(*command, seconds=3600, log=folder / "build.log")
+    buildah(*command, seconds=3600)
     return name
 
 
