@@ -101,25 +101,7 @@ def test_lsf_stops_near_the_limit_and_goes_on(batch, folder):
     assert summary(folder)["accuracy"] >= 0.98
 
 
-def test_pbs_submits_a_job_again_that_its_own_clock_has_stopped(batch, folder):
-    job = folder / "jobs/digits.yaml"
-    text = job.read_text()
-    for long, short in (("epochs: 30", "epochs: 4"), ("every_epochs: 6", "every_epochs: 1")):
-        assert text.count(long) == 1
-        text = text.replace(long, short)
-    job.write_text(text)
-    place = {"PBS_NODEFILE": str(folder / "hosts"), "PBS_O_WORKDIR": str(folder)}
-    code, log = end(batch("pbs.sh", STOP_AFTER_MINUTES="0.01", **place), folder)
-    assert code == 75, log
-    assert_stopped(folder, log)
-    assert (folder / "submitted").read_text() == f"-v JOB=jobs/digits.yaml {TEMPLATES}/pbs.sh\n"
-    code, log = end(batch("pbs.sh", **place), folder)
-    assert code == 0, log
-    assert (summary(folder)["epochs"], summary(folder)["world_size"]) == (4, 2)
-    assert (folder / "submitted").read_text().count("\n") == 1
-
-
-def test_pbs_does_not_submit_a_job_again_that_qdel_has_ended(batch, folder):
+def test_pbs_submits_a_job_again_that_its_own_clock_has_stopped_and_none_after_qdel(batch, folder):
     place = {"PBS_NODEFILE": str(folder / "hosts"), "PBS_O_WORKDIR": str(folder)}
     process = batch("pbs.sh", **place)
     until_it_trains(process, folder)
@@ -128,6 +110,11 @@ def test_pbs_does_not_submit_a_job_again_that_qdel_has_ended(batch, folder):
     assert code == 75, log
     assert_stopped(folder, log)
     assert not (folder / "submitted").exists()
+    code, log = end(batch("pbs.sh", STOP_AFTER_MINUTES="0.01", **place), folder)
+    assert code == 75, log
+    assert "resuming from" in log
+    assert_stopped(folder, log)
+    assert (folder / "submitted").read_text() == f"-v JOB=jobs/digits.yaml {TEMPLATES}/pbs.sh\n"
 
 
 def test_a_host_file_says_how_many_workers_there_are(folder):
