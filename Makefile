@@ -8,6 +8,7 @@
 # make test-ecosystem  models and data sets of transformers, datasets, timm and torchvision (installs them into .ecosystem)
 # make test-slurm  the batch files of docker/slurm under a real Slurm, which the tests start (Debian: slurm-wlm munge, as root)
 # make test-jobs  every job through two growths and an evaluation, those of jobs/papers on small files of their official formats
+# make test-docker  the image of docker/Dockerfile, built by buildah and run; needs root, buildah and debootstrap
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -29,7 +30,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-gpu bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-docker test-gpu bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -126,6 +127,11 @@ test-jobs: $(stamp)
 # Runs on two nodes, time limits, a lost node, requeues: about eight minutes, most of it spent waiting for Slurm.
 test-slurm: $(stamp)
 	$(bin)/python -m pytest tests/slurm
+
+# The image, built without a Docker engine and run: eight minutes the first time, two when buildah has its layers. tests/support/images.py says what
+# can be set. The same torch as that of the tests is installed, from where pip finds it here.
+test-docker: $(stamp)
+	$(bin)/python -m pytest -s tests/docker
 
 # How much of the package the tests of one process reach; the other suites run it in processes of its own.
 coverage: $(stamp)

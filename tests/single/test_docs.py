@@ -9,7 +9,12 @@ from support.launching import ROOT
 from hvdlarge import exits
 from hvdlarge.train import main
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docker/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.fixture(scope="module")
