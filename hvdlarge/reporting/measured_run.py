@@ -152,8 +152,7 @@ def _jitter(steps: Sequence[_Step]) -> float:
         return 0.0
     # The median of |x| is 1/1.4826 standard deviations of a normal x
     return 1.4826 * statistics.median(
-        abs(after.micro_batch - before.micro_batch)
-        / (1 / before.passes + 1 / after.passes) ** 0.5
+        abs(after.micro_batch - before.micro_batch) / (1 / before.passes + 1 / after.passes) ** 0.5
         for before, after in itertools.pairwise(steps)
     )
 
