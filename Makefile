@@ -3,10 +3,12 @@
 # make test-faults  every fault of the list in docs/fault-tests.md; make test-kill: the long kill trial; make test-laws: whole jobs
 # make test-fuzz    5,000 jobs drawn at random, each beside a plain loop; 600 more over MPI and Horovod
 # make test-peers   LARS and LAMB step by step beside other projects' (installs them into .peers); make bench: the engine's speed here
+# make test-cluster  runs on several hosts: namespaces of this machine with addresses and ssh servers (root; openssh-server, iproute2)
 # make test-gpu  what one GPU can show, on this machine's; skipped where there is none
 # make test-ecosystem  models and data sets of transformers, datasets, timm and torchvision (installs them into .ecosystem)
 # make test-slurm  the batch files of docker/slurm under a real Slurm, which the tests start (Debian: slurm-wlm munge, as root)
 # make test-jobs  every job through two growths and an evaluation, those of jobs/papers on small files of their official formats
+# make test-docker  the image of docker/Dockerfile, built by buildah and run; needs root, buildah and debootstrap
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
 
@@ -28,7 +30,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-gpu bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-docker test-gpu bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -67,7 +69,7 @@ test-parallel: $(stamp)
 
 # Whole runs, and the short ones of those in which something goes wrong on purpose. A run keeps less than a core busy.
 test-runs: $(stamp)
-	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest -n 4 --dist worksteal tests/faults tests/integration tests/slurm -m "not long"
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest -n 4 --dist worksteal tests/faults tests/integration tests/slurm tests/cluster -m "not long"
 
 # What goes wrong on purpose, all of it (the suites after tests/faults are part of the default suite too).
 test-faults: $(stamp)
@@ -99,6 +101,13 @@ test-peers: $(stamp)
 	[ -d .peers/timm ] || $(pip) install --quiet --target .peers --no-deps pytorch_optimizer timm
 	PYTHONPATH=.peers $(bin)/python -m pytest tests/peers
 
+# By mpirun, horovodrun and hvdlarge launch on two and three hosts, with hosts that are lost, out of reach, slow or not alike: about six
+# minutes. Skipped, with the reason, where a machine permits no namespaces. The default suite has the short ones.
+test-cluster: export OMP_WAIT_POLICY = passive
+test-cluster: export OPENBLAS_NUM_THREADS = 1
+test-cluster: $(stamp)
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest --durations=0 tests/cluster
+
 # Workers that share the GPU need a Horovod without NCCL: HOROVOD_GPU_OPERATIONS=none make install, in another VENV.
 test-gpu: $(stamp)
 	$(pytest2) tests/gpu
@@ -118,6 +127,11 @@ test-jobs: $(stamp)
 # Runs on two nodes, time limits, a lost node, requeues: about eight minutes, most of it spent waiting for Slurm.
 test-slurm: $(stamp)
 	$(bin)/python -m pytest tests/slurm
+
+# The image, built without a Docker engine and run: eight minutes the first time, two when buildah has its layers. tests/support/images.py says what
+# can be set. The same torch as that of the tests is installed, from where pip finds it here.
+test-docker: $(stamp)
+	$(bin)/python -m pytest -s tests/docker
 
 # How much of the package the tests of one process reach; the other suites run it in processes of its own.
 coverage: $(stamp)

@@ -1,9 +1,10 @@
-"""The forecast of `hvdlarge plan --allreduce` against measured runs: step times of three models on 1, 2 and 4 workers of this machine.
+"""The forecast of `hvdlarge plan --allreduce` against measured runs: step times of three models on
+1, 2 and 4 workers of this machine.
 
     python benchmarks/forecast.py [--rounds 3] [--keep FOLDER]
 
-The forecast knows the run on one worker (bound to one core) and `bench allreduce` on two. Runs of different sizes take turns; each figure is the
-median of the rounds' medians.
+The forecast knows the run on one worker, bound to one core, and `bench allreduce` on two. Runs on
+different numbers of workers take turns; each figure is the median of the rounds' medians.
 """
 
 import argparse
@@ -34,6 +35,7 @@ PHASES = ("decide", "fetch", "forward", "backward", "allreduce", "update", "meas
 
 
 def main():
+    """Measure, forecast, and print both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", metavar="FOLDER", help="leave the runs there")
@@ -54,6 +56,7 @@ def main():
 
 
 def launch(workers, folder, *command):
+    """Run a module on so many workers."""
     line = ["mpirun", "--oversubscribe", "-np", str(workers), sys.executable, "-m", *command]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
     if done.returncode:

@@ -99,8 +99,8 @@ PY
 key=$(printf '%s' "$recipe" | sha256sum | cut -c1-16)
 wheels=$cache/$key
 
-horovod_wheel() { ls "$wheels"/horovod-*.whl 2>/dev/null | head -n 1; }
-mpi4py_wheel() { ls "$wheels"/mpi4py-*.whl 2>/dev/null | head -n 1; }
+horovod_wheel() { find "$wheels" -maxdepth 1 -name 'horovod-*.whl' -print -quit; }
+mpi4py_wheel() { find "$wheels" -maxdepth 1 -name 'mpi4py-*.whl' -print -quit; }
 
 # Python's traceback at the end of the log hides what CMake and the compiler said first.
 show_errors() {

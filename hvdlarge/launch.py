@@ -28,8 +28,17 @@ from hvdlarge.comm.launcher import detect, report_wrong_launch, wrong_launch
 from hvdlarge.config.job_file import job_path, read_job
 from hvdlarge.telemetry.console import print_error, print_status
 
-# A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank
-_RESTARTABLE = frozenset([exits.HUNG, exits.RANK_LOST, 134, 137, 139])
+# A rank hung or was lost. 134, 137, 139: abort, kill and segmentation fault of a rank (137 also of
+# an mpirun that waits for a host that was cut off); 205: of mpirun, a host was lost
+_RESTARTABLE = frozenset([exits.HUNG, exits.RANK_LOST, 134, 137, 139, 205])
+# mpirun notices within a minute that a host does not answer (Open MPI: within eight), before a rank
+# reaches its limit: after that mpirun would wait for the host much longer
+_KEEPALIVE = {
+    "OMPI_MCA_oob_tcp_keepalive_time": "30",
+    "OMPI_MCA_oob_tcp_keepalive_intvl": "10",
+    "OMPI_MCA_oob_tcp_keepalive_probes": "3",
+}
+_NO_CONNECTION = 255  # of mpirun: ssh to a host failed, at the start or later
 _USR1_CODE = 128 + signal.SIGUSR1  # of a process that SIGUSR1 has killed
 _NO_PROGRESS_LIMIT = 3
 _TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
@@ -156,12 +165,12 @@ class Launcher:
                     raise
                 # Whatever lists the hosts may fail for a while: a start that made no progress
                 print_status(f"launch: warning: {error}")
-            if not self._should_restart(code):
-                return code
             # An earlier run that is still in its place has not been set aside yet
             self._fresh = self._fresh and self._earlier_run is not None
             self._fresh = self._fresh and self._identity() == self._earlier_run
             moved = not self._fresh and self._progress() > before
+            if not self._should_restart(code, began=restarts > 0 or moved):
+                return code
             without_progress = 0 if moved else without_progress + 1
             restarts += 1
             if without_progress >= _NO_PROGRESS_LIMIT:
@@ -190,9 +199,12 @@ class Launcher:
         except OSError:
             return None
 
-    def _should_restart(self, code: int) -> bool:
+    def _should_restart(self, code: int, began: bool) -> bool:
         if self._stop_signal is not None:
             return False
+        # Before the run has begun it may be a mistake of the command line
+        if code == _NO_CONNECTION and began:
+            return True
         return code in _RESTARTABLE or (code == exits.STOPPED and self._restart_stopped)
 
     def _start_once(self) -> int:
@@ -213,7 +225,10 @@ class Launcher:
         command = [*self._mpirun, "-np", str(workers), *host_option, *self._command, *fresh]
         try:
             process = subprocess.Popen(
-                command, start_new_session=True, preexec_fn=_stop_with_parent
+                command,
+                env={**_KEEPALIVE, **os.environ},
+                start_new_session=True,
+                preexec_fn=_stop_with_parent,
             )
         except FileNotFoundError:
             print_error(

@@ -5,6 +5,7 @@
 #
 # HOSTFILE has a line for each host: `name slots=4`, with as many slots as the host has GPUs (or cores). Every host needs the same environment
 # under the same path, and ssh from here without a password (docs/resume-and-launch.md).
+# After the loss of a host take it out of HOSTFILE, and run the same command to go on with the others.
 # To stop with a checkpoint: kill -USR1 the mpirun (exit code 75). SIGTERM kills the ranks after a second; `hvdlarge launch` turns it into a stop.
 set -eu
 hosts=$1

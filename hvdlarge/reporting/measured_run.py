@@ -145,12 +145,15 @@ def _step_of(interval: _Interval, layout: BatchLayout, on_gpu: bool) -> _Step:
 
 
 def _jitter(steps: Sequence[_Step]) -> float:
-    """The standard deviation of a micro-batch's seconds, from those of means over intervals, by
-    their median absolute deviation.
+    """The standard deviation of a micro-batch's seconds, from the differences between means over
+    successive intervals: a machine whose speed drifts is no straggler among its workers.
     """
-    middle = statistics.median(step.micro_batch for step in steps)
+    if len(steps) < 2:
+        return 0.0
+    # The median of |x| is 1/1.4826 standard deviations of a normal x
     return 1.4826 * statistics.median(
-        abs(step.micro_batch - middle) * step.passes**0.5 for step in steps
+        abs(after.micro_batch - before.micro_batch) / (1 / before.passes + 1 / after.passes) ** 0.5
+        for before, after in itertools.pairwise(steps)
     )
 
 

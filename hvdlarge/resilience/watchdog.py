@@ -23,6 +23,7 @@ from pathlib import Path
 
 from hvdlarge.exits import HUNG
 from hvdlarge.resilience.hard_exit import HardExit
+from hvdlarge.resilience.stuck_launcher import kill_stuck_launcher
 
 _POLL_SECONDS = 0.5
 _NOTE_SECONDS = 2.0
@@ -160,6 +161,7 @@ class Watchdog:
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
+        kill_stuck_launcher()
         os._exit(HUNG)
 
     def _lagging_ranks(self) -> list[str]:

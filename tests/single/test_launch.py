@@ -120,6 +120,37 @@ sys.exit(int(end.rpartition(":")[2]))
 """
 
 
+def test_a_lost_host_which_mpirun_notices_within_a_minute_is_a_reason_to_restart(tmp_path):
+    report = "import os\nprint('idle for', os.environ['OMPI_MCA_oob_tcp_keepalive_time'])\n"
+    (tmp_path / "mpirun.py").write_text(report + FAKE_MPIRUN)
+    fake = {"mpirun": f"{sys.executable} mpirun.py", "ENDS": "enter:205 enter:0"}
+    done = launch(tmp_path, "-np", "2", JOB, **fake)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("idle for 30\n") == 2
+    (tmp_path / "starts").unlink()
+    done = launch(tmp_path, "-np", "2", JOB, **fake, OMPI_MCA_oob_tcp_keepalive_time="7")
+    assert done.stdout.count("idle for 7\n") == 2  # the user's choice
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "starts"),
+    [
+        ("hang:255 enter:0", 255, 1),  # at the first start it may be a mistake of the command line
+        ("enter:255 enter:0", 0, 2),  # the connection was lost in the middle of the run
+        ("enter:205 hang:255 enter:0", 0, 3),
+        ("enter:205 hang:255 hang:255 hang:255 enter:0", 255, 4),
+    ],
+)
+def test_a_host_out_of_reach_is_a_reason_to_restart_once_the_run_has_begun(
+    tmp_path, ends, code, starts
+):
+    (tmp_path / "mpirun.py").write_text(FAKE_MPIRUN)
+    fake = {"mpirun": f"{sys.executable} mpirun.py", "ENDS": ends}
+    done = launch(tmp_path, "-np", "2", JOB, **fake)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
+
+
 @pytest.mark.parametrize(
     ("earlier", "ends", "fresh"),
     [
