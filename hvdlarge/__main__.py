@@ -13,6 +13,7 @@ VERBS = {
     "train": ("train a job", "hvdlarge.train"),
     "launch": ("train a job on many workers, with restarts", "hvdlarge.launch"),
     "plan": ("show a run before it is started", "hvdlarge.plan"),
+    "report": ("show runs on one page", "hvdlarge.report"),
     "export": ("write the weights of a run to a file", "hvdlarge.export"),
     "pack": ("write data sets to .npy files", "hvdlarge.pack"),
     "doctor": ("check this machine", "hvdlarge.doctor.__main__"),

@@ -72,10 +72,10 @@ def _verify(folder: Path) -> int:
 
 
 def _pack(job: Job, folder: Path) -> int:
-    from hvdlarge.build import load_data, sample_form
     from hvdlarge.data.files import SUMS
     from hvdlarge.data.npy import PARTS
     from hvdlarge.data.packing import ORIGIN, Source, UnreadableSample, pack
+    from hvdlarge.training.build import load_data, sample_form
 
     written = job.resolved()["data"]  # of texts from the environment only the SHA-256
     data = {key: written[key] for key in ("name", "args", "targets", "collate")}

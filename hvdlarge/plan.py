@@ -238,7 +238,7 @@ def _samples_of(job: Job, options: argparse.Namespace) -> TrainingSamples:
 
 
 def _count(job: Job) -> int:
-    from hvdlarge.build import load_data  # needs torch
+    from hvdlarge.training.build import load_data  # needs torch
 
     return len(load_data(job.data, job.seed)[0])
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dry_run(options, launch)
 
     def work(context: RankContext, job: Job) -> None:
-        from hvdlarge.run import run
+        from hvdlarge.training.run import run
 
         gc.freeze()
         gc.enable()
@@ -244,12 +244,12 @@ def _run_objects(
     given: Mapping[str, Any],
     fresh: bool,
 ) -> dict[str, Any]:
-    from hvdlarge.build import own_memory
     from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
     from hvdlarge.comm.solo import SoloChannel, SoloCollectives
     from hvdlarge.resilience.preemption import StopRequest
     from hvdlarge.resilience.watchdog import Watchdog
-    from hvdlarge.run import run
+    from hvdlarge.training.build import own_memory
+    from hvdlarge.training.run import run
 
     summary: dict[str, Any] = {}
 
@@ -302,7 +302,7 @@ def _dry_run(options: argparse.Namespace, launch: Launch | None) -> int:
 
 
 def _count(job: Job) -> int:
-    from hvdlarge.build import load_data
+    from hvdlarge.training.build import load_data
 
     return len(load_data(job.data, job.seed)[0])
 

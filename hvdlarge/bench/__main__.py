@@ -139,7 +139,7 @@ def _lars(context: RankContext, job: Job | None, options: argparse.Namespace) ->
 
 def _step(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     from hvdlarge.bench.step import StepClock, measure_step
-    from hvdlarge.build import build_components
+    from hvdlarge.training.build import build_components
 
     assert job is not None  # see _job
     clock = StepClock(context.control.rank, job.timeouts.limits())
@@ -193,8 +193,8 @@ def _allreduce(
 
 def _data(context: RankContext, job: Job | None, options: argparse.Namespace) -> dict[str, Any]:
     from hvdlarge.bench.data import loading_speed, loads_in_place, measure_waits
-    from hvdlarge.build import load_data, sample_form
     from hvdlarge.config.planning import plan_run
+    from hvdlarge.training.build import load_data, sample_form
 
     assert job is not None  # see _job
     training_set, _ = raise_on_all_ranks(context.control, lambda: load_data(job.data, job.seed))

@@ -6,12 +6,12 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-from hvdlarge import build
 from hvdlarge.comm.interfaces import ControlChannel
 from hvdlarge.config.job import Data
 from hvdlarge.controller import Controller
 from hvdlarge.data.in_memory import reads_batches
 from hvdlarge.schedule.plan import Plan
+from hvdlarge.training import build
 
 
 class DataWait(NamedTuple):

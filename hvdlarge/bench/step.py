@@ -21,13 +21,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from hvdlarge.bench.interleave import run_interleaved
-from hvdlarge.build import (
-    Components,
-    build_learning,
-    build_loader,
-    build_replica,
-    device_mover,
-)
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import NoCheckpoints
 from hvdlarge.comm.interfaces import Collectives, ControlChannel
@@ -44,13 +37,20 @@ from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Run
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.growth import NoGrowth
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.schedule.progress import Clock
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
+from hvdlarge.training.build import (
+    Components,
+    build_learning,
+    build_loader,
+    build_replica,
+    device_mover,
+)
 from hvdlarge.training.loop import train
+from hvdlarge.training.run import Run
 from hvdlarge.world import RankContext
 
 _WARM_UP = 5  # steps of each round that are not timed

@@ -53,8 +53,8 @@ class Growth(Policy, ABC):
             epoch: in epochs.
             measured: by name, as of the last step that updated the weights: `loss` is the mean over
                 its global batch, `noise_scale` the gradient noise scale in samples, where the job
-                measures it and it is available. Empty before there is one, and for a growth that does not depend
-                on measurements, which is a function of `initial` and `epoch` alone.
+                measures it and it is available. Empty before there is one, and for a growth that
+                does not depend on measurements, which is a function of `initial` and `epoch` alone.
 
         Returns:
             `current` or more.

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm
 from hvdlarge.data.transforms import Transforms
 from hvdlarge.evaluation.states import StateMetric
 from hvdlarge.optim.precision import Precision
+from hvdlarge.training import build
 
 JOB = """
 name: evaluated

@@ -158,8 +158,8 @@ def test_the_loss_that_is_logged_is_that_of_the_whole_batch(control, tensors, fo
         return
     import own_forms
 
-    from hvdlarge.build import build_learning
     from hvdlarge.optim.precision import Precision
+    from hvdlarge.training.build import build_learning
 
     model = build_learning(job, Precision("fp64", torch.device("cpu")))[0].model
     batch = own_forms.pad([own_forms.Sequences()[index] for index in range(53)])

@@ -224,7 +224,7 @@ def test_weights_from_a_file_that_rank_0_alone_reads(control, tensors, folder, m
     if control.rank == 0:
         torch.save({f"module.{n}": v for n, v in whole["model"].items()}, folder / "weights.pt")
     else:
-        monkeypatch.setattr("hvdlarge.run.load_initial_weights", None)
+        monkeypatch.setattr("hvdlarge.training.run.load_initial_weights", None)
     control.barrier()
     job = job_of(
         [

@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.comparing import weight_distance
 
-from hvdlarge import build
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import NoCheckpoints
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
@@ -21,10 +20,11 @@ from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import Run
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_log import SilentRunLog
+from hvdlarge.training import build
 from hvdlarge.training.loop import train
+from hvdlarge.training.run import Run
 from hvdlarge.world import RankContext
 
 JOB = """

@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Whoever stands here imports only what stands before it: rooms, what rooms share, the spine, the doors.
 ORDER = ["exits", "models", "schedule", "data", "optim", "reduction", "comm", "config", "replica", "resilience",
          "reporting", "telemetry", "checkpoint",
-         "controller", "evaluation", "preflight", "world", "build", "training", "run", "api"]  # fmt: skip
-DOORS = {"__main__", "train", "launch", "plan", "export", "pack", "doctor", "bench"}
+         "controller", "evaluation", "preflight", "world", "training", "api"]  # fmt: skip
+DOORS = {"__main__", "train", "launch", "plan", "report", "export", "pack", "doctor", "bench"}
 PURE = {
     "schedule",
     "telemetry/timers.py",

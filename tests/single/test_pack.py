@@ -11,7 +11,7 @@ import torch
 from support.data_files import write_mnist
 from torch.utils.data import Dataset, Subset
 
-from hvdlarge import build, pack
+from hvdlarge import pack
 from hvdlarge.config.job import Data
 from hvdlarge.data import packing
 from hvdlarge.data.digits import digits
@@ -20,6 +20,7 @@ from hvdlarge.data.mnist import mnist
 from hvdlarge.data.npy import npy
 from hvdlarge.data.packing import Source
 from hvdlarge.data.samples import SampleForm
+from hvdlarge.training import build
 
 REST = "model: {name: mlp}\nbatch: {base: 8, micro: 8}\nlr: {base: 0.1}\nepochs: 1\n"
 

@@ -6,7 +6,7 @@ from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
-from hvdlarge.run import run
+from hvdlarge.training.run import run
 from hvdlarge.world import RankContext
 
 JOB = """

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvdlarge import build
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.content import CheckpointContent, RunFacts
 from hvdlarge.checkpoint.saver import optimizer_state
@@ -16,6 +15,7 @@ from hvdlarge.models.state import trained_modules
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.plan import RunProgress
+from hvdlarge.training import build
 
 JOB = """
 name: resumed

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.comparing import read_lines
 
-from hvdlarge import InMemory, build, run_job
+from hvdlarge import InMemory, run_job
+from hvdlarge.training import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hvdlarge.build import build_learning, first_sample, load_data
 from hvdlarge.comm.solo import SoloChannel
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.planning import plan_run
@@ -24,6 +23,7 @@ from hvdlarge.preflight.auto_micro_batch import (
 )
 from hvdlarge.replica.objective import Objective
 from hvdlarge.replica.train_state import TrainState
+from hvdlarge.training.build import build_learning, first_sample, load_data
 
 CPU = Precision("fp32", torch.device("cpu"))
 

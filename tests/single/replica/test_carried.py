@@ -11,13 +11,13 @@ import torch
 from support.whole_runs import job_of, train
 from torch import nn
 
-from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.data.lanes import Lanes
 from hvdlarge.exits import JobError
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.carried import CarriedLanes, LaneStates, StateError, StateForm
 from hvdlarge.schedule.batch import BatchLayout, MicroBatch
+from hvdlarge.training import build
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,9 @@ def losses_of(parts, inputs, targets, state):
 @pytest.mark.parametrize(("batch", "lanes"), [(4, 4), (3, 6), (2, 7)])
 def test_a_run_is_that_of_a_plain_loop_over_streams(tmp_path, monkeypatch, batch, lanes):
     """22 windows: 4 lanes of 5 and 6 windows, 2 and a bit epochs; and less than a sample of each lane in a step."""
-    monkeypatch.syspath_prepend(str(build.__file__).replace("hvdlarge/build.py", "tests/parallel"))
+    monkeypatch.syspath_prepend(
+        str(build.__file__).replace("hvdlarge/training/build.py", "tests/parallel")
+    )
     changes = [
         f"data={{name: 'own_parts:windows', args: {{samples: 22}}, lanes: {lanes}}}",
         f"batch={{base: {batch}, micro: {batch}}}",

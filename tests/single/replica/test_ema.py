@@ -9,13 +9,12 @@ from support.comparing import distance, read_lines
 from torch import nn
 
 import hvdlarge
-from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.ema import WeightAverage
 from hvdlarge.resilience.nonfinite import RollBack, RollbackPolicy
-from hvdlarge.training import loop
+from hvdlarge.training import build, loop
 
 JOB = {
     "name": "averaged",

@@ -292,7 +292,7 @@ def test_a_sound_job_that_is_refused_is_seen(judged, monkeypatch):
     def refuse(*given, **more):
         raise JobError("model.name: no")
 
-    monkeypatch.setattr("hvdlarge.build.build_learning", refuse)
+    monkeypatch.setattr("hvdlarge.training.build.build_learning", refuse)
     assert judged().reason == "a sound job is refused: model.name: no"
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from hvdlarge import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import JobError, OutOfMemory
 from hvdlarge.optim.precision import Precision
 from hvdlarge.replica.train_state import TrainState
+from hvdlarge.training import build
 
 JOB = """
 name: built

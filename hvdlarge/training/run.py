@@ -16,17 +16,6 @@ from typing import Any
 
 import torch
 
-from hvdlarge.build import (
-    Components,
-    build_components,
-    build_evaluation,
-    build_feed,
-    build_loader,
-    build_policy,
-    build_replica,
-    share_state,
-    test_samples,
-)
 from hvdlarge.checkpoint import resume
 from hvdlarge.checkpoint.content import RunFacts
 from hvdlarge.checkpoint.folder import CheckpointFolder, NoCheckpoints
@@ -55,6 +44,17 @@ from hvdlarge.telemetry.measurements import Measurements, NoMeasurements
 from hvdlarge.telemetry.run_folder import Sums, summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
 from hvdlarge.telemetry.weight_distance import FILE, WeightDistance
+from hvdlarge.training.build import (
+    Components,
+    build_components,
+    build_evaluation,
+    build_feed,
+    build_loader,
+    build_policy,
+    build_replica,
+    share_state,
+    test_samples,
+)
 from hvdlarge.training.loop import Cadence, LoopComponents, save, train
 from hvdlarge.world import RankContext
 
