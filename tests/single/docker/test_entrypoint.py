@@ -43,6 +43,8 @@ def begin(tmp_path, port):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell cannot trap a signal that it was started without, as by a shell's `&`
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process
