@@ -98,10 +98,12 @@ class BackgroundSink(Sink):
     def _put(self, event: str, *arguments: Any) -> None:
         if self._dropped or (event in self._not_wanted and event != "close"):
             return
-        if self._thread.ident is None:
-            self._thread.start()
         try:
+            if self._thread.ident is None:
+                self._thread.start()
             self._waiting.put_nowait((event, arguments))
+        except RuntimeError as error:  # the system has no thread left
+            self._drop(str(error))
         except queue.Full:
             self._drop(
                 f"it cannot keep up with training: {self._waiting.maxsize:,} records are waiting"
@@ -121,7 +123,8 @@ class BackgroundSink(Sink):
         with contextlib.suppress(queue.Empty):  # they may be many
             while True:
                 self._waiting.get_nowait()
-        self._waiting.put_nowait(("close", ()))  # the thread may be about to wait for a record
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(("close", ()))  # the thread may be about to wait for a record
 
     def _serve(self) -> None:
         """The thread: build the sink and pass everything on, until its end or until it is

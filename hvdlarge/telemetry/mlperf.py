@@ -184,7 +184,8 @@ def _line(event: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # A kill may have cut the last line off
+    lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
     return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
 
 

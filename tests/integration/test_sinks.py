@@ -106,3 +106,21 @@ def test_tensorboard_shows_each_step_once_after_a_stop_and_a_kill(train, folder)
         assert len(shown) > 1
         assert [step for step, _ in shown] == [step for step, _ in logged]
         assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
+
+
+def test_every_sink_of_the_package_in_one_run(train, folder):
+    for name in ("tensorboard", "mlflow", "wandb"):
+        pytest.importorskip(name, reason=f"the extra {name} is not installed")
+    sinks = "[tensorboard, mlflow, wandb, {name: mlperf, args: {benchmark: resnet}}]"
+    offline = {"WANDB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    ended = train(2, *SHORT, "run_dir=run", f"log.sinks={sinks}", **offline)
+    assert ended.code == 0, ended.text
+    assert "dropped" not in ended.out
+    assert list((folder / "run/tensorboard").glob("events.*"))
+    known = json.loads((folder / "run/mlflow_run.json").read_text())
+    (losses,) = (folder / "run/mlflow").glob(f"*/{known['run_id']}/metrics/train/loss")
+    lines = [line for line in read_lines(folder / "run/metrics.jsonl") if "loss" in line]
+    assert len(losses.read_text().splitlines()) == len(lines)
+    run_id = (folder / "run/wandb_run_id").read_text().strip()
+    assert len(list((folder / "run/wandb").glob(f"offline-run-*/run-{run_id}.wandb"))) == 1
+    assert '"success"' in (folder / "run/mlperf.log").read_text().splitlines()[-1]

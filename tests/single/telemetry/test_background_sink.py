@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,6 +141,18 @@ def test_a_sink_that_raises_is_dropped_with_one_note_and_closed(event):
     assert [call[0] for call in own.calls].count("close") == 1
 
 
+def test_a_system_without_threads_drops_the_sink(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    sink, notes = behind(Received)
+    sink.metrics({"step": 0})
+    finish(sink)
+    assert len(notes) == 1
+    assert "can't start new thread" in notes[0]
+
+
 class CannotBeBuilt:
     def __init__(self):
         raise SystemExit("no server answers")  # as some libraries do
@@ -253,9 +266,10 @@ def test_what_is_wrong_is_refused_before_the_first_step(given, message):
         find_sinks(entries(*given))
 
 
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "folder"])
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
-def test_a_missing_package_is_refused_with_its_extra(name, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+def test_a_missing_package_is_refused_with_its_extra(name, found, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: found)
     with pytest.raises(JobError, match=rf"{name}.*: pip install 'hvdlarge\[{name}\]'"):
         find_sinks(entries(name))
 
@@ -266,6 +280,7 @@ def test_a_job_names_sinks_by_name_or_with_arguments():
         ("jsonl", {}),
         ("my:Sink", {"a": 1}),
     ]
+    assert parse_job(job.to_yaml(), "job", []).log == job.log
     assert job.resume_signature() == parse_job(JOB, "job", []).resume_signature()
     with pytest.raises(JobError, match=r"log.sinks"):
         parse_job(JOB, "job", ["log.sinks=[{name: a, arg: {}}]"])
