@@ -409,8 +409,20 @@ def _named(entry: Any) -> Any:
 AnyHook = Annotated[HookPart, BeforeValidator(_named, json_schema_input_type=str | HookPart)]
 
 
+class SinkPart(Section):
+    """A receiver of the records of a run, and its arguments."""
+
+    name: Annotated[str, Field(examples=list(registry.SINKS))]
+    """A built-in sink, or `package.module:Class` of your own."""
+    args: Arguments = {}
+    """Keyword arguments of the class."""
+
+
+AnySink = Annotated[SinkPart, BeforeValidator(_named, json_schema_input_type=str | SinkPart)]
+
+
 class Log(Section):
-    """What is logged, and how often."""
+    """What is logged, how often, and where it goes."""
 
     every_steps: Count = 10
     """Steps between two lines of metrics.jsonl."""
@@ -425,6 +437,11 @@ class Log(Section):
     distances: bool = False
     """Whether the distance of the weights from those of the start is logged, at all steps up to the
     11th and then eight times while their number doubles.
+    """
+    sinks: tuple[AnySink, ...] = ()
+    """Where the records go beside metrics.jsonl and decisions.jsonl: names of sinks, or
+    `{name, args}`. `jsonl` stands for these two files, which are always written: listing it changes
+    nothing.
     """
 
 
@@ -472,7 +489,7 @@ class Job(Section):
     evaluate: Evaluate = Evaluate()
     """When the test set is evaluated, and which metrics are taken."""
     log: Log = Log()
-    """How often metrics are logged."""
+    """How often metrics are logged, and where they go."""
     hooks: tuple[AnyHook, ...] = ()
     """Code of your own that is called between steps: `package.module:Class`, or `{name, args}`."""
     checkpoint: Checkpoint = Checkpoint()

@@ -118,6 +118,13 @@ DECAYS = {
     "cosine": "hvdlarge.schedule.decay:CosineDecay",
     "one_cycle": "hvdlarge.schedule.decay:OneCycle",
 }
+SINKS = {
+    "jsonl": "hvdlarge.telemetry.sinks:JsonlFiles",
+    "mlflow": "hvdlarge.telemetry.mlflow:MlflowSink",
+    "mlperf": "hvdlarge.telemetry.mlperf:MlperfLog",
+    "tensorboard": "hvdlarge.telemetry.tensorboard:TensorBoard",
+    "wandb": "hvdlarge.telemetry.wandb:WandbSink",
+}
 
 _EXTRAS = {
     "sacrebleu": "bleu",
@@ -185,10 +192,22 @@ def instantiate(key: str, name: str, arguments: Mapping[str, Any], registry: Reg
         JobError: for an unknown name, a module or attribute that does not exist, arguments that do
             not fit, or an own part that raises, with its line.
     """
+    part = load_fitting(key, name, arguments, registry)
+    return _call(key, name, part, arguments, registry)
+
+
+def load_fitting(key: str, name: str, arguments: Mapping[str, Any], registry: Registry) -> Any:
+    """The callable that a job names, after its signature was compared with the arguments; it is not
+    called. The arguments are those of `instantiate`.
+
+    Raises:
+        JobError: for an unknown name, a module or attribute that does not exist, or arguments that
+            do not fit.
+    """
     part = load(key, name, registry)
     if problem := _misfit(part, arguments):
         raise JobError(f"{key}: {_given(arguments)} do not fit {name}{problem}")
-    return _call(key, name, part, arguments, registry)
+    return part
 
 
 def instantiate_loss(key: str, name: str, arguments: Mapping[str, Any]) -> Any:

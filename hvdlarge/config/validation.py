@@ -15,6 +15,7 @@ RESERVED_RESULTS = {
     *("steps_without_loss", "rollbacks"),
     *("train_seconds", "samples_per_second", "peak_memory_bytes", "gradient_bytes"),
     "gradient_tensors",
+    "time",  # of a record that a sink receives
 }
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 

@@ -132,9 +132,9 @@ def _schedule(runs: Sequence[RunRecords]) -> Any:
             if not points:
                 continue
             where, lrs, batches = zip(*points, strict=True)
-            where = [value * scale for value in where]
-            axes[0, place].plot(where, lrs, label=run.name, **_style(number))
-            axes[1, place].step(where, batches, where="pre", **_style(number))
+            scaled = [value * scale for value in where]
+            axes[0, place].plot(scaled, lrs, label=run.name, **_style(number))
+            axes[1, place].step(scaled, batches, where="pre", **_style(number))
     axes[0, 0].set_ylabel("learning rate")
     axes[1, 0].set_ylabel("global batch (samples)")
     axes[1, 0].set_yscale("log", base=2)

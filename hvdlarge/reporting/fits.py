@@ -42,12 +42,12 @@ def line_fit(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def logarithmic(steps: Sequence[float], distances: Sequence[float]) -> Fit:
-    """a (the slope) and b of d = a·log t + b."""
+    """A (the slope) and b of d = a·log t + b."""
     return line_fit([math.log(step) for step in steps], distances)
 
 
 def power(steps: Sequence[float], distances: Sequence[float]) -> Fit:
-    """p (the slope) and log a of d = a·t^p."""
+    """P (the slope) and log a of d = a·t^p."""
     return line_fit(
         [math.log(step) for step in steps], [math.log(distance) for distance in distances]
     )

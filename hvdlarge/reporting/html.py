@@ -11,11 +11,16 @@ from hvdlarge.reporting.report_text import Target, run_rows, stage_rows
 from hvdlarge.reporting.run_reader import RunRecords
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; font-size: 0.85rem; } div.wide { overflow-x: auto; }
-th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
-img { max-width: 100%; } .note { color: #555; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; font-size: 0.85rem; }
+div.wide { overflow-x: auto; }
+th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; white-space: nowrap;
+         border-bottom: 1px solid #e5e5e5; }
+img { max-width: 100%; }
+.note { color: #555; }
 """
 
 

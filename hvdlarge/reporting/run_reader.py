@@ -16,7 +16,7 @@ from hvdlarge.exits import JobError
 
 _MOST_LINES = 2000  # of a kind
 _MOST_LAYER_LINES = 200  # each holds four numbers for every parameter
-_LONGEST_LINE = 16 * 2**20  # bytes
+_LONGEST_LINE = 4 * 2**20  # bytes; that of ten thousand parameters has a million
 _PHASES_END = "_seconds"
 
 

@@ -16,7 +16,7 @@ from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan, RunProgress
 from hvdlarge.telemetry.console import print_status
 from hvdlarge.telemetry.run_folder import Sums, summary_of, write_summary
-from hvdlarge.telemetry.sinks import JsonlFiles, Sink, decision_record
+from hvdlarge.telemetry.sinks import JsonlFiles, Sink, Status, decision_record
 from hvdlarge.telemetry.timers import PHASES
 
 _FIRST_LINE_SECONDS, _SLOWEST_LINE_SECONDS = 2.0, 30.0
@@ -210,8 +210,10 @@ class RunLog:
             f"({summary['samples_per_second']:,.0f} samples/s); run folder {self.folder}"
         )
 
-    def close(self) -> None:
+    def close(self, status: Status = "failed") -> None:
         """Close the sinks, however the run ended."""
+        for sink in self._sinks:  # all of them finish at the same time
+            sink.end(status)
         for sink in self._sinks:
             with contextlib.suppress(OSError):
                 sink.close()
@@ -258,5 +260,5 @@ class SilentRunLog:
     ) -> None:
         """Do nothing."""
 
-    def close(self) -> None:
+    def close(self, status: Status = "failed") -> None:
         """Do nothing."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hvdlarge.comm.devices import check_gpus, choose_device
 from hvdlarge.comm.interfaces import Collectives, ControlChannel, DistributedOptimizer
-from hvdlarge.comm.rank_checks import check_equal_across_ranks, raise_on_all_ranks
+from hvdlarge.comm.rank_checks import check_equal_across_ranks, on_rank_0, raise_on_all_ranks
 from hvdlarge.config import job as sections
 from hvdlarge.config import registry
 from hvdlarge.config.job import Job
@@ -84,6 +84,7 @@ from hvdlarge.resilience.out_of_memory import explain_out_of_memory
 from hvdlarge.schedule.batch import MicroBatch
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import Plan
+from hvdlarge.telemetry.background_sink import NamedSink, find_sinks
 from hvdlarge.telemetry.hooks import check_hook
 from hvdlarge.world import RankContext
 
@@ -103,6 +104,7 @@ class Components:
     notes: Sequence[str] = ()  # what the user may not expect
     rehearsed: Rehearsed = field(default_factory=Rehearsed)  # what the rehearsal has found out
     hooks: Sequence[tuple[str, Any]] = ()  # with their names
+    sinks: Sequence[NamedSink] = ()  # rank 0's
     transforms: Transforms = field(default_factory=Transforms)  # of images
 
 
@@ -114,6 +116,7 @@ def build_components(job: Job, context: RankContext) -> Components:
         OutOfMemory: on every rank, where not even one sample fits.
     """
     control, tensors = context.control, context.tensors
+    sinks = on_rank_0(control, lambda: find_sinks(job.log.sinks)) if job.log.sinks else []
     device = raise_on_all_ranks(control, lambda: choose_device(tensors))
     precision = raise_on_all_ranks(control, lambda: Precision(job.precision, device))
     notes = check_gpus(device, control, tensors)
@@ -143,7 +146,7 @@ def build_components(job: Job, context: RankContext) -> Components:
         )
     return Components(
         objective, training_set, test_set, sizes, plan, optimizer, form, metrics,
-        [*notes, *model_notes], hooks=hooks, transforms=transforms,
+        [*notes, *model_notes], hooks=hooks, sinks=sinks or [], transforms=transforms,
     )  # fmt: skip
 
 

@@ -38,11 +38,13 @@ from hvdlarge.reporting.describe import startup_summary
 from hvdlarge.resilience.consistency import ConsistencyCheck
 from hvdlarge.resilience.nonfinite import RollBack
 from hvdlarge.schedule.plan import RunProgress
+from hvdlarge.telemetry.background_sink import BackgroundSink, open_sinks
 from hvdlarge.telemetry.console import print_error, print_status
 from hvdlarge.telemetry.hooks import Hooks, NoHooks, RunView
 from hvdlarge.telemetry.measurements import Measurements, NoMeasurements
 from hvdlarge.telemetry.run_folder import Sums, summary_of, write_documents, write_summary
 from hvdlarge.telemetry.run_log import RunLog, SilentRunLog
+from hvdlarge.telemetry.sinks import SinkRun, Status
 from hvdlarge.telemetry.weight_distance import FILE, WeightDistance
 from hvdlarge.training.build import (
     Components,
@@ -166,13 +168,17 @@ def _train_in_folder(
         context.watchdog.take_notes(folder / "progress")
         stop_file = folder / "STOP" if control.rank == 0 else None
         context.stop.watch(stop_file, job.stop_after_minutes)
+        status: Status = "failed"
         try:
             run.train(loader, progress, state)
+            status = "finished"
         except Stopped:
             context.stop.consume_file()
+            status = "stopped"
             raise
         finally:
-            run.log.close()
+            with context.watchdog.during("save"):
+                run.log.close(status)
     finally:
         _finish_writing(checkpoints, context)
         start.release()
@@ -428,7 +434,7 @@ class Run:
         environment = self._environment(hosts)
         write_documents(folder, job_file, job.to_yaml(), environment, progress, start.notes)
         offsets = {} if start.resumed is None else start.resumed.content.log_offsets
-        log = RunLog(folder, components.plan, offsets, progress, state)
+        log = RunLog(folder, components.plan, offsets, progress, state, self._sinks(progress))
         lines = startup_summary(
             job,
             components.plan,
@@ -440,6 +446,21 @@ class Run:
         )
         print_status("\n".join(lines))
         return log
+
+    def _sinks(self, progress: RunProgress) -> list[BackgroundSink]:
+        """What receives the records beside the log files."""
+        job, sizes = self.job, self.components.sizes
+        run = SinkRun(
+            job.name,
+            job.run_folder,
+            job.resolved(),
+            self.context.control.size,
+            self.components.plan.clock.dataset_size,
+            sizes.get("test samples"),
+            progress.step,
+            progress.samples_seen,
+        )
+        return open_sinks(self.components.sinks, run, job.timeouts.step_seconds)
 
     def _environment(self, hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The content of environment.json."""

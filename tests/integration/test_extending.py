@@ -57,7 +57,7 @@ def extended(folder):
             assert not path.exists(), "one new file"
             path.write_text(text, "utf-8")
             new_files.append(name)
-    assert lines == ["DECAYS", "OPTIMIZERS", "MODELS", "DATA_SETS", "LOSSES", "METRICS"]
+    assert lines == ["DECAYS", "OPTIMIZERS", "MODELS", "DATA_SETS", "LOSSES", "METRICS", "SINKS"]
     assert len(new_files) == len(lines) + 1
     return folder
 
@@ -94,6 +94,12 @@ def test_every_part_of_the_page_is_planned_explained_and_trained(extended, start
         f"accuracy {summary['accuracy']:.4f}, bits_per_target {summary['bits_per_target']:.4f}"
         in ended.out
     )
+    results = [
+        line.split(";") for line in (extended / "runs/rings/figures.csv").read_text().split()
+    ]
+    curve = [(int(step), float(value)) for step, name, value in results if name == "eval/accuracy"]
+    assert [step for step, _ in curve] == [29, 59, 89, 119]
+    assert curve[-1][1] == summary["accuracy"]
     best = torch.load(extended / "runs/rings/checkpoints/best.pt", weights_only=True)
     assert best["state"]["best"]["by"] == "bits_per_target"
     assert best["optimizer"]["classifier.weight"]["average"].shape == (2, 4)

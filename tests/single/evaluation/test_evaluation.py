@@ -7,7 +7,6 @@ import torch
 from support.comparing import read_lines
 
 from hvdlarge import InMemory, run_job
-from hvdlarge.training import build
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.data.samples import SampleForm
@@ -15,6 +14,7 @@ from hvdlarge.data.transforms import Transforms
 from hvdlarge.evaluation.parts import MetricError
 from hvdlarge.exits import JobError, OutOfMemory
 from hvdlarge.optim.precision import Precision
+from hvdlarge.training import build
 
 JOB = """
 name: evaluated

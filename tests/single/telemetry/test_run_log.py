@@ -45,7 +45,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path, plan, capsys):
         log.decision(decision)
     log.metrics({"step": 0, "loss": 1.0})
     log.finish(
-        TrainState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000, Sums(4000, 7)
+        TrainState(results={"loss": 0.5, "accuracy": 0.99}), at_end(plan), 1000, Sums(4000, 10)
     )
     log.close()
     folder = tmp_path / "deep" / "run"
@@ -74,14 +74,14 @@ def test_metrics_are_shown_by_their_names(tmp_path, plan, capsys):
     log.evaluated(results)
     log.progress(Controller(plan).decide(), 32, 0.5)
     assert "| loss 0.5000 | accuracy 0.5000 | perplexity 12.0000 |" in capsys.readouterr().out
-    log.finish(TrainState(results=results), at_end(plan), 1000, Sums(4000, 7))
+    log.finish(TrainState(results=results), at_end(plan), 1000, Sums(4000, 10))
     assert "done: accuracy 0.5000, perplexity 12.0000, loss 0.5000" in capsys.readouterr().out
     log.close()
 
 
 def test_no_metric_may_take_the_name_of_another_figure(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
-    log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, Sums(4000, 7))
+    log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, Sums(4000, 10))
     log.close()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary.keys() <= RESERVED_RESULTS
@@ -121,7 +121,7 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, plan):
 
 def test_a_summary_when_a_run_goes_on_from_its_end_is_removed(tmp_path, plan):
     log = begin(tmp_path / "run", plan)
-    log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, Sums(4000, 7))
+    log.finish(TrainState(results={"loss": 0.5}), at_end(plan), 1000, Sums(4000, 10))
     log.close()
     begin(tmp_path / "run", plan, progress=at_end(plan)).close()  # with more epochs
     assert not (tmp_path / "run/summary.json").exists()

@@ -11,13 +11,13 @@ from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.decision import Decision
 from hvdlarge.schedule.plan import RunProgress
 from hvdlarge.telemetry.run_log import RunLog
-from hvdlarge.telemetry.sinks import JsonlFiles, decision_record
+from hvdlarge.telemetry.sinks import JsonlFiles, Sink, decision_record
 
 PLAN = read_job("jobs/digits.yaml").plan(1437, 2)
 DECISION = Decision(7, 224, 0.25, 0, 32, 32, 16, 0.1, False)
 
 
-class Received:
+class Received(Sink):
     """A sink that keeps what it receives."""
 
     def __init__(self):
