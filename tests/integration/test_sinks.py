@@ -124,3 +124,57 @@ def test_every_sink_of_the_package_in_one_run(train, folder):
     run_id = (folder / "run/wandb_run_id").read_text().strip()
     assert len(list((folder / "run/wandb").glob(f"offline-run-*/run-{run_id}.wandb"))) == 1
     assert '"success"' in (folder / "run/mlperf.log").read_text().splitlines()[-1]
+
+
+POISONED = """
+import json, math
+from pathlib import Path
+from hvdlarge.data.digits import digits
+
+class Poisoned:
+    def __init__(self, samples):
+        self.samples, self.reads = samples, 0
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        image, target = self.samples[index]
+        return (image * math.nan if self.reads == 1000 else image), target
+
+def data():
+    training_set, test_set = digits()
+    return Poisoned(training_set), test_set
+
+class Calls:
+    def __init__(self):
+        self.calls = []
+
+    def start(self, run):
+        self.folder = run.folder
+
+    def decision(self, record):
+        self.calls.append(["decision", record["step"]])
+
+    def roll_back(self, step, offsets):
+        self.calls.append(["roll_back", step])
+
+    def end(self, status):
+        (self.folder / "calls.json").write_text(json.dumps(self.calls))
+"""
+
+
+def test_a_rollback_reaches_the_sinks_between_the_steps_that_it_separates(train, folder):
+    (folder / "poisoned.py").write_text(POISONED)
+    arguments = [*SHORT, "run_dir=run", "checkpoint.every_steps=20", "data={name: 'poisoned:data'}"]
+    arguments += ["on_nonfinite={policy: rollback}", "log.sinks=['poisoned:Calls']"]
+    ended = train(None, *arguments)
+    assert ended.code == 0, ended.text
+    assert "back to step 20" in ended.out
+    calls = [tuple(call) for call in json.loads((folder / "run/calls.json").read_text())]
+    before = calls[: calls.index(("roll_back", 20))]
+    assert [step for _, step in before] == list(range(len(before)))
+    assert len(before) > 21
+    steps = [line["step"] for line in read_lines(folder / "run/decisions.jsonl")]
+    assert calls[len(before) + 1 :] == [("decision", step) for step in steps[20:]]
