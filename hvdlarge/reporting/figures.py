@@ -221,7 +221,7 @@ def _layers(runs: Sequence[RunRecords]) -> Any:
     one.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
     one.invert_yaxis()
     one.set_xlabel("epoch")
-    one.set_ylabel("parameter, from the input to the output")
+    one.set_ylabel("parameter")
     figure.colorbar(mesh, ax=one, label="trust ratio")
     return figure
 

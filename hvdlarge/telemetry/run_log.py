@@ -84,7 +84,7 @@ class RunLog:
         time, in seconds since 1970, and to a step's record the samples per second since the last.
         """
         record = {**record, "time": round(time.time(), 3)}
-        if "lr" in record:
+        if "lr" in record and "samples_seen" in record:
             now = time.monotonic()
             passed, self._last_step_record = now - self._last_step_record, now
             samples = record["samples_seen"] - self._samples_at_last_record
