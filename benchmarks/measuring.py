@@ -1,13 +1,15 @@
-"""What measuring costs: the step of ResNet-20 on two workers without it, with norms by layer every
-10 steps, and with the gradient noise every 20, each started by the same command, in turn.
+"""What measuring costs: steps of ResNet-20 on two workers with and without measurements, in turn
+within one run.
 
-    python benchmarks/measuring.py [--rounds 9] [--steps 40]
+    python benchmarks/measuring.py [--steps 360]
 
-16 samples in a micro-batch, two of them on each worker. Prints the medians of all rounds, in
-milliseconds a step, and the median of the ratios of each round.
+16 samples in a micro-batch, two of them on each worker. Every third step measures norms by layer,
+every fourth the gradient noise; those that would measure both are left out. Prints the median of
+each kind, and what a measurement costs if it is made every 10th or every 20th step.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -15,39 +17,49 @@ import sys
 import tempfile
 from pathlib import Path
 
-VARIANTS = {
-    "nothing": [],
-    "layers": ["log.layers_every_steps=10"],
-    "noise": ["log.noise_every_steps=20"],
-    "distances": ["log.distances=true"],
-}
+JOB = """\
+name: measuring
+epochs: 1
+data: {{name: synthetic_images, args: {{samples: {samples}, size: 32}}}}
+model: {{name: resnet20}}
+batch: {{base: 64, micro: 16}}
+lr: {{base: 0.1}}
+optimizer: {{name: lars, weight_decay: 1e-4}}
+log: {{every_steps: 1, layers_every_steps: 3, noise_every_steps: 4}}
+"""
+WARM_UP = 10  # steps
+SPACING = {"layers": 10, "noise": 20}  # steps between measurements, as a job would have them
 
 
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=360)
     options = parser.parse_args()
-    found = {name: [] for name in VARIANTS}
-    for number in range(options.rounds):
-        for name in list(VARIANTS)[:: 1 if number % 2 == 0 else -1]:
-            found[name].append(step_seconds(VARIANTS[name], options.steps))
-    for name, seconds in found.items():
-        ratios = [ours / base for ours, base in zip(seconds, found["nothing"], strict=True)]
-        middle = statistics.median(ratios)
-        print(f"{name:10}{1e3 * statistics.median(seconds):9.2f} ms{middle:8.3f}")
+    seconds = {"plain": [], "layers": [], "noise": []}
+    for number, passed in steps(options.steps):
+        layers, noise = number % 3 == 0, number % 4 == 0
+        if number > WARM_UP and not (layers and noise):
+            seconds["layers" if layers else "noise" if noise else "plain"].append(passed)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        line = f"{name:8}{len(seconds[name]):5} steps{1e3 * median:9.2f} ms"
+        if name in SPACING:
+            share = (median / medians["plain"] - 1) / SPACING[name]
+            line += f"   every {SPACING[name]} steps: {share:+.2%}"
+        print(line)
 
 
-def step_seconds(changes, steps):
-    """The engine's median step in a process of its own."""
+def steps(count):
+    """Number and seconds of each step but the first."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "step.json"
-        command = ["mpirun", "-np", "2", sys.executable, "-m", "hvdlarge.bench", "step"]
-        command += ["batch.base=64", "batch.micro=16", *changes, "--only", "engine"]
-        command += ["--rounds", "1", "--steps", str(steps), "--json", str(file)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        return json.loads(file.read_text())["variants"]["engine"]["median"]
+        (Path(folder) / "job.yaml").write_text(JOB.format(samples=64 * count))
+        command = ["mpirun", "-np", "2", sys.executable, "-m", "hvdlarge.train", "job.yaml"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        text = (Path(folder) / "runs/measuring/metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if "lr" in line]
+    for before, after in itertools.pairwise(lines):
+        yield after["step"] + 1, after["time"] - before["time"]
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class RunLog:
         """Record measured values; `record` holds step, epoch and samples_seen among them. Adds the
         time, in seconds since 1970, and to a step's record the samples per second since the last.
         """
-        record = {**record, "time": round(time.time(), 3)}
+        record = {**record, "time": round(time.time(), 4)}
         if "lr" in record and "samples_seen" in record:
             now = time.monotonic()
             passed, self._last_step_record = now - self._last_step_record, now
