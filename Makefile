@@ -8,6 +8,7 @@
 # make test-ecosystem  models and data sets of transformers, datasets, timm and torchvision (installs them into .ecosystem)
 # make test-slurm  the batch files of docker/slurm under a real Slurm, which the tests start (Debian: slurm-wlm munge, as root)
 # make test-jobs  every job through two growths and an evaluation, those of jobs/papers on small files of their official formats
+# make test-sinks  TensorBoard, MLflow, W&B offline and MLPerf's checker (installs them into .sinks)
 # make test-docker  the image of docker/Dockerfile, built by buildah and run; needs root, buildah and debootstrap
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
@@ -30,7 +31,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-docker test-gpu bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-docker test-sinks test-gpu bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -107,6 +108,11 @@ test-cluster: export OMP_WAIT_POLICY = passive
 test-cluster: export OPENBLAS_NUM_THREADS = 1
 test-cluster: $(stamp)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pytest --durations=0 tests/cluster
+
+# The sinks of other packages, in a folder of its own.
+test-sinks: $(stamp)
+	[ -d .sinks ] || $(pip) install --quiet --target .sinks tensorboard mlflow-skinny wandb mlperf-logging
+	PYTHONPATH=.sinks $(bin)/python -m pytest tests/single/telemetry tests/integration/test_sinks.py
 
 # Workers that share the GPU need a Horovod without NCCL: HOROVOD_GPU_OPERATIONS=none make install, in another VENV.
 test-gpu: $(stamp)
