@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from hvdlarge import exits
-from hvdlarge import run as run_module
 from hvdlarge.comm.interfaces import CollectiveMismatchError, RankLostError
 from hvdlarge.config.job import Job
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.config.yaml_source import write
 from hvdlarge.resilience.preemption import StopRequest
 from hvdlarge.resilience.watchdog import Watchdog
+from hvdlarge.training import run as run_module
 from hvdlarge.world import RankContext
 from trials.folder import flaws, read_lines
 from trials.thread_world import WorldOutcome, run_world

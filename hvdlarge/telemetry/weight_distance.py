@@ -26,7 +26,7 @@ def is_on_grid(steps: int) -> bool:
     their number doubles.
 
     >>> [steps for steps in range(1, 33) if is_on_grid(steps)][-10:]
-    [14, 16, 17, 19, 20, 22, 24, 27, 29, 32]
+    [15, 16, 18, 20, 21, 23, 25, 27, 30, 32]
     """
     # 2^(k/8) lies between steps − 1 and steps, in whole numbers
     before, after = (steps - 1) ** PER_DOUBLING, steps**PER_DOUBLING
