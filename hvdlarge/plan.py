@@ -129,7 +129,6 @@ def _add_forecast(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm",
         choices=ALGORITHMS,
-        default="fastest",
         help="how the forecast sums gradients (default: fastest, the faster of ring and tree)",
     )
 
@@ -140,6 +139,12 @@ def _plan(options: argparse.Namespace) -> int:
         raise exits.JobError(
             "command line: --allreduce needs the times of a measured run: name that run with "
             "--measured"
+        )
+    of_forecast = [options.workers_per_host, options.algorithm]
+    if not options.allreduce and any(option is not None for option in of_forecast):
+        raise exits.JobError(
+            "command line: --workers-per-host and --algorithm are of the forecast: give the times "
+            "of sums with --allreduce"
         )
     # Each before the next is read: own parts are looked for beside the job that was read last
     jobs = [read_job(job_path(options.job), options.overrides)]
@@ -213,7 +218,7 @@ def _forecast(job: Job, plan: Plan, options: argparse.Namespace) -> tuple[Foreca
             "on GPUs the wait for sums of the measured run counts as computation: measure with one "
             "worker; that sums hide behind the backward pass was not checked against measurements"
         )
-    cluster = Cluster(per_host, allreduce.cost, options.algorithm)
+    cluster = Cluster(per_host, allreduce.cost, options.algorithm or "fastest")
     return Forecast(plan, costs, cluster), notes
 
 

@@ -93,7 +93,7 @@ class Forecast:
             workers,
             cluster.workers_per_host,
             cluster.algorithm,
-        ) * (slower if slower > 1 else 1.0)
+        ) * max(1.0, slower)  # as far as bench allreduce had a core for each worker
         may_hide = sums * (costs.messages - 1) / costs.messages if costs.messages else 0.0
         return StepTime(
             compute=count * micro_batch,

@@ -81,7 +81,7 @@ def read_step_costs(folder: Path) -> StepCosts:
             update_seconds=statistics.median(step.update for step in steps),
             jitter_seconds=_jitter(steps),
             gradient_bytes=summary["gradient_bytes"],
-            messages=_messages(summary, job["horovod"]["groups"], environment["settings"]),
+            messages=_messages(summary, job["horovod"], environment["settings"]),
             on_gpu=on_gpu,
             **_places(environment["workers"]),
         )
@@ -157,11 +157,14 @@ def _jitter(steps: Sequence[_Step]) -> float:
     )
 
 
-def _messages(summary: Mapping[str, Any], groups: int | None, settings: Mapping[str, str]) -> int:
+def _messages(
+    summary: Mapping[str, Any], horovod: Mapping[str, Any], settings: Mapping[str, str]
+) -> int:
     """Messages of a step: one for each tensor or group, or as many as Horovod's fusion leaves."""
-    tensors = int(summary["gradient_tensors"])
+    tensors, groups = int(summary["gradient_tensors"]), horovod["groups"]
     most = tensors if groups is None else min(groups, tensors)
-    threshold = int(settings.get("HOROVOD_FUSION_THRESHOLD", 0))
+    # A run without a launcher sets nothing: then it is the job's
+    threshold = int(settings.get("HOROVOD_FUSION_THRESHOLD", horovod["fusion_mib"] * 2**20))
     if threshold == 0:
         return most
     return min(most, max(1, -(-int(summary["gradient_bytes"]) // threshold)))

@@ -76,9 +76,6 @@ class Bench:
     def logs(self):
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
 
-    def environment(self):
-        return {**self.cluster.environ, **self.environ}
-
 
 @pytest.fixture
 def bench(cluster, tmp_path):

@@ -159,6 +159,12 @@ def test_on_a_gpu_the_wait_belongs_to_the_computation(tmp_path):
 def test_fused_messages_are_fewer(tmp_path):
     settings = {"settings": {"HOROVOD_FUSION_THRESHOLD": "30000"}}
     assert read_step_costs(write_run(tmp_path / "run", environment=settings)).messages == 2
+    # Without a launcher the run has set nothing, and the job says it
+    alone = write_run(tmp_path / "alone", environment={"settings": {}})
+    assert read_step_costs(alone).messages == 8
+    job = read_job(str(ROOT / "jobs/digits.yaml"), ["horovod.fusion_mib=0.03"])
+    (alone / "job.resolved.yaml").write_text(job.to_yaml())
+    assert read_step_costs(alone).messages == 2
 
 
 @pytest.mark.parametrize(
@@ -243,6 +249,8 @@ def test_several_numbers_of_workers_without_measurements_show_who_is_idle(capsys
         (["--allreduce", "none.json", "--measured", "RUN"], "not what hvdlarge.bench allreduce"),
         (["--allreduce", "NET", "--measured", "RUN", "reduction=exact"], "there is no forecast"),
         (["--allreduce", "NET", "--measured", "RUN", "--workers-per-host", "0"], "is needed"),
+        (["--workers-per-host", "8"], "are of the forecast"),
+        (["--algorithm", "ring", "--measured", "RUN"], "are of the forecast"),
         (["--world-size", "2,0"], "at least one worker is needed"),
         (["--world-size", "2,3", "reduction=exact"], "exact needs 1, 2, 4, 8"),
     ],
