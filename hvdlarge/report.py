@@ -1,83 +1,86 @@
-"""Shows runs on one page: `python -m hvdlarge.report runs/A [runs/B …]`.
+"""Reports on runs: `python -m hvdlarge.report runs/A [runs/B …]`.
 
-One HTML file that needs nothing else, and its figures as PNG files beside it; works on runs that
-go on, were killed or were resumed. Without torch, Horovod and MPI; a summary in words without
-matplotlib.
+Writes one HTML file and its pictures, for runs that are finished, go on, were killed, or were
+resumed. Needs no torch, Horovod or MPI; without matplotlib it prints a summary.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import json
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hvdlarge import exits
-from hvdlarge.reporting.figures import Drawn, draw_all
-from hvdlarge.reporting.html import page
-from hvdlarge.reporting.report_text import Target, in_words
-from hvdlarge.reporting.run_reader import RunRecords, read_run
+from hvdlarge.reporting.derived import derive
+from hvdlarge.reporting.run_reader import RunRecords, find_runs, printable
+from hvdlarge.reporting.summary_text import in_words
+from hvdlarge.reporting.targets import parse_target
 from hvdlarge.telemetry.console import print_error, print_status
+
+_INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+_QUIET_SECONDS = 600.0  # a watch ends if a run writes nothing for so long
+_PICTURES = re.compile(r"(progress|noise|(ratios|distance|phases)-\d+)\.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a report; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        while True:
-            runs = [read_run(folder) for folder in _folders(options.runs)]
-            _report(runs, options)
-            if options.watch is None or all(run.summary is not None for run in runs):
-                return exits.FINISHED
-            time.sleep(options.watch)
+        return _report(options)
     except exits.RunExit as end:
         print_error(str(end))
         return end.code
     except KeyboardInterrupt:
-        return exits.FINISHED if options.watch is not None else 130
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlarge.report",
         description=(
-            "Runs on one page: loss and metrics, learning rate and batch, trust ratios, gradient "
-            "noise, distance from the start, time by phase, stages. Needs no torch and no MPI."
+            "A report on runs, finished or not, as one HTML file and its pictures: loss, results, "
+            "schedule, trust ratios, gradient noise scale, distance of the weights, times. Several "
+            "runs are compared. Needs no torch and no MPI, but matplotlib for the pictures."
         ),
-        epilog="Exit codes: 0, or 2 for a folder that is no run or a page that cannot be written.",
+        epilog=(
+            "Exit codes: 0, 2 for a wrong command line, for what is not a run, or for a report "
+            "that cannot be written, 130 after Ctrl-C."
+        ),
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or its name in runs/")
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="the page (default: report.html in the run folder, or here for several runs)",
+        help="the HTML file; the pictures are written to the folder FILE without .html (default: "
+        "report.html in the run folder; for several runs, in the current folder)",
     )
     parser.add_argument(
         "--target",
-        type=_target,
-        metavar="METRIC=VALUE",
-        help="also show when a metric reaches a value, for example accuracy=0.98",
+        action="append",
+        default=[],
+        metavar="RESULT=VALUE",
+        help="report the time to this result of the evaluations, as accuracy=0.98 or "
+        "perplexity<=80; may be repeated",
     )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--text", action="store_true", help="print a summary, write nothing")
+    how.add_argument("--json", action="store_true", help="print the figures as JSON, write nothing")
     parser.add_argument(
         "--watch",
         type=_seconds,
         metavar="SECONDS",
-        help="write it again every so many seconds, until all runs have ended",
-    )
-    parser.add_argument(
-        "--text", action="store_true", help="only the summary in words; needs no matplotlib"
+        help="write the report again after so many seconds, until all runs have ended or written "
+        "nothing for 10 minutes",
     )
     return parser
-
-
-def _target(text: str) -> Target:
-    metric, _, value = text.partition("=")
-    try:
-        return Target(metric, float(value))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE") from None
 
 
 def _seconds(text: str) -> float:
@@ -85,76 +88,133 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 0.1 to 86400 seconds")
     return seconds
 
 
-def _folders(names: Sequence[str]) -> list[Path]:
-    folders = [Path(name) for name in names]
-    for number, folder in enumerate(folders):
-        if folder.resolve() in [other.resolve() for other in folders[:number]]:
-            raise exits.JobError(f"{folder}: named twice")
-    return folders
-
-
-def _report(runs: Sequence[RunRecords], options: argparse.Namespace) -> None:
-    _tell_apart(runs)
-    print_status("\n".join(in_words(runs, options.target)))
-    if options.text:
-        return
-    try:
-        drawn = draw_all(runs)
-    except ModuleNotFoundError:
-        print_status(
-            "note     the page needs matplotlib: pip install 'hvdlarge[plot]'; only the summary in "
-            "words was written"
+def _report(options: argparse.Namespace) -> int:
+    targets = list(dict.fromkeys(parse_target(text) for text in options.target))
+    folders, notes = find_runs(options.runs)
+    runs = [RunRecords(folder, label, targets) for label, folder in folders.items()]
+    if importlib.util.find_spec("matplotlib") is None and not (options.text or options.json):
+        options.text = True
+        notes.append(
+            "a report in HTML needs matplotlib (pip install 'hvdlarge[plot]'); this is the summary"
         )
-        return
-    if options.out is not None:
-        out = Path(options.out)
-    else:
-        out = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
-    _write(out, runs, drawn, options.target)
-    print_status(f"report   {out}")
+    out = None if options.text or options.json else _output(options.out, runs)
+    for note in notes:
+        where = sys.stderr if options.json else sys.stdout
+        print(printable(f"note     {note}"), file=where, flush=True)
+    while True:
+        for run in runs:
+            run.update()
+        watching = options.watch is not None and any(_goes_on(run) for run in runs)
+        _write(runs, options, out, options.watch if watching else None)
+        if not watching:
+            return exits.FINISHED
+        time.sleep(options.watch)
 
 
-def _tell_apart(runs: Sequence[RunRecords]) -> None:
-    """Runs of one name are called by their folders."""
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.folder)
+def _goes_on(run: RunRecords) -> bool:
+    if run.state == "finished":
+        return False
+    return run.last_seen is None or time.time() - run.last_seen < _QUIET_SECONDS
+
+
+def _output(name: str | None, runs: Sequence[RunRecords]) -> Path:
+    """The HTML file to write.
+
+    Raises:
+        JobError: if no such file can be written.
+    """
+    if name is None:
+        folder = runs[0].folder if len(runs) == 1 else Path()
+        return folder / "report.html"
+    out = Path(name)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise exits.JobError(f"--out {name}: the name must end with .html")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise exits.JobError(f"--out {name}: it is a folder, or its folder does not exist")
+    return out
 
 
 def _write(
-    out: Path, runs: Sequence[RunRecords], drawn: Sequence[Drawn], target: Target | None
+    runs: Sequence[RunRecords], options: argparse.Namespace, out: Path | None, again: float | None
 ) -> None:
-    """The page, and a folder of its name with the figures.
+    """Print or write the report; `again` is in how many seconds the next is due."""
+    figures = [derive(run) for run in runs]
+    if options.json:
+        print_status(json.dumps(figures, indent=None if again else 2))
+    elif out is None:
+        print_status("\n".join(in_words(runs, figures)))
+    else:
+        count = write_report(runs, figures, out, again)
+        written = f"{out}: {count} {'figure' if count == 1 else 'figures'}{_ends(figures)}"
+        print_status(printable(written))
+
+
+def _ends(figures: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(
+        f"; {each['name']} is {each['state']} at epoch {each['epochs']:.4g}" for each in figures
+    )
+
+
+def write_report(
+    runs: Sequence[RunRecords],
+    figures: Sequence[Mapping[str, Any]],
+    out: Path,
+    refresh_seconds: float | None = None,
+) -> int:
+    """Write the HTML file, and its pictures to the folder of its name; returns how many these are.
+
+    Each file is written whole or not at all. Pictures of an earlier report are removed.
+
+    Args:
+        runs: at least one.
+        figures: of each, as `derive` gives them.
+        out: the HTML file.
+        refresh_seconds: after how long a browser loads it again; None: not at all.
 
     Raises:
-        JobError: if one of them cannot be written.
+        JobError: if a file cannot be written.
     """
-    figures = out.with_suffix("")
+    from hvdlarge.reporting.figures import draw_all  # needs matplotlib
+    from hvdlarge.reporting.html import page
+
+    drawings = draw_all(runs)
+    pictures = out.with_suffix("")
     try:
-        figures.mkdir(parents=True, exist_ok=True)
-        for figure in drawn:
-            if figure.png is not None:
-                name = "".join(c if c.isalnum() or c in "-._" else "_" for c in figure.file)
-                _replace(figures / f"{name}.png", figure.png)
-        _replace(out, page(runs, drawn, target).encode())
+        if drawings:
+            pictures.mkdir(exist_ok=True)
     except OSError as error:
-        raise exits.JobError(f"{out}: cannot be written: {error.strerror}") from None
+        raise exits.JobError(f"{pictures}: cannot be created: {error.strerror}") from None
+    for drawing in drawings:
+        _replace(pictures / drawing.file_name, drawing.png)
+    _replace(out, page(runs, figures, drawings, refresh_seconds).encode("utf-8"))
+    _remove_others(pictures, {drawing.file_name for drawing in drawings})
+    return len(drawings)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise exits.JobError(
+            f"{path}: cannot be written: {error.strerror}; --out FILE names another place"
+        ) from None
+
+
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Remove the pictures of an earlier report that this one does not have."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _PICTURES.fullmatch(path.name) and path.name not in names:
+                path.unlink()
 
 
 if __name__ == "__main__":

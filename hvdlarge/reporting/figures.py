@@ -1,328 +1,463 @@
-"""Draws runs: loss and metrics, learning rate and batch, layers, gradient noise, distance, phases.
+"""Draws the figures of a report with matplotlib, without a display.
 
-Every figure is readable in greyscale: runs differ in line style and marker too. matplotlib is
-imported by the functions that draw, since it is an extra.
+All figures can be read in greyscale: lines differ by style and marker as well as colour, areas by
+hatches, and the brightness of the heat map's colours grows with the value.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from hvdlarge.reporting.fits import logarithmic, power
-from hvdlarge.reporting.run_reader import RunRecords, column, metrics_of
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-_STYLES = ["-", "--", ":", "-."]
-_MARKERS = ["o", "s", "^", "D", "v", "P"]
-_COLOURS = ["#1b3a6b", "#c8651b", "#3a7d44", "#7a3b8f", "#8c8c00", "#555555"]
-_SETTLED = 10  # steps before the distance is fitted
-_MOST_NAMES = 40  # of layers along an axis
+from hvdlarge.reporting.derived import fits_of, schedule_of
+from hvdlarge.reporting.run_reader import RunRecords, printable
+from hvdlarge.reporting.thinning import Array, LayerMeans
+
+# Okabe and Ito's colours, which people with any colour vision tell apart
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = "osD^vPX*"
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "+++", "ooo", "---")
+# Of areas: light and dark by turns, so that neighbours differ in greyscale
+_AREAS = ("#9ecae1", "#08519c", "#fdd0a2", "#b03a00", "#c7e9c0", "#1b6e37", "#dadaeb", "#54278f")
+_DOTS_PER_INCH = 110
+_AVERAGED = "ema_"
+_MOST_RESULT_ROWS = 4
+_MOST_LAYER_NAMES = 45
+_MOST_MARKERS = 25  # on a line
 
 
-class Drawn(NamedTuple):
-    """A figure, or why there is none."""
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a report.
 
-    title: str
-    file: str  # its name, without the suffix
-    png: bytes | None
-    missing: str = ""
-
-
-def draw_all(runs: Sequence[RunRecords]) -> list[Drawn]:
-    """All figures of some runs.
-
-    Raises:
-        ModuleNotFoundError: without matplotlib.
+    Attributes:
+        kind: what it shows, as its file is named.
+        title: of its section.
+        caption: a sentence.
+        run: the position of the run that it belongs to; None if it shows all.
+        png: the picture.
     """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    drawn = [
-        _draw("Loss and metrics", "loss", _loss, runs),
-        _draw("Learning rate and batch", "schedule", _schedule, runs),
-        _draw("Trust ratios", "trust-ratios", _trust_ratios, runs),
-        _draw("Gradient noise scale and batch", "noise", _noise, runs),
-        _draw("Distance from the start", "distance", _distance, runs),
-        _draw("Time of steps by phase", "phases", _phases, runs),
-    ]
-    for run in runs:
-        file = "layers" if len(runs) == 1 else f"layers-{run.name}"
-        title = "Trust ratios by layer" + (f": {run.name}" if len(runs) > 1 else "")
-        drawn.insert(3, _draw(title, file, _layers, [run]))
-    return drawn
+    kind: str
+    title: str
+    caption: str
+    run: int | None
+    png: bytes
+
+    @property
+    def file_name(self) -> str:
+        """Of its picture: the kind, and the number of the run, from 1."""
+        return f"{self.kind}.png" if self.run is None else f"{self.kind}-{self.run + 1}.png"
 
 
-def _draw(
-    title: str, file: str, draw: Callable[[Sequence[RunRecords]], Any], runs: Sequence[RunRecords]
-) -> Drawn:
-    from matplotlib import pyplot
-
-    figure = draw(runs)
-    if isinstance(figure, str):
-        return Drawn(title, file, None, figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return Drawn(title, file, buffer.getvalue())
+class _Style(NamedTuple):
+    colour: str
+    dash: str
+    marker: str
 
 
-def _axes(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(10, height), layout="constrained", squeeze=False, **options
+def _style(number: int) -> _Style:
+    return _Style(
+        _COLOURS[number % len(_COLOURS)],
+        _DASHES[number % len(_DASHES)],
+        _MARKERS[number % len(_MARKERS)],
     )
-    for one in axes.flat:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
-def _style(number: int, **more: Any) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": _STYLES[number % len(_STYLES)],
-        "linewidth": 1.4,
-        **more,
-    }
+def draw_all(runs: Sequence[RunRecords]) -> list[Drawing]:
+    """Every figure for which the runs have the data."""
+    with warnings.catch_warnings():
+        # Names of runs and layers may have characters that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+            return [*_draw(runs)]
 
 
-def _loss(runs: Sequence[RunRecords]) -> Any:
-    if not any(len(run.steps) for run in runs):
-        return "no step has been logged yet"
-    names = list(dict.fromkeys(itertools.chain.from_iterable(map(metrics_of, runs))))[:3]
-    figure, axes = _axes(1 + bool(names), 1, 3.2 * (1 + bool(names)), sharex=True)
-    upper = axes[0, 0]
-    for number, run in enumerate(runs):
-        points = column(run.steps, "epoch", "loss")
-        if points:
-            label = f"{run.name}: training"
-            upper.plot(*zip(*points, strict=True), label=label, **_style(number))
-        tests = column(run.evaluations, "epoch", "test_loss")
-        if tests:
-            marker = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-            style = _style(number, linewidth=0.8, **marker)
-            upper.plot(*zip(*tests, strict=True), label=f"{run.name}: test", **style)
-    upper.set_ylabel("loss")
-    upper.legend(fontsize=8)
-    if names:
-        lower = axes[1, 0]
-        for (number, run), (which, name) in itertools.product(enumerate(runs), enumerate(names)):
-            points = column(run.evaluations, "epoch", name)
-            if points:
-                style = _style(number, marker=_MARKERS[which], markersize=4)
-                lower.plot(*zip(*points, strict=True), label=f"{run.name}: {name}", **style)
-        lower.set_ylabel("metric of the test set")
-        lower.legend(fontsize=8)
-    axes[-1, 0].set_xlabel("epoch")
-    return figure
-
-
-def _schedule(runs: Sequence[RunRecords]) -> Any:
-    if not any(len(run.steps) for run in runs):
-        return "no step has been logged yet"
-    from matplotlib.ticker import FuncFormatter
-
-    figure, axes = _axes(2, 2, 6, sharex="col", sharey="row")
-    for number, run in enumerate(runs):
-        for place, (key, scale) in enumerate((("epoch", 1.0), ("seconds", 1 / 60))):
-            points = column(run.steps, key, "lr", "global_batch")
-            if not points:
-                continue
-            where, lrs, batches = zip(*points, strict=True)
-            scaled = [value * scale for value in where]
-            axes[0, place].plot(scaled, lrs, label=run.name, **_style(number))
-            axes[1, place].step(scaled, batches, where="pre", **_style(number))
-    axes[0, 0].set_ylabel("learning rate")
-    axes[1, 0].set_ylabel("global batch (samples)")
-    axes[1, 0].set_yscale("log", base=2)
-    axes[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes[1, 0].set_xlabel("epoch")
-    axes[1, 1].set_xlabel("wall time (minutes)")
-    axes[0, 0].legend(fontsize=8)
-    return figure
-
-
-def _ratios(run: RunRecords) -> list[tuple[float, dict[str, float]]]:
-    """Epoch and trust ratio by layer, of those that have one."""
-    found = []
-    for line in run.layers:
-        ratios = {
-            name: values["trust_ratio"]
-            for name, values in line["layers"].items()
-            if isinstance(values, dict) and isinstance(values.get("trust_ratio"), float)
-        }
-        ratios = {name: ratio for name, ratio in ratios.items() if ratio > 0}
-        if ratios:
-            found.append((line["epoch"], ratios))
-    return found
-
-
-_NO_LAYERS = "no trust ratios by layer: set log.layers_every_steps, for LARS or LAMB"
-
-
-def _trust_ratios(runs: Sequence[RunRecords]) -> Any:
-    ranges = [column(run.steps, "epoch", "trust_ratio_min", "trust_ratio_max") for run in runs]
-    if not any(ranges):
-        return "no trust ratios: the optimizer has none"
-    figure, axes = _axes(1, 1, 3.6)
-    one = axes[0, 0]
-    for number, (run, points) in enumerate(zip(runs, ranges, strict=True)):
-        points = [point for point in points if point[1] > 0]
-        if not points:
-            continue
-        epochs, low, high = zip(*points, strict=True)
-        colour = _COLOURS[number % len(_COLOURS)]
-        one.fill_between(
-            epochs, low, high, alpha=0.18, color=colour, label=f"{run.name}: lowest to highest"
+def _draw(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
+    if any(run.metrics.steps["loss"].count or run.metrics.results for run in runs):
+        caption = (
+            "Loss of the training steps (thin) and results of the evaluations (with markers; "
+            "hollow ones are those of the averaged weights), learning rate and batch, over epochs "
+            "and over the time of training."
         )
-        layers = _ratios(run)
-        if layers:
-            where = [epoch for epoch, _ in layers]
-            for share, style in ((0.25, ":"), (0.5, "-"), (0.75, ":")):
-                values = [_quantile(sorted(ratios.values()), share) for _, ratios in layers]
-                label = f"{run.name}: median and quartiles" if share == 0.5 else None
-                one.plot(where, values, style, color=colour, linewidth=1.4, label=label)
-    one.set_yscale("log")
-    one.set_xlabel("epoch")
-    one.set_ylabel("trust ratio")
-    one.legend(fontsize=8)
-    return figure
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def _layers(runs: Sequence[RunRecords]) -> Any:
-    import math
-
-    from matplotlib.colors import LogNorm
-
-    layers = _ratios(runs[0])
-    if len(layers) < 2:
-        return _NO_LAYERS
-    names = list(dict.fromkeys(itertools.chain.from_iterable(ratios for _, ratios in layers)))
-    rows = [[ratios.get(name, math.nan) for _, ratios in layers] for name in names]
-    height = min(14.0, 1.8 + 0.22 * min(len(names), _MOST_NAMES))
-    figure, axes = _axes(1, 1, height)
-    one = axes[0, 0]
-    one.grid(visible=False)
-    epochs = [epoch for epoch, _ in layers]
-    mesh = one.pcolormesh(
-        epochs, range(len(names)), rows, norm=LogNorm(), cmap="cividis", shading="nearest"
-    )
-    every = -(-len(names) // _MOST_NAMES)
-    one.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-    one.invert_yaxis()
-    one.set_xlabel("epoch")
-    one.set_ylabel("parameter")
-    figure.colorbar(mesh, ax=one, label="trust ratio")
-    return figure
-
-
-def _noise(runs: Sequence[RunRecords]) -> Any:
-    if not any(len(run.noise) for run in runs):
-        return "no gradient noise: set log.noise_every_steps"
-    figure, axes = _axes(1, 1, 3.6)
-    one = axes[0, 0]
+        yield Drawing("progress", "Loss, results and schedule", caption, None, _progress(runs))
     for number, run in enumerate(runs):
-        points = [point for point in column(run.noise, "epoch", "noise_scale") if point[1] > 0]
-        marker = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 3}
-        if points:
-            style = _style(number, linewidth=0.8, **marker)
-            label = f"{run.name}: noise scale (critical batch)"
-            one.plot(*zip(*points, strict=True), label=label, **style)
-        used = column(run.noise, "epoch", "global_batch")
-        if used:
-            style = _style(number, linewidth=2.2)
-            one.step(*zip(*used, strict=True), where="pre", label=f"{run.name}: batch", **style)
-    one.set_yscale("log", base=2)
-    one.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    one.set_xlabel("epoch")
-    one.set_ylabel("samples")
-    one.legend(fontsize=8)
-    return figure
-
-
-def _distance(runs: Sequence[RunRecords]) -> Any:
-    if not any(len(run.distances) for run in runs):
-        return "no distances: set log.distances: true"
-    figure, axes = _axes(1, 1, 4.2)
-    one = axes[0, 0]
-    for number, run in enumerate(runs):
-        points = [
-            (step + 1, distance)
-            for step, distance in column(run.distances, "step", "weight_distance")
-            if distance > 0
-        ]
-        if not points:
-            continue
-        colour = _COLOURS[number % len(_COLOURS)]
-        marker = _MARKERS[number % len(_MARKERS)]
-        one.plot(*zip(*points, strict=True), marker, markersize=4, color=colour, label=run.name)
-        fitted = [point for point in points if point[0] > _SETTLED]
-        if len(fitted) < 3:
-            continue
-        steps, distances = zip(*fitted, strict=True)
-        for label, style, values in _fitted(steps, distances):
-            one.plot(steps, values, style, color=colour, linewidth=1.2, label=label)
-    one.set_xscale("log")
-    one.set_xlabel("steps")
-    one.set_ylabel("‖w − w₀‖")
-    one.legend(fontsize=8)
-    return figure
-
-
-def _fitted(
-    steps: Sequence[float], distances: Sequence[float]
-) -> list[tuple[str, str, list[float]]]:
-    """Label, line style and values of both fits."""
-    import math
-
-    by_log, by_power = logarithmic(steps, distances), power(steps, distances)
-    logs = [by_log.intercept + by_log.slope * math.log(step) for step in steps]
-    powers = [math.exp(by_power.intercept) * step**by_power.slope for step in steps]
-    return [
-        (f"{by_log.slope:.3g}·log t {by_log.intercept:+.3g}", "-", logs),
-        (
-            f"{math.exp(by_power.intercept):.3g}·t^p, p = {by_power.slope:.3f} ± "
-            f"{by_power.slope_error:.3f}",
-            "--",
-            powers,
-        ),
-    ]
-
-
-def _phases(runs: Sequence[RunRecords]) -> Any:
-    if not any(run.phases for run in runs):
-        return "no times of phases"
-    names = list(dict.fromkeys(itertools.chain.from_iterable(run.phases for run in runs)))
-    figure, axes = _axes(1, 1, 1.6 + 0.5 * len(runs))
-    one = axes[0, 0]
-    greys = [0.25 + 0.65 * number / max(1, len(names) - 1) for number in range(len(names))]
-    hatches = ["", "//", "..", "\\\\", "xx", "--", "++", "oo"]
-    for row, run in enumerate(runs):
-        left = 0.0
-        for number, name in enumerate(names):
-            width = run.phases.get(name, 0.0)
-            one.barh(
-                row,
-                width,
-                left=left,
-                color=str(greys[number]),
-                edgecolor="black",
-                linewidth=0.5,
-                hatch=hatches[number % len(hatches)],
-                label=name if row == 0 else None,
+        log = run.metrics
+        if log.quantiles or log.trust.count:
+            kind = "trust_ratio" if "trust_ratio" in log.quantiles or log.trust.count else None
+            caption = (
+                "A cell is the geometric mean over its part of the run; hatched: no ratio. The "
+                "quantiles are those over the layers, line by line."
+                if kind in log.layers or not kind
+                else "The smallest and the largest ratio of any layer, at the logged steps."
             )
-            left += width
-    one.set_yticks(range(len(runs)), [run.name for run in runs])
-    one.set_xlabel("seconds of rank 0, all logged steps")
-    one.legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    return figure
+            png = _ratios(run, kind or "update_ratio")
+            title = "Trust ratios by layer" if kind else "Ratios of update and weight norms"
+            yield Drawing("ratios", title, caption, number, png)
+    if any(run.metrics.noise.count for run in runs):
+        caption = (
+            "The gradient noise scale (with markers), and the batch that was used (steps). With a "
+            "batch well below the noise scale, twice the batch needs close to half the steps."
+        )
+        yield Drawing("noise", "Gradient noise scale", caption, None, _noise(runs))
+    for number, run in enumerate(runs):
+        if run.metrics.distance.last is not None:
+            caption = (
+                "The distance of all weights from their start, with two fits over the shaded part: "
+                "ultra-slow diffusion grows as ln t, ordinary diffusion as the root of t."
+            )
+            yield Drawing("distance", "Distance of the weights", caption, number, _distance(run))
+    for number, run in enumerate(runs):
+        if run.metrics.phases.totals.get("updates"):
+            caption = (
+                "Seconds of rank 0 by phase of a step, with each phase's share of all of them, and "
+                "the samples in a second."
+            )
+            yield Drawing("phases", "Time by phase", caption, number, _phases(run))
+
+
+def safe_label(text: str) -> str:
+    r"""A text of a run as matplotlib shows it: no formula, one line, visible in a legend.
+
+    >>> safe_label("_a$b\n")
+    ' _a\\$b�'
+    """
+    plain = printable(text)
+    plain = plain if len(plain) <= 60 else f"…{plain[-59:]}"
+    return (" " if plain.startswith("_") else "") + plain.replace("$", r"\$")
+
+
+def _new(rows: int, columns: int, size: tuple[float, float], **more: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _legend(axes: Any) -> None:
+    """A legend beside the axes, where it hides nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8, frameon=False)
+
+
+def _whole_numbers(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def _time_unit(runs: Sequence[RunRecords]) -> tuple[float, str]:
+    longest = max(run.metrics.position[2] for run in runs)
+    if longest < 300:
+        return 1.0, "s"
+    return (60.0, "min") if longest < 3 * 3600 else (3600.0, "h")
+
+
+def _mark_every(rows: Array) -> int:
+    return max(1, len(rows) // _MOST_MARKERS)
+
+
+def _progress(runs: Sequence[RunRecords]) -> bytes:
+    groups = _result_groups(runs)
+    rows = 3 + len(groups)
+    figure, grid = _new(rows, 2, (11.5, 2.05 * rows + 0.4), sharex="col", sharey="row")
+    divisor, unit = _time_unit(runs)
+    for column, (position, scale, title) in enumerate(
+        ((1, 1.0, "epoch (passes over the training set)"), (2, divisor, f"training time ({unit})"))
+    ):
+        axes = grid[:, column]
+        for number, run in enumerate(runs):
+            _draw_run(axes, run, number, len(runs) > 1, groups, (position, scale))
+        for row, names in enumerate(groups, start=1):
+            _draw_targets(axes[row], axes[0] if len(runs) > 1 else axes[row], runs, names)
+        axes[-1].set_xlabel(title)
+        axes[-1].set_xlim(left=0)
+    labels = ["loss\n(mean of a sample)", *(_result_label(runs, names) for names in groups)]
+    for row, label in enumerate([*labels, "learning rate\n(no unit)", "global batch\n(samples)"]):
+        grid[row, 0].set_ylabel(label)
+    grid[0, 0].set_yscale("log")
+    grid[-1, 0].set_yscale("log", base=2)
+    _whole_numbers(grid[-1, 0].yaxis)
+    figure.align_ylabels(grid[:, 0])
+    for row in range(rows):
+        _legend(grid[row, 1])
+    return _png(figure)
+
+
+def _draw_run(
+    axes: Any,
+    run: RunRecords,
+    number: int,
+    several: bool,
+    groups: Sequence[Sequence[str]],
+    by: tuple[int, float],
+) -> None:
+    """Draw a run into a column of axes.
+
+    Args:
+        axes: of loss, one of each group of results, lr and batch.
+        run: to draw.
+        number: of the run, from 0: its style.
+        several: whether there are other runs.
+        groups: names of results that share axes.
+        by: the column of the rows that is the abscissa, and what to divide it by.
+    """
+    style, (position, scale) = _style(number), by
+    look = {"color": style.colour, "linestyle": style.dash}
+
+    def draw(where: Any, rows: Array, label: str, **more: Any) -> None:
+        if len(rows):
+            shown = None if several else label
+            where.plot(rows[:, position] / scale, rows[:, 3], label=shown, **look | more)
+
+    if several:  # one legend for all axes
+        axes[0].plot([], [], label=safe_label(run.label), marker=style.marker, **look)
+    loss = run.metrics.steps["loss"].rows()
+    draw(axes[0], loss[loss[:, 3] > 0], "training", linewidth=0.8, alpha=0.8)
+    for row, name, label in _results_to_draw(groups):
+        if name in run.metrics.results:
+            rows = run.metrics.results[name].rows()
+            more = {"marker": style.marker, "markersize": 4, "markevery": _mark_every(rows)}
+            if name.startswith(_AVERAGED):
+                more["markerfacecolor"] = "white"
+            if row == 0 and not several:
+                more["color"] = _COLOURS[1]
+            draw(axes[row], rows, label, **more)
+    for where, name in ((axes[-2], "lr"), (axes[-1], "global_batch")):
+        # Runs often share a schedule: the lines below show between the dashes
+        width = max(1.2, 2.8 - 0.5 * number) if several else 1.5
+        step = "default" if name == "lr" else "steps-post"
+        draw(where, schedule_of(run, name), "", linewidth=width, drawstyle=step)
+    if not several:
+        _mark_resumes(axes, [place[position] / scale for place in run.metrics.resumed])
+
+
+def _results_to_draw(groups: Sequence[Sequence[str]]) -> Iterator[tuple[int, str, str]]:
+    """The row, the name and the label of every result."""
+    yield 0, "test_loss", "test"
+    yield 0, f"{_AVERAGED}test_loss", "test (average)"
+    for row, names in enumerate(groups, start=1):
+        for name in names:
+            plain = "weights" if len(names) > 1 else "test"
+            yield row, name, "average of weights" if name.startswith(_AVERAGED) else plain
+
+
+def _mark_resumes(axes: Any, places: Sequence[float]) -> None:
+    for row, where in enumerate(axes):
+        for number, place in enumerate(places):
+            label = "resumed" if row == number == 0 else None
+            where.axvline(place, color="0.5", linestyle=":", label=label)
+
+
+def _result_groups(runs: Sequence[RunRecords]) -> list[list[str]]:
+    """Names of results that share axes: a metric, and that of the averaged weights."""
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        for name in run.metrics.results:
+            own = name.removeprefix(_AVERAGED)
+            if own != "test_loss" and name not in groups.setdefault(own, []):
+                groups[own].append(name)
+    return list(groups.values())[:_MOST_RESULT_ROWS]
+
+
+def _result_label(runs: Sequence[RunRecords], names: Sequence[str]) -> str:
+    rows = [
+        run.metrics.results[name].rows()
+        for run in runs
+        for name in names
+        if name in run.metrics.results
+    ]
+    values = np.concatenate([each[:, 3] for each in rows])
+    unit = "\n(fraction)" if values.min() >= 0 and values.max() <= 1 else "\n(unit of the metric)"
+    return f"test {safe_label(names[0].removeprefix(_AVERAGED))}{unit}"
+
+
+def _draw_targets(
+    axes: Any, with_legend: Any, runs: Sequence[RunRecords], names: Sequence[str]
+) -> None:
+    targets = {target: run for run in runs for target in run.targets if target.name in names}
+    look = {"color": "0.3", "linestyle": (0, (1, 3))}
+    for target, run in targets.items():
+        axes.axhline(target.value, **look)
+        with_legend.plot([], [], label=safe_label(f"target: {target.text(run.job)}"), **look)
+
+
+def _ratios(run: RunRecords, kind: str) -> bytes:
+    layers = run.metrics.layers.get(kind)
+    label = "trust ratio" if kind == "trust_ratio" else "ratio of update and weight norm"
+    if layers is None:
+        figure, grid = _new(1, 1, (7.5, 3.0))
+    else:
+        named = min(len(layers.names), _MOST_LAYER_NAMES)
+        height = 1.6 + 0.17 * named
+        ratios = {"height_ratios": [height, 2.2]}
+        figure, grid = _new(2, 1, (7.5, height + 2.6), sharex=True, gridspec_kw=ratios)
+        _heat_map(figure, grid[0, 0], layers, label)
+    lower = grid[-1, 0]
+    _draw_quantiles(lower, run, kind)
+    lower.set_xlim(left=0)
+    lower.set_xlabel("epoch (passes over the training set)")
+    lower.set_ylabel(f"{label}\n(log scale, no unit)")
+    _legend(lower)
+    return _png(figure)
+
+
+def _heat_map(figure: Figure, axes: Any, layers: LayerMeans, label: str) -> None:
+    cells = layers.matrix()
+    ends = [row[1] for row in layers.ends()]
+    begin = layers.first[1] if layers.first is not None else 0.0
+    # The first column has no width of its own if it is one line
+    edges = np.maximum.accumulate([min(begin, ends[0]), *ends])
+    if edges[0] == edges[1]:
+        edges[0] = max(0.0, edges[1] - (edges[2] - edges[1] if len(edges) > 2 else 1.0))
+    known = cells[np.isfinite(cells)]
+    axes.patch.set(hatch="////", edgecolor="0.75")
+    axes.grid(False)
+    if len(known):
+        low, high = known.min(), known.max()
+        norm = LogNorm(low, high if high > low else low * 1.01)
+        mesh = axes.pcolormesh(edges, np.arange(len(cells) + 1), cells, norm=norm, cmap="viridis")
+        figure.colorbar(mesh, ax=axes, label=f"{label} (no unit)", location="top", aspect=40)
+    names = list(layers.names)
+    every = -(-len(names) // _MOST_LAYER_NAMES)
+    axes.set_yticks(np.arange(0, len(names), every) + 0.5)
+    axes.set_yticklabels([safe_label(name) for name in names[::every]], fontsize=7)
+    axes.set_ylim(len(names), 0)
+    axes.set_ylabel("parameter" if every == 1 else f"parameter (one of {every} named)")
+
+
+def _draw_quantiles(axes: Any, run: RunRecords, kind: str) -> None:
+    axes.set_yscale("log", nonpositive="mask")
+    if kind not in run.metrics.quantiles:
+        rows = run.metrics.trust.rows()
+        axes.fill_between(
+            rows[:, 1], rows[:, 3], rows[:, 4], color="0.8", label="smallest to\nlargest"
+        )
+        for column, dash in ((3, "-"), (4, "--")):
+            axes.plot(rows[:, 1], rows[:, column], color="0.2", linestyle=dash, linewidth=0.8)
+        return
+    rows = run.metrics.quantiles[kind].rows()
+    epochs = rows[:, 1]
+    axes.fill_between(epochs, rows[:, 3], rows[:, 7], color="0.85", label="smallest to\nlargest")
+    axes.fill_between(epochs, rows[:, 4], rows[:, 6], color="0.6", label="middle half")
+    axes.plot(epochs, rows[:, 5], color="black", label="median")
+
+
+def _noise(runs: Sequence[RunRecords]) -> bytes:
+    figure, grid = _new(1, 1, (9.5, 3.6))
+    axes = grid[0, 0]
+    for number, run in enumerate(runs):
+        style = _style(number)
+        if run.metrics.noise.count == 0:
+            continue
+        label: str | None = "noise scale" if len(runs) == 1 else safe_label(run.label)
+        rows = run.metrics.noise.rows()
+        rows = rows[rows[:, 3] > 0]
+        look = {"color": style.colour, "linestyle": style.dash}
+        more = {"marker": style.marker, "markersize": 4, "markevery": _mark_every(rows)}
+        axes.plot(rows[:, 1], rows[:, 3], label=label, **look, **more)
+        batch = schedule_of(run, "global_batch")
+        if len(batch):
+            look["color"] = style.colour if len(runs) > 1 else "black"
+            label = "batch" if len(runs) == 1 else None
+            axes.plot(batch[:, 1], batch[:, 3], label=label, ds="steps-post", lw=2.2, **look)
+    axes.set_yscale("log", base=2)
+    _whole_numbers(axes.yaxis)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("epoch (passes over the training set)")
+    axes.set_ylabel("samples (log scale)")
+    _legend(axes)
+    return _png(figure)
+
+
+def _distance(run: RunRecords) -> bytes:
+    figure, grid = _new(1, 1, (7.5, 3.8))
+    axes = grid[0, 0]
+    rows = run.metrics.distance.rows()
+    axes.plot(rows[:, 0], rows[:, 3], "o", color="0.55", markersize=3, label="measured")
+    fits = fits_of(run)
+    if fits is not None:
+        times = np.geomspace(fits.first, fits.last, 200)
+        for fit, dash, colour in ((fits.log, "-", _COLOURS[0]), (fits.power, "--", _COLOURS[1])):
+            if fit is not None:
+                values = "\n".join(
+                    f"  {letter} = {each.value:.4g} ± {each.error:.2g}"
+                    for letter, each in fit.parameters.items()
+                )
+                label = f"{fit.form}\n{values}\n  R² = {fit.r_squared:.4f}"
+                axes.plot(times, fit.at(times), color=colour, linestyle=dash, lw=1.8, label=label)
+        part = "fitted: constant lr" if fits.constant_lr else "fitted: after 10\nupdates"
+        axes.axvspan(fits.first, fits.last, color="0.93", zorder=0, label=part)
+    axes.set_xscale("log")
+    axes.set_xlabel("weight updates t (log scale)")
+    axes.set_ylabel("distance of the weights from\ntheir start (2-norm, no unit)")
+    _legend(axes)
+    return _png(figure)
+
+
+def _phases(run: RunRecords) -> bytes:
+    figure, grid = _new(2, 1, (7.5, 4.8), sharex=True, gridspec_kw={"height_ratios": [3, 1.4]})
+    upper, lower = grid[:, 0]
+    phases = run.metrics.phases
+    intervals = [each for each in phases.intervals() if each.sums.get("updates")]
+    names = [name for name in phases.totals if name not in ("updates", "samples")]
+    epochs = np.array([0.0, *(interval.end[1] for interval in intervals)])
+    busy = sum(phases.totals[name] for name in names)
+    base = np.zeros(len(epochs))
+    for number, name in enumerate(names):
+        values = [1e3 * each.sums.get(name, 0.0) / each.sums["updates"] for each in intervals]
+        top = base + np.array([values[0], *values])
+        share = phases.totals[name] / busy if busy else 0.0
+        upper.fill_between(
+            epochs,
+            base,
+            top,
+            step="pre",
+            facecolor=_AREAS[number % len(_AREAS)],
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor="0.3" if number % 2 == 0 else "0.8",
+            linewidth=0.4,
+            label=f"{safe_label(name)}, {share:.1%}",
+        )
+        base = top
+    upper.set_ylabel("time of an update (ms)")
+    upper.set_ylim(bottom=0)
+    _whole_numbers(upper.yaxis)
+    upper.yaxis.set_major_locator(MaxNLocator(6))
+    speeds = _speeds(run, intervals)
+    lower.plot(*speeds, color="black", drawstyle="steps-pre")
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("samples\nper second")
+    _whole_numbers(lower.yaxis)
+    lower.set_xlabel("epoch (passes over the training set)")
+    lower.set_xlim(left=0)
+    figure.align_ylabels([upper, lower])
+    _legend(upper)
+    return _png(figure)
+
+
+def _speeds(run: RunRecords, intervals: Sequence[Any]) -> tuple[Any, Any]:
+    """Epochs, and samples in a second: as logged, or by the seconds of the phases."""
+    logged = run.metrics.steps["samples_per_second"].rows()
+    if len(logged):
+        return logged[:, 1], logged[:, 3]
+    rates = [each.sums.get("samples", 0.0) / max(_busy(each.sums), 1e-9) for each in intervals]
+    return [each.end[1] for each in intervals], rates
+
+
+def _busy(sums: Mapping[str, float]) -> float:
+    return sum(value for name, value in sums.items() if name not in ("updates", "samples"))

@@ -1,53 +1,131 @@
-"""Fits of the distance of the weights from the start: logarithmic and by a power of the steps.
+"""Fits the distance of the weights from their start against the number of steps t.
 
-Formula:  d(t) = a·log t + b, by least squares; d(t) = a·t^p, by least squares of log d over log t
-Source:   Hoffer, Hubara, Soudry, "Train longer, generalize better" (2017), section 3: ultra-slow
-          diffusion, d ~ log t, against normal diffusion, d ~ √t.
-Contract: pure.
+Formulas: a · ln t + b, and a · t^p, by least squares in the distance.
+Source:   Hoffer, Hubara, Soudry, Train longer, generalize better, arXiv:1705.08741: in the first
+          phase of training, at a high lr, the distance grows as the logarithm of the number of
+          updates (ultra-slow diffusion); ordinary diffusion is the power 1/2. You et al., The Limit
+          of the Batch Size, arXiv:2006.08517, on training with few updates of very large batches.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MIN_POINTS = 5  # two parameters and their errors
+_LOWEST_POWER, _HIGHEST_POWER = -1.0, 3.0
+
+
+class Estimate(NamedTuple):
+    """A parameter of a fit."""
+
+    value: float
+    error: float  # the standard error, for independent residuals of equal variance
 
 
 class Fit(NamedTuple):
-    """Slope and intercept of a line, and the standard error of the slope."""
+    """A curve with two parameters.
 
-    slope: float
-    intercept: float
-    slope_error: float
-
-
-def line_fit(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """The line through points by least squares.
-
-    Raises:
-        ValueError: for fewer than three points, or all at one place.
-
-    >>> line_fit([0, 1, 2], [1, 3, 5])
-    Fit(slope=2.0, intercept=1.0, slope_error=0.0)
+    Attributes:
+        form: the formula, in letters.
+        parameters: by their letters, in the order of the formula.
+        rms: root of the mean squared residual, in the unit of the distance.
+        r_squared: share of the variance that the curve explains; 1 is all.
     """
-    count = len(x)
-    if count < 3 or max(x) == min(x):
-        raise ValueError("a fit needs three points, not all at one place")
-    middle_x, middle_y = math.fsum(x) / count, math.fsum(y) / count
-    spread = math.fsum((value - middle_x) ** 2 for value in x)
-    slope = math.fsum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True)) / spread
-    intercept = middle_y - slope * middle_x
-    left = math.fsum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    return Fit(slope, intercept, math.sqrt(left / (count - 2) / spread))
+
+    form: str
+    parameters: dict[str, Estimate]
+    rms: float
+    r_squared: float
+
+    def at(self, t: Any) -> Any:
+        """The curve at times `t`, a number or an array."""
+        a = self.parameters["a"].value
+        if "p" in self.parameters:
+            return a * np.asarray(t, dtype=np.float64) ** self.parameters["p"].value
+        return a * np.log(t) + self.parameters["b"].value
 
 
-def logarithmic(steps: Sequence[float], distances: Sequence[float]) -> Fit:
-    """A (the slope) and b of d = a·log t + b."""
-    return line_fit([math.log(step) for step in steps], distances)
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def fit_log(t: Any, distance: Any) -> Fit | None:
+    """The fit of a · ln t + b; None if the points do not determine it.
+
+    Args:
+        t: steps, positive, of shape (points,).
+        distance: of shape (points,), finite.
+    """
+    t, distance = _checked(t, distance)
+    if len(t) < MIN_POINTS or np.ptp(t) == 0:
+        return None
+    jacobian = np.stack([np.log(t), np.ones_like(t)], axis=1)
+    solution = np.linalg.lstsq(jacobian, distance, rcond=None)[0]
+    return _fit("a · ln t + b", ("a", "b"), solution, jacobian, distance, jacobian @ solution)
 
 
-def power(steps: Sequence[float], distances: Sequence[float]) -> Fit:
-    """P (the slope) and log a of d = a·t^p."""
-    return line_fit(
-        [math.log(step) for step in steps], [math.log(distance) for distance in distances]
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def fit_power(t: Any, distance: Any) -> Fit | None:
+    """The fit of a · t^p with p in [-1, 3]; None if the points do not determine it.
+
+    For each p the best a has a closed form; p is searched in one dimension: on a grid, then by
+    sections of the interval around the best point of the grid.
+
+    Args:
+        t: steps, positive, of shape (points,).
+        distance: of shape (points,), finite.
+    """
+    t, distance = _checked(t, distance)
+    if len(t) < MIN_POINTS or np.ptp(t) == 0 or not np.any(distance):
+        return None
+    scale = np.exp(np.log(t).mean())  # keeps t^p near 1
+    relative = t / scale
+
+    def factor_of(power: float) -> float:
+        basis = relative**power
+        return float(basis @ distance / (basis @ basis))
+
+    def loss(power: float) -> float:
+        return float(np.sum((distance - factor_of(power) * relative**power) ** 2))
+
+    low, high = _LOWEST_POWER, _HIGHEST_POWER
+    while high - low > 1e-10:
+        grid = np.linspace(low, high, 41)
+        best = int(np.argmin([loss(power) for power in grid]))
+        low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    power = (low + high) / 2
+    factor = factor_of(power)
+    curve = factor * relative**power
+    # Gauss-Newton at the optimum, in a of the formula itself: a = factor / scale^p
+    a = factor / scale**power
+    jacobian = np.stack([t**power, a * t**power * np.log(t)], axis=1)
+    return _fit("a · t^p", ("a", "p"), np.array([a, power]), jacobian, distance, curve)
+
+
+def _checked(t: Any, distance: Any) -> tuple[Any, Any]:
+    t, distance = np.asarray(t, dtype=np.float64), np.asarray(distance, dtype=np.float64)
+    if t.shape != distance.shape or t.ndim != 1:
+        raise ValueError(f"t has shape {t.shape}, distance {distance.shape}: two equal lists meant")
+    usable = (t > 0) & np.isfinite(distance)
+    return t[usable], distance[usable]
+
+
+def _fit(
+    form: str, letters: tuple[str, str], solution: Any, jacobian: Any, distance: Any, curve: Any
+) -> Fit | None:
+    residual = distance - curve
+    squares = float(residual @ residual)
+    if not (np.isfinite(jacobian).all() and np.isfinite([*solution, squares]).all()):
+        return None  # too large for squares
+    variance = squares / (len(distance) - 2)
+    covariance = variance * np.linalg.pinv(jacobian.T @ jacobian, hermitian=True)
+    errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    spread = float(np.sum((distance - distance.mean()) ** 2))
+    return Fit(
+        form,
+        {
+            letter: Estimate(float(value), float(error))
+            for letter, value, error in zip(letters, solution, errors, strict=True)
+        },
+        rms=(squares / len(distance)) ** 0.5,
+        r_squared=1 - squares / spread if spread else 0.0,
     )

@@ -1,61 +1,126 @@
-"""The report as one file of HTML that needs nothing else, and its figures as files."""
+"""A report as one HTML file that needs nothing else: pictures are in it, and no script."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hvdlarge.reporting.figures import Drawn
-from hvdlarge.reporting.report_text import Target, run_rows, stage_rows
-from hvdlarge.reporting.run_reader import RunRecords
+from hvdlarge import __version__
+from hvdlarge.reporting import report_tables as tables
+from hvdlarge.reporting.figures import Drawing
+from hvdlarge.reporting.run_reader import RunRecords, printable
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-div.wide { overflow-x: auto; }
-th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; white-space: nowrap;
-         border-bottom: 1px solid #e5e5e5; }
-img { max-width: 100%; }
-.note { color: #555; }
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 1320px; margin: 1.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; }
+h3 { font-size: 1rem; margin: .8rem 0 .2rem; overflow-wrap: anywhere; }
+p { max-width: 60rem; margin: .3rem 0; } .aside { color: #444; }
+ul { margin: .3rem 0; padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4rem 0; }
+th, td { border: 1px solid #bbb; padding: .2rem .55rem; text-align: left; }
+thead th { background: #eee; } tbody th { font-weight: normal; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; }
+.row figure { flex: 1 1 560px; min-width: 0; }
+figure { margin: 0; } img { max-width: 100%; height: auto; }
 """
 
 
-def page(runs: Sequence[RunRecords], drawn: Sequence[Drawn], target: Target | None) -> str:
-    """The page of some runs; every word of theirs is escaped."""
-    title = ", ".join(run.name for run in runs)
-    parts = [
-        "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>',
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>{_text(title)}</h1>",
-        _table(run_rows(runs, target)),
-    ]
-    for run in runs:
-        parts += [f'<p class="note">{_text(run.name)}: {_text(note)}</p>' for note in run.notes]
-    for figure in drawn:
-        parts.append(f"<h2>{_text(figure.title)}</h2>")
-        if figure.png is None:
-            parts.append(f'<p class="note">{_text(figure.missing)}</p>')
-        else:
-            data = base64.b64encode(figure.png).decode()
-            parts.append(f'<img alt="{_text(figure.title)}" src="data:image/png;base64,{data}">')
-    for run in runs:
-        parts += [f"<h2>Stages: {_text(run.name)}</h2>", _table(stage_rows(run))]
-    parts.append("</body></html>")
-    return "\n".join(parts) + "\n"
+def page(
+    runs: Sequence[RunRecords],
+    figures: Sequence[Mapping[str, Any]],
+    drawings: Sequence[Drawing],
+    refresh_seconds: float | None = None,
+) -> str:
+    """The report of runs as an HTML document.
 
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
+    Args:
+        runs: at least one.
+        figures: of each, as `derive` gives them.
+        drawings: their figures.
+        refresh_seconds: after how long a browser loads the file again; None: not at all.
+    """
+    title = _escaped("Report: " + ", ".join(run.label for run in runs))
+    parts = [f"<h1>{title}</h1>", _table(tables.overview(figures)), _notes(figures)]
+    if len(runs) > 1:
+        parts.append(_section("Settings that differ", _table(tables.differing_settings(runs))))
+    for each in figures:
+        name = f" of {_escaped(each['name'])}" if len(runs) > 1 else ""
+        parts.append(_section(f"Stages{name}", _table(tables.stages(each))))
+    for kind in dict.fromkeys(drawing.kind for drawing in drawings):
+        parts.append(_figures(runs, [each for each in drawings if each.kind == kind]))
+        if kind == "distance":
+            parts.append(_table(tables.fits(figures)))
+            furthest = "\n".join(_furthest(runs, each) for each in figures)
+            parts.append(f'<div class="row">\n{furthest}\n</div>')
+        if kind == "phases" and len(runs) > 1:  # of one run the figure has the shares
+            parts.append(_table(tables.phases(figures)))
+    refresh = (
+        ""
+        if refresh_seconds is None
+        else f'<meta http-equiv="refresh" content="{max(1, round(refresh_seconds))}">\n'
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{refresh}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
+        f'<p class="aside">Written by hvdlarge {__version__}.</p>\n</body>\n</html>\n'
+    )
 
 
-def _text(words: str) -> str:
-    return html.escape(words)
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>\n{content}" if content else ""
+
+
+def _table(rows: tables.Table) -> str:
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{_escaped(cell)}</th>' for cell in rows[0])
+    body = "\n".join(
+        f'<tr><th scope="row">{_escaped(row[0])}</th>'
+        + "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows[1:]
+    )
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _notes(figures: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for each in figures:
+        of_run = f"{each['name']}: " if len(figures) > 1 else ""
+        sentences = [*each["notes"], *each["missing"]]
+        parts += [f"<li>{_escaped(of_run + sentence)}</li>" for sentence in sentences]
+    return _section("Notes", f"<ul>\n{chr(10).join(parts)}\n</ul>") if parts else ""
+
+
+def _figures(runs: Sequence[RunRecords], drawings: Sequence[Drawing]) -> str:
+    shown = []
+    for drawing in drawings:
+        of_run = "" if drawing.run is None else f" of {runs[drawing.run].label}"
+        data = base64.b64encode(drawing.png).decode("ascii")
+        name = f"<h3>{_escaped(of_run[4:])}</h3>" if of_run and len(runs) > 1 else ""
+        shown.append(
+            f'<figure>{name}<img alt="{_escaped(drawing.title + of_run)}" '
+            f'src="data:image/png;base64,{data}"></figure>'
+        )
+    caption = f'<p class="aside">{_escaped(drawings[0].caption)}</p>'
+    row = "\n".join(shown)
+    return _section(_escaped(drawings[0].title), f'{caption}\n<div class="row">\n{row}\n</div>')
+
+
+def _furthest(runs: Sequence[RunRecords], figures: Mapping[str, Any]) -> str:
+    table = _table(tables.largest_distances(figures))
+    of_run = f" of {_escaped(figures['name'])}" if len(runs) > 1 else ""
+    title = f"<h3>Parameters{of_run} furthest from their start</h3>"
+    return f"<div>{title}\n{table}</div>" if table else ""

@@ -1,213 +1,264 @@
-"""Reads the folder of a run: finished, going on, killed, or cut off in the middle of a line.
-
-Contract: bounded memory, whatever the size of the files: of each kind of line at most so many are
-          kept, evenly spaced, and the last. Nothing of the engine is imported but its errors.
-"""
+"""Reads a run folder for a report: a finished run, one that goes on, was killed, or was resumed."""
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvdlarge.config import yaml_source
 from hvdlarge.exits import JobError
+from hvdlarge.reporting.jsonl import JsonLines, number
+from hvdlarge.reporting.metrics_log import DecisionsLog, MetricsLog, Start
+from hvdlarge.reporting.targets import Target
 
-_MOST_LINES = 2000  # of a kind
-_MOST_LAYER_LINES = 200  # each holds four numbers for every parameter
-_LONGEST_LINE = 4 * 2**20  # bytes; that of ten thousand parameters has a million
-_PHASES_END = "_seconds"
-
-
-class Thinned:
-    """A sequence of which at most `most` items are kept, evenly spaced, and the last.
-
-    >>> kept = Thinned(most=4)
-    >>> for number in range(10):
-    ...     kept.append(number)
-    >>> list(kept)
-    [0, 4, 8, 9]
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most, self._stride, self._count = most, 1, 0
-        self._items: list[Any] = []
-        self._last: Any = None
-
-    def append(self, item: Any) -> None:
-        """Add an item, which may be dropped later."""
-        if self._count % self._stride == 0:
-            if len(self._items) == self._most:
-                del self._items[1::2]
-                self._stride *= 2
-            if self._count % self._stride == 0:
-                self._items.append(item)
-        self._last = item
-        self._count += 1
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._items
-        if self._count and (self._count - 1) % self._stride:
-            yield self._last
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+_FILES = ("metrics.jsonl", "job.resolved.yaml")  # one of them makes a folder a run
+RUNNING_SECONDS = 60.0  # a rank notes its progress every 2 s, its clock may differ from ours
+_LARGEST_DOCUMENT = 16 * 2**20  # bytes
+_MOST_STARTS = 10_000
 
 
-def _thinned() -> Thinned:
-    return Thinned(_MOST_LINES)
-
-
-@dataclass
-class RunRecords:
-    """What a run folder holds."""
-
-    name: str
-    folder: Path
-    steps: Thinned = field(default_factory=_thinned)
-    evaluations: Thinned = field(default_factory=_thinned)
-    layers: Thinned = field(default_factory=lambda: Thinned(_MOST_LAYER_LINES))
-    noise: Thinned = field(default_factory=_thinned)
-    distances: Thinned = field(default_factory=lambda: Thinned(_MOST_LAYER_LINES))
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)  # seconds
-    summary: Mapping[str, Any] | None = None  # of a finished run
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    starts: list[Mapping[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # of what is missing or damaged
-
-
-def read_run(folder: Path) -> RunRecords:
-    """The records of a run.
+def find_run(name: str) -> Path:
+    """The run folder that a command line names, by its path or as one of runs/.
 
     Raises:
-        JobError: if the folder holds no run, or cannot be read.
+        JobError: if it holds no run, or cannot be read.
     """
     try:
-        if not (folder / "job.resolved.yaml").exists() and not (folder / "metrics.jsonl").exists():
-            raise JobError(f"{folder}: no run folder: it has no metrics.jsonl")
-        run = RunRecords(folder.resolve().name, folder)
-        run.summary = _json(folder / "summary.json", run)
-        run.environment = _json(folder / "environment.json", run) or {}
-        for line in _lines(folder / "starts.jsonl", run):
-            run.starts.append(line)
-        _read_decisions(folder / "decisions.jsonl", run)
-        _read_metrics(folder / "metrics.jsonl", run)
+        for folder in (Path(name), Path("runs") / name):
+            if any((folder / file).is_file() for file in _FILES):
+                return folder
+            if folder.is_dir():
+                list(folder.iterdir())  # is_file hides a missing permission
     except OSError as error:
-        raise JobError(f"{folder}: cannot be read: {error.strerror}") from None
-    if not len(run.steps):
-        run.notes.append("metrics.jsonl has no line of a step yet")
-    if run.summary is None:
-        run.notes.append("summary.json is missing: the run has not ended, or was killed")
-    return run
+        raise JobError(f"{name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL in the name
+        raise JobError(f"{name!r}: {error}") from None
+    raise JobError(
+        f"{name}: not a run folder: it has neither metrics.jsonl nor job.resolved.yaml (looked in "
+        f"{Path.cwd()} and its runs/)"
+    )
 
 
-def _json(path: Path, run: RunRecords) -> Mapping[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        run.notes.append(f"{path.name} is damaged")
-        return None
-    return content if isinstance(content, dict) else None
+def find_runs(names: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """The run folders that a command line names, by labels that differ, and notes for the user.
+
+    Raises:
+        JobError: as find_run.
+    """
+    folders: dict[Path, Path] = {}  # as named, by what they are
+    notes: list[str] = []
+    for name in names:
+        folder = find_run(name)
+        if folder.resolve() in folders:
+            notes.append(f"{name} is named twice: it is shown once")
+        folders.setdefault(folder.resolve(), folder)
+    return {_label(whole, [*folders]): folder for whole, folder in folders.items()}, notes
 
 
-def _lines(path: Path, run: RunRecords) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; what is none is counted in a note."""
-    damaged = 0
-    try:
-        with path.open("rb") as file:
-            while line := file.readline(_LONGEST_LINE):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    # The last line of a run that goes on may be half written
-                    damaged += bool(line.endswith(b"\n") or len(line) == _LONGEST_LINE)
-                    continue
-                if isinstance(record, dict):
-                    yield record
-                else:
-                    damaged += 1
-    except FileNotFoundError:
-        run.notes.append(f"{path.name} is missing")
-    if damaged:
-        run.notes.append(f"{damaged:,} lines of {path.name} are no JSON objects, and were left out")
+def _label(folder: Path, folders: Sequence[Path]) -> str:
+    """The last parts of a folder's path, as many as no other folder ends with."""
+    parts = folder.parts
+    for length in range(1, len(parts)):
+        if sum(other.parts[-length:] == parts[-length:] for other in folders) == 1:
+            return "/".join(parts[-length:])
+    return str(folder)
 
 
-def _read_decisions(path: Path, run: RunRecords) -> None:
-    """The stages: where each begins, its batch, steps and lrs."""
-    for line in _lines(path, run):
+class RunRecords:
+    """What is known of a run, from its folder; `update` reads what has been written since.
+
+    Args:
+        folder: of the run.
+        label: to show.
+        targets: results to reach.
+
+    Attributes:
+        metrics: the content of metrics.jsonl.
+        decisions: that of decisions.jsonl.
+        job, environment, summary: of the files of these names; empty if missing or damaged.
+        starts: from starts.jsonl.
+        last_seen: when the run wrote last, in seconds since 1970; None if unknown.
+    """
+
+    def __init__(self, folder: Path, label: str, targets: Sequence[Target] = ()) -> None:
+        self.folder, self.label, self.targets = folder, label, tuple(targets)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.metrics_lines = JsonLines(self.folder / "metrics.jsonl")
+        self.decision_lines = JsonLines(self.folder / "decisions.jsonl")
+        self.problems: list[str] = []
+        self.job = self._job()
+        self.starts = self._starts()
+        self.metrics = MetricsLog(self.starts, self.targets, self.job)
+        self.decisions = DecisionsLog()
+
+    def update(self) -> None:
+        """Read what is new. Logs that were cut off, as a run does when it resumes, are read again.
+
+        Raises:
+            JobError: if a file cannot be read, or metrics.jsonl is not a run's.
+        """
         try:
-            if not run.stages or line["stage"] != run.stages[-1]["stage"]:
-                first = {key: line[key] for key in ("stage", "epoch", "step", "stage_batch", "lr")}
-                run.stages.append(first | {"steps": 0, "lr_highest": line["lr"]})
-            stage = run.stages[-1]
-            stage["steps"] += 1
-            stage["lr_last"] = line["lr"]
-            stage["lr_highest"] = max(stage["lr_highest"], line["lr"])
-        except (KeyError, TypeError):
-            continue
+            if not (
+                self.metrics_lines.continues()
+                and self.decision_lines.continues()
+                and len(self._starts()) == len(self.starts)
+            ):
+                self._begin()
+            for record in self.metrics_lines.read():
+                self.metrics.add(record)
+            for record in self.decision_lines.read():
+                self.decisions.add(record)
+            self.environment = self._document("environment.json")
+            self.summary = self._document("summary.json")
+            self.last_seen = self._last_seen()
+        except OSError as error:
+            raise JobError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        lines = self.metrics_lines
+        if self.metrics.records == 0 and (lines.bad or self.metrics.foreign or _is_binary(lines)):
+            raise JobError(
+                f"{lines.path}: not the log of a run: no line is a JSON object with step and epoch"
+            )
+
+    @property
+    def state(self) -> str:
+        """Whether the run is `finished`, `running` or `stopped`."""
+        if self.summary:
+            return "finished"
+        if self.last_seen is not None and time.time() - self.last_seen < RUNNING_SECONDS:
+            return "running"
+        return "stopped"
+
+    def lower_is_better(self, result: str) -> bool:
+        """Whether smaller values of a result are better ones."""
+        return Target(result, 0.0).is_lower(self.job)
+
+    def notes(self) -> list[str]:
+        """What is damaged or missing in the folder, in sentences."""
+        lines, log = self.metrics_lines, self.metrics
+        notes = list(self.problems)
+        if not lines.path.exists():
+            notes.append("metrics.jsonl is missing: the run has logged no step yet.")
+        elif log.records == 0:
+            notes.append("metrics.jsonl has no whole line yet.")
+        for each in (lines, self.decision_lines):
+            if each.bad:
+                notes.append(
+                    f"{each.path.name}: {each.bad:,} lines cannot be read (the first is line "
+                    f"{each.first_bad:,}); they are left out."
+                )
+        if log.foreign:
+            notes.append(
+                f"metrics.jsonl: {log.foreign:,} lines have no step or epoch; they are left out."
+            )
+        if lines.incomplete and self.state != "running":
+            notes.append("The last line of metrics.jsonl was cut off while it was written.")
+        for name, bad in log.nonfinite.items():
+            notes.append(
+                f"{name} was not finite in {bad.count:,} lines, first at epoch {bad.epoch:.4g}; "
+                "they are left out."
+            )
+        return notes
+
+    def _document(self, name: str) -> dict[str, Any]:
+        try:
+            with (self.folder / name).open("rb") as file:
+                content = json.loads(file.read(_LARGEST_DOCUMENT))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            return content
+        problem = f"{name} is not a JSON object; it is left out."
+        if problem not in self.problems:
+            self.problems.append(problem)
+        return {}
+
+    def _job(self) -> dict[str, Any]:
+        try:
+            with (self.folder / "job.resolved.yaml").open("rb") as file:
+                content = yaml_source.read(file.read(yaml_source.MAX_BYTES), fill_in=False).values
+        except FileNotFoundError:
+            self.problems.append("job.resolved.yaml is missing: the settings are not shown.")
+            return {}
+        except OSError as error:
+            raise JobError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        except (yaml_source.SourceError, ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            return content
+        self.problems.append("job.resolved.yaml cannot be read: the settings are not shown.")
+        return {}
+
+    def _starts(self) -> list[Start]:
+        starts: list[Start] = []
+        for record in JsonLines(self.folder / "starts.jsonl").read():
+            if (step := number(record.get("step"))) is not None and len(starts) < _MOST_STARTS:
+                workers = number(record.get("world_size"))
+                starts.append(
+                    Start(
+                        _seconds_of(record.get("time")),
+                        step,
+                        int(workers) if workers is not None and math.isfinite(workers) else None,
+                    )
+                )
+        return starts
+
+    def _last_seen(self) -> float | None:
+        seen = []
+        for name in ("metrics.jsonl", "decisions.jsonl", "starts.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                seen.append(path.stat().st_mtime)
+        path = self.folder / "progress" / "rank_0.json"
+        try:
+            note = json.loads(path.read_bytes()[:10_000])
+            seen.append(number(note.get("time")) or 0.0)
+        except (OSError, ValueError, AttributeError):
+            pass
+        return max(seen, default=None)
 
 
-def _read_metrics(path: Path, run: RunRecords) -> None:
-    seconds, began, foreign = 0.0, None, 0
-    for line in _lines(path, run):
-        if not all(_is_number(line.get(key)) for key in ("step", "epoch", "samples_seen")):
-            foreign += 1
-            continue
-        phases = {
-            key.removesuffix(_PHASES_END): value
-            for key, value in line.items()
-            if key.endswith(_PHASES_END) and _is_number(value)
-        }
-        seconds += sum(phases.values())
-        for phase, value in phases.items():
-            run.phases[phase] = run.phases.get(phase, 0.0) + value
-        if _is_number(line.get("time")):
-            began = line["time"] - seconds if began is None else began
-            line["seconds"] = line["time"] - began
+def _is_binary(lines: JsonLines) -> bool:
+    """Whether a log without a whole line begins with something else than an object."""
+    if not lines.incomplete:
+        return False
+    with lines.path.open("rb") as file:
+        return file.read(1) != b"{"
+
+
+def _seconds_of(text: Any) -> float | None:
+    """A time as starts.jsonl has it, `2026-11-27T02:22:29+0000`, in seconds since 1970; the middle
+    of that second, since its fraction is not recorded.
+    """
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp() + 0.5
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def printable(text: str) -> str:
+    r"""Text of a run on one line, without control characters and halves of surrogate pairs.
+
+    >>> printable("a\x1b[31m b\n")
+    'a�[31m b�'
+    """
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def settings_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resolved job by their keys, as `lr.warmup.epochs`."""
+    flat: dict[str, Any] = {}
+    for key, value in job.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({f"{key}.{name}": each for name, each in settings_of(value).items()})
         else:
-            line["seconds"] = seconds
-        _kind_of(line, run).append(line)
-    if foreign:
-        run.notes.append(f"{foreign:,} lines of {path.name} have no step, and were left out")
-
-
-def _kind_of(line: Mapping[str, Any], run: RunRecords) -> Thinned:
-    for key, kind in (
-        ("lr", run.steps),
-        ("layers", run.layers),
-        ("noise_scale", run.noise),
-        ("weight_distance", run.distances),
-    ):
-        if key in line:
-            return kind
-    return run.evaluations
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def column(lines: Thinned, *keys: str) -> list[tuple[float, ...]]:
-    """Numbers of those lines that have all the keys as numbers."""
-    return [
-        tuple(float(line[key]) for key in keys)
-        for line in lines
-        if all(_is_number(line.get(key)) for key in keys)
-    ]
-
-
-def metrics_of(run: RunRecords) -> list[str]:
-    """The names of the metrics of a run's evaluations, `test_loss` not among them."""
-    known = {"step", "epoch", "samples_seen", "time", "seconds", "test_loss"}
-    names: dict[str, None] = {}
-    for line in run.evaluations:
-        names |= dict.fromkeys(
-            key
-            for key, value in line.items()
-            if key not in known and _is_number(value) and not key.endswith(_PHASES_END)
-        )
-    return list(names)
+            flat[str(key)] = value
+    return flat
