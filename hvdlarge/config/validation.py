@@ -13,8 +13,8 @@ RESERVED_RESULTS = {
     *("loss", "test_loss", "step", "steps", "epoch", "epochs", "samples_seen", "growths"),
     *("global_batch", "world_size", "lr", "trust_ratio_min", "trust_ratio_max", "skipped_steps"),
     *("steps_without_loss", "rollbacks"),
-    *("train_seconds", "samples_per_second", "peak_memory_bytes", "gradient_bytes"),
-    "gradient_tensors",
+    *("train_seconds", "evaluate_seconds", "samples_per_second", "peak_memory_bytes"),
+    *("gradient_bytes", "gradient_tensors"),
     "time",  # of a record that a sink receives
 }
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value

@@ -106,6 +106,7 @@ def derive(run: RunRecords) -> dict[str, Any]:
         "samples_seen": log.samples_seen,
         "seconds": seconds,
         "seconds_are_of_phases": log.without_time > 0,
+        "evaluate_seconds": log.evaluate_seconds,
         "samples_per_second": _finite(summary.get("samples_per_second"))
         or (samples / busy if busy else None),
         "world_sizes": list(dict.fromkeys(start.world_size for start in run.starts)),

@@ -80,6 +80,7 @@ class MetricsLog:
         self.position: Row = (0.0, 0.0, 0.0)
         self.samples_seen = 0.0
         self.without_time = 0  # step lines
+        self.evaluate_seconds = 0.0
         self.steps = {name: Series(4) for name in _STEP_VALUES}
         self.trust = Series(5, low=3, high=4)  # smallest and largest ratio of any layer
         self.results: dict[str, Series] = {}
@@ -176,6 +177,7 @@ class MetricsLog:
             self.constant_lr = stretch
 
     def _add_evaluation(self, record: Mapping[str, Any]) -> None:
+        self.evaluate_seconds += _phases(record).get("evaluate", 0.0)
         for name in record:
             if name in _POSITION or name.endswith(_SECONDS):
                 continue

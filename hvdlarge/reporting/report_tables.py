@@ -26,6 +26,8 @@ def overview(figures: Sequence[Mapping[str, Any]]) -> Table:
     rows.append(("weight updates", *(f"{each['updates']:,.0f}" for each in figures)))
     rows.append(("samples", *(f"{each['samples_seen']:,.0f}" for each in figures)))
     rows.append(("training time", *(seconds(each["seconds"]) for each in figures)))
+    if any(each["evaluate_seconds"] for each in figures):
+        rows.append(("of it evaluations", *(seconds(each["evaluate_seconds"]) for each in figures)))
     rows.append(("samples per second", *(_number(each["samples_per_second"]) for each in figures)))
     rows.append(("workers", *(_workers(each["world_sizes"]) for each in figures)))
     rows.append(("device", *(str(each["device"] or _UNKNOWN) for each in figures)))

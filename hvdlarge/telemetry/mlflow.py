@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from hvdlarge.telemetry.sinks import Sink, SinkRun, Status
-from hvdlarge.telemetry.tags import Tags
+from hvdlarge.telemetry.tags import tags
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # MLflow's names
 # MLflow's limits for one call, and for one value
@@ -48,7 +48,6 @@ class MlflowSink(Sink):
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 
-        self._tags = Tags(run.samples_seen)
         self._client = MlflowClient(tracking_uri=uri)
         kept = run.folder / "mlflow_run.json"
         if kept.exists() and (known := json.loads(kept.read_text()))["tracking_uri"] == uri:
@@ -66,14 +65,10 @@ class MlflowSink(Sink):
         milliseconds = round(1000 * record["time"])
         figures = iter(
             Metric(_NOT_IN_NAMES.sub("_", tag), value, milliseconds, record["step"])
-            for tag, value in self._tags(record).items()
+            for tag, value in tags(record).items()
         )
         while batch := list(islice(figures, _METRICS_AT_ONCE)):
             self._client.log_batch(self._id, metrics=batch)
-
-    def roll_back(self, step: int, offsets: Mapping[str, int]) -> None:
-        """Keep the points of the steps that are taken again: MLflow removes none."""
-        self._tags.roll_back()
 
     def end(self, status: Status) -> None:
         """Set the status of the run."""

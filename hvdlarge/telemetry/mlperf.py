@@ -23,8 +23,7 @@ class MlperfLog(Sink):
     """Writes MLPerf's events.
 
     `init_start` is the start of rank 0's process; `run_start` is the first step. An epoch begins
-    and stops with a step, and `eval_start` is the record before the evaluation, so that an
-    evaluation's time includes its last step. A resumed run goes on in the same file, without the
+    and stops with a step. A resumed run goes on in the same file, without the
     events of the steps that are taken again; the time between its starts counts.
 
     Args:
@@ -90,12 +89,12 @@ class MlperfLog(Sink):
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Log an evaluation."""
-        before, self._time = self._time, record["time"]
+        self._time = record["time"]
         if "test_loss" not in record:
             return
-        clock = ("step", "epoch", "samples_seen", "time", "test_loss")
-        name = self._metric or next((name for name in record if name not in clock), "test_loss")
-        self._log_in_epoch("eval_start", _START, None, before)
+        other = ("step", "epoch", "samples_seen", "time", "test_loss", "evaluate_seconds")
+        name = self._metric or next((name for name in record if name not in other), "test_loss")
+        self._log_in_epoch("eval_start", _START, None, self._time - record["evaluate_seconds"])
         if name in record:
             self._log_in_epoch("eval_accuracy", _POINT, record[name])
         self._log_in_epoch("eval_stop", _STOP, None)

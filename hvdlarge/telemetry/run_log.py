@@ -81,7 +81,8 @@ class RunLog:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Record measured values; `record` holds step, epoch and samples_seen among them. Adds the
-        time, in seconds since 1970, and to a step's record the samples per second since the last.
+        time, in seconds since 1970, and to a step's record the samples per second since the last,
+        without evaluations.
         """
         record = {**record, "time": round(time.time(), 4)}
         if "lr" in record and "samples_seen" in record:
@@ -90,6 +91,7 @@ class RunLog:
             samples = record["samples_seen"] - self._samples_at_last_record
             self._samples_at_last_record = record["samples_seen"]
             record["samples_per_second"] = samples / passed if passed > 0 else None
+        self._last_step_record += record.get("evaluate_seconds", 0.0)
         self._send(lambda sink: sink.metrics(record))
         if not self._judged_waits:
             self._judge_waits(record)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvdlarge.telemetry.sinks import Sink, SinkRun
-from hvdlarge.telemetry.tags import Tags
+from hvdlarge.telemetry.tags import tags
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,19 +31,17 @@ class TensorBoard(Sink):
     def start(self, run: SinkRun) -> None:
         """Begin an event file at the first step of this start."""
         self._folder = run.folder / "tensorboard" if self._given is None else Path(self._given)
-        self._tags = Tags(run.samples_seen)
         self._writer = self._open(run.step)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Write the scalars; they are in the file when this returns."""
-        for tag, value in self._tags(record).items():
+        for tag, value in tags(record).items():
             self._writer.add_scalar(tag, value, record["step"], record["time"])
         self._writer.flush()
 
     def roll_back(self, step: int, offsets: Mapping[str, int]) -> None:
         """Begin another event file at `step`."""
         self._writer.close()
-        self._tags.roll_back()
         self._writer = self._open(step)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvdlarge.telemetry.sinks import Sink, SinkRun, Status
-from hvdlarge.telemetry.tags import Tags
+from hvdlarge.telemetry.tags import tags
 
 _FINISH_SECONDS = 8  # less than background_sink.CLOSE_SECONDS
 
@@ -52,7 +52,6 @@ class WandbSink(Sink):
         # What the engine prints stays as it is; and the SDK waits for its uploads once more when
         # the process exits
         settings = wandb.Settings(console="off", finish_timeout=_FINISH_SECONDS)
-        self._tags = Tags(run.samples_seen)
         self._run = wandb.init(
             id=kept.read_text().strip(),
             resume="allow",
@@ -67,13 +66,9 @@ class WandbSink(Sink):
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Log the figures of the record."""
-        if figures := self._tags(record):
+        if figures := tags(record):
             clock = {key: record[key] for key in ("step", "epoch", "samples_seen") if key in record}
             self._run.log(clock | figures)
-
-    def roll_back(self, step: int, offsets: Mapping[str, int]) -> None:
-        """Keep the points of the steps that are taken again: W&B removes none."""
-        self._tags.roll_back()
 
     def end(self, status: Status) -> None:
         """Finish the run; W&B shows one that failed as such, and one that was stopped as killed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -109,7 +110,7 @@ def train(components: LoopComponents, state: TrainState) -> None:
         observe(components, decision, outcome, timers)
         record(components, state, decision, outcome, timers)
         call_hooks(components, "after_step", state, decision)
-        best = evaluate(components, state, decision, timers)
+        best = evaluate(components, state, decision)
         save_if_due(components, state, decision, outcome.flags, best, timers)
         if outcome.flags.stop and not decision.is_last:
             raise Stopped(_stopped(components, decision))
@@ -316,9 +317,7 @@ def record(
         components.policy.check_loss(decision, loss)
 
 
-def evaluate(
-    components: LoopComponents, state: TrainState, decision: Decision, timers: PhaseTimers
-) -> bool:
+def evaluate(components: LoopComponents, state: TrainState, decision: Decision) -> bool:
     """Evaluate every `evaluate_every_epochs` epochs and at the end. Every rank calls this together.
 
     Returns:
@@ -338,19 +337,19 @@ def evaluate(
     )
     if components.evaluation is None or not (passed or decision.is_last):
         return False
-    with timers("measure"):
-        components.replica.statistics.all_reduce(components.tensors.sum)
-        results = evaluate_weights(
-            components.evaluation, components.replica, components.tensors, components.watchdog
-        )
-        components.replica.statistics.to_partial()
+    began = time.monotonic()
+    components.replica.statistics.all_reduce(components.tensors.sum)
+    results = evaluate_weights(
+        components.evaluation, components.replica, components.tensors, components.watchdog
+    )
+    components.replica.statistics.to_partial()
+    seconds = time.monotonic() - began
     # A metric of an earlier evaluation may be gone from the job, or may not apply any more
     for name in state.results.keys() - results.keys() - {"loss"}:
         del state.results[name]
     state.results.update(results)
-    components.log.metrics(
-        {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen} | results
-    )
+    place = {"step": decision.step, "epoch": epoch, "samples_seen": samples_seen}
+    components.log.metrics(place | results | {"evaluate_seconds": seconds})
     components.log.evaluated(results)
     if not math.isfinite(loss := results["test_loss"]):
         raise DivergedError(

@@ -36,9 +36,8 @@ class Life:
             self.sink.decision(record | {"epoch": step / STEPS_OF_AN_EPOCH})
             if (step + 1) % STEPS_OF_AN_EPOCH == 0:
                 self.time += 0.25
-                self.sink.metrics(
-                    record | {"time": self.time, "test_loss": 0.1, "accuracy": accuracy}
-                )
+                found = {"test_loss": 0.1, "accuracy": accuracy, "evaluate_seconds": 0.125}
+                self.sink.metrics(record | {"time": self.time} | found)
 
     def events(self):
         lines = (self.folder / "mlperf.log").read_text().splitlines()
@@ -65,6 +64,9 @@ def test_a_whole_run(tmp_path):
     assert (values["opt_name"], values["opt_base_learning_rate"], values["seed"]) == ("lars", 4, 0)
     assert (values["train_samples"], values["eval_samples"]) == (1437, 360)
     assert values["eval_accuracy"] == 0.9
+    evaluations = [each["time_ms"] for each in events if each["key"] in ("eval_start", "eval_stop")]
+    durations = [stop - start for start, stop in zip(*[iter(evaluations)] * 2, strict=True)]
+    assert durations == pytest.approx([125, 125], abs=1)  # each time is rounded
     assert events[-1]["metadata"]["status"] == "success"
     epochs = [each["metadata"].get("epoch_num") for each in events if each["key"] in EPOCH]
     assert epochs == [1] * 5 + [2] * 5

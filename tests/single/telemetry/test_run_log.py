@@ -208,3 +208,18 @@ def test_waits_for_samples_are_reported_once(tmp_path, plan, capsys, fetch, repo
         assert ("has waited for samples for 50 % of the time" in printed) == expected
         assert printed == "" or expected
     log.close()
+
+
+def test_evaluations_do_not_slow_the_speed_of_steps(tmp_path, plan, monkeypatch):
+    log = begin(tmp_path / "run", plan)
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    place = {"step": 0, "epoch": 0.1, "samples_seen": 0}
+    log.metrics(place | {"lr": 0.1})
+    now += 5
+    log.metrics(place | {"test_loss": 0.5, "evaluate_seconds": 4.0})
+    now += 1
+    log.metrics(place | {"lr": 0.1, "samples_seen": 320})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[2]["samples_per_second"] == 160

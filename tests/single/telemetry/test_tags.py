@@ -2,7 +2,7 @@
 
 import math
 
-from hvdlarge.telemetry.tags import Tags
+from hvdlarge.telemetry.tags import tags
 
 CLOCK = {"step": 9, "epoch": 0.5, "samples_seen": 320, "time": 1.8e9}
 
@@ -19,7 +19,7 @@ def test_the_line_of_a_step():
         "weight_distance": math.inf,
         "gradient_square": 2.0,
     }
-    assert Tags(samples_seen=120)(record) == {
+    assert tags(record) == {
         "train/epoch": 0.5,
         "train/samples_seen": 320,
         "train/global_batch": 32,
@@ -29,7 +29,6 @@ def test_the_line_of_a_step():
         "time/fetch": 0.5,
         "time/allreduce": 1.5,
         "train/gradient_square": 2.0,
-        "train/samples_per_second": 100,
     }
 
 
@@ -38,7 +37,7 @@ def test_mappings_keep_their_names():
         "fc.weight": {"weight_norm": 2.0, "trust_ratio": None, "update_ratio": 0.1},
         "fc.bias": {"weight_norm": math.nan},
     }
-    figures = Tags(0)(CLOCK | {"layers": layers, "distances": {"fc.weight": 3.0}})
+    figures = tags(CLOCK | {"layers": layers, "distances": {"fc.weight": 3.0}})
     assert figures == {
         "train/epoch": 0.5,
         "train/samples_seen": 320,
@@ -50,25 +49,11 @@ def test_mappings_keep_their_names():
 
 def test_an_evaluation():
     record = CLOCK | {"test_loss": 0.2, "accuracy": 0.9, "ema_test_loss": 0.1, "ema_accuracy": 1}
-    assert Tags(0)(record) == {
+    record["evaluate_seconds"] = 0.25
+    assert tags(record) == {
         "eval/loss": 0.2,
         "eval/accuracy": 0.9,
         "eval/ema_loss": 0.1,
         "eval/ema_accuracy": 1,
+        "time/evaluate": 0.25,
     }
-
-
-def test_the_speed_is_that_since_the_line_before_and_unknown_after_a_rollback():
-    tags = Tags(samples_seen=0)
-    lines = [CLOCK | {"samples_seen": seen, "forward_seconds": 2.0} for seen in (100, 300)]
-    assert [tags(line)["train/samples_per_second"] for line in lines] == [50, 100]
-    tags.roll_back()
-    assert "train/samples_per_second" not in tags(lines[0])
-    assert tags(lines[1])["train/samples_per_second"] == 100
-
-
-def test_other_lines_do_not_count_for_the_speed():
-    tags = Tags(samples_seen=0)
-    tags(CLOCK | {"layers": {}})
-    tags(CLOCK | {"test_loss": 0.2})
-    assert tags(CLOCK | {"forward_seconds": 2.0})["train/samples_per_second"] == 160

@@ -1,0 +1,65 @@
+"""Measurements of a run over real MPI and Horovod are those of the same run on one worker."""
+
+import pytest
+from support.comparing import read_lines
+
+from hvdlarge.comm.solo import SoloChannel, SoloCollectives
+from hvdlarge.config.job_file import parse_job
+from hvdlarge.exits import FINISHED
+from trials.engine import StopAtStep, join_checkpoint_writers, preserved_settings, run_rank
+
+JOB = """
+name: measured
+epochs: 0.6
+precision: fp64
+data: {name: "support.quadratic:data"}
+model: {name: "support.quadratic:Point"}
+loss: {name: "support.quadratic:half_square"}
+batch:
+  base: 48
+  micro: 8
+  growth: {policy: noise_scale, every_epochs: 0.1, factor: 2, max: 400}
+lr: {base: 0.05}
+optimizer: {name: sgd, momentum: 0.5, weight_decay: 1e-4}
+log: {every_steps: 1, noise_every_steps: 1, layers_every_steps: 4, distances: true}
+"""
+
+
+def measured(job, folder, control, tensors):
+    """The lines of the log and of the decisions of a whole run, without times."""
+    folder.with_suffix(".yaml").write_text(JOB)
+    run = job.model_copy(update={"run_dir": str(folder)})
+    with preserved_settings():
+        assert run_rank(run, folder, control, tensors, StopAtStep(None)) == (FINISHED, "")
+        join_checkpoint_writers()
+    lines = read_lines(folder / "metrics.jsonl")
+    timed = ("time", "samples_per_second")
+    return [
+        {name: value for name, value in line.items() if name not in timed and "seconds" not in name}
+        for line in lines
+    ], (folder / "decisions.jsonl").read_text()
+
+
+def test_measurements_do_not_depend_on_the_number_of_workers(control, tensors, tmp_path):
+    job = parse_job(JOB, "job")
+    shared = type(tmp_path)(control.allgather(str(tmp_path).encode())[0].decode())
+    lines, decisions = measured(job, shared / "all", control, tensors)
+    if control.rank == 0:
+        alone, expected = measured(job, shared / "one", SoloChannel(), SoloCollectives())
+        assert decisions == expected
+        assert decisions.count("grew_from") >= 2
+        assert len(lines) == len(alone)
+        assert sum(line.get("noise_scale") is not None for line in lines) >= 3
+        for line, other in zip(lines, alone, strict=True):
+            assert _flat(line) == pytest.approx(_flat(other), rel=1e-9, abs=1e-12)
+    control.allgather(b"")  # no rank goes on while rank 0 trains alone
+
+
+def _flat(record, prefix=""):
+    flat = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = -1.0 if value is None else value
+    return flat
