@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from support import quadratic
 from support.comparing import distance, same
 from support.launching import MPIRUN, ROOT
 
@@ -145,3 +146,25 @@ def test_targets_of_two_dimensions_train_in_exact_mode(own_parts, loss):
     overrides = ("model={name: 'gpu_parts:Pairs'}", "data={name: 'gpu_parts:data_of_pairs'}")
     ended = own_parts.run(1, "reduction=exact", *overrides, f"loss={loss}")
     assert ended.code == 0, ended.text
+
+
+def test_measurements_are_those_of_a_cpu(sharing, bench):
+    """Norms by layer, gradient noise, distances, and the growths that follow the noise."""
+    source = ROOT / "tests/support/quadratic.py"
+    (bench.folder / "quadratic.py").write_text(source.read_text())
+    (bench.folder / "quadratic.yaml").write_text(quadratic.JOB.replace("support.", ""))
+    train = [sys.executable, "-m", "hvdlarge.train", "quadratic.yaml"]
+    for name, launch, visible in (
+        ("cpu", [], {"CUDA_VISIBLE_DEVICES": ""}),
+        ("gpu", [], {}),
+        ("two", [*MPIRUN, "-np", "2"], {}),
+    ):
+        ended = bench.end(bench.begin_command([*launch, *train, f"run_dir=runs/{name}"], **visible))
+        assert ended.code == 0, ended.text
+    cpu, *others = (bench.run_folder(f"runs/{name}") for name in ("cpu", "gpu", "two"))
+    expected = quadratic.comparable(cpu)
+    assert sum("noise_scale" in line for line in expected) >= 3
+    for folder in others:
+        assert (folder / "decisions.jsonl").read_text() == (cpu / "decisions.jsonl").read_text()
+        for line, other in zip(quadratic.comparable(folder), expected, strict=True):
+            assert line == pytest.approx(other, rel=1e-9, abs=1e-12)

@@ -1,28 +1,12 @@
 """Measurements of a run over real MPI and Horovod are those of the same run on one worker."""
 
 import pytest
-from support.comparing import read_lines
+from support.quadratic import JOB, comparable
 
 from hvdlarge.comm.solo import SoloChannel, SoloCollectives
 from hvdlarge.config.job_file import parse_job
 from hvdlarge.exits import FINISHED
 from trials.engine import StopAtStep, join_checkpoint_writers, preserved_settings, run_rank
-
-JOB = """
-name: measured
-epochs: 0.6
-precision: fp64
-data: {name: "support.quadratic:data"}
-model: {name: "support.quadratic:Point"}
-loss: {name: "support.quadratic:half_square"}
-batch:
-  base: 48
-  micro: 8
-  growth: {policy: noise_scale, every_epochs: 0.1, factor: 2, max: 400}
-lr: {base: 0.05}
-optimizer: {name: sgd, momentum: 0.5, weight_decay: 1e-4}
-log: {every_steps: 1, noise_every_steps: 1, layers_every_steps: 4, distances: true}
-"""
 
 
 def measured(job, folder, control, tensors):
@@ -32,12 +16,7 @@ def measured(job, folder, control, tensors):
     with preserved_settings():
         assert run_rank(run, folder, control, tensors, StopAtStep(None)) == (FINISHED, "")
         join_checkpoint_writers()
-    lines = read_lines(folder / "metrics.jsonl")
-    timed = ("time", "samples_per_second")
-    return [
-        {name: value for name, value in line.items() if name not in timed and "seconds" not in name}
-        for line in lines
-    ], (folder / "decisions.jsonl").read_text()
+    return comparable(folder), (folder / "decisions.jsonl").read_text()
 
 
 def test_measurements_do_not_depend_on_the_number_of_workers(control, tensors, tmp_path):
@@ -51,15 +30,5 @@ def test_measurements_do_not_depend_on_the_number_of_workers(control, tensors, t
         assert len(lines) == len(alone)
         assert sum(line.get("noise_scale") is not None for line in lines) >= 3
         for line, other in zip(lines, alone, strict=True):
-            assert _flat(line) == pytest.approx(_flat(other), rel=1e-9, abs=1e-12)
+            assert line == pytest.approx(other, rel=1e-9, abs=1e-12)
     control.allgather(b"")  # no rank goes on while rank 0 trains alone
-
-
-def _flat(record, prefix=""):
-    flat = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = -1.0 if value is None else value
-    return flat

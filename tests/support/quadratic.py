@@ -1,10 +1,28 @@
 """A quadratic problem whose gradient noise is known: the loss of a sample x is ½‖w − x‖², so its gradient is w − x."""
 
+import json
+
 import torch
 
 from hvdlarge.data.in_memory import InMemory
 
 DIMENSIONS, SAMPLES = 400, 8192
+# Measures everything, and grows as the noise rises
+JOB = """\
+name: measured
+epochs: 0.6
+precision: fp64
+data: {name: "support.quadratic:data"}
+model: {name: "support.quadratic:Point"}
+loss: {name: "support.quadratic:half_square"}
+batch:
+  base: 48
+  micro: 8
+  growth: {policy: noise_scale, every_epochs: 0.1, factor: 2, max: 400}
+lr: {base: 0.05}
+optimizer: {name: sgd, momentum: 0.5, weight_decay: 1e-4}
+log: {every_steps: 1, noise_every_steps: 1, layers_every_steps: 4, distances: true}
+"""
 
 
 def samples():
@@ -49,3 +67,17 @@ def noise_scale(point):
     return float(
         values.var(dim=0, correction=0).sum() / (point - values.mean(dim=0)).square().sum()
     )
+
+
+def comparable(folder):
+    """The numbers of each line of a run's log that do not depend on time, by their paths; -1 for None."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [dict(_numbers(line, "")) for line in lines]
+
+
+def _numbers(record, prefix):
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif name not in ("time", "samples_per_second") and not name.endswith("_seconds"):
+            yield prefix + name, -1.0 if value is None else value
