@@ -219,13 +219,14 @@ def preserved_settings() -> Iterator[None]:
         cuda.allow_tf32,
         os.environ.copy(),
     )
-    set_num_threads = torch.set_num_threads
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     set_num_threads(1)
     torch.set_num_threads = lambda nthreads: None
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
+        set_num_threads(threads)
         torch.use_deterministic_algorithms(before[0])
         cudnn.allow_tf32, cuda.allow_tf32 = before[1:3]
         for name in os.environ.keys() - before[3].keys():

@@ -397,15 +397,13 @@ def save(
     else:
         compare_states(components.control, components.replica)
     components.buffer_guard.check_unchanged(components.control, components.replica)
-    not_finite = [
-        name
-        for weight, name in components.replica.names.items()
-        if not torch.isfinite(weight).all()
-    ]
-    if not_finite:
+    names = components.replica.names
+    # One wait for a GPU, not one for each weight
+    finite = torch.stack([torch.isfinite(weight).all() for weight in names]).tolist()
+    if not all(finite):
+        name = list(names.values())[finite.index(False)]
         raise DivergedError(
-            f"the weight {not_finite[0]} is not finite, so nothing is saved: lower lr.base or warm "
-            "up longer"
+            f"the weight {name} is not finite, so nothing is saved: lower lr.base or warm up longer"
         )
     state.train_seconds = components.log.seconds
     raise_on_all_ranks(
