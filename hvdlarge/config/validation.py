@@ -39,18 +39,21 @@ def cross_field_errors(job: Job) -> Iterator[Problem]:
 
 
 def _noise(job: Job) -> Iterator[Problem]:
-    every, micro, first = job.log.noise_every_steps, job.batch.micro, job.batch.first
-    if job.batch.growth.policy == "noise_scale" and every is None:
+    micro, first = job.batch.micro, job.batch.first
+    if job.batch.growth.policy != "noise_scale":
+        return
+    if job.log.noise_every_steps is None:
         yield (
             ("batch", "growth", "policy"),
             "noise_scale follows the gradient noise, which is measured where "
             "log.noise_every_steps is set, for example to 20",
         )
-    if every is not None and (micro == "auto" or micro >= first):
+    if micro == "auto" or micro >= first:
         yield (
-            ("log", "noise_every_steps"),
-            "the gradient noise is the difference between the micro-batches of a step, of which "
-            f"there must be two at least: give a batch.micro of {max(1, first // 2)} or less",
+            ("batch", "growth", "policy"),
+            "noise_scale follows the gradient noise, the difference between the micro-batches of a "
+            f"step, of which there must be at least two: set batch.micro to {max(1, first // 2)} "
+            "or less",
         )
 
 

@@ -219,6 +219,7 @@ class WorkerLoader:
         self._ready: queue.SimpleQueue[LoadedMicroBatch | BaseException] = queue.SimpleQueue()
         self._has_processes = num_workers > 0
         self._processes: set[multiprocessing.process.BaseProcess] = set()
+        self._threads_before: set[threading.Thread] = set()
         self._closed = False
 
     def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
@@ -265,10 +266,16 @@ class WorkerLoader:
                 self._thread.join()
         # torch stops its processes once the iterator has no reference left; the thread held one
         self._loaded = self._loader = None
+        if self._thread is not None:
+            # The threads that fed them hold semaphores, which must be gone before the program ends
+            for thread in set(threading.enumerate()) - self._threads_before:
+                if thread.name == "QueueFeederThread":
+                    thread.join(_JOIN_SECONDS)
 
     def _start(self) -> None:
         assert self._loader is not None  # not closed
         before = set(multiprocessing.active_children())
+        self._threads_before = set(threading.enumerate())
         self._loaded = iter(self._loader)
         if self._has_processes:
             # At interpreter exit, stop the thread before multiprocessing joins the processes that

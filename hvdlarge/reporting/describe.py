@@ -223,6 +223,7 @@ def rule_notes(job: Job, plan: Plan) -> list[str]:
     lines += _loss_notes(job, plan)
     lines += _average_notes(job, plan)
     lines += _lane_notes(job, plan)
+    lines += _noise_notes(job, plan)
     last = plan.stages[-1]
     if last.full_lr > epochs and not last.open_end:
         lines.append(
@@ -268,6 +269,19 @@ def _lane_notes(job: Job, plan: Plan) -> list[str]:
     rounds = lanes / plan.initial_batch
     turn = f"; at first each advances once in {rounds:.4g} steps" if rounds > 1 else ""
     return [f"note     data.lanes: {lanes:,} lanes of {samples}, in the order of the text{turn}"]
+
+
+def _noise_notes(job: Job, plan: Plan) -> list[str]:
+    if job.log.noise_every_steps is None:
+        return []
+    counts = [layout_of(plan, stage.global_batch).num_micro_batches for stage in plan.stages]
+    if min(counts) > 1:
+        return []
+    who = "no step has" if max(counts) == 1 else "not every step has"
+    return [
+        "note     log.noise_every_steps: the gradient noise is the difference between the "
+        f"micro-batches of a step, and {who} two; a smaller batch.micro gives more"
+    ]
 
 
 def growth_line(plan: Plan, batch_before: int, lr_before: float | None, after: Decision) -> str:

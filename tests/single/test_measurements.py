@@ -300,8 +300,14 @@ def test_without_the_first_weights_a_resumed_run_goes_on_without_distances(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["batch.micro=64"], "log.noise_every_steps.*give a batch.micro of 32 or less"),
-        (["batch.micro=auto"], "give a batch.micro of 32"),
+        (
+            ["batch.micro=64", "batch.growth={policy: noise_scale}"],
+            "batch.growth.policy.*set batch.micro to 32 or less",
+        ),
+        (
+            ["batch.micro=auto", "batch.growth={policy: noise_scale}"],
+            "set batch.micro to 32 or less",
+        ),
         (
             ["log={}", "batch.growth={policy: noise_scale}"],
             "batch.growth.policy.*is measured where",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hvdlarge.reporting.describe import update_line
+from hvdlarge.config.job_file import read_job
+from hvdlarge.reporting.describe import rule_notes, update_line
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,19 @@ def test_settings_of_an_optimizer_may_be_of_any_type(settings, shown):
     group = {"params": optimizer.param_groups[0]["params"], "adapt": True, "weight_decay": 0.0}
     optimizer.param_groups[0] = group | settings
     assert update_line(optimizer) == f"Own, {shown}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], None),
+        (["batch.micro=32"], "not every step has two"),
+        (["batch.micro=32", "batch.growth={policy: none}"], "no step has two"),
+        (["batch.micro=32", "log={}"], None),
+    ],
+)
+def test_steps_without_gradient_noise_are_reported(changes, said):
+    job = read_job("jobs/digits.yaml", changes)
+    notes = [line for line in rule_notes(job, job.plan(1437, 2)) if "noise_every_steps" in line]
+    assert bool(notes) == (said is not None)
+    assert not notes or said in notes[0]
