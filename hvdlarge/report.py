@@ -188,7 +188,9 @@ def write_report(
         if drawings:
             pictures.mkdir(exist_ok=True)
     except OSError as error:
-        raise exits.JobError(f"{pictures}: cannot be created: {error.strerror}") from None
+        raise exits.JobError(
+            f"{pictures}: cannot be created: {error.strerror}; --out FILE names another place"
+        ) from None
     for drawing in drawings:
         _replace(pictures / drawing.file_name, drawing.png)
     _replace(out, page(runs, figures, drawings, refresh_seconds).encode("utf-8"))

@@ -583,6 +583,8 @@ class Job(Section):
             signature["data"]["transforms"] = resolved["data"]["transforms"]
         if self.data.lanes is not None:
             signature["data"]["lanes"] = resolved["data"]["lanes"]
+        if self.batch.growth.depends_on_measurement:
+            signature["log"] = {"noise_every_steps": self.log.noise_every_steps}
         if self.init_from is not None:  # the file may be moved: a resumed run does not read it
             signature["init_from"] = {
                 key: value for key, value in resolved["init_from"].items() if key != "path"

@@ -8,14 +8,14 @@ from hvdlarge.config.job import AVERAGED, Job
 from hvdlarge.config.own_parts import policy_problem
 from hvdlarge.schedule.warmup import NoWarmup
 
-# What else a line of metrics.jsonl or summary.json holds beside the metrics
+# What else lines of metrics.jsonl or summary.json hold beside the metrics
 RESERVED_RESULTS = {
     *("loss", "test_loss", "step", "steps", "epoch", "epochs", "samples_seen", "growths"),
     *("global_batch", "world_size", "lr", "trust_ratio_min", "trust_ratio_max", "skipped_steps"),
-    *("steps_without_loss", "rollbacks"),
-    *("train_seconds", "evaluate_seconds", "samples_per_second", "peak_memory_bytes"),
-    *("gradient_bytes", "gradient_tensors"),
-    "time",  # of a record that a sink receives
+    *("steps_without_loss", "rollbacks", "samples_per_second", "time"),
+    *("peak_memory_bytes", "gradient_bytes", "gradient_tensors"),
+    *("layers", "noise_scale", "gradient_square", "gradient_variance"),
+    *("weight_distance", "distances"),
 }
 Problem = tuple[tuple[str, ...], str]  # the key, and what is wrong with its value
 
@@ -52,8 +52,8 @@ def _noise(job: Job) -> Iterator[Problem]:
         yield (
             ("batch", "growth", "policy"),
             "noise_scale follows the gradient noise, the difference between the micro-batches of a "
-            f"step, of which there must be at least two: set batch.micro to {max(1, first // 2)} "
-            "or less",
+            "step, of which there must be at least two: "
+            + (f"set batch.micro to {first // 2} or less" if first > 1 else "set a larger batch"),
         )
 
 
@@ -147,7 +147,8 @@ def _results(job: Job) -> Iterator[Problem]:
     averaged = [] if job.ema is None else [f"{AVERAGED}{name}" for name in results]
     if len(names) < len(job.evaluate.metrics):
         yield ("evaluate", "metrics"), "two metrics have the same name; results are stored by name"
-    for name in sorted(names & {*RESERVED_RESULTS, *averaged}):
+    times = {name for name in names if name.endswith("_seconds")}
+    for name in sorted(names & {*RESERVED_RESULTS, *averaged} | times):
         yield (
             ("evaluate", "metrics"),
             f"{name!r} is a reserved field of metrics.jsonl or summary.json",

@@ -25,6 +25,7 @@ class TrainState:
     # Averages of the gradient noise (telemetry/gradient_noise.py); None before it was measured
     gradient_square: float | None = None
     gradient_variance: float | None = None
+    noise_measurements: int = 0  # in these averages
     # With micro: auto, the samples that fit into memory on every one of `workers` workers
     largest_micro_batch: int | None = None
     workers: int | None = None

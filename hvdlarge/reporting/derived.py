@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvdlarge.reporting.fits import MIN_POINTS, Fit, fit_log, fit_power
-from hvdlarge.reporting.jsonl import number
+from hvdlarge.reporting.jsonl import finite
 from hvdlarge.reporting.metrics_log import QUANTILES, Stage
 from hvdlarge.reporting.run_reader import RunRecords
 from hvdlarge.reporting.thinning import Array, Series
@@ -101,13 +101,13 @@ def derive(run: RunRecords) -> dict[str, Any]:
         "state": run.state,
         "job": run.job.get("name"),
         "epochs": epoch,
-        "epochs_planned": _finite(run.job.get("epochs")),
+        "epochs_planned": finite(run.job.get("epochs")),
         "updates": updates,
         "samples_seen": log.samples_seen,
         "seconds": seconds,
         "seconds_are_of_phases": log.without_time > 0,
         "evaluate_seconds": log.evaluate_seconds,
-        "samples_per_second": _finite(summary.get("samples_per_second"))
+        "samples_per_second": finite(summary.get("samples_per_second"))
         or (samples / busy if busy else None),
         "world_sizes": list(dict.fromkeys(start.world_size for start in run.starts)),
         "device": run.environment.get("device"),
@@ -143,21 +143,20 @@ def missing(run: RunRecords) -> list[str]:
             "of update and weight norms is shown."
         )
     if not log.layers:
+        sentences.append("There is no heat map of the layers: " + _why(run, "layers_every_steps"))
+    if log.noise.count == 0 and log.noise_missing == 0:
+        sentences.append("There is no gradient noise scale: " + _why(run, "noise_every_steps"))
+    elif log.noise_missing:
         sentences.append(
-            "There is no heat map of the layers: set log.layers_every_steps in the job to log "
-            "norms and ratios of every parameter."
-        )
-    if log.noise.count == 0:
-        why = " in the lines there are, it could not be measured." if log.noise_missing else ""
-        sentences.append(
-            "There is no gradient noise scale:"
-            + (why or " set log.noise_every_steps in the job to log it.")
+            f"The gradient noise scale is not available in {log.noise_missing:,} of "
+            f"{log.noise_missing + log.noise.count:,} lines: chance has made one side of the ratio "
+            "negative, or the step has only one micro-batch."
         )
     if log.distance.last is None:
         sentences.append(
-            "There is no distance of the weights from their start: set log.distances in the job "
-            "to log it."
+            "There is no distance of the weights from their start: " + _why(run, "distances")
         )
+    sentences += _omitted(run)
     if run.decisions.lr.count == 0:
         sentences.append("There is no table of stages: decisions.jsonl is missing or empty.")
     if log.without_time:
@@ -168,9 +167,19 @@ def missing(run: RunRecords) -> list[str]:
     return sentences
 
 
-def _finite(value: Any) -> float | None:
-    found = number(value)
-    return found if found is not None and math.isfinite(found) else None
+def _why(run: RunRecords, key: str) -> str:
+    settings = run.job.get("log")
+    if isinstance(settings, Mapping) and settings.get(key):
+        return "the log has no such line yet."
+    return f"set log.{key} in the job to log it."
+
+
+def _omitted(run: RunRecords) -> list[str]:
+    """What the log has beyond the most that a report holds."""
+    results, stages = len(run.metrics.omitted_results), run.decisions.omitted
+    layers = max((each.omitted for each in run.metrics.layers.values()), default=0)
+    counts = ((results, "results of evaluations"), (layers, "parameters"), (stages, "steps"))
+    return [f"{count:,} further {what} are not shown." for count, what in counts if count]
 
 
 def _without(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

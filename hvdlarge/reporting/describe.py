@@ -162,7 +162,7 @@ def stage_table(plan: Plan, estimated: Sequence[Mapping[str, Any]] | None = None
     if stages[-1].open_end:
         lines.append(
             f"  from epoch {stages[-1].end:.4g} on the batch depends on what is measured "
-            f"({type(plan.growth).__name__})"
+            f"({getattr(plan.growth, 'policy', type(plan.growth).__name__)})"
         )
     return lines
 

@@ -340,17 +340,24 @@ def _heat_map(figure: Figure, axes: Any, layers: LayerMeans, label: str) -> None
     axes.set_ylabel("parameter" if every == 1 else f"parameter (one of {every} named)")
 
 
+def _positive(rows: Array, first: int) -> Array:
+    """The rows with NaN for values from column `first` on that have no logarithm."""
+    rows = rows.copy()
+    rows[:, first:][rows[:, first:] <= 0] = np.nan
+    return rows
+
+
 def _draw_quantiles(axes: Any, run: RunRecords, kind: str) -> None:
     axes.set_yscale("log", nonpositive="mask")
     if kind not in run.metrics.quantiles:
-        rows = run.metrics.trust.rows()
+        rows = _positive(run.metrics.trust.rows(), 3)
         axes.fill_between(
             rows[:, 1], rows[:, 3], rows[:, 4], color="0.8", label="smallest to\nlargest"
         )
         for column, dash in ((3, "-"), (4, "--")):
             axes.plot(rows[:, 1], rows[:, column], color="0.2", linestyle=dash, linewidth=0.8)
         return
-    rows = run.metrics.quantiles[kind].rows()
+    rows = _positive(run.metrics.quantiles[kind].rows(), 3)
     epochs = rows[:, 1]
     axes.fill_between(epochs, rows[:, 3], rows[:, 7], color="0.85", label="smallest to\nlargest")
     axes.fill_between(epochs, rows[:, 4], rows[:, 6], color="0.6", label="middle half")

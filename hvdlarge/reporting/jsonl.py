@@ -102,3 +102,9 @@ def number(value: Any) -> float | None:
     except OverflowError:
         return None
     return found if abs(found) <= _LARGEST else math.copysign(math.inf, found)
+
+
+def finite(value: Any) -> float | None:
+    """A finite number of a log; None for anything else."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None

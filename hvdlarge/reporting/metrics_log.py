@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvdlarge.reporting.jsonl import number
+from hvdlarge.reporting.jsonl import finite, number
 from hvdlarge.reporting.targets import Target
 from hvdlarge.reporting.thinning import IntervalSums, LayerMeans, LogSeries, Row, Series
 
@@ -22,6 +22,7 @@ _STEP_VALUES = ("loss", "lr", "global_batch", "samples_per_second")
 _POSITION = ("step", "epoch", "samples_seen", "time", "global_batch")
 _MOST_RESULTS = 40  # metrics of an evaluation
 _MOST_STAGES = 1000
+_MOST_NAMES = 1000  # of anything else in a file that may be foreign
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -87,7 +88,8 @@ class MetricsLog:
         self.phases = IntervalSums()
         self.layers: dict[str, LayerMeans] = {}
         self.quantiles: dict[str, Series] = {}
-        self.noise, self.noise_batch, self.noise_missing = Series(4), Series(4), 0
+        self.noise, self.noise_missing = Series(4), 0
+        self.omitted_results: set[str] = set()  # beyond the most that are held
         self.distance = LogSeries(4)
         self.distances: dict[str, float] = {}  # of the last such line, by parameter
         self.nonfinite: dict[str, NonFinite] = {}
@@ -104,14 +106,13 @@ class MetricsLog:
         self.records += 1
         self._move_to(step, epoch, record)
         kinds = {
+            "test_loss": self._add_evaluation,
             "loss": self._add_step,
             "layers": self._add_layers,
             "noise_scale": self._add_noise,
             "weight_distance": self._add_distance,
         }
-        known = [add for key, add in kinds.items() if key in record]
-        for add in known or [self._add_evaluation]:
-            add(record)
+        next((add for key, add in kinds.items() if key in record), self._add_evaluation)(record)
 
     def _move_to(self, step: float, epoch: float, record: Mapping[str, Any]) -> None:
         before = self.position
@@ -142,7 +143,8 @@ class MetricsLog:
         value = number(record.get(key))
         if value is None or math.isfinite(value):
             return value
-        self.nonfinite.setdefault(key, NonFinite(0, self.position[1])).count += 1
+        if key in self.nonfinite or len(self.nonfinite) < _MOST_NAMES:
+            self.nonfinite.setdefault(key, NonFinite(0, self.position[1])).count += 1
         return None
 
     def _add_step(self, record: Mapping[str, Any]) -> None:
@@ -152,8 +154,13 @@ class MetricsLog:
         low, high = self._value(record, "trust_ratio_min"), self._value(record, "trust_ratio_max")
         if low is not None and high is not None:
             self.trust.add((*self.position, low, high))
-        samples = number(record.get("samples_seen")) or 0.0
-        phases = _phases(record)
+        samples = finite(record.get("samples_seen")) or 0.0
+        room = len(self.phases.totals) < _MOST_NAMES
+        phases = {
+            name: value
+            for name, value in _phases(record).items()
+            if room or name in self.phases.totals
+        }
         updates = max(0.0, self.position[0] - self._updates_before())
         intervals = {"updates": updates, **phases}
         self.phases.add(self.position, intervals | {"samples": max(0.0, samples - self._samples)})
@@ -182,7 +189,11 @@ class MetricsLog:
             if name in _POSITION or name.endswith(_SECONDS):
                 continue
             value = self._value(record, name)
-            if value is None or (name not in self.results and len(self.results) >= _MOST_RESULTS):
+            if value is None:
+                continue
+            if name not in self.results and len(self.results) >= _MOST_RESULTS:
+                if len(self.omitted_results) < _MOST_NAMES:
+                    self.omitted_results.add(name)
                 continue
             self.results.setdefault(name, Series(4)).add((*self.position, value))
             for target in self._targets:
@@ -209,13 +220,11 @@ class MetricsLog:
                 series.add((*self.position, *spread))
 
     def _add_noise(self, record: Mapping[str, Any]) -> None:
-        value, batch = self._value(record, "noise_scale"), number(record.get("global_batch"))
+        value = self._value(record, "noise_scale")
         if value is None:
             self.noise_missing += 1
         else:
             self.noise.add((*self.position, value))
-        if batch is not None and math.isfinite(batch):
-            self.noise_batch.add((*self.position, batch))
 
     def _add_distance(self, record: Mapping[str, Any]) -> None:
         if (value := self._value(record, "weight_distance")) is not None:
@@ -232,12 +241,12 @@ class MetricsLog:
 
 def _phases(record: Mapping[str, Any]) -> dict[str, float]:
     """Seconds by phase of a line; the names of the phases are those of the log."""
-    phases = {}
-    for name, value in record.items():
-        seconds = number(value) if name.endswith(_SECONDS) else None
-        if seconds is not None and math.isfinite(seconds) and seconds >= 0:
-            phases[name.removesuffix(_SECONDS)] = seconds
-    return phases
+    seconds = {
+        name.removesuffix(_SECONDS): finite(value)
+        for name, value in record.items()
+        if name.endswith(_SECONDS)
+    }
+    return {name: value for name, value in seconds.items() if value is not None and value >= 0}
 
 
 @dataclass
@@ -254,7 +263,6 @@ class Stage:
         steps: taken in it.
         samples: trained on in it.
         lrs: of the first step, the highest, and that of the last.
-        grew_from: the batch before; None for the first.
     """
 
     stage: int
@@ -263,7 +271,6 @@ class Stage:
     first_epoch: float
     last_epoch: float
     first_step: float
-    grew_from: float | None
     steps: int = 0
     samples: float = 0.0
     lrs: list[float] = field(default_factory=list)
@@ -292,8 +299,8 @@ class DecisionsLog:
             if len(self.stages) >= _MOST_STAGES:
                 self.omitted += 1
                 return
-            micro, before = number(record.get("micro_batch")), number(record.get("grew_from"))
-            last = Stage(int(stage), batch, micro, epoch, epoch, step, before)
+            micro = finite(record.get("micro_batch"))
+            last = Stage(int(stage), batch, micro, epoch, epoch, step)
             self.stages.append(last)
             last.lrs = [lr, lr, lr]
         last.last_epoch = epoch

@@ -168,8 +168,9 @@ def _workers(sizes: Sequence[int | None]) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return _UNKNOWN
-    whole = float(value).is_integer() and abs(value) < 1e15
-    return f"{value:,.0f}" if whole or abs(value) >= 1e5 else f"{value:.4g}"
+    if abs(value) >= 1e15:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e5 else f"{value:.4g}"
 
 
 def _best(result: Mapping[str, float] | None) -> str:

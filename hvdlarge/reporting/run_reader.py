@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -150,19 +151,19 @@ class RunRecords:
         for each in (lines, self.decision_lines):
             if each.bad:
                 notes.append(
-                    f"{each.path.name}: {each.bad:,} lines cannot be read (the first is line "
-                    f"{each.first_bad:,}); they are left out."
+                    f"{each.path.name}: lines that cannot be read are left out: {each.bad:,}, the "
+                    f"first is line {each.first_bad:,}."
                 )
         if log.foreign:
             notes.append(
-                f"metrics.jsonl: {log.foreign:,} lines have no step or epoch; they are left out."
+                f"metrics.jsonl: lines without step or epoch are left out: {log.foreign:,}."
             )
         if lines.incomplete and self.state != "running":
             notes.append("The last line of metrics.jsonl was cut off while it was written.")
         for name, bad in log.nonfinite.items():
             notes.append(
-                f"{name} was not finite in {bad.count:,} lines, first at epoch {bad.epoch:.4g}; "
-                "they are left out."
+                f"Values of {name} that are not finite are left out: {bad.count:,}, the first at "
+                f"epoch {bad.epoch:.4g}."
             )
         return notes
 
@@ -213,10 +214,9 @@ class RunRecords:
 
     def _last_seen(self) -> float | None:
         seen = []
-        for name in ("metrics.jsonl", "decisions.jsonl", "starts.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                seen.append(path.stat().st_mtime)
+        for name in ("metrics.jsonl", "decisions.jsonl", "starts.jsonl", "job.resolved.yaml"):
+            with contextlib.suppress(FileNotFoundError):
+                seen.append((self.folder / name).stat().st_mtime)
         path = self.folder / "progress" / "rank_0.json"
         try:
             note = json.loads(path.read_bytes()[:10_000])

@@ -74,8 +74,8 @@ class BackgroundSink(Sink):
         self._put("decision", {**record, "time": time.time()})
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Queue it, with the `time` of the call in Unix seconds."""
-        self._put("metrics", {**record, "time": time.time()})
+        """Queue it."""
+        self._put("metrics", dict(record))
 
     def roll_back(self, step: int, offsets: Mapping[str, int]) -> None:
         """Queue it, after the records before it."""

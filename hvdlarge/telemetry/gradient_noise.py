@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 KEPT = 0.9  # of the average, at each measurement: about the last ten count
+ENOUGH = 10  # measurements until a growth may follow the average
 
 
 class MicroBatchGradient(NamedTuple):
@@ -45,11 +46,11 @@ class GradientNoise(NamedTuple):
         return self.variance / self.square
 
     def averaged(self, before: GradientNoise | None) -> GradientNoise:
-        """The average after this measurement. Both sides have the same weights, which the ratio
-        does without.
+        """The average after this measurement. The first counts as much as each later one, so the
+        weights add up to less than one at first; on both sides alike, so the ratio needs no
+        correction.
         """
-        if before is None:
-            return self
+        before = before or GradientNoise(0.0, 0.0)
         return GradientNoise(
             KEPT * before.square + (1 - KEPT) * self.square,
             KEPT * before.variance + (1 - KEPT) * self.variance,

@@ -17,7 +17,7 @@ from hvdlarge.optim.interface import GradientNorms
 from hvdlarge.replica.replica import Replica
 from hvdlarge.replica.train_state import TrainState
 from hvdlarge.schedule.decision import Decision
-from hvdlarge.telemetry.gradient_noise import GradientNoise, estimate
+from hvdlarge.telemetry.gradient_noise import ENOUGH, GradientNoise, estimate
 from hvdlarge.telemetry.layer_statistics import LayerStatistics
 from hvdlarge.telemetry.pass_gradients import PassGradients
 from hvdlarge.telemetry.weight_distance import WeightDistance, is_on_grid
@@ -100,6 +100,7 @@ class Measurements:
         if noise is not None:
             average = noise.averaged(self.average)
             self._state.gradient_square, self._state.gradient_variance = average
+            self._state.noise_measurements += 1
         return {
             "global_batch": decision.global_batch,
             "noise_scale": self.noise_scale,
@@ -118,11 +119,16 @@ class Measurements:
         """The noise scale, averaged, in samples; None if it is not available."""
         return None if self.average is None else self.average.scale
 
+    @property
+    def settled_noise_scale(self) -> float | None:
+        """The noise scale once it is an average of ten measurements; None before."""
+        return self.noise_scale if self._state.noise_measurements >= ENOUGH else None
+
 
 class NoMeasurements:
     """Measures nothing."""
 
-    noise_scale = None
+    settled_noise_scale = None
 
     def step(self, decision: Decision) -> nullcontext[None]:
         """Do nothing."""

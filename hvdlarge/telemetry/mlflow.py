@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hvdlarge.telemetry.sinks import Sink, SinkRun, Status
@@ -50,7 +51,8 @@ class MlflowSink(Sink):
 
         self._client = MlflowClient(tracking_uri=uri)
         kept = run.folder / "mlflow_run.json"
-        if kept.exists() and (known := json.loads(kept.read_text()))["tracking_uri"] == uri:
+        known = _read_run(kept) if kept.exists() else {}
+        if known.get("tracking_uri") == uri:
             self._id = known["run_id"]
             self._client.update_run(self._id, status="RUNNING")
             return
@@ -97,3 +99,11 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _read_run(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text())
+        return {key: known[key] for key in ("tracking_uri", "run_id")}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} names no run of MLflow; move it away") from None

@@ -23,8 +23,8 @@ class MlperfLog(Sink):
     """Writes MLPerf's events.
 
     `init_start` is the start of rank 0's process; `run_start` is the first step. An epoch begins
-    and stops with a step. A resumed run goes on in the same file, without the
-    events of the steps that are taken again; the time between its starts counts.
+    and stops with a step. A resumed run goes on in the same file, without the events of the steps
+    that are taken again; the time between its starts counts.
 
     Args:
         benchmark: `submission_benchmark`, such as resnet.
@@ -185,7 +185,10 @@ def _line(event: Mapping[str, Any]) -> str:
 def _read(path: Path) -> list[dict[str, Any]]:
     # A kill may have cut the last line off
     lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+    try:
+        return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+    except ValueError:
+        raise ValueError(f"{path} holds lines of another kind; move it away") from None
 
 
 def _process_start() -> float:

@@ -13,6 +13,7 @@ from hvdlarge.telemetry.sinks import Sink, SinkRun, Status
 from hvdlarge.telemetry.tags import tags
 
 _FINISH_SECONDS = 8  # less than background_sink.CLOSE_SECONDS
+_START_SECONDS = 30  # for a server that does not answer; the process waits for it at its end
 
 
 class WandbSink(Sink):
@@ -51,7 +52,9 @@ class WandbSink(Sink):
             kept.write_text(uuid.uuid4().hex[:12] + "\n")
         # What the engine prints stays as it is; and the SDK waits for its uploads once more when
         # the process exits
-        settings = wandb.Settings(console="off", finish_timeout=_FINISH_SECONDS)
+        settings = wandb.Settings(
+            console="off", finish_timeout=_FINISH_SECONDS, init_timeout=_START_SECONDS
+        )
         self._run = wandb.init(
             id=kept.read_text().strip(),
             resume="allow",

@@ -274,7 +274,7 @@ def observe(
         shares = [share for message in messages for (share,) in struct.iter_unpack("<d", message)]
         finite = all(map(math.isfinite, shares))
         measured["loss"] = math.fsum(shares) if finite else math.nan
-        noise_scale = components.measurements.noise_scale
+        noise_scale = components.measurements.settled_noise_scale
         if noise_scale is not None:
             measured["noise_scale"] = noise_scale
     components.feed.observe(decision.step, measured)

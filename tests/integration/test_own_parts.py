@@ -117,8 +117,6 @@ def test_documented_hooks_and_policy_run_on_two_workers(train, folder):
     assert ended.code == 0, ended.err
     assert "step 50: " in ended.out
     lines = (folder / "run/curve.csv").read_text().splitlines()
-    measured = [
-        json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()
-    ]
-    assert len(lines) == len(measured) > 5
+    logged = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+    assert len(lines) == sum("loss" in line or "test_loss" in line for line in logged) > 5
     assert json.loads((folder / "run/summary.json").read_text())["accuracy"] > 0.8

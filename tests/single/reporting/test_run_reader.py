@@ -37,7 +37,9 @@ def step_line(step, **more):
 def test_a_run_with_every_kind_of_line(tmp_path):
     figures = derive(read(write_report_run(tmp_path / "run"), "accuracy=0.9", "accuracy>=2"))
     assert (figures["state"], figures["updates"], figures["notes"]) == ("finished", 400, [])
-    assert figures["missing"] == []
+    assert [line[:48] for line in figures["missing"]] == [
+        "The gradient noise scale is not available in 2 o"
+    ]
     assert [each["global_batch"] for each in figures["stages"]] == [32, 64, 128]
     assert [each["steps"] for each in figures["stages"]] == [134, 133, 133]
     assert figures["stages"][1]["seconds"] == pytest.approx(133 * 0.1, rel=0.02)
@@ -68,6 +70,33 @@ def test_what_an_older_run_lacks_is_named_with_the_key_of_the_job(tmp_path):
         sum(0.001 + 0.03 + 0.22 * 2 ** min(2, 3 * (step - 4) // 400 if step < 5 else 3 * step // 400)
             for step in range(4, 400, 5))
     )  # fmt: skip
+
+
+def test_what_the_job_asks_for_and_the_log_does_not_have_yet_is_not_advised(tmp_path):
+    job = {"name": "young", "log": {"noise_every_steps": 5, "layers_every_steps": 5}}
+    said = " ".join(derive(read(write_report_run(tmp_path / "run", kinds=(), job=job)))["missing"])
+    assert said.count("the log has no such line yet") == 2
+    assert "set log.noise" not in said
+    assert "set log.distances in the job" in said
+
+
+def test_what_is_more_than_a_report_holds_is_counted(tmp_path):
+    folder = write_report_run(tmp_path / "run", steps=10)
+    layers = {f"layer{number}": {"trust_ratio": 1.0} for number in range(1500)}
+    metrics = {f"metric{number}": 0.5 for number in range(60)}
+    place = {"step": 9, "epoch": 0.2, "samples_seen": 320, "time": BEGAN + 1}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(place | {"layers": layers}) + "\n")
+        file.write(json.dumps(place | {"test_loss": 1.0} | metrics) + "\n")
+    said = derive(read(folder))["missing"]
+    assert any(line.endswith(" further parameters are not shown.") for line in said)
+    assert any(line.endswith(" further results of evaluations are not shown.") for line in said)
+
+
+def test_a_result_may_be_named_like_a_measurement(tmp_path):
+    log = metrics_of([{"step": 4, "epoch": 1.0, "test_loss": 0.5, "noise_scale": 0.25}])
+    assert list(log.results) == ["test_loss", "noise_scale"]
+    assert log.noise.count == 0
 
 
 def test_the_time_between_a_stop_and_the_next_start_is_left_out():
@@ -112,7 +141,8 @@ def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
         for value in ("nan", "inf", float("nan"), None, [3], True, 10**400):
             file.write(json.dumps(step_line(400, loss=value, epoch=21.0)) + "\n")
     run = read(folder)
-    assert "loss was not finite in 3 lines, first at epoch 21; they are left out." in run.notes()
+    said = "Values of loss that are not finite are left out: 3, the first at epoch 21."
+    assert said in run.notes()
     assert run.metrics.steps["loss"].count == 80
 
 
@@ -191,9 +221,9 @@ def test_damaged_lines_and_documents_are_named_and_left_out(tmp_path):
     (folder / "starts.jsonl").write_text('{"time": 3, "step": 0}\nx\n')
     (folder / "decisions.jsonl").write_text('{"step": 0}\n{"step": 1, "stage": "a"}\n7\n')
     notes = " ".join(read(folder).notes())
-    for words in ("metrics.jsonl: 2 lines cannot be read (the first is line 11)", "1 lines have no step",
+    for words in ("metrics.jsonl: lines that cannot be read are left out: 2, the first is line 11", "lines without step or epoch are left out: 1",
                   "environment.json is not", "summary.json is not", "job.resolved.yaml cannot be read",
-                  "decisions.jsonl: 1 lines cannot be read"):  # fmt: skip
+                  "decisions.jsonl: lines that cannot be read are left out: 1"):  # fmt: skip
         assert words in notes
 
 

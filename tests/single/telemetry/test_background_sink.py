@@ -87,20 +87,25 @@ def test_a_sink_receives_everything_in_order_in_a_thread_of_its_own():
     assert notes == []
 
 
-def test_records_hold_the_time_of_the_call_and_are_copies():
+def test_records_are_copies_and_decisions_hold_the_time_of_the_call():
     records = []
 
     class Keeps:
         def metrics(self, record):
             records.append(record)
 
+        def decision(self, record):
+            records.append(record)
+
     sink, _ = behind(Keeps)
-    given = {"step": 0}
+    given = {"step": 0, "time": 5.0}
     sink.metrics(given)
+    sink.decision({"step": 1})
+    given["step"] = 2
     finish(sink)
-    assert given == {"step": 0}
-    assert records[0].keys() == {"step", "time"}
-    assert records[0]["time"] > 1.7e9
+    assert records[0] == {"step": 0, "time": 5.0}
+    assert records[1].keys() == {"step", "time"}
+    assert records[1]["time"] > 1.7e9
 
 
 def test_what_a_sink_lacks_is_not_called_and_is_not_kept():
