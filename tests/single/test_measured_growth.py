@@ -215,7 +215,7 @@ def test_the_plan_of_a_measured_growth_ends_where_the_first_measurement_is_neede
     assert (estimated["steps"], estimated["measured_from_epoch"]) == (point["step"], point["epoch"])
     assert estimated["checkpoints"] == point["step"] // 5
     assert stage_table(plan)[-1] == (
-        "  from epoch 0.5344 on the batch depends on what is measured (LossGrowth)"
+        "  from epoch 0.5344 on the batch depends on what is measured (loss)"
     )
     assert not any("full lr" in note for note in rule_notes(job, plan))
     said = "\n".join(plan_door.in_words(job, plan, estimated, None))
