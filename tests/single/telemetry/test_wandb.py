@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -41,14 +42,20 @@ def messages(content):
 
 
 def stored(path):
-    """What an offline run holds: its records by kind."""
+    """What an offline run holds: its records by kind. W&B's own process writes them, the exit last, and
+    may still be at it when the SDK has finished.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    records = {}
-    for message in messages(path.read_bytes()):
-        record = Record.FromString(message)
-        records.setdefault(record.WhichOneof("record_type"), []).append(record)
-    return records
+    deadline = time.monotonic() + 60
+    while True:
+        records = {}
+        for message in messages(path.read_bytes()):
+            record = Record.FromString(message)
+            records.setdefault(record.WhichOneof("record_type"), []).append(record)
+        if "exit" in records or time.monotonic() > deadline:
+            return records
+        time.sleep(0.05)
 
 
 def points(path):
