@@ -318,7 +318,12 @@ def test_ctrl_c_ends_a_watch_with_130(tmp_path):
     command = [sys.executable, "-m", "hvdlarge", "report", str(folder), "--text", "--watch", "60"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environ,
+        # A shell starts programs in the background without this signal, and the tests may be one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as watch:
         first = watch.stdout.readline()
         time.sleep(0.3)
