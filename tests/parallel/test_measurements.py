@@ -19,12 +19,11 @@ def measured(job, folder, control, tensors):
     return comparable(folder), (folder / "decisions.jsonl").read_text()
 
 
-def test_measurements_do_not_depend_on_the_number_of_workers(control, tensors, tmp_path):
+def test_measurements_do_not_depend_on_the_number_of_workers(control, tensors, folder):
     job = parse_job(JOB, "job")
-    shared = type(tmp_path)(control.allgather(str(tmp_path).encode())[0].decode())
-    lines, decisions = measured(job, shared / "all", control, tensors)
+    lines, decisions = measured(job, folder / "all", control, tensors)
     if control.rank == 0:
-        alone, expected = measured(job, shared / "one", SoloChannel(), SoloCollectives())
+        alone, expected = measured(job, folder / "one", SoloChannel(), SoloCollectives())
         assert decisions == expected
         assert decisions.count("grew_from") >= 2
         assert len(lines) == len(alone)
