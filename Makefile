@@ -112,8 +112,8 @@ test-cluster: $(stamp)
 # The sinks of other packages, in a folder of its own.
 test-sinks: $(stamp)
 	[ -d .sinks ] || $(pip) install --quiet --target .sinks tensorboard mlflow-skinny wandb mlperf-logging || { rm -rf .sinks; exit 1; }
-	PYTHONPATH=.sinks $(bin)/python -m pytest tests/single/telemetry
-	PYTHONPATH=.sinks $(bin)/python -m pytest tests/integration/test_sinks.py
+	PYTHONPATH="$(CURDIR)/.sinks" $(bin)/python -m pytest tests/single/telemetry
+	PYTHONPATH="$(CURDIR)/.sinks" $(bin)/python -m pytest tests/integration/test_sinks.py
 
 # Workers that share the GPU need a Horovod without NCCL: HOROVOD_GPU_OPERATIONS=none make install, in another VENV.
 test-gpu: $(stamp)
