@@ -14,6 +14,7 @@ VERBS = {
     "launch": ("train a job on many workers, with restarts", "hvdlarge.launch"),
     "plan": ("show a run before it is started", "hvdlarge.plan"),
     "report": ("show runs on one page", "hvdlarge.report"),
+    "study": ("train the runs of a study, and compare them", "hvdlarge.study.__main__"),
     "export": ("write the weights of a run to a file", "hvdlarge.export"),
     "pack": ("write data sets to .npy files", "hvdlarge.pack"),
     "doctor": ("check this machine", "hvdlarge.doctor.__main__"),

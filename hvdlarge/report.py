@@ -23,6 +23,7 @@ from hvdlarge.reporting.derived import derive
 from hvdlarge.reporting.run_reader import RunRecords, find_runs, printable
 from hvdlarge.reporting.summary_text import in_words
 from hvdlarge.reporting.targets import parse_target
+from hvdlarge.study.folder import is_study
 from hvdlarge.telemetry.console import print_error, print_status
 
 _INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -55,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
             "that cannot be written, 130 after Ctrl-C."
         ),
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or its name in runs/")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run folder, or its name in runs/; or that of a study",
+    )
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -94,6 +100,8 @@ def _seconds(text: str) -> float:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if studies := [name for name in options.runs if _study_folder(name) is not None]:
+        return _report_on_study(studies[0], options)
     targets = list(dict.fromkeys(parse_target(text) for text in options.target))
     folders, notes = find_runs(options.runs)
     runs = [RunRecords(folder, label, targets) for label, folder in folders.items()]
@@ -116,6 +124,34 @@ def _report(options: argparse.Namespace) -> int:
         time.sleep(options.watch)
 
 
+def _study_folder(name: str) -> Path | None:
+    """The folder of a study of this name or path; None if there is none."""
+    return next((each for each in (Path(name), Path("runs") / name) if is_study(each)), None)
+
+
+def _report_on_study(name: str, options: argparse.Namespace) -> int:
+    from hvdlarge.study.report import study_in_words, study_json, write_study_report
+
+    for given, what in (
+        (len(options.runs) > 1, "further runs or studies"),
+        (options.target, "--target"),
+        (options.watch is not None, "--watch"),
+    ):
+        if given:
+            raise exits.JobError(f"{name} is a study, of which a report has no {what}")
+    folder = _study_folder(name)
+    assert folder is not None
+    if options.json:
+        print_status(json.dumps(study_json(folder), indent=2))
+        return exits.FINISHED
+    if options.text:
+        lines = study_in_words(folder)
+    else:
+        lines = write_study_report(folder, _html_file(options.out, folder))
+    print_status("\n".join(lines))
+    return exits.FINISHED
+
+
 def _goes_on(run: RunRecords) -> bool:
     if run.state == "finished":
         return False
@@ -128,8 +164,11 @@ def _output(name: str | None, runs: Sequence[RunRecords]) -> Path:
     Raises:
         JobError: if no such file can be written.
     """
+    return _html_file(name, runs[0].folder if len(runs) == 1 else Path())
+
+
+def _html_file(name: str | None, folder: Path) -> Path:
     if name is None:
-        folder = runs[0].folder if len(runs) == 1 else Path()
         return folder / "report.html"
     out = Path(name)
     if out.suffix.lower() not in (".html", ".htm"):

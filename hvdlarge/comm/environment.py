@@ -14,7 +14,14 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from hvdlarge import __version__
-from hvdlarge.comm.launcher import YIELD_WHEN_IDLE, Launch, bound_cores, starting_settings
+from hvdlarge.comm.launcher import (
+    THREADS,
+    YIELD_WHEN_IDLE,
+    Launch,
+    bound_cores,
+    starting_settings,
+)
+from hvdlarge.exits import InvalidEnvironmentError
 
 
 class HorovodSettings(Protocol):
@@ -124,12 +131,22 @@ def cannot_be_set(horovod: HorovodSettings) -> str | None:
 
 
 def host() -> dict[str, Any]:
-    """Host name and its cores, process id and usable cores of this worker, for the run folder."""
+    """Host name and its cores, process id and usable cores of this worker, for the run folder;
+    with HVDLARGE_THREADS also the most threads that it may have.
+
+    Raises:
+        InvalidEnvironmentError: if HVDLARGE_THREADS is not a positive whole number.
+    """
+    threads = os.environ.get(THREADS)
+    if threads is not None and not (threads.isdecimal() and int(threads) >= 1):
+        raise InvalidEnvironmentError(f"{THREADS}={threads}: it must be a whole number from 1")
+    limit = {} if threads is None else {"threads": int(threads)}
     return {
         "host": socket.gethostname(),
         "host_cores": os.cpu_count(),
         "pid": os.getpid(),
         "cores": bound_cores(),
+        **limit,
     }
 
 

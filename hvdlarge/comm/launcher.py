@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ _VARIABLES = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
 
+THREADS = "HVDLARGE_THREADS"  # the most threads of a worker
 _REPORT_SECONDS = 5.0  # within which another process of this host has reported
 YIELD_WHEN_IDLE = "OMPI_MCA_mpi_yield_when_idle"
 _STALL_CHECK_SECONDS = 60  # Horovod's default
@@ -177,6 +179,20 @@ def cores_per_worker(bindings: Sequence[tuple[str, Sequence[int]]], rank: int) -
         other_host == host and list(other) == list(cores) for other_host, other in bindings
     )
     return max(1, len(cores) // sharing)
+
+
+def threads_per_worker(workers: Sequence[Mapping[str, Any]], rank: int) -> int:
+    """The threads of a worker: its share of the cores, and no more than HVDLARGE_THREADS there.
+
+    Args:
+        workers: of each, in rank order, what `environment.host` gives.
+        rank: of the worker.
+
+    >>> threads_per_worker([{"host": "a", "cores": [0, 1], "threads": 1}], rank=0)
+    1
+    """
+    cores = cores_per_worker([(worker["host"], worker["cores"]) for worker in workers], rank)
+    return min(cores, workers[rank].get("threads") or cores)
 
 
 def starting_settings(

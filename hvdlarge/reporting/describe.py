@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdlarge.comm.launcher import cores_per_worker
+from hvdlarge.comm.launcher import THREADS, cores_per_worker, threads_per_worker
 from hvdlarge.config.job import Job
 from hvdlarge.config.planning import layout_of
 from hvdlarge.schedule.batch import BatchLayout
@@ -37,9 +37,8 @@ def startup_summary(
         environment: as environment.json has it.
         messages: what else the user should know.
     """
-    workers = [(worker["host"], worker["cores"]) for worker in environment["workers"]]
     return [
-        world_line(environment, cores_per_worker(workers, 0)),
+        world_line(environment),
         f"data     {job.data.name}: {sizes['training samples']:,} samples for training, "
         f"{sizes['test samples'] or 0:,} for testing",
         f"model    {job.model.name}: {model_line(model)}",
@@ -55,7 +54,7 @@ def startup_summary(
     ]
 
 
-def world_line(environment: Mapping[str, Any], cores: int) -> str:
+def world_line(environment: Mapping[str, Any]) -> str:
     """Who runs, on what, and what was set in its environment."""
     workers, hosts = (
         environment["world_size"],
@@ -68,10 +67,13 @@ def world_line(environment: Mapping[str, Any], cores: int) -> str:
     world += f" on {hosts} hosts" if hosts > 1 else ""
     world += f" by {environment['launcher']}" if environment["launcher"] else " without a launcher"
     settings = ", ".join(f"{name}={value}" for name, value in environment["settings"].items())
-    line = (
-        f"hvdlarge: {world}, {cores} {'core' if cores == 1 else 'cores'} each, on "
-        f"{environment['device']}; {versions}"
-    )
+    places = [(worker["host"], worker["cores"]) for worker in environment["workers"]]
+    cores = cores_per_worker(places, 0)
+    threads = threads_per_worker(environment["workers"], 0)
+    share = f"{cores} {'core' if cores == 1 else 'cores'} each"
+    if threads < cores:
+        share += f", {threads} {'thread' if threads == 1 else 'threads'} ({THREADS})"
+    line = f"hvdlarge: {world}, {share}, on {environment['device']}; {versions}"
     return line + (f"\nset      {settings} (variables that you set are kept)" if settings else "")
 
 

@@ -61,14 +61,17 @@ class Drawing:
         return f"{self.kind}.png" if self.run is None else f"{self.kind}-{self.run + 1}.png"
 
 
-class _Style(NamedTuple):
+class Style(NamedTuple):
+    """How a line looks: each also tells lines apart in greyscale, but for the colour."""
+
     colour: str
     dash: str
     marker: str
 
 
-def _style(number: int) -> _Style:
-    return _Style(
+def style_of(number: int) -> Style:
+    """The look of a line, by its number from 0."""
+    return Style(
         _COLOURS[number % len(_COLOURS)],
         _DASHES[number % len(_DASHES)],
         _MARKERS[number % len(_MARKERS)],
@@ -138,25 +141,30 @@ def safe_label(text: str) -> str:
     return (" " if plain.startswith("_") else "") + plain.replace("$", r"\$")
 
 
-def _new(rows: int, columns: int, size: tuple[float, float], **more: Any) -> tuple[Figure, Any]:
+def new_figure(
+    rows: int, columns: int, size: tuple[float, float], **more: Any
+) -> tuple[Figure, Any]:
+    """A figure of `size` in inches, with its axes as an array of shape (rows, columns)."""
     figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """The picture of a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _legend(axes: Any) -> None:
+def legend_beside(axes: Any) -> None:
     """A legend beside the axes, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8, frameon=False)
 
 
-def _whole_numbers(axis: Any) -> None:
+def whole_numbers(axis: Any) -> None:
+    """Writes the ticks of an axis as 8,192, not as a power."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
@@ -174,7 +182,7 @@ def _mark_every(rows: Array) -> int:
 def _progress(runs: Sequence[RunRecords]) -> bytes:
     groups = _result_groups(runs)
     rows = 3 + len(groups)
-    figure, grid = _new(rows, 2, (11.5, 2.05 * rows + 0.4), sharex="col", sharey="row")
+    figure, grid = new_figure(rows, 2, (11.5, 2.05 * rows + 0.4), sharex="col", sharey="row")
     divisor, unit = _time_unit(runs)
     for column, (position, scale, title) in enumerate(
         ((1, 1.0, "epoch (passes over the training set)"), (2, divisor, f"training time ({unit})"))
@@ -191,11 +199,11 @@ def _progress(runs: Sequence[RunRecords]) -> bytes:
         grid[row, 0].set_ylabel(label)
     grid[0, 0].set_yscale("log")
     grid[-1, 0].set_yscale("log", base=2)
-    _whole_numbers(grid[-1, 0].yaxis)
+    whole_numbers(grid[-1, 0].yaxis)
     figure.align_ylabels(grid[:, 0])
     for row in range(rows):
-        _legend(grid[row, 1])
-    return _png(figure)
+        legend_beside(grid[row, 1])
+    return png_of(figure)
 
 
 def _draw_run(
@@ -216,7 +224,7 @@ def _draw_run(
         groups: names of results that share axes.
         by: the column of the rows that is the abscissa, and what to divide it by.
     """
-    style, (position, scale) = _style(number), by
+    style, (position, scale) = style_of(number), by
     look = {"color": style.colour, "linestyle": style.dash}
 
     def draw(where: Any, rows: Array, label: str, **more: Any) -> None:
@@ -300,20 +308,20 @@ def _ratios(run: RunRecords, kind: str) -> bytes:
     layers = run.metrics.layers.get(kind)
     label = "trust ratio" if kind == "trust_ratio" else "ratio of update and weight norm"
     if layers is None:
-        figure, grid = _new(1, 1, (7.5, 3.0))
+        figure, grid = new_figure(1, 1, (7.5, 3.0))
     else:
         named = min(len(layers.names), _MOST_LAYER_NAMES)
         height = 1.6 + 0.17 * named
         ratios = {"height_ratios": [height, 2.2]}
-        figure, grid = _new(2, 1, (7.5, height + 2.6), sharex=True, gridspec_kw=ratios)
+        figure, grid = new_figure(2, 1, (7.5, height + 2.6), sharex=True, gridspec_kw=ratios)
         _heat_map(figure, grid[0, 0], layers, label)
     lower = grid[-1, 0]
     _draw_quantiles(lower, run, kind)
     lower.set_xlim(left=0)
     lower.set_xlabel("epoch (passes over the training set)")
     lower.set_ylabel(f"{label}\n(log scale, no unit)")
-    _legend(lower)
-    return _png(figure)
+    legend_beside(lower)
+    return png_of(figure)
 
 
 def _heat_map(figure: Figure, axes: Any, layers: LayerMeans, label: str) -> None:
@@ -365,10 +373,10 @@ def _draw_quantiles(axes: Any, run: RunRecords, kind: str) -> None:
 
 
 def _noise(runs: Sequence[RunRecords]) -> bytes:
-    figure, grid = _new(1, 1, (9.5, 3.6))
+    figure, grid = new_figure(1, 1, (9.5, 3.6))
     axes = grid[0, 0]
     for number, run in enumerate(runs):
-        style = _style(number)
+        style = style_of(number)
         if run.metrics.noise.count == 0:
             continue
         label: str | None = "noise scale" if len(runs) == 1 else safe_label(run.label)
@@ -383,16 +391,16 @@ def _noise(runs: Sequence[RunRecords]) -> bytes:
             label = "batch" if len(runs) == 1 else None
             axes.plot(batch[:, 1], batch[:, 3], label=label, ds="steps-post", lw=2.2, **look)
     axes.set_yscale("log", base=2)
-    _whole_numbers(axes.yaxis)
+    whole_numbers(axes.yaxis)
     axes.set_xlim(left=0)
     axes.set_xlabel("epoch (passes over the training set)")
     axes.set_ylabel("samples (log scale)")
-    _legend(axes)
-    return _png(figure)
+    legend_beside(axes)
+    return png_of(figure)
 
 
 def _distance(run: RunRecords) -> bytes:
-    figure, grid = _new(1, 1, (7.5, 3.8))
+    figure, grid = new_figure(1, 1, (7.5, 3.8))
     axes = grid[0, 0]
     rows = run.metrics.distance.rows()
     axes.plot(rows[:, 0], rows[:, 3], "o", color="0.55", markersize=3, label="measured")
@@ -412,12 +420,14 @@ def _distance(run: RunRecords) -> bytes:
     axes.set_xscale("log")
     axes.set_xlabel("weight updates t (log scale)")
     axes.set_ylabel("distance of the weights from\ntheir start (2-norm, no unit)")
-    _legend(axes)
-    return _png(figure)
+    legend_beside(axes)
+    return png_of(figure)
 
 
 def _phases(run: RunRecords) -> bytes:
-    figure, grid = _new(2, 1, (7.5, 4.8), sharex=True, gridspec_kw={"height_ratios": [3, 1.4]})
+    figure, grid = new_figure(
+        2, 1, (7.5, 4.8), sharex=True, gridspec_kw={"height_ratios": [3, 1.4]}
+    )
     upper, lower = grid[:, 0]
     phases = run.metrics.phases
     intervals = [each for each in phases.intervals() if each.sums.get("updates")]
@@ -443,18 +453,18 @@ def _phases(run: RunRecords) -> bytes:
         base = top
     upper.set_ylabel("time of an update (ms)")
     upper.set_ylim(bottom=0)
-    _whole_numbers(upper.yaxis)
+    whole_numbers(upper.yaxis)
     upper.yaxis.set_major_locator(MaxNLocator(6))
     speeds = _speeds(run, intervals)
     lower.plot(*speeds, color="black", drawstyle="steps-pre")
     lower.set_ylim(bottom=0)
     lower.set_ylabel("samples\nper second")
-    _whole_numbers(lower.yaxis)
+    whole_numbers(lower.yaxis)
     lower.set_xlabel("epoch (passes over the training set)")
     lower.set_xlim(left=0)
     figure.align_ylabels([upper, lower])
-    _legend(upper)
-    return _png(figure)
+    legend_beside(upper)
+    return png_of(figure)
 
 
 def _speeds(run: RunRecords, intervals: Sequence[Any]) -> tuple[Any, Any]:

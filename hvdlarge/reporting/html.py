@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvdlarge import __version__
 from hvdlarge.reporting import report_tables as tables
-from hvdlarge.reporting.figures import Drawing
 from hvdlarge.reporting.run_reader import RunRecords, printable
+
+if TYPE_CHECKING:
+    from hvdlarge.reporting.figures import Drawing  # needs matplotlib
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -44,55 +46,69 @@ def page(
         drawings: their figures.
         refresh_seconds: after how long a browser loads the file again; None: not at all.
     """
-    title = _escaped("Report: " + ", ".join(run.label for run in runs))
-    parts = [f"<h1>{title}</h1>", _table(tables.overview(figures)), _notes(figures)]
+    title = escaped("Report: " + ", ".join(run.label for run in runs))
+    parts = [f"<h1>{title}</h1>", table(tables.overview(figures)), _notes(figures)]
     if len(runs) > 1:
-        parts.append(_section("Settings that differ", _table(tables.differing_settings(runs))))
+        parts.append(section("Settings that differ", table(tables.differing_settings(runs))))
     for each in figures:
-        name = f" of {_escaped(each['name'])}" if len(runs) > 1 else ""
-        parts.append(_section(f"Stages{name}", _table(tables.stages(each))))
+        name = f" of {escaped(each['name'])}" if len(runs) > 1 else ""
+        parts.append(section(f"Stages{name}", table(tables.stages(each))))
     for kind in dict.fromkeys(drawing.kind for drawing in drawings):
         parts.append(_figures(runs, [each for each in drawings if each.kind == kind]))
         if kind == "distance":
-            parts.append(_table(tables.fits(figures)))
+            parts.append(table(tables.fits(figures)))
             furthest = "\n".join(_furthest(runs, each) for each in figures)
             parts.append(f'<div class="row">\n{furthest}\n</div>')
         if kind == "phases" and len(runs) > 1:  # of one run the figure has the shares
-            parts.append(_table(tables.phases(figures)))
+            parts.append(table(tables.phases(figures)))
     refresh = (
         ""
         if refresh_seconds is None
         else f'<meta http-equiv="refresh" content="{max(1, round(refresh_seconds))}">\n'
     )
+    return document(title, parts, refresh)
+
+
+def document(title: str, parts: Sequence[str], head: str = "") -> str:
+    """An HTML document.
+
+    Args:
+        title: escaped.
+        parts: of its body, HTML; empty ones are left out.
+        head: more of its head, HTML.
+    """
     body = "\n".join(part for part in parts if part)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{refresh}'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{head}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
         f'<p class="aside">Written by hvdlarge {__version__}.</p>\n</body>\n</html>\n'
     )
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text of a run as HTML."""
     return html.escape(printable(text))
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A heading (escaped) with its content (HTML); empty without content."""
     return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
-def _table(rows: tables.Table) -> str:
+def table(rows: tables.Table) -> str:
+    """Rows of text as a table, the first row as its heading; empty without rows."""
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{_escaped(cell)}</th>' for cell in rows[0])
+    head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in rows[0])
     body = "\n".join(
-        f'<tr><th scope="row">{_escaped(row[0])}</th>'
-        + "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1:])
+        f'<tr><th scope="row">{escaped(row[0])}</th>'
+        + "".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows[1:]
     )
-    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    return f'<div class="wide">{table}</div>'
+    whole = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return f'<div class="wide">{whole}</div>'
 
 
 def _notes(figures: Sequence[Mapping[str, Any]]) -> str:
@@ -100,27 +116,30 @@ def _notes(figures: Sequence[Mapping[str, Any]]) -> str:
     for each in figures:
         of_run = f"{each['name']}: " if len(figures) > 1 else ""
         sentences = [*each["notes"], *each["missing"]]
-        parts += [f"<li>{_escaped(of_run + sentence)}</li>" for sentence in sentences]
-    return _section("Notes", f"<ul>\n{chr(10).join(parts)}\n</ul>") if parts else ""
+        parts += [f"<li>{escaped(of_run + sentence)}</li>" for sentence in sentences]
+    return section("Notes", f"<ul>\n{chr(10).join(parts)}\n</ul>") if parts else ""
+
+
+def picture(png: bytes, text: str) -> str:
+    """A picture with a text (escaped) for those who do not see it."""
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img alt="{text}" src="data:image/png;base64,{data}">'
 
 
 def _figures(runs: Sequence[RunRecords], drawings: Sequence[Drawing]) -> str:
     shown = []
     for drawing in drawings:
         of_run = "" if drawing.run is None else f" of {runs[drawing.run].label}"
-        data = base64.b64encode(drawing.png).decode("ascii")
-        name = f"<h3>{_escaped(of_run[4:])}</h3>" if of_run and len(runs) > 1 else ""
-        shown.append(
-            f'<figure>{name}<img alt="{_escaped(drawing.title + of_run)}" '
-            f'src="data:image/png;base64,{data}"></figure>'
-        )
-    caption = f'<p class="aside">{_escaped(drawings[0].caption)}</p>'
+        name = f"<h3>{escaped(of_run[4:])}</h3>" if of_run and len(runs) > 1 else ""
+        image = picture(drawing.png, escaped(drawing.title + of_run))
+        shown.append(f"<figure>{name}{image}</figure>")
+    caption = f'<p class="aside">{escaped(drawings[0].caption)}</p>'
     row = "\n".join(shown)
-    return _section(_escaped(drawings[0].title), f'{caption}\n<div class="row">\n{row}\n</div>')
+    return section(escaped(drawings[0].title), f'{caption}\n<div class="row">\n{row}\n</div>')
 
 
 def _furthest(runs: Sequence[RunRecords], figures: Mapping[str, Any]) -> str:
-    table = _table(tables.largest_distances(figures))
-    of_run = f" of {_escaped(figures['name'])}" if len(runs) > 1 else ""
+    furthest = table(tables.largest_distances(figures))
+    of_run = f" of {escaped(figures['name'])}" if len(runs) > 1 else ""
     title = f"<h3>Parameters{of_run} furthest from their start</h3>"
-    return f"<div>{title}\n{table}</div>" if table else ""
+    return f"<div>{title}\n{furthest}</div>" if furthest else ""

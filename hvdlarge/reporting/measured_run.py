@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlarge.comm.cost_model import AllreduceCost, Link
-from hvdlarge.comm.launcher import cores_per_worker
+from hvdlarge.comm.launcher import threads_per_worker
 from hvdlarge.config import yaml_source
 from hvdlarge.config.forecast import StepCosts
 from hvdlarge.config.planning import Measured, measured_settings
@@ -171,10 +171,9 @@ def _messages(
 
 
 def _places(workers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    bindings = [(worker["host"], worker["cores"]) for worker in workers]
     return {
-        "workers_per_host": max(Counter(host for host, _ in bindings).values()),
-        "threads": cores_per_worker(bindings, 0),
+        "workers_per_host": max(Counter(worker["host"] for worker in workers).values()),
+        "threads": threads_per_worker(workers, 0),
         "cores": workers[0]["host_cores"],
     }
 

@@ -22,8 +22,8 @@ from hvdlarge.checkpoint.folder import CheckpointFolder, NoCheckpoints
 from hvdlarge.checkpoint.initial_weights import load_initial_weights
 from hvdlarge.checkpoint.saver import CheckpointSaver
 from hvdlarge.comm.environment import host, versions
-from hvdlarge.comm.launcher import cores_per_worker
-from hvdlarge.comm.rank_checks import on_rank_0
+from hvdlarge.comm.launcher import threads_per_worker
+from hvdlarge.comm.rank_checks import on_rank_0, raise_on_all_ranks
 from hvdlarge.config.job import AVERAGED, Job
 from hvdlarge.controller import Controller
 from hvdlarge.data.loader import Loader
@@ -74,11 +74,12 @@ def run(job: Job, job_file: Path, fresh: bool, context: RankContext) -> None:
         RunExit: on every rank, for every end that has an exit code of its own.
     """
     control = context.control
-    hosts = [json.loads(message) for message in control.allgather(json.dumps(host()).encode())]
-    cores = cores_per_worker([(each["host"], each["cores"]) for each in hosts], control.rank)
+    described = raise_on_all_ranks(control, lambda: json.dumps(host()).encode())
+    hosts = [json.loads(message) for message in control.allgather(described)]
+    threads = threads_per_worker(hosts, control.rank)
     exact = job.reduction == "exact"
     _configure_torch(
-        1 if exact else cores, job.deterministic or exact, tf32=job.precision == "tf32"
+        1 if exact else threads, job.deterministic or exact, tf32=job.precision == "tf32"
     )
     components = build_components(job, context)
     loader = build_loader(job.data, components.form, components.training_set, job.seed)

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Whoever stands here imports only what stands before it: rooms, what rooms share, the spine, the doors.
 ORDER = ["exits", "models", "schedule", "data", "optim", "reduction", "comm", "config", "replica", "resilience",
          "reporting", "telemetry", "checkpoint",
-         "controller", "evaluation", "preflight", "world", "training", "api"]  # fmt: skip
+         "controller", "evaluation", "preflight", "world", "training", "study", "api"]  # fmt: skip
 DOORS = {"__main__", "train", "launch", "plan", "report", "export", "pack", "doctor", "bench"}
 PURE = {
     "schedule",

@@ -141,7 +141,7 @@ def overlap(one, other, slack=2):
 
 
 def test_lines_of_several_runs_differ_without_colour(runs):
-    styles = {figures._style(number)[1:] for number in range(8)}
+    styles = {figures.style_of(number)[1:] for number in range(8)}
     assert len(styles) == 8
 
 

@@ -1,0 +1,437 @@
+"""The analysis `batch_limit`: the largest batch whose tuned result is within a tolerance of the
+tuned result of the smallest, at a fixed number of epochs.
+
+Formula:  the batches are tested upwards from the baseline against a loss of exactly the tolerance;
+          the limit that is shown is the last one before the first that cannot be shown to be
+          within. In such a fixed sequence no correction for several comparisons is needed. Between
+          two batches the gain of each seed is interpolated linearly in ln(batch); the estimated
+          limit is where the mean gain falls to minus the tolerance, and its interval holds the
+          batches at which a loss of exactly the tolerance is not rejected.
+Source:   Maurer, Hothorn, Lehmacher, Multiple comparisons in drug clinical trials (1995): fixed
+          sequences. Fieller, Some problems in interval estimation (1954): the interval of a root by
+          inversion of a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvdlarge.study.analysis.cells import CellResults, edge_sentence, groups, level_of
+from hvdlarge.study.analysis.compare import (
+    group_name,
+    missing_notes,
+    repetitions_text,
+    settings_text,
+)
+from hvdlarge.study.analysis.differences import Judgement, difference, judge
+from hvdlarge.study.analysis.finding import (
+    UNKNOWN,
+    Finding,
+    between,
+    listed,
+    number,
+    percent,
+    rounded,
+    signed,
+)
+from hvdlarge.study.analysis.intervals import p_value, seeds_needed
+from hvdlarge.study.analysis.plots import Guide, Panel, Plot, Series
+from hvdlarge.study.analysis.sections import BatchLimit, NoiseScale
+from hvdlarge.study.analysis.target_steps import (
+    StepsToTarget,
+    measure_steps,
+    steps_panels,
+    steps_text,
+)
+from hvdlarge.study.analysis.target_steps import table as steps_table
+from hvdlarge.study.results import Cell, Setup
+
+_POINTS = 33  # between two batches, where the limit is looked for
+_SAME_EPOCHS = 0.02
+
+Cells = Mapping[Cell, CellResults]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The batch limit of one arm.
+
+    Attributes:
+        name: of the arm; empty if there is one.
+        batches: of its cells from the baseline on, ascending, in samples.
+        cells: their results.
+        judged: each batch after the first against it.
+        shown: the largest batch that is shown to be within tolerance, in an unbroken sequence from
+            the baseline; None if the sequence cannot begin.
+        excluded: the smallest batch that is shown to be beyond tolerance, or has failures; None if
+            there is none.
+        estimate: where the mean gain falls to minus the tolerance; None if it does not, or the
+            batches on either side cannot be compared.
+        low: lower end of its interval; None if not known.
+        high: upper end; None if it is not below the largest batch.
+        void: why the limit is void; empty if it is not.
+    """
+
+    name: str
+    batches: tuple[float, ...]
+    cells: tuple[CellResults, ...]
+    judged: tuple[Judgement, ...]
+    shown: float | None
+    excluded: float | None
+    estimate: float | None
+    low: float | None
+    high: float | None
+    void: tuple[str, ...]
+
+    @property
+    def all_within(self) -> bool:
+        """Whether even the largest batch is shown to be within tolerance."""
+        return self.shown is not None and self.shown == self.batches[-1]
+
+
+def batch_limit(section: BatchLimit, setup: Setup, cells: Cells) -> Finding:
+    """Finds the batch limit of each arm, and the steps to a target if there is one.
+
+    Args:
+        section: of the study file, checked.
+        setup: of the study.
+        cells: its results.
+    """
+    limits = find_limits(section, setup, cells)
+    steps: list[StepsToTarget] = []
+    if section.target is not None:
+        steps = [
+            measure_steps(
+                each.name, each.batches, each.cells, setup, section.target, section.confidence
+            )
+            for each in _all_batches(section, setup, cells)
+        ]
+    panels = [_panel(section, setup, limits)] if limits else []
+    if any(each.reached for each in steps) and section.target is not None:
+        panels += steps_panels(steps, setup, section.target)
+    verdict = "; ".join(_text(each, section) for each in limits) or "no arm has two batches"
+    verdict += "".join(f"; {steps_text(each, setup)}" for each in steps)
+    return Finding(
+        "batch_limit",
+        f"Largest batch within {section.tolerance:g} of {setup.metric}",
+        f"{verdict}.",
+        _table(limits, steps),
+        Plot(tuple(panels), _caption(section, bool(steps))) if panels else None,
+        _notes(section, setup, cells, limits),
+        {
+            "limits": [_facts(each) for each in limits],
+            "steps": [each.facts() for each in steps],
+        },
+    )
+
+
+def find_limits(section: BatchLimit | NoiseScale, setup: Setup, cells: Cells) -> list[Limit]:
+    """The batch limit of each combination of the other factors' levels.
+
+    Args:
+        section: names the factor of batches, the tolerance and the baseline.
+        setup: of the study.
+        cells: its results.
+    """
+    limits = []
+    for arm in _all_batches(section, setup, cells):
+        start = 0
+        if section.baseline is not None:
+            if section.baseline not in arm.batches:
+                continue
+            start = arm.batches.index(section.baseline)
+        if len(arm.batches) - start >= 2:
+            limits.append(_limit(arm.name, arm.batches[start:], arm.cells[start:], section, setup))
+    return limits
+
+
+@dataclass(frozen=True)
+class _Arm:
+    name: str
+    batches: tuple[float, ...]
+    cells: tuple[CellResults, ...]
+
+
+def _all_batches(section: BatchLimit | NoiseScale, setup: Setup, cells: Cells) -> list[_Arm]:
+    arms = []
+    for group in groups(setup, [section.batch]).values():
+        sizes = {cell: level_of(setup, cell, section.batch).value or 0.0 for cell in group}
+        ordered = sorted(group, key=sizes.__getitem__)
+        name = group_name(setup, group, [section.batch])
+        arms.append(
+            _Arm(
+                name,
+                tuple(sizes[cell] for cell in ordered),
+                tuple(cells[cell] for cell in ordered),
+            )
+        )
+    return arms
+
+
+def _limit(
+    name: str,
+    batches: Sequence[float],
+    cells: Sequence[CellResults],
+    section: BatchLimit | NoiseScale,
+    setup: Setup,
+) -> Limit:
+    base = cells[0]
+    # At tolerance 0 a loss of 0 is tested: the gain must be shown not to be negative
+    tolerance = max(section.tolerance, 1e-300)
+    found = [difference(setup, each, base, section.confidence, tolerance) for each in cells[1:]]
+    judged = judge(found, section.confidence, corrected=False)
+    shown = batches[0] if len(base.values) >= seeds_needed(section.confidence) else None
+    excluded: float | None = None
+    unbroken = shown is not None
+    for batch, each in zip(batches[1:], judged, strict=True):
+        unbroken = unbroken and bool(each.within)
+        shown = batch if unbroken else shown
+        if excluded is None and (each.beyond or each.difference.arm.failures):
+            excluded = batch
+    estimate, low, high = _crossing(batches, judged, tolerance, 1 - section.confidence)
+    last = excluded if excluded is not None else batches[-1]
+    void = tuple(
+        text
+        for batch, each in zip(batches, cells, strict=True)
+        if batch <= last and (text := edge_sentence(each))
+    )
+    return Limit(
+        name,
+        tuple(batches),
+        tuple(cells),
+        tuple(judged),
+        shown,
+        excluded,
+        estimate,
+        low,
+        high,
+        void,
+    )
+
+
+def _crossing(
+    batches: Sequence[float], judged: Sequence[Judgement], tolerance: float, level: float
+) -> tuple[float | None, float | None, float | None]:
+    """Where the mean gain first falls to minus the tolerance, with the ends of its interval.
+
+    Batches without results are skipped; the first with failures ends the search.
+    """
+    known: list[tuple[float, dict[int, float]]] = []
+    base_seeds = judged[0].difference.base.values
+    if judged[0].difference.base.failures or not base_seeds:
+        return None, None, None
+    known.append((batches[0], dict.fromkeys(base_seeds, 0.0)))
+    for batch, each in zip(batches[1:], judged, strict=True):
+        if each.difference.arm.failures:
+            break
+        seeds = [seed for seed in each.difference.arm.values if seed in base_seeds]
+        if seeds:
+            known.append((batch, dict(zip(seeds, each.difference.gains, strict=True))))
+    estimate = low = high = None
+    for (first, before), (second, after) in itertools.pairwise(known):
+        seeds = [seed for seed in before if seed in after]
+        ends = np.array([[before[seed] for seed in seeds], [after[seed] for seed in seeds]])
+        for share in np.linspace(0, 1, _POINTS)[1:]:
+            gains = (1 - share) * ends[0] + share * ends[1]
+            batch = float(first * (second / first) ** share)
+            above = bool(len(gains)) and float(gains.mean()) > -tolerance
+            if (above and low is not None) or high is not None:
+                continue  # nothing that could be found is left
+            p = p_value([*gains], -tolerance)
+            if p is None:
+                continue
+            if low is None and not (above and p <= level):
+                low = batch
+            if high is None and not above and p <= level:
+                high = batch
+        if estimate is None and len(seeds) and ends[1].mean() < -tolerance:
+            start, end = ends[0].mean(), ends[1].mean()
+            share = min(1.0, max(0.0, (start + tolerance) / (start - end)))
+            estimate = float(first * (second / first) ** share)
+    return estimate, low, high
+
+
+def _text(limit: Limit, section: BatchLimit | NoiseScale) -> str:
+    """The limit of an arm in words."""
+    of_arm = f"{limit.name}: " if limit.name else ""
+    base, largest = number(limit.batches[0]), number(limit.batches[-1])
+    tolerance = f"within {section.tolerance:g} of batch {base}"
+    if limit.void:
+        return f"{of_arm}void, as {listed(limit.void)}"
+    reference = limit.cells[0]
+    if not reference.values:
+        state = (
+            f"all {reference.failures} repetitions failed"
+            if reference.repetitions
+            else "no repetition yet"
+        )
+        return f"{of_arm}no limit, as batch {base}, the baseline, has {state}"
+    if limit.all_within:
+        return f"{of_arm}all batches up to {largest} are {tolerance}: the limit is beyond {largest}"
+    if reference.failures:
+        return (
+            f"{of_arm}no limit, as {reference.failures} of {len(reference.repetitions)} "
+            f"repetitions of batch {base}, the baseline, failed"
+        )
+    if limit.shown is None:
+        needed = seeds_needed(section.confidence)
+        guess = f"; estimated at {rounded(limit.estimate)}" if limit.estimate is not None else ""
+        seeds = f"{len(reference.values)} of {needed} seeds"
+        return f"{of_arm}undecided{guess}, as batch {base} has {seeds} that are needed"
+    return of_arm + _shown_text(limit, section, tolerance)
+
+
+def _shown_text(limit: Limit, section: BatchLimit | NoiseScale, tolerance: str) -> str:
+    base = number(limit.batches[0])
+    if limit.shown == limit.batches[0]:
+        text = f"no larger batch is shown to be {tolerance}"
+    else:
+        text = f"batches up to {number(limit.shown)} are {tolerance}"
+    if limit.excluded is not None:
+        cell = limit.cells[limit.batches.index(limit.excluded)]
+        text += f", {number(limit.excluded)} is not"
+        if cell.failures:
+            text += f" ({cell.failures} of {len(cell.repetitions)} repetitions failed)"
+    else:
+        text += f", none up to {number(limit.batches[-1])} is shown not to be"
+    if limit.estimate is not None:
+        low = rounded(limit.low) if limit.low is not None else base
+        high = (
+            rounded(limit.high) if limit.high is not None else f"beyond {number(limit.batches[-1])}"
+        )
+        text += (
+            f"; limit estimated at {rounded(limit.estimate)}, {percent(section.confidence)} "
+            f"interval {low} to {high}"
+        )
+    elif limit.low is not None and limit.low > limit.batches[0]:
+        text += f"; limit above {rounded(limit.low)} ({percent(section.confidence)})"
+    return text
+
+
+def _table(limits: Sequence[Limit], steps: Sequence[StepsToTarget]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    steps_of = {each.name: each for each in steps}
+    for limit in limits:
+        extra = steps_table(steps_of[limit.name]) if limit.name in steps_of else {}
+        for place, (batch, cell) in enumerate(zip(limit.batches, limit.cells, strict=True)):
+            row: tuple[str, ...] = (
+                limit.name or UNKNOWN,
+                number(batch),
+                settings_text(cell) or UNKNOWN,
+            )
+            row += (repetitions_text(cell), number(cell.mean))
+            if place == 0:
+                row += (UNKNOWN, UNKNOWN, "baseline")
+            else:
+                judged = limit.judged[place - 1]
+                gain = judged.difference.gain
+                row += (signed(gain.mean), between(gain.low, gain.high, True), judged.outcome)
+            rows.append((*row, *extra.get(batch, ())))
+    if not rows:
+        return []
+    heading: tuple[str, ...] = ("arm", "batch", "best settings", "repetitions", "mean")
+    heading += ("gain", "interval of the gain", "outcome")
+    heading += ("steps to the target", "per doubling", "region") if steps else ()
+    return [heading, *(row + (UNKNOWN,) * (len(heading) - len(row)) for row in rows)]
+
+
+def _panel(section: BatchLimit, setup: Setup, limits: Sequence[Limit]) -> Panel:
+    series, guides = [], [Guide("tolerance", "y", -section.tolerance)]
+    for number_, limit in enumerate(limits):
+        points: list[tuple[float, float, float | None, float | None]] = []
+        if limit.cells[0].values:
+            points.append((limit.batches[0], 0.0, None, None))
+        for batch, each in zip(limit.batches[1:], limit.judged, strict=True):
+            gain = each.difference.gain
+            if gain.mean is not None:
+                points.append((batch, gain.mean, gain.low, gain.high))
+        series.append(
+            Series(
+                limit.name or "gain",
+                tuple(point[0] for point in points),
+                tuple(point[1] for point in points),
+                tuple(point[2] for point in points),
+                tuple(point[3] for point in points),
+                look="both",
+                style=number_,
+            )
+        )
+        if limit.estimate is not None and not limit.void:
+            of_arm = f" of {limit.name}" if limit.name else ""
+            guides.append(Guide(f"estimated limit{of_arm}", "x", limit.estimate))
+    return Panel(
+        "global batch (samples, log scale)",
+        f"gain in {setup.metric}\nover the baseline",
+        tuple(series),
+        x_scale="log2",
+        guides=tuple(guides),
+    )
+
+
+def _caption(section: BatchLimit, with_steps: bool) -> str:
+    text = (
+        f"Gains over the baseline, paired by seed, with {percent(section.confidence)} intervals; "
+        "positive is better. A batch is within tolerance if its interval lies above the line."
+    )
+    if with_steps:
+        text += " Below, the steps to the target; dotted: half the steps for twice the batch."
+    return text
+
+
+def _notes(section: BatchLimit, setup: Setup, cells: Cells, limits: Sequence[Limit]) -> list[str]:
+    notes = [
+        "Batches are tested upwards from the baseline until one cannot be shown to be within "
+        "tolerance; in this order no correction for several comparisons is needed."
+    ]
+    for limit in limits:
+        of_arm = f"{limit.name}: " if limit.name else ""
+        again = [
+            number(batch)
+            for batch, each in zip(limit.batches[1:], limit.judged, strict=True)
+            if each.within and limit.shown is not None and batch > limit.shown
+        ]
+        if again:
+            notes.append(
+                f"{of_arm}above {number(limit.shown)}, {listed(again)} would be within tolerance, "
+                "but a batch between is not shown to be."
+            )
+        epochs = {
+            round(run.epochs, 6)
+            for cell in limit.cells
+            for run in cell.repetitions
+            if run.state == "finished" and run.epochs
+        }
+        if epochs and max(epochs) > (1 + _SAME_EPOCHS) * min(epochs):
+            notes.append(
+                f"{of_arm}the runs do not have the same number of epochs, but "
+                f"{min(epochs):.4g} to {max(epochs):.4g}: this is no limit at fixed epochs."
+            )
+    left_out = len(groups(setup, [section.batch])) - len(limits)
+    if left_out:
+        notes.append(f"Arms without the baseline or a batch above it: {left_out}.")
+    if section.target is not None:
+        notes.append(
+            "Settings are those tuned for the result at the end, not for the fewest steps to the "
+            "target, as Shallue et al. tuned them."
+        )
+    return notes + missing_notes(setup, cells)
+
+
+def _facts(limit: Limit) -> dict[str, Any]:
+    return {
+        "arm": limit.name,
+        "batches": list(limit.batches),
+        "shown": limit.shown,
+        "excluded": limit.excluded,
+        "all_within": limit.all_within,
+        "estimate": limit.estimate,
+        "low": limit.low,
+        "high": limit.high,
+        "void": list(limit.void),
+        "comparisons": [each.facts() for each in limit.judged],
+    }

@@ -1,0 +1,260 @@
+"""The analysis `lr_range`: the range of a tuned key, mostly the learning rate, within which trials
+come close to the best one of their cell.
+
+The trials are where the search put them. The range between the lowest and the highest good trial is
+certain (the least width); the next bad trials on either side bound it (the most). Beyond the last
+trial of a side nothing is known, and the range is open there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvdlarge.study.analysis.cells import CellResults, value_of
+from hvdlarge.study.analysis.finding import UNKNOWN, Finding, counted, listed, number
+from hvdlarge.study.analysis.plots import Panel, Plot, Scale, Series
+from hvdlarge.study.analysis.sections import LrRange
+from hvdlarge.study.results import Cell, RunResult, Setup
+
+_MIN_TRIALS = 3
+
+Cells = Mapping[Cell, CellResults]
+
+
+@dataclass(frozen=True)
+class GoodRange:
+    """The good range of a key in a cell.
+
+    Attributes:
+        label: of the cell.
+        cell: of the study.
+        best: value of the metric of the best trial.
+        low: the lowest good value of the key.
+        high: the highest.
+        below: the nearest value with a bad trial below `low`; None: open.
+        above: the nearest above `high`; None: open.
+        good: number of good trials.
+        bad_inside: bad trials between `low` and `high`.
+        failed: trials without a result, also those stopped early as hopeless; they count as bad.
+        trials: that have ended.
+        log: whether the key is searched on a log scale.
+    """
+
+    label: str
+    cell: Cell
+    best: float
+    low: float
+    high: float
+    below: float | None
+    above: float | None
+    good: int
+    bad_inside: int
+    failed: int
+    trials: int
+    log: bool
+
+    @property
+    def least(self) -> float:
+        """Width between the good trials: in decades on a log scale, else in the key's unit."""
+        return self._width(self.low, self.high)
+
+    @property
+    def most(self) -> float | None:
+        """Width between the next bad trials; None if it is open."""
+        if self.below is None or self.above is None:
+            return None
+        return self._width(self.below, self.above)
+
+    def _width(self, low: float, high: float) -> float:
+        return math.log10(high / low) if self.log else high - low
+
+    def width_text(self) -> str:
+        """The least and the most width, with the unit."""
+        unit = " decades" if self.log else ""
+        if self.most is None:
+            ends = [
+                name for name, at in (("below", self.below), ("above", self.above)) if at is None
+            ]
+            return f"at least {self.least:.2f}{unit}, open {' and '.join(ends)}"
+        return f"{self.least:.2f} to {self.most:.2f}{unit}"
+
+
+def lr_range(section: LrRange, setup: Setup, cells: Cells) -> Finding:
+    """The good range of a key in each cell that is tuned over it.
+
+    Args:
+        section: of the study file, checked.
+        setup: of the study.
+        cells: its results.
+    """
+    tuned = {c: each for c, each in cells.items() if section.key in setup.ranges.get(c, {})}
+    ranges = [found for each in tuned.values() if (found := _range(section, setup, each))]
+    notes = [
+        f"A trial is good if its {setup.metric} is within {section.within:g} of the best one of "
+        "its cell. The least width is that between good trials; the most that between the next "
+        "bad ones. All trials have the same seed: there is no interval over seeds.",
+    ]
+    if any(len(setup.ranges[cell]) > 1 for cell in tuned):
+        notes.append(
+            "Other keys are tuned as well: a value counts as good if any trial with it is good, "
+            "and a bad trial may be bad because of another key."
+        )
+    missing = [each.label for each in tuned.values() if each.label not in {r.label for r in ranges}]
+    if missing:
+        notes.append(f"Fewer than {_MIN_TRIALS} trials or none finished: {listed(missing)}.")
+    others = [each.label for cell, each in cells.items() if cell not in tuned]
+    if others:
+        notes.append(f"Not tuned over {section.key} themselves: {listed(others)}.")
+    return Finding(
+        "lr_range",
+        f"Range of {section.key} within {section.within:g} of the best {setup.metric}",
+        _verdict(section, ranges),
+        _table(section, ranges),
+        _plot(section, setup, tuned, ranges),
+        notes,
+        {"ranges": [_facts(each) for each in ranges]},
+    )
+
+
+def _key_of(run: RunResult, key: str) -> float | None:
+    value = run.settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _trials(key: str, cell: CellResults) -> list[tuple[float, float | None]]:
+    """The values of the key and the results of trials; None: without a result.
+
+    Trials that were stopped early as hopeless count as bad: they fell behind the others.
+    """
+    found = [(_key_of(run, key), value_of(run)) for run in cell.trials]
+    return sorted(
+        ((where, value) for where, value in found if where is not None), key=lambda each: each[0]
+    )
+
+
+def _range(section: LrRange, setup: Setup, cell: CellResults) -> GoodRange | None:
+    searched = setup.ranges[cell.cell][section.key]
+    log = searched.log and searched.low > 0
+    trials = [each for each in _trials(section.key, cell) if not log or each[0] > 0]
+    finished = [value for _, value in trials if value is not None]
+    if len(trials) < _MIN_TRIALS or not finished:
+        return None
+    sign = -1.0 if setup.lower_is_better else 1.0
+    best = sign * max(sign * value for value in finished)
+    slack = 1e-9 * max(1.0, abs(best))
+    good = [
+        where
+        for where, value in trials
+        if value is not None and sign * (best - value) <= section.within + slack
+    ]
+    bad = [where for where, _ in trials if where not in set(good)]
+    low, high = good[0], good[-1]
+    return GoodRange(
+        cell.label,
+        cell.cell,
+        best,
+        low,
+        high,
+        max((where for where in bad if where < low), default=None),
+        min((where for where in bad if where > high), default=None),
+        len(good),
+        sum(low < where < high for where in bad),
+        sum(value is None for _, value in trials),
+        len(trials),
+        log,
+    )
+
+
+def _verdict(section: LrRange, ranges: Sequence[GoodRange]) -> str:
+    if not ranges:
+        return f"No cell has {_MIN_TRIALS} trials with a result: no range."
+    texts = [
+        f"{each.label}: {section.key} {number(each.low)} to {number(each.high)} "
+        f"({each.width_text()})"
+        for each in ranges
+    ]
+    text = "; ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+    if len(ranges) < 2 or len({each.log for each in ranges}) > 1:
+        return f"{text}."
+    widest = max(ranges, key=lambda each: each.least)
+    others = [each for each in ranges if each is not widest]
+    surely = [each.label for each in others if each.most is not None and each.most < widest.least]
+    if len(surely) == len(others):
+        return f"{text}; {widest.label} has the widest range, beyond the gaps between trials."
+    if surely:
+        return f"{text}; the range of {widest.label} is wider than that of {listed(surely)}."
+    return f"{text}; which range is the widest is undecided between the trials' gaps."
+
+
+def _table(section: LrRange, ranges: Sequence[GoodRange]) -> list[tuple[str, ...]]:
+    if not ranges:
+        return []
+    rows: list[tuple[str, ...]] = [
+        ("cell", "best trial", f"lowest good {section.key}", "highest good", "next bad below")
+        + ("next bad above", "width", "good trials", "bad between", "without a result")
+    ]
+    for each in ranges:
+        rows.append(
+            (each.label, number(each.best), number(each.low), number(each.high))
+            + ("open" if each.below is None else number(each.below),)
+            + ("open" if each.above is None else number(each.above),)
+            + (each.width_text(), f"{each.good} of {each.trials}")
+            + (f"{each.bad_inside}" if each.bad_inside else UNKNOWN,)
+            + (f"{each.failed}" if each.failed else UNKNOWN,)
+        )
+    return rows
+
+
+def _plot(section: LrRange, setup: Setup, tuned: Cells, ranges: Sequence[GoodRange]) -> Plot | None:
+    series, rows = [], []
+    for place, found in enumerate(ranges):
+        points = [
+            (where, value)
+            for where, value in _trials(section.key, tuned[found.cell])
+            if value is not None and (not found.log or where > 0)
+        ]
+        series.append(
+            Series(
+                found.label,
+                tuple(where for where, _ in points),
+                tuple(value for _, value in points),
+                look="both" if len(setup.ranges[found.cell]) == 1 else "points",
+                style=place,
+            )
+        )
+        centre = (found.low * found.high) ** 0.5 if found.log else (found.low + found.high) / 2
+        rows.append(
+            Series("", (centre,), (float(place),), (found.low,), (found.high,), style=place)
+        )
+    if not series:
+        return None
+    scale: Scale = "log" if all(each.log for each in ranges) else "linear"
+    unit = f"{section.key}{' (log scale)' if scale == 'log' else ''}"
+    panels = (
+        Panel(unit, setup.metric, tuple(series), x_scale=scale),
+        Panel(unit, "", tuple(rows), x_scale=scale, names=tuple(each.label for each in ranges)),
+    )
+    caption = (
+        "The finished trials of each cell, and the range between its lowest and highest good one "
+        f"({counted(sum(each.failed for each in ranges), 'trial')} without a result not drawn)."
+    )
+    return Plot(panels, caption)
+
+
+def _facts(found: GoodRange) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        name: getattr(found, name)
+        for name in ("best", "low", "high", "below", "above", "good", "bad_inside", "failed")
+    }
+    return facts | {
+        "cell": list(found.cell),
+        "trials": found.trials,
+        "log": found.log,
+        "least_width": found.least,
+        "most_width": found.most,
+    }

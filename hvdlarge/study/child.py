@@ -1,0 +1,169 @@
+"""Trains one run of a study in a process of its own: `hvdlarge.train`, or `hvdlarge.launch`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from hvdlarge.comm.launcher import THREADS
+from hvdlarge.exits import InvalidEnvironmentError
+from hvdlarge.study.cells import JobSource, overrides
+
+_LAUNCHERS = (
+    *("OMPI_", "PMI_", "PMIX_", "HYDI_", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_"),
+    *("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_", "HOROVOD_CROSS_"),
+)
+_KEPT = ("OMPI_MCA_", "OMPI_ALLOW_RUN_AS_ROOT")
+_LAST_BYTES = 20_000  # of its output, in which the reason of an end is looked for
+_ERROR = "hvdlarge: error: "
+
+
+class Child:
+    """A run that trains.
+
+    Args:
+        source: the job.
+        settings: of this run.
+        workers: ranks.
+        threads: of each.
+        mpirun: the command and its options, for several workers.
+        output: the file that gets what it prints; a run that goes on adds to it.
+        claim: the lock of the run, which the process inherits: a run is free again only when both
+            this process and the run itself have ended.
+    """
+
+    def __init__(
+        self,
+        source: JobSource,
+        settings: Mapping[str, Any],
+        workers: int,
+        threads: int,
+        mpirun: str,
+        output: Path,
+        claim: IO[str],
+    ) -> None:
+        changes = overrides(settings)
+        if workers == 1:
+            command = [sys.executable, "-m", "hvdlarge.train", str(source.path), *changes]
+        else:
+            command = [sys.executable, "-m", "hvdlarge.launch", "-np", str(workers)]
+            command += ["--mpirun", with_variable(mpirun, THREADS), str(source.path), *changes]
+        self._output, self._claim, self.begun = output, claim, time.monotonic()
+        environment = child_environment(os.environ, threads, source.place.parent)
+        # A launcher stops its ranks with a checkpoint; a single run needs no time for that, since
+        # the next start goes on from its last one
+        parent_ends = signal.SIGKILL if workers == 1 else signal.SIGTERM
+        with output.open("ab") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the study
+                pass_fds=[claim.fileno()],
+                preexec_fn=lambda: _end_with_parent(parent_ends),
+            )
+
+    def code(self) -> int | None:
+        """The exit code; None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Request an orderly stop, with a checkpoint."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Release the run."""
+        self._process.wait()
+        self._claim.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def reason(self) -> str:
+        """The last error that it printed, on one line; else its last line."""
+        try:
+            with self._output.open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - _LAST_BYTES))
+                lines = file.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            return ""
+        at = [number for number, line in enumerate(lines) if _ERROR in line]
+        if at:
+            text = " ".join([lines[at[-1]].partition(_ERROR)[2], *_continued(lines[at[-1] + 1 :])])
+        else:
+            text = next((line for line in reversed(lines) if line.strip()), "")
+        return text.strip()[:500]
+
+
+def _continued(lines: list[str]) -> list[str]:
+    """The lines of a list of problems, which are indented."""
+    found = []
+    for line in lines:
+        if not line.startswith("  "):
+            break
+        found.append(line.strip())
+    return found
+
+
+def child_environment(environ: Mapping[str, str], threads: int, beside: Path) -> dict[str, str]:
+    """The environment of a run: without the variables of a launcher that has started the study,
+    with its threads, and with the folder of the study file for parts of its own.
+    """
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_KEPT) or not name.startswith(_LAUNCHERS)
+    }
+    path = [str(beside.absolute()), *filter(None, [environ.get("PYTHONPATH")])]
+    return kept | {
+        THREADS: str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def with_variable(mpirun: str, name: str) -> str:
+    """An mpirun command that passes a variable to the ranks on all hosts; MPICH's passes all.
+
+    >>> with_variable("mpirun --oversubscribe", "A")
+    'mpirun -x A --oversubscribe'
+    """
+    words = shlex.split(mpirun)
+    if not words:
+        return mpirun
+    return shlex.join([words[0], *(["-x", name] if _is_open_mpi(words[0]) else []), *words[1:]])
+
+
+def _is_open_mpi(command: str) -> bool:
+    try:
+        result = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        raise InvalidEnvironmentError(
+            f"{command} cannot be run; install an MPI, or name its launcher with --mpirun"
+        ) from None
+    return "Open MPI" in result.stdout or "OpenRTE" in result.stdout
+
+
+def _end_with_parent(number: signal.Signals) -> None:
+    """In the child: get a signal when the study is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG

@@ -1,0 +1,470 @@
+"""Runs the trials and repetitions of a study, alone or beside other processes on its folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from hvdlarge import exits
+from hvdlarge.reporting.jsonl import JsonLines, finite
+from hvdlarge.reporting.run_reader import printable
+from hvdlarge.study.cells import CellPlan, JobSource, in_words, typed
+from hvdlarge.study.child import Child
+from hvdlarge.study.collect import State, end_of, remove_large_files, result_of_run
+from hvdlarge.study.folder import RunName, StudyFolder, writing
+from hvdlarge.study.results import REPETITION, TRIAL, RunResult, Setup
+from hvdlarge.study.search import Journal, Tried, suggest
+from hvdlarge.study.study_file import Study
+from hvdlarge.telemetry.console import print_error, print_status
+
+_POLL_SECONDS = 0.05
+_WAIT_SECONDS = 0.5  # for runs of other processes
+_PRUNE_SECONDS = 1.0
+# Ends that say nothing of the settings: the study ends with them
+_NOT_RESULTS = (exits.WRONG_JOB, exits.WRONG_ENVIRONMENT, exits.CHECKPOINT_WRITE_FAILED)
+
+
+@dataclass
+class _Running:
+    """A run of this process."""
+
+    name: RunName
+    plan: CellPlan
+    how: Mapping[str, Any]
+    child: Child
+    evaluations: JsonLines
+    values: list[float] = field(default_factory=list)
+    pruned: bool = False
+    next_look: float = 0.0
+
+
+class Session:
+    """Works on a study until every run has ended, or a limit or a signal ends it.
+
+    Args:
+        study: the file's content.
+        plans: of all cells.
+        setup: metric and direction.
+        source: of the job.
+        folder: of the study, opened.
+        jobs: runs at the same time.
+        mpirun: the command and its options, for runs on several workers.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        plans: Sequence[CellPlan],
+        setup: Setup,
+        source: JobSource,
+        folder: StudyFolder,
+        jobs: int,
+        mpirun: str,
+    ) -> None:
+        self._study, self._setup, self._source, self._folder = study, setup, source, folder
+        self._plans = {plan.cell: plan for plan in plans}
+        self._jobs, self._mpirun = jobs, mpirun
+        self._running: list[_Running] = []
+        self._signals = 0
+        self._began = time.monotonic()
+        self._seconds: list[float] = []  # of runs of this process
+        self._waits = False
+        self._budget = ""  # why nothing more is started
+        self._failure: exits.RunExit | None = None
+        with writing(folder.path), folder.exclusive():
+            self._journal = (
+                None
+                if study.tune is None
+                else Journal(folder.path / "optuna.journal", study.tune, setup.lower_is_better)
+            )
+
+    def run(self) -> int:
+        """Work; returns the exit code.
+
+        Raises:
+            RunExit: if a run ended for a reason that concerns all of them.
+        """
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        try:
+            self._work()
+        finally:
+            for each in self._running:
+                each.child.kill()
+                each.child.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._failure is not None:
+            raise self._failure
+        if self._signals:
+            print_status("stopped; the same command goes on")
+            return exits.STOPPED
+        if self._budget:
+            left = self.total() - len(self._folder.records())
+            print_status(f"{self._budget}; {left:,} runs are left")
+        return exits.FINISHED
+
+    def total(self) -> int:
+        """Runs of the whole study."""
+        trials = sum(self._setup.trials for plan in self._plans.values() if plan.search)
+        return trials + len(self._plans) * self._setup.repetitions
+
+    # --- the loop
+
+    def _work(self) -> None:
+        while True:
+            stopping = bool(self._signals or self._failure or self._budget)
+            try:
+                while not stopping and len(self._running) < self._jobs and self._start_next():
+                    stopping = bool(self._signals or self._budget)
+            except exits.RunExit as error:
+                self._fail(error)
+            for each in list(self._running):
+                self._look_at(each)
+            if not self._running:
+                if self._signals or self._failure or self._budget:
+                    return
+                if len(self._folder.records()) >= self.total():
+                    return
+                if not self._waits:
+                    self._waits = True
+                    print_status("waiting for runs of other processes")
+                time.sleep(_WAIT_SECONDS)
+            time.sleep(_POLL_SECONDS)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self._signals += 1
+        for each in self._running:
+            if self._signals == 1:
+                each.child.stop()
+            else:
+                each.child.kill()
+        if self._signals == 1:
+            name = signal.Signals(number).name
+            # os.write: a handler may interrupt a print
+            text = f"{name}: stopping {len(self._running)} runs with a checkpoint; again: at once\n"
+            os.write(1, text.encode())
+
+    def _start_next(self) -> bool:
+        """Start the next run that nobody else has; whether there was one."""
+        minutes = (time.monotonic() - self._began) / 60
+        if self._study.budget.minutes is not None and minutes >= self._study.budget.minutes:
+            self._budget = f"budget.minutes: {self._study.budget.minutes:g} are over"
+            return False
+        with writing(self._folder.path), self._folder.exclusive():
+            chosen = self._choose()
+            if chosen is None:
+                return False
+            name, plan, how, claim = chosen
+            self._begin(name, plan, how, claim)
+        return True
+
+    def _begin(self, name: RunName, plan: CellPlan, how: Mapping[str, Any], claim: IO[str]) -> None:
+        self._waits = False
+        run_dir = self._folder.run_folder(name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        settings = {
+            **self._study.set,
+            **plan.settings,
+            **how["settings"],
+            "name": f"{self._study.name[:40]}-{name.slug}-{name.text}",
+            "run_dir": str(run_dir.absolute()),
+            "seed": how["seed"],
+        }
+        if self._source.text is not None and not self._source.path.exists():
+            self._source.path.write_text(self._source.text, encoding="utf-8")
+        try:
+            self._source.read(settings)
+        except exits.JobError as error:  # these values in combination
+            claim.close()
+            self._record(
+                name, RunResult(**how, state="failed", reason=" ".join(str(error).split()))
+            )
+            return
+        child = Child(
+            self._source,
+            settings,
+            self._study.workers,
+            self._study.threads,
+            self._mpirun,
+            self._folder.output_path(name),
+            claim,
+        )
+        evaluations = JsonLines(run_dir / "metrics.jsonl")
+        self._running.append(_Running(name, plan, how, child, evaluations))
+
+    # --- what to run next; under the lock of all processes
+
+    def _choose(self) -> tuple[RunName, CellPlan, Mapping[str, Any], IO[str]] | None:
+        records = self._folder.records()
+        most = self._study.budget.trials
+        claimed = 0
+        chosen = None
+        for name, plan, how_of in self._open_runs(records):
+            claim = self._folder.claim(name)
+            if claim is None:
+                claimed += 1
+            elif chosen is None:
+                chosen = (name, plan, how_of, claim)
+                if most is None:
+                    break
+            else:
+                claim.close()
+        if chosen is None:
+            return None
+        if most is not None and len(records) + claimed >= most:
+            chosen[3].close()
+            self._budget = f"budget.trials: {most:,} runs have been started"
+            return None
+        name, plan, how_of, claim = chosen
+        return name, plan, how_of(), claim
+
+    def _open_runs(
+        self, records: Mapping[RunName, RunResult]
+    ) -> list[tuple[RunName, CellPlan, Callable[[], Mapping[str, Any]]]]:
+        """Runs without a record whose settings can be decided, in the order of the work."""
+        found = []
+        for number in range(self._setup.trials):
+            for plan in self._plans.values():
+                name = RunName(plan.slug, TRIAL, number)
+                if plan.search and name not in records and self._round_begins(plan, number):
+                    found.append((name, plan, self._trial(plan, number)))
+        for number in range(self._setup.repetitions):
+            for plan in self._plans.values():
+                name = RunName(plan.slug, REPETITION, number)
+                if name not in records and self._is_tuned(plan):
+                    found.append((name, plan, self._repetition(plan, number)))
+        return found
+
+    def _round_begins(self, plan: CellPlan, number: int) -> bool:
+        """Whether the trials of earlier rounds have ended."""
+        assert self._study.tune is not None
+        first = number - number % self._study.tune.round
+        records = self._folder.records()
+        return all(RunName(plan.slug, TRIAL, each) in records for each in range(first))
+
+    def _is_tuned(self, plan: CellPlan) -> bool:
+        if plan.tuned_at is None:
+            return True
+        at, records = self._plans[plan.tuned_at], self._folder.records()
+        return all(
+            RunName(at.slug, TRIAL, number) in records for number in range(self._setup.trials)
+        )
+
+    def _trial(self, plan: CellPlan, number: int) -> Callable[[], Mapping[str, Any]]:
+        def how() -> Mapping[str, Any]:
+            assert self._journal is not None
+            assert self._study.tune is not None
+            self._tell_ended(plan)
+            suggested = self._journal.settings(plan.slug)
+            for at in range(len(suggested), number + 1):
+                self._journal.add(
+                    plan.slug, self._suggestion(plan, suggested[:at], at), plan.search
+                )
+                suggested = self._journal.settings(plan.slug)
+            settings = typed(suggested[number], plan.base)
+            return _how(plan, TRIAL, number, self._study.tune.seed, settings)
+
+        return how
+
+    def _suggestion(
+        self, plan: CellPlan, suggested: Sequence[Mapping[str, Any]], number: int
+    ) -> Mapping[str, Any]:
+        tune = self._study.tune
+        assert tune is not None
+        if number == 0 and tune.sampler != "grid":
+            return plan.base
+        first = number - number % tune.round
+        records = self._folder.records()
+        tried = [
+            Tried(settings, self._loss(records[RunName(plan.slug, TRIAL, at)]))
+            if at < first
+            else Tried(settings, None)
+            for at, settings in enumerate(suggested)
+        ]
+        return suggest(tune, plan.search, plan.slug, tried)
+
+    def _loss(self, result: RunResult) -> float:
+        if result.value is None:
+            return float("inf")
+        return result.value if self._setup.lower_is_better else -result.value
+
+    def _repetition(self, plan: CellPlan, number: int) -> Callable[[], Mapping[str, Any]]:
+        def how() -> Mapping[str, Any]:
+            settings: Mapping[str, Any] = {}
+            if plan.tuned_at is not None:
+                settings = best_settings(
+                    self._folder.records(), self._plans[plan.tuned_at].slug, self._loss
+                )
+            return _how(plan, REPETITION, number, self._study.seed_list[number], settings)
+
+        return how
+
+    def _tell_ended(self, plan: CellPlan) -> None:
+        """Tell the journal of the trials that have ended."""
+        assert self._journal is not None
+        records = self._folder.records()
+        for number in range(len(self._journal.settings(plan.slug))):
+            result = records.get(RunName(plan.slug, TRIAL, number))
+            if result is not None:
+                pruned = result.state == "pruned"
+                self._journal.finish(plan.slug, number, result.value, pruned)
+
+    # --- what has ended
+
+    def _look_at(self, each: _Running) -> None:
+        code = each.child.code()
+        if code is None:
+            self._maybe_prune(each)
+            return
+        self._running.remove(each)
+        reason = printable(each.child.reason()) if code else ""
+        try:
+            self._finish(each, code, reason)
+        except exits.RunExit as error:
+            self._fail(error)
+        finally:
+            each.child.close()
+
+    def _finish(self, each: _Running, code: int, reason: str) -> None:
+        if each.pruned and code != exits.FINISHED:
+            end: tuple[State, str] = ("pruned", f"after {len(each.values)} evaluations")
+        elif code == exits.STOPPED or (self._signals and code < 0):
+            if not self._signals and self._failure is None:
+                self._fail(
+                    exits.Stopped(f"{each.name.slug} {each.name.text} was stopped: {reason}")
+                )
+            return
+        elif code in _NOT_RESULTS:
+            raise exits.run_exit(code, f"{self._title(each.plan, each.name)}: {reason}")
+        else:
+            end = end_of(code, reason)
+            if end[0] == "failed" and not any(
+                result.state == "finished" for result in self._folder.records().values()
+            ):
+                raise exits.run_exit(
+                    code if code > 0 else exits.INTERNAL_ERROR,
+                    f"{self._title(each.plan, each.name)} failed, and no run of the study has "
+                    f"finished yet: {reason}; its output is in "
+                    f"{self._folder.output_path(each.name)}",
+                )
+        result = result_of_run(
+            self._folder.run_folder(each.name), each.how, self._study.metric, end
+        )
+        self._seconds.append(time.monotonic() - each.child.begun)
+        self._record(each.name, result)
+        remove_large_files(self._folder.run_folder(each.name))
+        if result.state == "finished":
+            self._folder.output_path(each.name).unlink(missing_ok=True)
+
+    def _record(self, name: RunName, result: RunResult) -> None:
+        self._folder.write_record(name, result)
+        records = self._folder.records()
+        settings = ", ".join(f"{key} {_short(value)}" for key, value in result.settings.items())
+        outcome = (
+            f"{self._setup.metric} {result.value:.6g}" if result.value is not None else result.state
+        )
+        reason = f" ({result.reason[:120]})" if result.reason else ""
+        plan = self._plans[result.cell]
+        print_status(
+            printable(
+                f"{len(records):>{len(str(self.total()))}}/{self.total()} | "
+                f"{self._title(plan, name)}{f' | {settings}' if settings else ''} | "
+                f"{outcome}{reason} | {self._time_left(len(records))}"
+            )
+        )
+
+    def _time_left(self, ended: int) -> str:
+        left = self.total() - ended
+        if not left or not self._seconds:
+            return "the last run" if not left else ""
+        seconds = statistics.fmean(self._seconds[-50:]) * left / self._jobs
+        return f"about {_duration(seconds)} left"
+
+    def _title(self, plan: CellPlan, name: RunName) -> str:
+        return f"{in_words(self._study, plan.cell)}, {name.kind} {name.number}"
+
+    def _fail(self, error: exits.RunExit) -> None:
+        if self._failure is None:
+            self._failure = error
+            for each in self._running:
+                each.child.stop()
+        else:
+            print_error(str(error))
+
+    # --- pruning
+
+    def _maybe_prune(self, each: _Running) -> None:
+        tune, now = self._study.tune, time.monotonic()
+        if tune is None or tune.pruner == "none" or each.name.kind != TRIAL or each.pruned:
+            return
+        if now < each.next_look:
+            return
+        each.next_look = now + _PRUNE_SECONDS
+        if not each.evaluations.continues():  # it has resumed
+            each.evaluations, each.values = JsonLines(each.evaluations.path), []
+        count = len(each.values)
+        for record in each.evaluations.read():
+            value = finite(record.get(self._study.metric))
+            if value is not None:
+                each.values.append(value)
+        if len(each.values) == count:
+            return
+        assert self._journal is not None
+        with writing(self._folder.path), self._folder.exclusive():
+            if self._journal.prune(each.name.slug, each.name.number, each.values):
+                each.pruned = True
+                each.child.kill()
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def best_settings(
+    records: Mapping[RunName, RunResult], slug: str, loss: Callable[[RunResult], float]
+) -> Mapping[str, Any]:
+    """The settings of the best trial of a cell; of equal ones the first. If all have failed, those
+    of the first, which are the job's.
+    """
+    trials = sorted(
+        (each for name, each in records.items() if name.slug == slug and name.kind == TRIAL),
+        key=lambda each: each.number,
+    )
+    return min(trials, key=loss).settings
+
+
+def _how(
+    plan: CellPlan, kind: str, number: int, seed: int, settings: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    return {
+        "cell": plan.cell,
+        "kind": kind,
+        "number": number,
+        "seed": seed,
+        "settings": dict(settings),
+    }
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    """A time in words.
+
+    >>> _duration(30), _duration(600), _duration(9000)
+    ('30 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def folder_of(study: Study, given: str | None) -> Path:
+    """The folder of a study: as given, or runs/NAME."""
+    return Path("runs") / study.name if given is None else Path(given)
