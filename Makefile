@@ -9,6 +9,7 @@
 # make test-slurm  the batch files of docker/slurm under a real Slurm, which the tests start (Debian: slurm-wlm munge, as root)
 # make test-jobs  every job through two growths and an evaluation, those of jobs/papers on small files of their official formats
 # make test-sinks  TensorBoard, MLflow, W&B offline and MLPerf's checker (installs them into .sinks)
+# make test-study  studies end to end: whole, shared, stopped, killed ten times, on two workers
 # make test-docker  the image of docker/Dockerfile, built by buildah and run; needs root, buildah and debootstrap
 # make lint    style, types, the documentation's links; make docs: the site, in build/site
 # make install set up only: a virtual environment in .venv with torch, Horovod, mpi4py and this package
@@ -31,7 +32,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 # mpirun of the tests: more ranks than cores is meant, and they need not be reachable from other hosts.
 mpirun := mpirun --oversubscribe --mca oob_tcp_if_include lo --mca btl_tcp_if_include lo
 
-.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-docker test-sinks test-gpu bench coverage docs lint clean
+.PHONY: help install demo test test-single test-parallel test-runs test-faults test-kill test-laws test-fuzz test-peers test-ecosystem test-jobs test-slurm test-cluster test-docker test-sinks test-study test-gpu bench coverage docs lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -114,6 +115,12 @@ test-sinks: $(stamp)
 	[ -d .sinks ] || $(pip) install --quiet --target .sinks tensorboard mlflow-skinny wandb mlperf-logging || { rm -rf .sinks; exit 1; }
 	PYTHONPATH="$(CURDIR)/.sinks" $(bin)/python -m pytest tests/single/telemetry
 	PYTHONPATH="$(CURDIR)/.sinks" $(bin)/python -m pytest tests/integration/test_sinks.py
+
+# All that concerns studies, and two processes on one of them killed ten times: about 12 minutes. The default suite has the short ones.
+test-study: $(stamp)
+	$(pytest2) tests/single/study
+	PATH="$(CURDIR)/$(bin):$$PATH" $(pytest2) tests/integration/test_studies.py
+	$(bin)/python trials/study_kill_trial.py --kills 10
 
 # Workers that share the GPU need a Horovod without NCCL: HOROVOD_GPU_OPERATIONS=none make install, in another VENV.
 test-gpu: $(stamp)
