@@ -54,7 +54,8 @@ def _run(options: argparse.Namespace) -> int:
             check_available(study.tune)
             if study.tune.sampler == "grid":
                 for plan in plans:
-                    grid(plan.search, study.tune.trials)
+                    if plan.search:
+                        grid(plan.search, study.tune.trials)
     except exits.JobError as error:
         raise exits.JobError(f"{options.study}: {error}") from None
     folder = StudyFolder(path)
