@@ -24,12 +24,15 @@ from hvdlarge.study.cells import (
     setup_of,
     signature,
 )
+from hvdlarge.study.child import mpirun_command
 from hvdlarge.study.folder import StudyFolder, write_setup
 from hvdlarge.study.results import Setup
 from hvdlarge.study.search import check_available, grid
 from hvdlarge.study.session import Session, folder_of
 from hvdlarge.study.study_file import Study, read_study
 from hvdlarge.telemetry.console import print_error, print_status
+
+_INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended, while no run trains
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except exits.RunExit as end:
         print_error(str(end))
         return end.code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -67,10 +72,12 @@ def _run(options: argparse.Namespace) -> int:
     analyses = study.analysis or (Compare(),)
     write_setup(path, setup, [each.model_dump(mode="json") for each in analyses])
     if options.retry_failed:
-        print_status(f"{folder.forget_failed():,} failed runs are trained again")
-    for note in _notes(study, options.jobs):
+        count = folder.forget_failed(_repeated(plans))
+        print_status(f"{count:,} {'run is' if count == 1 else 'runs are'} trained again")
+    mpirun = "" if study.workers == 1 else mpirun_command(options.mpirun or "mpirun")
+    for note in _notes(study, options):
         print_status(f"note     {note}")
-    session = Session(study, plans, setup, source, folder, options.jobs, options.mpirun)
+    session = Session(study, plans, setup, source, folder, options.jobs, mpirun)
     done, total = len(folder.records()), session.total()
     print_status(f"{study.name}: {total:,} runs in {path}, {done:,} of them ended before")
     code = session.run()
@@ -105,14 +112,25 @@ def _document(study: Study, plans: Sequence[CellPlan], setup: Setup) -> dict[str
     }
 
 
-def _notes(study: Study, jobs: int) -> list[str]:
+def _repeated(plans: Sequence[CellPlan]) -> dict[str, list[str]]:
+    """For each tuned cell, by name, the cells whose repetitions have its settings."""
+    return {
+        plan.slug: [other.slug for other in plans if other.tuned_at == plan.cell] for plan in plans
+    }
+
+
+def _notes(study: Study, options: argparse.Namespace) -> list[str]:
+    jobs = options.jobs
     cores, threads = len(bound_cores()), jobs * study.workers * study.threads
+    notes = []
+    if options.mpirun and study.workers == 1:
+        notes.append("--mpirun has no effect: each run has one worker (`workers` of the study)")
     if threads > cores:
-        return [
+        notes.append(
             f"{threads} threads on {cores} cores: {jobs} {'run' if jobs == 1 else 'runs'} × "
             f"{study.workers} workers × {study.threads} threads; they slow one another down"
-        ]
-    return []
+        )
+    return notes
 
 
 def _plan_in_words(study: Study, plans: Sequence[CellPlan], setup: Setup, path: Path) -> list[str]:
@@ -181,13 +199,14 @@ def _parser() -> argparse.ArgumentParser:
         "--extend", action="store_true", help="accept cells and seeds that the file has in addition"
     )
     parser.add_argument(
-        "--retry-failed", action="store_true", help="train failed runs (not diverged ones) again"
+        "--retry-failed",
+        action="store_true",
+        help="train failed runs again (not diverged ones), with repetitions that depend on them",
     )
     parser.add_argument(
         "--mpirun",
-        default="mpirun",
         metavar="COMMAND",
-        help="mpirun and its options in one string, for runs on several workers",
+        help="mpirun and its options in one string, for runs on several workers (default: mpirun)",
     )
     return parser
 

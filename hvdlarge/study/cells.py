@@ -24,11 +24,20 @@ from hvdlarge.config.yaml_source import write
 from hvdlarge.exits import JobError
 from hvdlarge.reporting.targets import Target
 from hvdlarge.study.results import Cell, Level, Range, Setup
-from hvdlarge.study.study_file import MOST_RUNS, Numbers, Search, Space, Study
+from hvdlarge.study.study_file import (
+    MOST_RUNS,
+    Choices,
+    Numbers,
+    Search,
+    Space,
+    Study,
+    WholeNumbers,
+)
 
 _SPACE: TypeAdapter[Space] = TypeAdapter(Space)
 _TUNE = "tune"  # of a level: not a key of a job
 _OURS = ("name", "run_dir", "seed")  # set for each run
+_LIMIT = "stop_after_minutes"  # would stop every run of a study again and again
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,6 @@ def plan_cells(study: Study, source: JobSource) -> list[CellPlan]:
     cells = {tuple(label for label, _ in levels): dict(levels) for levels in combinations}
     if len(cells) < len(combinations):
         raise JobError("factors: a level is there twice")
-    slugs: dict[str, Cell] = {}
     plans, problems = [], []
     for levels, cell in zip(combinations, cells, strict=True):
         try:
@@ -133,7 +141,6 @@ def plan_cells(study: Study, source: JobSource) -> list[CellPlan]:
             if len(problems) == 5:
                 break
             continue
-        slugs[plan.slug] = cell
         plans.append(plan)
     if problems:
         raise JobError("\n".join(dict.fromkeys(problems)))
@@ -255,20 +262,23 @@ def _plan(
         if key in settings:
             raise JobError(f"{key} cannot be set: the study sets it for each run")
     tuned_at = _tuned_at(study, cell, cells)
-    search = search if tuned_at == cell else {}
-    if study.tune is not None and tuned_at == cell and not search:
+    searched_here = tuned_at == cell
+    if study.tune is not None and searched_here and not search:
         raise JobError(
             "tune: nothing is searched here; tune.search, or `tune` of a level, is missing"
         )
     job = source.read(settings)
     _check_metric(study, job)
+    if job.stop_after_minutes is not None:
+        raise JobError(f"{_LIMIT} cannot be set: budget.minutes is the limit of a study")
     resolved = job.resolved()
-    base = {key: _value_at(resolved, key) for key in search}
+    base = {key: _value_at(resolved, key) for key in (search if searched_here else ())}
+    search = {key: _typed(key, search[key], value) for key, value in base.items()}
     for key, space in search.items():
-        _check_space(key, space, base[key])
-        ends = space.choices if not isinstance(space, Numbers) else (space.low, space.high)
-        for value in ends:
-            _check_end(source, settings, key, _as_type(value, base[key]))
+        if study.tune is not None and study.tune.sampler != "grid":
+            _check_space(key, space, base[key])
+        for value in _ends(space):
+            _check_end(source, settings, key, value)
     return CellPlan(cell, _slug(cell), settings, job, search, base, tuned_at)
 
 
@@ -335,19 +345,20 @@ def _check_end(source: JobSource, settings: Mapping[str, Any], key: str, value: 
         raise JobError(f"tune: {key} cannot be {json.dumps(value)}: {error}") from None
 
 
-def _as_type(value: Any, base: Any) -> Any:
-    """A searched number in the type that the key has."""
-    is_whole = isinstance(base, int) and not isinstance(base, bool)
-    return round(value) if is_whole and isinstance(value, float) else value
+def _typed(key: str, space: Space, base: Any) -> Space:
+    """A range of whole numbers, if the job has one for the key."""
+    if not isinstance(space, Numbers) or not isinstance(base, int) or isinstance(base, bool):
+        return space
+    whole = WholeNumbers(low=space.low, high=space.high, log=space.log)
+    if whole.first >= whole.last:
+        raise JobError(f"tune: {key} is a whole number, and its range has fewer than two")
+    return whole
 
 
-def typed(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Suggested settings as a job takes them: of keys with whole numbers, whole ones.
-
-    >>> typed({"epochs": 3.2, "batch.base": 31.7}, {"epochs": 2.0, "batch.base": 8})
-    {'epochs': 3.2, 'batch.base': 32}
-    """
-    return {key: _as_type(value, base[key]) for key, value in settings.items()}
+def _ends(space: Space) -> Sequence[Any]:
+    if isinstance(space, Choices):
+        return space.choices
+    return (space.first, space.last) if isinstance(space, WholeNumbers) else (space.low, space.high)
 
 
 def _value_at(resolved: Mapping[str, Any], key: str) -> Any:

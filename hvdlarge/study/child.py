@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hvdlarge.comm.launcher import THREADS
-from hvdlarge.exits import InvalidEnvironmentError
+from hvdlarge.exits import InvalidEnvironmentError, JobError
 from hvdlarge.study.cells import JobSource, overrides
 
 _LAUNCHERS = (
@@ -34,10 +34,10 @@ class Child:
         settings: of this run.
         workers: ranks.
         threads: of each.
-        mpirun: the command and its options, for several workers.
+        mpirun: the command and its options, for several workers, as `mpirun_command` gives it.
         output: the file that gets what it prints; a run that goes on adds to it.
-        claim: the lock of the run, which the process inherits: a run is free again only when both
-            this process and the run itself have ended.
+        claim: the lock of the run, which the process (that of the launcher, for several workers)
+            inherits: a run is free again only when both this process and that have ended.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class Child:
             command = [sys.executable, "-m", "hvdlarge.train", str(source.path), *changes]
         else:
             command = [sys.executable, "-m", "hvdlarge.launch", "-np", str(workers)]
-            command += ["--mpirun", with_variable(mpirun, THREADS), str(source.path), *changes]
+            command += ["--mpirun", mpirun, str(source.path), *changes]
         self._output, self._claim, self.begun = output, claim, time.monotonic()
+        self._alone, self._sent = workers == 1, 0
         environment = child_environment(os.environ, threads, source.place.parent)
         # A launcher stops its ranks with a checkpoint; a single run needs no time for that, since
         # the next start goes on from its last one
@@ -78,12 +79,17 @@ class Child:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Request an orderly stop, with a checkpoint."""
-        self._signal(signal.SIGTERM)
+        """Request an orderly stop, with a checkpoint; once."""
+        if not self._sent:
+            self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
-        self._signal(signal.SIGKILL)
+        """End it: a single run at once; several workers by their launcher, within seconds."""
+        if self._alone:
+            self._signal(signal.SIGKILL)
+        elif self._sent < 2:
+            self.stop()
+            self._signal(signal.SIGINT)  # ends the grace time
 
     def close(self) -> None:
         """Release the run."""
@@ -93,6 +99,7 @@ class Child:
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:
             self._process.send_signal(number)
+            self._sent += 1
 
     def reason(self) -> str:
         """The last error that it printed, on one line; else its last line."""
@@ -123,14 +130,14 @@ def _continued(lines: list[str]) -> list[str]:
 
 def child_environment(environ: Mapping[str, str], threads: int, beside: Path) -> dict[str, str]:
     """The environment of a run: without the variables of a launcher that has started the study,
-    with its threads, and with the folder of the study file for parts of its own.
+    with its threads, and with the folder of the job's or study's file for parts of its own.
     """
     kept = {
         name: value
         for name, value in environ.items()
         if name.startswith(_KEPT) or not name.startswith(_LAUNCHERS)
     }
-    path = [str(beside.absolute()), *filter(None, [environ.get("PYTHONPATH")])]
+    path = [*filter(None, [environ.get("PYTHONPATH")]), str(beside.absolute())]
     return kept | {
         THREADS: str(threads),
         "OMP_NUM_THREADS": str(threads),
@@ -139,16 +146,24 @@ def child_environment(environ: Mapping[str, str], threads: int, beside: Path) ->
     }
 
 
-def with_variable(mpirun: str, name: str) -> str:
-    """An mpirun command that passes a variable to the ranks on all hosts; MPICH's passes all.
+def mpirun_command(text: str) -> str:
+    """The command that starts ranks, with what passes HVDLARGE_THREADS to those on all hosts;
+    MPICH's passes all variables.
 
-    >>> with_variable("mpirun --oversubscribe", "A")
-    'mpirun -x A --oversubscribe'
+    Raises:
+        JobError: if the text is no command.
+        InvalidEnvironmentError: if it cannot be run.
+
+    >>> mpirun_command("mpirun --oversubscribe")  # doctest: +SKIP
+    'mpirun -x HVDLARGE_THREADS --oversubscribe'
     """
-    words = shlex.split(mpirun)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise JobError(f"--mpirun {text}: {error}") from None
     if not words:
-        return mpirun
-    return shlex.join([words[0], *(["-x", name] if _is_open_mpi(words[0]) else []), *words[1:]])
+        raise JobError("--mpirun is empty: name the command that starts the ranks")
+    return shlex.join([words[0], *(["-x", THREADS] if _is_open_mpi(words[0]) else []), *words[1:]])
 
 
 def _is_open_mpi(command: str) -> bool:

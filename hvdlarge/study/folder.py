@@ -20,12 +20,22 @@ from typing import IO, Any, NamedTuple
 
 from hvdlarge import __version__
 from hvdlarge.exits import CheckpointWriteError, JobError
-from hvdlarge.study.results import Level, Point, Range, RunResult, Setup
+from hvdlarge.study.results import (
+    REPETITION,
+    TRIAL,
+    Level,
+    Point,
+    Range,
+    RunResult,
+    Setup,
+)
 
 DOCUMENT = "study.json"
 SETUP = "setup.json"
+JOURNAL = "optuna.journal"
+_CHOOSE = "choose"  # the lock under which runs are chosen
 _POINTS = ("curve", "distance", "noise")
-_INTACT = "what the study has recorded is kept; run the same command again when there is room"
+_INTACT = "what the study has recorded is kept; run the same command again once it can be written"
 _MOST_NAMED = 8  # keys in a message
 
 
@@ -69,10 +79,12 @@ class StudyFolder:
         written = {"hvdlarge": __version__, **document}
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._document()  # before anything is written to a folder that is not ours
             (self.path / "locks").mkdir(exist_ok=True)
             with self.exclusive():
                 earlier = self._document()
-                if earlier is None or not any((self.path / "runs").glob("*/*")):
+                if earlier is None or (earlier != written and self._has_not_begun()):
+                    self._clear()
                     write_atomically(self.path / DOCUMENT, _as_json(written))
                     return []
                 notes = _compare(self.path, earlier, written, extend)
@@ -81,12 +93,33 @@ class StudyFolder:
                     write_atomically(self.path / DOCUMENT, _as_json(kept))
                 return notes
 
+    def _has_not_begun(self) -> bool:
+        """Whether no run has ended, or is trained by another process."""
+        if self.records():
+            return False
+        for path in (self.path / "locks").iterdir():
+            if path.name != _CHOOSE:
+                with _open_lock(path) as file:
+                    if not _lock(file, wait=False):
+                        return False
+        return True
+
+    def _clear(self) -> None:
+        """Remove what is left of a study none of whose runs has ended."""
+        shutil.rmtree(self.path / "runs", ignore_errors=True)
+        for name in (JOURNAL, "job.yaml", SETUP):
+            (self.path / name).unlink(missing_ok=True)
+
     def _document(self) -> dict[str, Any] | None:
         path = self.path / DOCUMENT
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
-            others = [each.name for each in self.path.iterdir() if each.name != "locks"]
+            others = [
+                each.name
+                for each in self.path.iterdir()
+                if each.name != "locks" and not each.name.startswith(".")
+            ]
             if others:
                 raise JobError(
                     f"{self.path} is not empty and holds no study ({', '.join(sorted(others)[:3])}"
@@ -104,14 +137,14 @@ class StudyFolder:
 
     def records(self) -> dict[RunName, RunResult]:
         """Every run that has ended."""
+        found = {}
         for path in sorted((self.path / "runs").glob("*/*.json")):
             kind, _, number = path.stem.rpartition("-")
-            if not (kind and number.isdecimal()):
-                continue
-            name = RunName(path.parent.name, kind, int(number))
-            if name not in self._records:
-                self._records[name] = _read_record(path)
-        return self._records
+            if kind and number.isdecimal():
+                name = RunName(path.parent.name, kind, int(number))
+                found[name] = self._records.get(name) or _read_record(path)
+        self._records = found
+        return found
 
     def write_record(self, name: RunName, result: RunResult) -> None:
         """Record the end of a run.
@@ -125,14 +158,23 @@ class StudyFolder:
             write_atomically(path, record_json(result))
         self._records[name] = result
 
-    def forget_failed(self) -> int:
-        """Remove the records of failed runs, so that they are trained again; how many."""
-        failed = [name for name, each in self.records().items() if each.state == "failed"]
-        for name in failed:
-            self.record_path(name).unlink(missing_ok=True)
-            shutil.rmtree(self.run_folder(name), ignore_errors=True)
-            del self._records[name]
-        return len(failed)
+    def forget_failed(self, repeated: Mapping[str, Sequence[str]]) -> int:
+        """Remove the records of failed runs, so that they are trained again, and of repetitions
+        whose settings may change with them; how many.
+
+        Args:
+            repeated: for each tuned cell, by name, the cells whose repetitions have its settings.
+        """
+        with writing(self.path), self.exclusive():
+            records = self.records()
+            again = {name for name, each in records.items() if each.state == "failed"}
+            tuned = {name.slug for name in again if name.kind == TRIAL}
+            others = {other for slug in tuned for other in repeated.get(slug, ())}
+            again |= {name for name in records if name.kind == REPETITION and name.slug in others}
+            for name in again:
+                shutil.rmtree(self.run_folder(name), ignore_errors=True)
+                self.record_path(name).unlink(missing_ok=True)
+        return len(again)
 
     def record_path(self, name: RunName) -> Path:
         """The file of a record."""
@@ -151,7 +193,7 @@ class StudyFolder:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the lock under which processes choose runs, one at a time."""
-        with _open_lock(self.path / "locks" / "choose") as file:
+        with _open_lock(self.path / "locks" / _CHOOSE) as file:
             _lock(file, wait=True)
             yield
 

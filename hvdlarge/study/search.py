@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hvdlarge.exits import InvalidEnvironmentError, JobError
-from hvdlarge.study.study_file import Choices, Numbers, Search, Tune
+from hvdlarge.study.study_file import Choices, Numbers, Search, Tune, WholeNumbers
 
 if TYPE_CHECKING:
     import optuna
@@ -80,8 +81,9 @@ def suggest(tune: Tune, search: Search, cell: str, tried: Sequence[Tried]) -> di
                 params=_inside(each.settings, search), distributions=distributions, value=rank
             )
         )
-    before = [_inside(each.settings, search) for each in tried]
+    before = [dict(each.settings) for each in tried]
     asked: dict[str, Any] = {}
+    at_random = optuna.samplers.RandomSampler(seed=_seed_of(tune, cell, -len(tried)))
     for _ in range(_MOST_ATTEMPTS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # samplers still marked as experimental
@@ -90,7 +92,7 @@ def suggest(tune: Tune, search: Search, cell: str, tried: Sequence[Tried]) -> di
         if asked not in before:
             break
         # The same settings and seed would give the same result again
-        study.sampler = optuna.samplers.RandomSampler(seed=_seed_of(tune, cell, len(tried)))
+        study.sampler = at_random
     return asked
 
 
@@ -107,14 +109,13 @@ def grid(search: Search, trials: int) -> list[dict[str, Any]]:
     choices = math.prod(len(each.choices) for each in search.values() if isinstance(each, Choices))
     points = round((trials / choices) ** (1 / len(numbers))) if numbers else 1
     if choices * points ** len(numbers) != trials or (numbers and points < 2):
-        possible = choices * max(2, points) ** len(numbers)
-        raise JobError(
-            f"tune.trials is {trials}: a grid of this search has {possible} or another product of "
-            f"{choices} and a power {len(numbers)} of 2 or more"
-            if numbers
-            else f"tune.trials is {trials}: a grid of these choices has {choices}"
-        )
+        numbers_of_points = [choices * each ** len(numbers) for each in (2, 3, 4, 5)]
+        possible = ", ".join(map(str, numbers_of_points)) + " …" if numbers else str(choices)
+        raise JobError(f"tune.trials is {trials}: a grid of this search has {possible}")
     axes = [_axis(space, points) for space in search.values()]
+    for key, axis in zip(search, axes, strict=True):
+        if len({*map(repr, axis)}) < len(axis):
+            raise JobError(f"tune: {key} has fewer whole numbers than the grid has points")
     return [dict(zip(search, point, strict=True)) for point in product(*axes)]
 
 
@@ -127,8 +128,10 @@ def _axis(space: Numbers | Choices, points: int) -> list[Any]:
         values = [space.low * (space.high / space.low) ** share for share in shares]
     else:
         values = [space.low + (space.high - space.low) * share for share in shares]
-    rounded = [float(f"{value:.12g}") for value in values]
-    return [space.low, *rounded[1:-1], space.high]
+    rounded = [space.low, *(float(f"{value:.12g}") for value in values[1:-1]), space.high]
+    if isinstance(space, WholeNumbers):
+        return [min(max(round(value), space.first), space.last) for value in rounded]
+    return rounded
 
 
 def _sampler(tune: Tune, cell: str, number: int) -> optuna.samplers.BaseSampler:
@@ -155,13 +158,15 @@ def _distribution(space: Numbers | Choices) -> optuna.distributions.BaseDistribu
 
     if isinstance(space, Choices):
         return optuna.distributions.CategoricalDistribution(space.choices)
+    if isinstance(space, WholeNumbers):
+        return optuna.distributions.IntDistribution(space.first, space.last, log=space.log)
     return optuna.distributions.FloatDistribution(space.low, space.high, log=space.log)
 
 
 def _inside(settings: Mapping[str, Any], search: Search) -> dict[str, Any]:
-    """Settings in the types of the distributions: a whole number of a job as a float."""
+    """Settings in the types of the distributions."""
     return {
-        key: float(value) if isinstance(search[key], Numbers) else value
+        key: value if isinstance(search[key], (Choices, WholeNumbers)) else float(value)
         for key, value in settings.items()
     }
 
@@ -185,7 +190,8 @@ class Journal:
     """Optuna's journal of a study: one of its studies for each tuned cell. It holds what was
     suggested, and for pruning the evaluations of trials.
 
-    The caller holds a lock of all processes while it calls a method other than `prune`.
+    The caller holds a lock of all processes while it calls a method. What is damaged or was removed
+    is made again from the records of the runs.
 
     Args:
         path: of the file; it is created if it is missing.
@@ -198,6 +204,7 @@ class Journal:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._path = path
         _cut_off_half_line(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # still marked as experimental
@@ -256,6 +263,7 @@ class Journal:
     def _study(self, slug: str) -> optuna.Study:
         import optuna
 
+        _cut_off_half_line(self._path)  # another process may have been killed within a line
         if slug not in self._studies:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -285,11 +293,12 @@ class _NoLock:
 def _cut_off_half_line(path: Path) -> None:
     """Remove the last line of a file if its writer was killed within it."""
     with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read() in (b"", b"\n"):
+            return
         file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _pruner(tune: Tune) -> optuna.pruners.BasePruner:

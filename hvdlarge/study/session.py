@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import statistics
 import time
@@ -14,15 +14,24 @@ from typing import IO, Any
 from hvdlarge import exits
 from hvdlarge.reporting.jsonl import JsonLines, finite
 from hvdlarge.reporting.run_reader import printable
-from hvdlarge.study.cells import CellPlan, JobSource, in_words, typed
+from hvdlarge.study.cells import CellPlan, JobSource, in_words
 from hvdlarge.study.child import Child
 from hvdlarge.study.collect import State, end_of, remove_large_files, result_of_run
-from hvdlarge.study.folder import RunName, StudyFolder, writing
+from hvdlarge.study.folder import (
+    JOURNAL,
+    RunName,
+    StudyFolder,
+    differing_keys,
+    write_atomically,
+    writing,
+)
 from hvdlarge.study.results import REPETITION, TRIAL, RunResult, Setup
 from hvdlarge.study.search import Journal, Tried, suggest
 from hvdlarge.study.study_file import Study
 from hvdlarge.telemetry.console import print_error, print_status
 
+Records = Mapping[RunName, RunResult]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_SECONDS = 0.05
 _WAIT_SECONDS = 0.5  # for runs of other processes
 _PRUNE_SECONDS = 1.0
@@ -71,7 +80,7 @@ class Session:
         self._plans = {plan.cell: plan for plan in plans}
         self._jobs, self._mpirun = jobs, mpirun
         self._running: list[_Running] = []
-        self._signals = 0
+        self._signals, self._signal_name = 0, ""
         self._began = time.monotonic()
         self._seconds: list[float] = []  # of runs of this process
         self._waits = False
@@ -81,7 +90,7 @@ class Session:
             self._journal = (
                 None
                 if study.tune is None
-                else Journal(folder.path / "optuna.journal", study.tune, setup.lower_is_better)
+                else Journal(folder.path / JOURNAL, study.tune, setup.lower_is_better)
             )
 
     def run(self) -> int:
@@ -90,9 +99,14 @@ class Session:
         Raises:
             RunExit: if a run ended for a reason that concerns all of them.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as SIGHUP under nohup
+                signal.signal(number, self._on_signal)
         try:
+            self._remove_remains()
             self._work()
+            self._tell_all()
         finally:
             for each in self._running:
                 each.child.kill()
@@ -109,6 +123,21 @@ class Session:
             print_status(f"{self._budget}; {left:,} runs are left")
         return exits.FINISHED
 
+    def _remove_remains(self) -> None:
+        """Of runs that ended, if a process was killed between their record and that."""
+        for name in self._folder.records():
+            if (self._folder.run_folder(name) / "checkpoints").exists():
+                remove_large_files(self._folder.run_folder(name))
+
+    def _tell_all(self) -> None:
+        """Leave a journal that has all results, for Optuna's tools."""
+        if self._journal is None:
+            return
+        with writing(self._folder.path), self._folder.exclusive():
+            for plan in self._plans.values():
+                if plan.search:
+                    self._tell_ended(plan, self._folder.records())
+
     def total(self) -> int:
         """Runs of the whole study."""
         trials = sum(self._setup.trials for plan in self._plans.values() if plan.search)
@@ -117,38 +146,54 @@ class Session:
     # --- the loop
 
     def _work(self) -> None:
+        next_try = 0.0
         while True:
-            stopping = bool(self._signals or self._failure or self._budget)
+            self._pass_on_signals()
             try:
-                while not stopping and len(self._running) < self._jobs and self._start_next():
-                    stopping = bool(self._signals or self._budget)
+                while (
+                    not self._stops()
+                    and len(self._running) < self._jobs
+                    and time.monotonic() >= next_try
+                ):
+                    if not self._start_next():
+                        next_try = time.monotonic() + _WAIT_SECONDS
             except exits.RunExit as error:
                 self._fail(error)
             for each in list(self._running):
-                self._look_at(each)
+                if self._look_at(each):
+                    next_try = 0.0
             if not self._running:
-                if self._signals or self._failure or self._budget:
+                if self._stops() or len(self._folder.records()) >= self.total():
                     return
-                if len(self._folder.records()) >= self.total():
-                    return
-                if not self._waits:
+                if next_try and not self._waits:
                     self._waits = True
                     print_status("waiting for runs of other processes")
-                time.sleep(_WAIT_SECONDS)
             time.sleep(_POLL_SECONDS)
+
+    def _stops(self) -> bool:
+        """Whether no further run is started."""
+        return bool(self._signals or self._failure or self._budget)
 
     def _on_signal(self, number: int, _: Any) -> None:
         self._signals += 1
-        for each in self._running:
-            if self._signals == 1:
-                each.child.stop()
-            else:
-                each.child.kill()
         if self._signals == 1:
-            name = signal.Signals(number).name
-            # os.write: a handler may interrupt a print
-            text = f"{name}: stopping {len(self._running)} runs with a checkpoint; again: at once\n"
-            os.write(1, text.encode())
+            self._signal_name = signal.Signals(number).name
+
+    def _pass_on_signals(self) -> None:
+        """Stop the runs after the first signal; end them after the second."""
+        if self._signals and self._signal_name:
+            name, self._signal_name = self._signal_name, ""
+            count = len(self._running)
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                print_status(
+                    f"{name}: stopping {count} {'run' if count == 1 else 'runs'} with a "
+                    "checkpoint; again: at once"
+                )
+        for each in self._running:
+            if self._signals > 1:
+                each.child.kill()
+            elif self._signals or self._failure:
+                each.child.stop()
 
     def _start_next(self) -> bool:
         """Start the next run that nobody else has; whether there was one."""
@@ -161,11 +206,16 @@ class Session:
             if chosen is None:
                 return False
             name, plan, how, claim = chosen
-            self._begin(name, plan, how, claim)
+            try:
+                self._begin(name, plan, how, claim)
+            except BaseException:
+                claim.close()
+                raise
         return True
 
     def _begin(self, name: RunName, plan: CellPlan, how: Mapping[str, Any], claim: IO[str]) -> None:
         self._waits = False
+        self._check_unchanged(plan)
         run_dir = self._folder.run_folder(name)
         run_dir.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -176,15 +226,14 @@ class Session:
             "run_dir": str(run_dir.absolute()),
             "seed": how["seed"],
         }
-        if self._source.text is not None and not self._source.path.exists():
-            self._source.path.write_text(self._source.text, encoding="utf-8")
+        if self._source.text is not None:
+            write_atomically(self._source.path, self._source.text)
         try:
             self._source.read(settings)
         except exits.JobError as error:  # these values in combination
+            reason = " ".join(str(error).split())
+            self._record(name, RunResult(**how, state="failed", reason=reason))
             claim.close()
-            self._record(
-                name, RunResult(**how, state="failed", reason=" ".join(str(error).split()))
-            )
             return
         child = Child(
             self._source,
@@ -198,6 +247,19 @@ class Session:
         evaluations = JsonLines(run_dir / "metrics.jsonl")
         self._running.append(_Running(name, plan, how, child, evaluations))
 
+    def _check_unchanged(self, plan: CellPlan) -> None:
+        """See that the file of the job is what it was when the study was checked.
+
+        Raises:
+            JobError: if it is not.
+        """
+        job = self._source.read({**self._study.set, **plan.settings}).resolved()
+        if changed := differing_keys(plan.job.resolved(), job):
+            raise exits.JobError(
+                f"{self._source.path} has changed since this process began: "
+                f"{', '.join(changed[:8])}"
+            )
+
     # --- what to run next; under the lock of all processes
 
     def _choose(self) -> tuple[RunName, CellPlan, Mapping[str, Any], IO[str]] | None:
@@ -206,6 +268,8 @@ class Session:
         claimed = 0
         chosen = None
         for name, plan, how_of in self._open_runs(records):
+            if self._signals:
+                break
             claim = self._folder.claim(name)
             if claim is None:
                 claimed += 1
@@ -217,6 +281,9 @@ class Session:
                 claim.close()
         if chosen is None:
             return None
+        if self._signals:
+            chosen[3].close()
+            return None
         if most is not None and len(records) + claimed >= most:
             chosen[3].close()
             self._budget = f"budget.trials: {most:,} runs have been started"
@@ -225,62 +292,59 @@ class Session:
         return name, plan, how_of(), claim
 
     def _open_runs(
-        self, records: Mapping[RunName, RunResult]
+        self, records: Records
     ) -> list[tuple[RunName, CellPlan, Callable[[], Mapping[str, Any]]]]:
         """Runs without a record whose settings can be decided, in the order of the work."""
         found = []
         for number in range(self._setup.trials):
             for plan in self._plans.values():
                 name = RunName(plan.slug, TRIAL, number)
-                if plan.search and name not in records and self._round_begins(plan, number):
-                    found.append((name, plan, self._trial(plan, number)))
+                if plan.search and name not in records and self._may_begin(plan, number, records):
+                    found.append((name, plan, self._trial(plan, number, records)))
         for number in range(self._setup.repetitions):
             for plan in self._plans.values():
                 name = RunName(plan.slug, REPETITION, number)
-                if name not in records and self._is_tuned(plan):
-                    found.append((name, plan, self._repetition(plan, number)))
+                if name not in records and self._is_tuned(plan, records):
+                    found.append((name, plan, self._repetition(plan, number, records)))
         return found
 
-    def _round_begins(self, plan: CellPlan, number: int) -> bool:
+    def _may_begin(self, plan: CellPlan, number: int, records: Records) -> bool:
         """Whether the trials of earlier rounds have ended."""
         assert self._study.tune is not None
         first = number - number % self._study.tune.round
-        records = self._folder.records()
         return all(RunName(plan.slug, TRIAL, each) in records for each in range(first))
 
-    def _is_tuned(self, plan: CellPlan) -> bool:
+    def _is_tuned(self, plan: CellPlan, records: Records) -> bool:
         if plan.tuned_at is None:
             return True
-        at, records = self._plans[plan.tuned_at], self._folder.records()
-        return all(
-            RunName(at.slug, TRIAL, number) in records for number in range(self._setup.trials)
-        )
+        slug = self._plans[plan.tuned_at].slug
+        return all(RunName(slug, TRIAL, each) in records for each in range(self._setup.trials))
 
-    def _trial(self, plan: CellPlan, number: int) -> Callable[[], Mapping[str, Any]]:
+    def _trial(
+        self, plan: CellPlan, number: int, records: Records
+    ) -> Callable[[], Mapping[str, Any]]:
         def how() -> Mapping[str, Any]:
             assert self._journal is not None
             assert self._study.tune is not None
-            self._tell_ended(plan)
+            self._tell_ended(plan, records)
             suggested = self._journal.settings(plan.slug)
-            for at in range(len(suggested), number + 1):
-                self._journal.add(
-                    plan.slug, self._suggestion(plan, suggested[:at], at), plan.search
-                )
+            while len(suggested) <= number:
+                settings = self._suggestion(plan, suggested, records)
+                self._journal.add(plan.slug, settings, plan.search)
                 suggested = self._journal.settings(plan.slug)
-            settings = typed(suggested[number], plan.base)
-            return _how(plan, TRIAL, number, self._study.tune.seed, settings)
+            return _how(plan, TRIAL, number, self._study.tune.seed, suggested[number])
 
         return how
 
     def _suggestion(
-        self, plan: CellPlan, suggested: Sequence[Mapping[str, Any]], number: int
+        self, plan: CellPlan, suggested: Sequence[Mapping[str, Any]], records: Records
     ) -> Mapping[str, Any]:
-        tune = self._study.tune
+        """The settings of the trial after those that were suggested."""
+        tune, number = self._study.tune, len(suggested)
         assert tune is not None
         if number == 0 and tune.sampler != "grid":
             return plan.base
         first = number - number % tune.round
-        records = self._folder.records()
         tried = [
             Tried(settings, self._loss(records[RunName(plan.slug, TRIAL, at)]))
             if at < first
@@ -294,21 +358,20 @@ class Session:
             return float("inf")
         return result.value if self._setup.lower_is_better else -result.value
 
-    def _repetition(self, plan: CellPlan, number: int) -> Callable[[], Mapping[str, Any]]:
+    def _repetition(
+        self, plan: CellPlan, number: int, records: Records
+    ) -> Callable[[], Mapping[str, Any]]:
         def how() -> Mapping[str, Any]:
             settings: Mapping[str, Any] = {}
             if plan.tuned_at is not None:
-                settings = best_settings(
-                    self._folder.records(), self._plans[plan.tuned_at].slug, self._loss
-                )
+                settings = best_settings(records, self._plans[plan.tuned_at].slug, self._loss)
             return _how(plan, REPETITION, number, self._study.seed_list[number], settings)
 
         return how
 
-    def _tell_ended(self, plan: CellPlan) -> None:
+    def _tell_ended(self, plan: CellPlan, records: Records) -> None:
         """Tell the journal of the trials that have ended."""
         assert self._journal is not None
-        records = self._folder.records()
         for number in range(len(self._journal.settings(plan.slug))):
             result = records.get(RunName(plan.slug, TRIAL, number))
             if result is not None:
@@ -317,11 +380,12 @@ class Session:
 
     # --- what has ended
 
-    def _look_at(self, each: _Running) -> None:
+    def _look_at(self, each: _Running) -> bool:
+        """See how a run stands; whether it has ended."""
         code = each.child.code()
         if code is None:
             self._maybe_prune(each)
-            return
+            return False
         self._running.remove(each)
         reason = printable(each.child.reason()) if code else ""
         try:
@@ -330,11 +394,12 @@ class Session:
             self._fail(error)
         finally:
             each.child.close()
+        return True
 
     def _finish(self, each: _Running, code: int, reason: str) -> None:
         if each.pruned and code != exits.FINISHED:
             end: tuple[State, str] = ("pruned", f"after {len(each.values)} evaluations")
-        elif code == exits.STOPPED or (self._signals and code < 0):
+        elif code == exits.STOPPED or ((self._signals or self._failure) and code < 0):
             if not self._signals and self._failure is None:
                 self._fail(
                     exits.Stopped(f"{each.name.slug} {each.name.text} was stopped: {reason}")
@@ -380,9 +445,12 @@ class Session:
         )
 
     def _time_left(self, ended: int) -> str:
+        """The time left, at the pace of this process's own runs."""
         left = self.total() - ended
-        if not left or not self._seconds:
-            return "the last run" if not left else ""
+        if not left:
+            return "the last run"
+        if not self._seconds:
+            return f"{left:,} left"
         seconds = statistics.fmean(self._seconds[-50:]) * left / self._jobs
         return f"about {_duration(seconds)} left"
 
@@ -392,8 +460,6 @@ class Session:
     def _fail(self, error: exits.RunExit) -> None:
         if self._failure is None:
             self._failure = error
-            for each in self._running:
-                each.child.stop()
         else:
             print_error(str(error))
 
@@ -422,14 +488,11 @@ class Session:
                 each.child.kill()
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 def best_settings(
-    records: Mapping[RunName, RunResult], slug: str, loss: Callable[[RunResult], float]
+    records: Records, slug: str, loss: Callable[[RunResult], float]
 ) -> Mapping[str, Any]:
     """The settings of the best trial of a cell; of equal ones the first. If all have failed, those
-    of the first, which are the job's.
+    of the first.
     """
     trials = sorted(
         (each for name, each in records.items() if name.slug == slug and name.kind == TRIAL),

@@ -55,6 +55,20 @@ class Numbers(_Section):
         )
 
 
+class WholeNumbers(Numbers):
+    """A range for a key whose values are whole numbers; made of `Numbers`, not written so."""
+
+    @property
+    def first(self) -> int:
+        """The smallest whole number in the range."""
+        return math.ceil(self.low)
+
+    @property
+    def last(self) -> int:
+        """The largest whole number in the range."""
+        return math.floor(self.high)
+
+
 class Choices(_Section):
     """Values to choose from."""
 
@@ -90,9 +104,9 @@ class Tune(_Section):
     seed: Seed = 0
     """The job's seed in all trials, and the sampler's."""
     at: Mapping[str, Any] | tuple[Mapping[str, Any], ...] | None = None
-    """Levels by their factors: only cells with these levels are tuned, or with those of one of
-    several mappings. Any other cell takes the settings of a tuned one: of the cell that has these
-    levels and, for the rest, its own; by the first mapping for which there is such a cell."""
+    """Levels by their factors: only cells with these levels are tuned; with a list, cells that have
+    those of any of its mappings. Another cell takes the settings of the tuned cell that has these
+    levels and otherwise its own; of a list, by the first mapping for which there is such a cell."""
 
 
 class Budget(_Section):
@@ -101,7 +115,7 @@ class Budget(_Section):
     trials: Count | None = None
     """Runs of the whole study, of all processes: no further one is started."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes for which a process starts runs. Those that run then are finished."""
+    """Minutes after which a process starts no more runs. Those that run then are finished."""
 
 
 class Study(_Section):

@@ -193,7 +193,7 @@ seeds: 1
     assert "diverged" in text_of(ended)
     again = start("--retry-failed")
     assert again.returncode == 0
-    assert "1 failed runs are trained again" in text_of(again)
+    assert "1 run is trained again" in text_of(again)
     assert len(LINE.findall(text_of(again))) == 1
 
 

@@ -6,9 +6,9 @@ import pytest
 from support.study_files import planned
 
 from hvdlarge.exits import JobError
-from hvdlarge.study.cells import overrides, signature, typed
+from hvdlarge.study.cells import overrides, signature
 from hvdlarge.study.results import Level, Range
-from hvdlarge.study.study_file import Numbers
+from hvdlarge.study.study_file import Numbers, WholeNumbers
 
 
 def refused(folder, **changes):
@@ -92,6 +92,7 @@ def test_of_several_tuned_levels_a_cell_takes_its_own_or_the_first(tmp_path):
         ({"factors": {"arm": {"one": {"model.nam": 3}}}}, "unknown key 'model.nam'"),
         ({"factors": {"seed": [1, 2]}}, "seed cannot be set"),
         ({"set": {"run_dir": "x"}}, "run_dir cannot be set"),
+        ({"set": {"stop_after_minutes": 3}}, "stop_after_minutes cannot be set: budget.minutes"),
         ({"set": {"batch.base": 0}, "factors": None}, "batch.base"),
         ({"metric": "acuracy"}, "no run writes 'acuracy' to its summary; did you mean 'accuracy'?"),
         ({"metric": "ema_accuracy"}, "no run writes 'ema_accuracy'"),
@@ -162,7 +163,20 @@ def test_overrides_are_read_as_they_were():
     assert overrides({"lr.base": 1e-05, "init_from": None}) == ["lr.base=1e-05", "init_from=null"]
 
 
-def test_suggestions_for_whole_numbers_are_whole():
-    assert typed({"batch.base": 31.7}, {"batch.base": 8}) == {"batch.base": 32}
-    assert typed({"lr.base": 31.7}, {"lr.base": 8.0}) == {"lr.base": 31.7}
-    assert typed({"ema": True}, {"ema": False}) == {"ema": True}
+def test_keys_with_whole_numbers_are_searched_over_those(tmp_path):
+    search = {"batch.base": {"low": 15.5, "high": 64.5}, "lr.base": {"low": 1, "high": 8}}
+    _, (plan,), setup = planned(tmp_path, factors=None, **{"tune/search": search})
+    whole = plan.search["batch.base"]
+    assert isinstance(whole, WholeNumbers)
+    assert (whole.first, whole.last) == (16, 64)
+    assert not isinstance(plan.search["lr.base"], WholeNumbers)
+    assert setup.ranges[()]["batch.base"] == Range(15.5, 64.5, False)
+    search = {"batch.base": {"low": 31.5, "high": 32.5}}
+    assert "fewer than two" in refused(tmp_path, factors=None, **{"tune/search": search})
+
+
+def test_a_grid_need_not_hold_the_settings_of_the_job(tmp_path):
+    search = {"lr.base": {"low": 20, "high": 30}}
+    changes = {"tune/search": search, "tune/sampler": "grid", "factors": None}
+    _, (plan,), _ = planned(tmp_path, **changes)
+    assert plan.base == {"lr.base": 4.0}

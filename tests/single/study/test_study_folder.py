@@ -166,11 +166,21 @@ def test_changes_after_the_first_run_are_refused_by_name(tmp_path, changes, name
     assert named in str(error.value)
 
 
-def test_changes_before_the_first_run_are_accepted(tmp_path):
+def test_changes_before_the_first_end_of_a_run_are_accepted(tmp_path):
+    folder, _ = opened(tmp_path / "study")
+    folder.run_folder(NAME).mkdir(parents=True)  # a run that failed
+    (folder.path / "optuna.journal").write_text("of the other search")
+    claim = folder.claim(NAME)
+    with pytest.raises(JobError, match="has changed since"):  # it goes on
+        opened(tmp_path / "study", set={"epochs": 3})
+    claim.close()
     opened(tmp_path / "study")
+    assert folder.run_folder(NAME).exists()  # the same study
     folder, notes = opened(tmp_path / "study", set={"epochs": 3})
     assert notes == []
     assert json.loads((folder.path / DOCUMENT).read_text())["cells"]["batch.base 32, arm lars"]["job"]["epochs"] == 3  # fmt: skip
+    assert not folder.run_folder(NAME).exists()
+    assert not (folder.path / "optuna.journal").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +208,7 @@ def test_another_study_and_another_folder_are_refused(tmp_path):
     (tmp_path / "docs" / "thesis.tex").write_text("")
     with pytest.raises(JobError, match=r"is not empty and holds no study \(thesis.tex\)"):
         opened(tmp_path / "docs")
+    assert [each.name for each in (tmp_path / "docs").iterdir()] == ["thesis.tex"]
     (tmp_path / "study" / DOCUMENT).write_text("{")
     with pytest.raises(JobError, match="is damaged"):
         opened(tmp_path / "study")
@@ -217,8 +228,15 @@ def test_failed_runs_are_forgotten_on_request(tmp_path):
     for number, state in enumerate(("failed", "diverged", "pruned"), start=4):
         folder.write_record(RunName("64_lars", "trial", number), result(number=number, state=state, value=None))  # fmt: skip
     folder.run_folder(RunName("64_lars", "trial", 4)).mkdir()
-    assert folder.forget_failed() == 1
-    assert [name.number for name in StudyFolder(folder.path).records()] == [3, 5, 6]
+    for slug in ("64_lars", "64_sgd", "32_lars"):
+        name = RunName(slug, "repetition", 0)
+        folder.write_record(name, result(kind="repetition", number=0))
+    other = StudyFolder(folder.path)
+    assert len(other.records()) == 7
+    assert folder.forget_failed({"64_lars": ["64_lars", "32_lars"]}) == 3
+    left = [("64_lars", "trial", 3), ("64_lars", "trial", 5), ("64_lars", "trial", 6), ("64_sgd", "repetition", 0)]  # fmt: skip
+    assert [tuple(name) for name in folder.records()] == left
+    assert [tuple(name) for name in other.records()] == left
     assert not folder.run_folder(RunName("64_lars", "trial", 4)).exists()
 
 

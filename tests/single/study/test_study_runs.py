@@ -102,7 +102,7 @@ def test_a_run_sees_nothing_of_the_launcher_of_the_study(tmp_path):
     found = child_environment(environ, 2, tmp_path)
     assert found == {
         "OMPI_MCA_btl": "tcp", "SLURM_JOB_ID": "7", "HOROVOD_CYCLE_TIME": "2", "HOME": "/home/ada",
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}/mine", "HVDLARGE_THREADS": "2", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2",
+        "PYTHONPATH": f"/mine{os.pathsep}{tmp_path}", "HVDLARGE_THREADS": "2", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2",
     }  # fmt: skip
 
 
