@@ -80,21 +80,20 @@ def fit_power(t: Any, distance: Any) -> Fit | None:
     scale = np.exp(np.log(t).mean())  # keeps t^p near 1
     relative = t / scale
 
-    def factor_of(power: float) -> float:
-        basis = relative**power
-        return float(basis @ distance / (basis @ basis))
-
-    def loss(power: float) -> float:
-        return float(np.sum((distance - factor_of(power) * relative**power) ** 2))
+    def curves_of(powers: Any) -> Any:
+        """The best curve of each power, and its factor: of shapes (powers, points), (powers, 1)."""
+        bases = relative ** powers[:, None]
+        factors = (bases @ distance / np.sum(bases**2, axis=1))[:, None]
+        return factors * bases, factors
 
     low, high = _LOWEST_POWER, _HIGHEST_POWER
     while high - low > 1e-10:
         grid = np.linspace(low, high, 41)
-        best = int(np.argmin([loss(power) for power in grid]))
+        best = int(np.argmin(np.sum((distance - curves_of(grid)[0]) ** 2, axis=1)))
         low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
     power = (low + high) / 2
-    factor = factor_of(power)
-    curve = factor * relative**power
+    curves, factors = curves_of(np.array([power]))
+    curve, factor = curves[0], float(factors[0, 0])
     # Gauss-Newton at the optimum, in a of the formula itself: a = factor / scale^p
     a = factor / scale**power
     jacobian = np.stack([t**power, a * t**power * np.log(t)], axis=1)

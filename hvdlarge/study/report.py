@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from hvdlarge.exits import JobError
 from hvdlarge.study.analysis.dispatch import analyse
 from hvdlarge.study.analysis.finding import Finding
+from hvdlarge.study.analysis.sections import Analysis
 from hvdlarge.study.folder import read_results, read_setup
 from hvdlarge.study.page import in_words, study_page
 from hvdlarge.study.results import RunResult, Setup
-from hvdlarge.study.study_file import AnyAnalysis
 
-_SECTIONS: TypeAdapter[list[AnyAnalysis]] = TypeAdapter(list[AnyAnalysis])
+_SECTIONS: TypeAdapter[list[Analysis]] = TypeAdapter(list[Analysis])
 _PICTURES = re.compile(r"\d+-[a-z_]+\.png")
 
 

@@ -15,13 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hvdlarge.config import yaml_source
 from hvdlarge.config.nearest import nearest
 from hvdlarge.exits import JobError
-from hvdlarge.study.analysis.sections import AnalysisSection
+from hvdlarge.study.analysis.sections import Analysis
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 MOST_RUNS = 100_000
-AnyAnalysis = Annotated[AnalysisSection, Field(discriminator="kind")]
 
 
 class _Section(BaseModel):
@@ -149,7 +148,7 @@ class Study(_Section):
     """Workers of each run; more than one are started by hvdlarge.launch."""
     threads: Count = 1
     """Threads of each worker, on CPUs."""
-    analysis: tuple[AnyAnalysis, ...] = ()
+    analysis: tuple[Analysis, ...] = ()
     """What is made of the results; default: a comparison of all cells."""
 
     @model_validator(mode="after")

@@ -242,7 +242,7 @@ def _crossing(
             above = bool(len(gains)) and float(gains.mean()) > -tolerance
             if (above and low is not None) or high is not None:
                 continue  # nothing that could be found is left
-            p = p_value([*gains], -tolerance)
+            p = p_value([*gains], -tolerance, precise=False)
             if p is None:
                 continue
             if low is None and not (above and p <= level):

@@ -31,6 +31,7 @@ from hvdlarge.study.analysis.plots import Panel, Plot, Series
 from hvdlarge.study.analysis.sections import Compare, is_level
 from hvdlarge.study.results import Cell, Setup
 
+_MANY_CELLS = 12  # whose p-values are corrected by large factors
 _MOST_IN_VERDICT = 4
 _MOST_SETTINGS = 80  # characters
 
@@ -114,7 +115,15 @@ def _differences(
         return [], 0
     others = [each for each in candidates if each is not reference]
     found = [
-        difference(setup, each, reference, section.confidence, section.tolerance) for each in others
+        difference(
+            setup,
+            each,
+            reference,
+            section.confidence,
+            section.tolerance,
+            len(setup.cells) > _MANY_CELLS,
+        )
+        for each in others
     ]
     return found, count
 

@@ -89,9 +89,23 @@ class Judgement:
 
 
 def difference(
-    setup: Setup, arm: CellResults, base: CellResults, confidence: float, tolerance: float = 0.0
+    setup: Setup,
+    arm: CellResults,
+    base: CellResults,
+    confidence: float,
+    tolerance: float = 0.0,
+    precise: bool = False,
 ) -> Difference:
-    """What a cell gains over another, by the seeds that finished in both."""
+    """What a cell gains over another, by the seeds that finished in both.
+
+    Args:
+        setup: of the study.
+        arm: the cell.
+        base: the other.
+        confidence: level, in (0, 1).
+        tolerance: in the unit of the metric; 0: not judged.
+        precise: whether small p-values are worth more draws, as among many comparisons.
+    """
     sign = -1.0 if setup.lower_is_better else 1.0
     gains = tuple(
         sign * (value - base.values[seed])
@@ -104,8 +118,8 @@ def difference(
         base,
         interval(gains, confidence),
         gains,
-        p_value(gains) if enough else None,
-        p_value(gains, -tolerance) if enough and tolerance > 0 else None,
+        p_value(gains, precise=precise) if enough else None,
+        p_value(gains, -tolerance, precise) if enough and tolerance > 0 else None,
         tolerance,
     )
 

@@ -57,7 +57,7 @@ def _draw(plot: Plot) -> bytes:
 def _height(panel: Panel) -> float:
     if panel.names:
         lines = sum(_wrapped(name).count("\n") + 1 for name in panel.names)
-        rows = len(panel.names) * max(1.0, 0.4 * len(panel.series))
+        rows = len(panel.names) * max(1.0, 0.4 * sum(bool(series.label) for series in panel.series))
         return min(1.1 + _ROW * max(rows, 0.62 * lines), 60.0)
     entries = sum(_wrapped(each.label).count("\n") + 1 for each in panel.series if each.label)
     return min(max(_HEIGHT, 0.9 + 0.17 * (entries + 2 * len(panel.guides))), 60.0)
@@ -76,12 +76,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         look = {"color": f"{0.2 + 0.12 * (place % 4):.2f}", "linestyle": dash, "linewidth": 1.2}
         line = axes.axvline if guide.axis == "x" else axes.axhline
         line(guide.at, label=_wrapped(f"{guide.label}: {guide.at:.4g}") or None, **look)
-    shades = {
-        label: place for place, label in enumerate(dict.fromkeys(a.label for a in panel.areas))
-    }
     named: set[str] = set()
     for area in panel.areas:
-        colour, hatch = _SHADES[shades[area.label] % len(_SHADES)]
+        colour, hatch = _SHADES[area.shade % len(_SHADES)]
         label = None if area.label in named else _wrapped(area.label)
         named.add(area.label)
         look = {"facecolor": colour, "hatch": hatch, "edgecolor": "0.8", "linewidth": 0}

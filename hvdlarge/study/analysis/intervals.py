@@ -24,8 +24,10 @@ import numpy as np
 _WEIGHTS = np.sqrt([0.5, 1.0, 1.5])  # each with both signs
 _MOST_ENUMERATED = 5  # seeds: 3 · 6^4 draws, all there are
 _DRAWS = 4_999  # with more seeds
+_MORE_DRAWS = 29_999  # of p-values below _SMALL: corrections for many comparisons multiply them
+_SMALL = 0.002
 _SEED = 20_230  # of the draws: the same results give the same report
-_DOUBLINGS, _HALVINGS = 30, 17  # of the search for an end
+_DOUBLINGS, _HALVINGS = 30, 13  # of the search for an end
 
 
 class Interval(NamedTuple):
@@ -70,7 +72,7 @@ def seeds_needed(confidence: float, comparisons: int = 1) -> int:
     return max(3, seeds)
 
 
-def p_value(values: Sequence[float], mean: float = 0.0) -> float | None:
+def p_value(values: Sequence[float], mean: float = 0.0, precise: bool = True) -> float | None:
     """The p-value of a mean, two-sided; None with fewer than three values.
 
     Identical values that differ from the mean have the smallest p-value that n seeds allow,
@@ -79,10 +81,15 @@ def p_value(values: Sequence[float], mean: float = 0.0) -> float | None:
     Args:
         values: one for each seed.
         mean: that is tested.
+        precise: whether small p-values are worth more draws.
     """
     if len(values) < 3:
         return None
-    return _p(_sums(values), mean)
+    sums = _sums(values)
+    p = _p(sums, mean)
+    if not precise or sums.exact or sums.identical or p > _SMALL:
+        return p
+    return _p(_sums(values, _MORE_DRAWS), mean)
 
 
 def interval(values: Sequence[float], confidence: float) -> Interval:
@@ -126,20 +133,22 @@ def holm(p_values: Sequence[float | None], comparisons: int | None = None) -> li
 
 
 class _Sums(NamedTuple):
-    """Sums over seeds of each draw, from which T follows for any mean."""
+    """What T of each draw follows from, for any mean.
 
-    values: Any
-    ones: Any  # Σ w, of shape (draws,)
-    first: Any  # Σ w x
-    squares: Any  # Σ w², Σ w² x, Σ w² x²
-    cross: Any
-    second: Any
+    With moved values y = x - mean(x) and s = m - mean(x), the numerator and the denominator of a
+    monotone function of T², (Σ w (y - s))² and Σ w² (y - s)², are polynomials in s.
+    """
+
+    coefficients: Any  # of s⁰, s¹, s² of both, of shape (draws, 6)
+    centre: float  # mean(x)
+    squares: float  # Σ y²
+    seeds: int
     exact: bool  # whether the draws are all there are
     identical: bool  # the values
 
 
-@lru_cache(maxsize=64)
-def _draws(count: int) -> tuple[Any, Any, Any, Any]:
+@lru_cache(maxsize=16)
+def _draws(count: int, draws: int) -> tuple[Any, Any, Any, Any]:
     """Weights of shape (draws, count), their squares, and the sums of both over the seeds.
 
     Of each pair w, -w there is only one where all are enumerated, as their T are equal.
@@ -148,48 +157,44 @@ def _draws(count: int) -> tuple[Any, Any, Any, Any]:
     if count <= _MOST_ENUMERATED:
         weights = np.array(list(itertools.product(_WEIGHTS, *[both] * (count - 1))))
     else:
-        weights = np.random.default_rng(_SEED + count).choice(both, size=(_DRAWS, count))
+        weights = np.random.default_rng(_SEED + count).choice(both, size=(draws, count))
     return weights, weights**2, weights.sum(1), (weights**2).sum(1)
 
 
-def _sums(values: Sequence[float]) -> _Sums:
+def _sums(values: Sequence[float], draws: int = _DRAWS) -> _Sums:
     x = np.asarray(values, dtype=np.float64)
-    centre = x.mean()
-    weights, squared, ones, squares = _draws(len(x))
-    moved = x - centre  # no digits are lost to a large mean
-    identical = bool(np.ptp(x) <= 1e-12 * np.abs(x).max())
+    centre = float(x.mean())
+    weights, squared, ones, squares = _draws(len(x), draws)
+    moved = x - centre
+    first = weights @ moved
+    numerator = first**2, -2 * first * ones, ones**2
+    denominator = squared @ moved**2, -2 * (squared @ moved), squares
     return _Sums(
-        x,
-        ones,
-        weights @ moved,
-        squares,
-        squared @ moved,
-        squared @ moved**2,
+        np.stack([*numerator, *denominator], axis=1),
+        centre,
+        float(moved @ moved),
+        len(x),
         len(x) <= _MOST_ENUMERATED,
-        identical,
+        bool(np.ptp(x) <= 1e-12 * np.abs(x).max()),
     )
 
 
 def _p(sums: _Sums, mean: float) -> float:
-    count = len(sums.values)
-    centre = float(sums.values.mean())
+    count, shift = sums.seeds, mean - sums.centre
     if sums.identical:
-        return (
-            1.0 if abs(centre - mean) <= 1e-12 * max(abs(centre), abs(mean)) else 6.0 ** (1 - count)
-        )
-    shift = mean - centre
-    total = sums.first - shift * sums.ones
-    squares = sums.second - 2 * shift * sums.cross + shift**2 * sums.squares
-    # T² grows with total² / squares: ranks are the same, and neither is divided by zero
-    drawn = total**2 / np.maximum(squares, 1e-300)
-    own = (count * shift) ** 2 / (float(np.sum((sums.values - centre) ** 2)) + count * shift**2)
-    extreme = int(np.count_nonzero(drawn >= own * (1 - 1e-9)))
-    return extreme / len(drawn) if sums.exact else (1 + extreme) / (1 + len(drawn))
+        equal = abs(shift) <= 1e-12 * max(abs(sums.centre), abs(mean))
+        return 1.0 if equal else 6.0 ** (1 - count)
+    # That of the values themselves; draws that equal it but for rounding are as large
+    own = (1 - 1e-9) * (count * shift) ** 2 / (sums.squares + count * shift**2)
+    powers = np.array([1.0, shift, shift**2])
+    difference = sums.coefficients @ np.concatenate([powers, -own * powers])
+    extreme, draws = int(np.count_nonzero(difference >= 0)), len(difference)
+    return extreme / draws if sums.exact else (1 + extreme) / (1 + draws)
 
 
 def _end(sums: _Sums, mean: float, sign: int, level: float) -> float:
     """The end of the interval on one side: where the p-value falls to `level`."""
-    step = float(sums.values.std()) / len(sums.values) ** 0.5
+    step = sums.squares**0.5 / sums.seeds
     for _ in range(_DOUBLINGS):
         if _p(sums, mean + sign * step) <= level:
             break

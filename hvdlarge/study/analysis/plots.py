@@ -42,11 +42,12 @@ class Guide(NamedTuple):
 
 
 class Area(NamedTuple):
-    """A shaded stretch of the x axis."""
+    """A shaded stretch of the x axis: the darker, the larger `shade`, from 0 to 2."""
 
     label: str
     low: float
     high: float
+    shade: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hvdlarge.study.results import Level, Setup
 LevelName = str | int | float  # a level as a study file has it
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Confidence = Annotated[float, Field(ge=0.5, lt=1)]
+Confidence = Annotated[float, Field(ge=0.5, le=0.999)]
 
 
 class Section(BaseModel):
@@ -206,8 +206,9 @@ def _level(name: LevelName, factor: str, setup: Setup) -> str | None:
     levels = setup.factors[factor]
     if any(is_level(name, level) for level in levels):
         return None
-    likely = nearest(str(name), [level.label for level in levels], "its levels:")
-    return f"{name!r} is no level of {factor}; {likely}"
+    shown = repr(name) if isinstance(name, str) else f"{name:g}"
+    likely = nearest(shown.strip("'"), [level.label for level in levels], "its levels:")
+    return f"{shown} is no level of {factor}; {likely}"
 
 
 def _compare(section: Compare, setup: Setup) -> Iterator[tuple[str, str]]:

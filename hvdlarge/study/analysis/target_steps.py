@@ -32,6 +32,7 @@ from hvdlarge.study.analysis.intervals import Interval, interval
 from hvdlarge.study.analysis.plots import Area, Guide, Panel, Series
 from hvdlarge.study.results import RunResult, Setup
 
+REGIONS = ("perfect scaling", "diminishing returns", "maximum")
 PERFECT, MAXIMUM = 0.8, 0.2  # slopes of -log2(steps) against log2(batch)
 _BEYOND = 64.0  # times the measured batches: a critical batch beyond it is not determined
 _MOST_PANELS = 4  # arms with axes of their own
@@ -169,13 +170,11 @@ def fit_critical_batch(batches: Sequence[float], steps: Sequence[float]) -> floa
     """
     sizes, logs = np.asarray(batches, dtype=np.float64), np.log(steps)
 
-    def loss(log_critical: float) -> float:
-        return float(np.var(logs - np.log1p(np.exp(log_critical) / sizes)))
-
     low, high = math.log(sizes.min() / _BEYOND), math.log(sizes.max() * _BEYOND)
     while high - low > 1e-9:
         grid = np.linspace(low, high, 41)
-        best = int(np.argmin([loss(each) for each in grid]))
+        residuals = logs - np.log1p(np.exp(grid)[:, None] / sizes)
+        best = int(np.argmin(np.var(residuals, axis=1)))  # ln S_min is the mean residual
         low, high = float(grid[max(0, best - 1)]), float(grid[min(40, best + 1)])
     return math.exp((low + high) / 2)
 
@@ -214,7 +213,7 @@ def steps_text(steps: StepsToTarget, setup: Setup) -> str:
     if not steps.reached:
         return f"{of_arm}no repetition reached the target of {setup.metric}"
     parts = []
-    for region in ("perfect scaling", "diminishing returns", "maximum"):
+    for region in REGIONS:
         inside = [
             b for b, found in zip(steps.batches, steps.regions, strict=True) if found == region
         ]
@@ -344,5 +343,5 @@ def _areas(steps: StepsToTarget) -> tuple[Area, ...]:
         if areas and areas[-1].label == region and areas[-1].high == low:
             areas[-1] = areas[-1]._replace(high=high)
         else:
-            areas.append(Area(region, low, high))
+            areas.append(Area(region, low, high, REGIONS.index(region)))
     return tuple(areas)

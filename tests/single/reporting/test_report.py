@@ -92,7 +92,7 @@ def test_several_runs_are_compared_in_the_current_folder(runs, tmp_path, monkeyp
 
 def test_every_axis_has_a_title_and_no_text_lies_on_another(runs, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(figures, "png_of", lambda figure: drawn.append(figure) or b"")
     records = [RunRecords(run, run.parent.name, ()) for run in runs]
     for run in records:
         run.update()

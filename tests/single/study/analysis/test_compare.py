@@ -8,6 +8,7 @@ from support.simulated_studies import NOISES, noisy, repetitions, setup_of
 
 from hvdlarge.study.analysis.cells import by_cell
 from hvdlarge.study.analysis.compare import compare
+from hvdlarge.study.analysis.differences import difference, judge
 from hvdlarge.study.analysis.sections import Compare
 
 BASELINE = Compare(baseline={"arm": "a"})
@@ -24,8 +25,9 @@ def outcomes(finding):
     return {each["arm"][-1]: each["outcome"] for each in finding.facts["comparisons"]}
 
 
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("section", [BASELINE, Compare()], ids=["baseline", "best"])
+@pytest.mark.parametrize(
+    ("section", "kind"), [*((BASELINE, kind) for kind in NOISES), (Compare(), "skewed")]
+)
 def test_false_positives_of_equal_arms(kind, section):
     """Of 200 studies with three equal arms, those in which any is called better or worse."""
     setup = setup_of({"arm": ["a", "b", "c"]})
@@ -39,13 +41,13 @@ def test_false_positives_of_equal_arms(kind, section):
 
 @pytest.mark.parametrize("lower", [False, True])
 def test_a_clear_difference_is_found(lower):
-    """Twice the noise of a difference, with 8 seeds, in two comparisons: in 19 of 20 studies."""
+    """Twice the noise of a difference, with 8 seeds, in two comparisons: in 27 of 28 studies."""
     setup = setup_of({"arm": ["a", "b", "c"]}, lower=lower)
     right = 0
-    for seed in range(40):
+    for seed in range(28):
         runs = noisy(setup, [0.9, 0.93, 0.9], noise=0.01, seed=seed, shared=0.1)
         right += outcomes(found(BASELINE, setup, runs))["b"] == ("worse" if lower else "better")
-    assert right >= 38
+    assert right >= 27
 
 
 def test_pairing_removes_what_seeds_share():
@@ -69,15 +71,14 @@ def test_non_inferiority_within_a_tolerance():
 
 
 def test_non_inferiority_is_seldom_claimed_at_the_tolerance():
+    """Half of the false positives of a p-value of two sides."""
     setup = setup_of({"arm": ["a", "b"]})
-    section = Compare(baseline={"arm": "a"}, tolerance=0.01)
     false = 0
-    for seed in range(200):
-        runs = noisy(setup, [0.9, 0.89], noise=0.01, seed=seed)
-        false += bool(
-            compare(section, setup, by_cell(setup, runs)).facts["comparisons"][0]["within"]
-        )
-    assert false / 200 < 0.05  # one side of 5 %
+    for seed in range(300):
+        cells = by_cell(setup, noisy(setup, [0.9, 0.89], noise=0.01, seed=seed))
+        gain = difference(setup, cells[("b",)], cells[("a",)], 0.95, tolerance=0.01)
+        false += bool(judge([gain], 0.95)[0].within)
+    assert false / 300 < 0.05
 
 
 @pytest.mark.parametrize(("rate", "end"), [(9.9, "upper end, 10"), (0.0101, "lower end, 0.01")])
@@ -95,7 +96,7 @@ def test_best_rates_at_the_edge_make_a_comparison_void(rate, end):
     assert "void" in finding.verdict
     assert outcomes(finding)["c"] == "better"
     void = finding.facts["comparisons"][0]
-    assert not (void["better"] or void["worse"] or void["within"])
+    assert [void[key] for key in ("better", "worse", "within")] == [False, False, None]
     # The baseline at the edge: every comparison is void
     runs = [
         run
@@ -159,7 +160,7 @@ def test_arms_within_the_levels_of_another_factor():
 def test_many_comparisons_are_summed_up():
     setup = setup_of({"arm": [*"abcdefgh"]})
     means = [0.9, 0.95, 0.85, *[0.9] * 5]
-    verdict = found(BASELINE, setup, noisy(setup, means, noise=0.003)).verdict
+    verdict = found(BASELINE, setup, noisy(setup, means, noise=0.003, seed=1)).verdict
     assert verdict.startswith("Of 7 comparisons, 1 better: b (+0.0")
     assert "1 worse: c (-0.0" in verdict
     assert "5 without a difference" in verdict

@@ -1,0 +1,147 @@
+"""The analysis `diffusion`: known exponents and slopes are recovered within their intervals."""
+
+import json
+
+import numpy as np
+import pytest
+from support.simulated_studies import points, repetitions, setup_of
+
+from hvdlarge.study.analysis.cells import by_cell
+from hvdlarge.study.analysis.diffusion import constant_stretch, diffusion, fit_growth
+from hvdlarge.study.analysis.sections import Diffusion
+
+TIMES = np.unique(np.geomspace(10, 3000, 40).astype(int))
+
+
+def found(setup, runs, section=None):
+    finding = diffusion(section or Diffusion(), setup, by_cell(setup, runs))
+    json.dumps(finding.facts, allow_nan=False)
+    assert len({len(row) for row in finding.table}) <= 1
+    return finding
+
+
+def simulated(curve, spread, seed, seeds=8):
+    """Distances whose parameter differs from seed to seed, with noise of 1 %."""
+    rng = np.random.default_rng(seed)
+    return repetitions(
+        ("a",),
+        [0.9] * seeds,
+        distance=[
+            points(TIMES, curve(spread * rng.normal()) * (1 + 0.01 * rng.normal(size=len(TIMES))))
+            for _ in range(seeds)
+        ],
+    )
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_powers_are_within_their_intervals(power):
+    setup = setup_of({"arm": ["a"]})
+    inside = better = 0
+    for seed in range(25):
+        runs = simulated(lambda more: 0.7 * TIMES ** (power + more), 0.01, seed)
+        fact = found(setup, runs).facts["cells"][0]
+        inside += fact["power"]["low"] <= power <= fact["power"]["high"]
+        better += fact["better"] == "power"
+    assert inside >= 22
+    assert better == 25
+
+
+@pytest.mark.parametrize("slope", [4.0])
+def test_slopes_of_the_logarithm_are_within_their_intervals(slope):
+    setup = setup_of({"arm": ["a"]})
+    inside = better = 0
+    for seed in range(25):
+        runs = simulated(lambda more: slope * (1 + more) * np.log(TIMES) + 0.2, 0.03, seed)
+        fact = found(setup, runs).facts["cells"][0]
+        inside += fact["slope"]["low"] <= slope <= fact["slope"]["high"]
+        better += fact["better"] == "log"
+    assert inside >= 22
+    assert better == 25
+
+
+def test_each_cell_has_its_description():
+    setup = setup_of({"batch.base": [32, 1024]})
+    rng = np.random.default_rng(0)
+
+    def noisy(curve):
+        return [points(TIMES, curve * (1 + 0.01 * rng.normal(size=len(TIMES)))) for _ in range(8)]
+
+    runs = repetitions(("32",), [0.9] * 8, distance=noisy(2 * np.log(TIMES) + 1))
+    runs += repetitions(("1024",), [0.9] * 8, distance=noisy(TIMES**0.5))
+    finding = found(setup, runs)
+    assert [each["better"] for each in finding.facts["cells"]] == ["log", "power"]
+    assert "a · ln t + b describes batch.base 32 (p = " in finding.verdict
+    assert "a · t^p describes batch.base 1024 (p = 0.5" in finding.verdict
+
+
+def test_neither_is_better_by_chance():
+    """Curves half-way between both, of which each seed follows one at random."""
+    setup = setup_of({"arm": ["a"]})
+    decided = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        curves = [
+            points(TIMES, 3 * np.log(TIMES) + 1 if rng.random() < 0.5 else TIMES**0.5)
+            for _ in range(8)
+        ]
+        runs = repetitions(("a",), [0.9] * 8, distance=curves)
+        decided += found(setup, runs).facts["cells"][0]["better"] != ""
+    assert decided <= 4
+
+
+def test_exact_curves_are_no_division_by_zero():
+    growth = fit_growth(TIMES, 2.0 * TIMES**0.5)
+    assert growth.power == pytest.approx(0.5, abs=1e-6)
+    assert growth.gap > 5
+    assert fit_growth(TIMES, 2.0 * np.log(TIMES) + 1).gap < -5
+    assert fit_growth(TIMES, np.zeros(len(TIMES))) is None
+    assert fit_growth(TIMES[:6], TIMES[:6] ** 0.5) is None
+
+
+def test_points_close_in_time_have_enough_in_both_parts():
+    times = np.arange(1000, 1013)
+    assert fit_growth(times, times**0.5).power == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rates", "first", "last"),
+    [
+        ([0.1] * 10, 100, 1000),
+        ([0.1, 0.2, 0.3, *[0.4] * 5, 0.2, 0.2], 400, 800),
+        ([*[0.1] * 3, None, *[0.1] * 6], 500, 1000),
+        ([0.1] * 5 + [0.2] * 5, 100, 500),  # the first of equal ones
+        ([None] * 10, 100, 1000),
+    ],
+)
+def test_the_stretch_of_constant_rate(rates, first, last):
+    steps = np.arange(100, 1001, 100)
+    stretch = constant_stretch(points(steps, steps, lr=rates), 0.0, None)
+    assert (stretch[0].step, stretch[-1].step) == (first, last)
+
+
+def test_the_stretch_is_within_the_epochs_of_the_section():
+    steps = np.arange(100, 1001, 100)
+    stretch = constant_stretch(points(steps, steps), 3.0, 7.0)
+    assert [point.step for point in stretch] == [300, 400, 500, 600, 700]
+
+
+def test_what_is_left_out_is_said():
+    setup = setup_of({"arm": ["a", "b", "c"]})
+    runs = simulated(lambda more: TIMES ** (0.5 + more), 0.01, 0)
+    runs += repetitions(("b",), [0.9, None, 0.9], distance=[points([1, 2, 3], [1, 2, 3])] * 3)
+    runs += repetitions(("c",), [0.9] * 2)
+    finding = found(setup, runs)
+    assert len(finding.facts["cells"]) == 1
+    notes = " ".join(finding.notes)
+    assert "Fewer than 12 points at a constant rate: b (2 repetitions)" in notes
+    assert "Failed repetitions are left out: b (1 repetition)" in notes
+    assert "Without distances (log.distances of the job): c (2 repetitions)" in notes
+
+
+def test_unfinished_studies():
+    setup = setup_of({"arm": ["a"]})
+    assert found(setup, []).verdict.endswith("no fit.")
+    assert found(setup, repetitions(("a",), [None] * 8)).plot is None
+    two = found(setup, simulated(lambda more: TIMES**0.5, 0.0, 0, seeds=2))
+    assert "1 cell with too few seeds to decide" in two.verdict
+    assert two.facts["cells"][0]["power"]["mean"] == pytest.approx(0.5, abs=0.02)

@@ -1,0 +1,89 @@
+"""The analysis `ladder`: what each rung adds is found, and what a broken rung means is said."""
+
+import json
+
+import numpy as np
+import pytest
+from support.simulated_studies import noisy, repetitions, setup_of
+
+from hvdlarge.study.analysis.cells import by_cell
+from hvdlarge.study.analysis.ladder import ladder
+from hvdlarge.study.analysis.sections import Ladder
+
+SECTION = Ladder(factor="recipe")
+RUNGS = ["plain", "warmup", "lars", "smoothing"]
+
+
+def found(setup, runs, section=SECTION):
+    finding = ladder(section, setup, by_cell(setup, runs))
+    json.dumps(finding.facts, allow_nan=False)
+    assert len({len(row) for row in finding.table}) <= 1
+    return finding
+
+
+def test_what_each_rung_adds():
+    setup = setup_of({"recipe": RUNGS})
+    finding = found(setup, noisy(setup, [0.5, 0.6, 0.8, 0.75], noise=0.004, shared=0.05))
+    adds = [each["gain"]["mean"] for each in finding.facts["rungs"]]
+    assert adds == pytest.approx([0.1, 0.2, -0.05], abs=0.006)
+    assert [each["outcome"] for each in finding.facts["rungs"]] == ["better", "better", "worse"]
+    assert [each["base"] for each in finding.facts["rungs"]] == [[rung] for rung in RUNGS[:-1]]
+    whole = finding.facts["whole"][0]
+    assert (whole["base"], whole["better"]) == (["plain"], True)
+    assert finding.verdict.startswith("From plain, warmup adds +0.")
+    assert "all together +0.2" in finding.verdict
+
+
+def test_equal_rungs_add_nothing():
+    setup = setup_of({"recipe": RUNGS})
+    false = 0
+    for seed in range(60):
+        cells = by_cell(setup, noisy(setup, [0.5] * 4, noise=0.01, seed=seed))
+        rungs = ladder(SECTION, setup, cells).facts["rungs"]
+        false += any(each["better"] or each["worse"] for each in rungs)
+    assert false <= 7  # of 60; 5 % are 3
+
+
+def test_a_ladder_of_each_batch_from_a_baseline_on():
+    setup = setup_of({"batch.base": [512, 4096], "recipe": RUNGS})
+    runs = noisy(setup, [0.5, 0.6, 0.7, 0.8] * 2, noise=0.001)
+    finding = found(setup, runs, Ladder(factor="recipe", baseline="warmup"))
+    assert len(finding.facts["rungs"]) == 4
+    assert "batch.base 512: from warmup, lars adds" in finding.verdict
+    assert len(finding.plot.panels[0].series) == 2
+
+
+def test_more_ladders_have_shorter_verdicts():
+    setup = setup_of({"batch.base": [1, 2, 4], "recipe": ["a", "b", "c"]})
+    verdict = found(setup, noisy(setup, [0.5, 0.5, 0.9] * 3, noise=0.01, seed=1)).verdict
+    assert "b adds" not in verdict
+    assert verdict.count("c adds") == 3
+
+
+def test_a_rung_that_fails():
+    setup = setup_of({"recipe": RUNGS[:3]})
+    spread = 0.001 * np.arange(8) ** 2
+    runs = repetitions(("plain",), 0.5 + spread) + repetitions(("warmup",), [None] * 8)
+    runs += repetitions(("lars",), [*(0.8 + spread[:7]), None])
+    finding = found(setup, runs)
+    assert "warmup (all 8 repetitions of warmup failed)" in finding.verdict
+    assert not finding.facts["whole"][0]["better"]
+    assert "1 of 8 of lars failed" in finding.verdict
+
+
+def test_an_edge_makes_its_steps_void():
+    setup = setup_of({"recipe": RUNGS[:3]})
+    runs = repetitions(("plain",), [0.1, 0.2, 0.3]) + repetitions(
+        ("warmup",), [0.3, 0.4, 0.6], lr=10.0
+    )
+    finding = found(setup, [*runs, *repetitions(("lars",), [0.4, 0.6, 0.7])])
+    assert [each["outcome"][:4] for each in finding.facts["rungs"]] == ["void", "void"]
+
+
+def test_unfinished_studies():
+    setup = setup_of({"recipe": RUNGS})
+    assert "no repetition of warmup yet" in found(setup, repetitions(("lars",), [0.5] * 8)).verdict
+    finding = found(setup, [])
+    assert finding.plot is None
+    assert "no repetition" in finding.verdict
+    assert found(setup, [run for c in setup.cells for run in repetitions(c, [None] * 2)]).verdict
