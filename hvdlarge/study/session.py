@@ -31,7 +31,7 @@ from hvdlarge.study.study_file import Study
 from hvdlarge.telemetry.console import print_error, print_status
 
 Records = Mapping[RunName, RunResult]
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
 _WAIT_SECONDS = 0.5  # for runs of other processes
 _PRUNE_SECONDS = 1.0

@@ -198,7 +198,7 @@ seeds: 1
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_is_orderly_and_the_study_goes_on(study, start, tmp_path, how):
     study[1](**{"epochs: 1": "epochs: 60"})
     process = start("--jobs", "2", wait=False)

@@ -119,6 +119,34 @@ def test_the_elements_of_an_array_are_runs_of_their_own(bench):
         assert found["epochs"] == {1: 3, 2: 1}[element]
 
 
+STUDY = """\
+name: shared
+job: job.yaml
+set: {epochs: 1}
+factors:
+  batch.growth: [{policy: none}, {policy: adabatch, every_epochs: 0.5, max: 64}]
+tune: {search: {lr.base: {low: 0.5, high: 8, log: true}}, trials: 2, round: 2}
+seeds: 2
+"""
+
+
+@pytest.mark.long
+def test_the_elements_of_an_array_share_a_study(bench):
+    (bench.folder / "study.yaml").write_text(STUDY)
+    script = bench.folder / "study.sbatch"
+    script.write_text('#!/bin/bash\nexec "$HVDLARGE_PYTHON" -m hvdlarge.study study.yaml\n')
+    options = ("--array=1-3", "--job-name=study", "--output=%x-%A-%a.log")
+    number = bench.submit(*options, file=script, arguments=())
+    for element in (1, 2, 3):
+        job = bench.cluster.wait_for_job(f"{number}_{element}")
+        assert job["JobState"] == "COMPLETED", bench.logs()
+    records = list((bench.folder / "runs/shared").glob("runs/*/*.json"))
+    assert len(records) == 8
+    assert all(json.loads(path.read_text())["state"] == "finished" for path in records)
+    for path in (bench.folder / "runs/shared").glob("runs/*/*/starts.jsonl"):
+        assert len(path.read_text().splitlines()) == 1  # none was trained twice
+
+
 @pytest.mark.long
 def test_a_step_without_pmi_is_refused(bench):
     """Each of its workers would be alone."""
