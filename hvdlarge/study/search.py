@@ -73,6 +73,7 @@ def suggest(tune: Tune, search: Search, cell: str, tried: Sequence[Tried]) -> di
         return grid(search, tune.trials)[len(tried)]
     import optuna
 
+    _quieten()
     study = optuna.create_study(sampler=_sampler(tune, cell, len(tried)))
     distributions = {key: _distribution(space) for key, space in search.items()}
     for each, rank in zip(tried, _ranks([each.loss for each in tried]), strict=True):
@@ -94,6 +95,13 @@ def suggest(tune: Tune, search: Search, cell: str, tried: Sequence[Tried]) -> di
         # The same settings and seed would give the same result again
         study.sampler = at_random
     return asked
+
+
+def _quieten() -> None:
+    """Optuna tells of each study that it creates, and of packages that would make it faster."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def grid(search: Search, trials: int) -> list[dict[str, Any]]:
@@ -144,7 +152,10 @@ def _sampler(tune: Tune, cell: str, number: int) -> optuna.samplers.BaseSampler:
             return optuna.samplers.RandomSampler(seed=seed)
         first = max(2, min(10, tune.trials // 3))
         if tune.sampler == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first)
+            # The same settings and seed give the same result
+            return optuna.samplers.GPSampler(
+                seed=seed, n_startup_trials=first, deterministic_objective=True
+            )
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True)
 
 
@@ -203,7 +214,7 @@ class Journal:
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        _quieten()
         self._path = path
         _cut_off_half_line(path)
         with warnings.catch_warnings():
