@@ -157,11 +157,11 @@ def coverage_of_fits(studies):
     setup = setup_of({"arm": ["a"]})
     times = np.unique(np.geomspace(10, 3000, 40).astype(int))
     curves = {
-        "p = 0.25": (0.25, "power", lambda more: times ** (0.25 + 0.01 * more)),
-        "p = 0.5": (0.5, "power", lambda more: times ** (0.5 + 0.01 * more)),
-        "p = 0.8": (0.8, "power", lambda more: times ** (0.8 + 0.01 * more)),
-        "a = 0.5": (0.5, "slope", lambda more: 0.5 * (1 + 0.03 * more) * np.log(times) + 0.2),
-        "a = 4": (4.0, "slope", lambda more: 4 * (1 + 0.03 * more) * np.log(times) + 0.2),
+        "power 0.25": (0.25, "power", lambda more: times ** (0.25 + 0.01 * more)),
+        "power 0.5": (0.5, "power", lambda more: times ** (0.5 + 0.01 * more)),
+        "power 0.8": (0.8, "power", lambda more: times ** (0.8 + 0.01 * more)),
+        "slope 0.5": (0.5, "slope", lambda more: 0.5 * (1 + 0.03 * more) * np.log(times) + 0.2),
+        "slope 4": (4.0, "slope", lambda more: 4 * (1 + 0.03 * more) * np.log(times) + 0.2),
     }
     heading("diffusion, 8 seeds", "in interval", "told right")
     for name, (truth, parameter, curve) in curves.items():

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from hvdlarge.reporting.describe import columns
 from hvdlarge.reporting.html import document, escaped, picture, section, table
 from hvdlarge.study.analysis.cells import CellResults, by_cell, edge_sentence, value_of
-from hvdlarge.study.analysis.compare import repetitions_text, settings_text
-from hvdlarge.study.analysis.finding import UNKNOWN, Finding, between, counted, number
+from hvdlarge.study.analysis.compare import settings_text
+from hvdlarge.study.analysis.finding import UNKNOWN, Finding, counted, ends_text, mean_text, number
 from hvdlarge.study.analysis.intervals import interval, seeds_needed
 from hvdlarge.study.analysis.plots import Picture
 from hvdlarge.study.results import Cell, RunResult, Setup
@@ -93,8 +93,8 @@ def cells_table(setup: Setup, cells: Mapping[Cell, CellResults]) -> list[tuple[s
         found = interval([*each.values.values()], _CONFIDENCE)
         row = (*(cell or (setup.name,)), _trials(setup, each), _best_trial(setup, each))
         row += (settings_text(each) or UNKNOWN,)
-        row += (f"{len(each.repetitions)} of {setup.repetitions}", number(found.mean))
-        row += (between(found.low, found.high), f"{each.failures}" if each.failures else UNKNOWN)
+        row += (f"{len(each.repetitions)} of {setup.repetitions}", mean_text(found))
+        row += (ends_text(found), f"{each.failures}" if each.failures else UNKNOWN)
         rows.append((*row, _remark(each)))
     return rows
 
@@ -125,16 +125,24 @@ def _best_trial(setup: Setup, cell: CellResults) -> str:
 def _remark(cell: CellResults) -> str:
     remarks = [edge_sentence(cell)] if cell.edges else []
     if cell.failures:
-        remarks.append(f"mean of {repetitions_text(cell)}")
+        remarks.append(
+            f"mean of the {len(cell.values)} that finished" if cell.values else "none finished"
+        )
     reasons = dict.fromkeys(run.reason for run in cell.repetitions if run.reason)
     remarks += [reason[:120] for reason in list(reasons)[:1]]
     return "; ".join(remarks) or UNKNOWN
 
 
 def _cells_note(setup: Setup) -> str:
+    tuned = any(cell is not None for cell in setup.tuned_at.values())
+    settings = (
+        "Repetitions have the best settings of the tuning and seeds that it never saw. "
+        if tuned
+        else ""
+    )
     return (
-        '\n<p class="aside">Repetitions have the best settings of the tuning and seeds that it '
-        f"never saw. Intervals of means need {seeds_needed(_CONFIDENCE)} finished repetitions.</p>"
+        f'\n<p class="aside">{settings}Intervals of means need {seeds_needed(_CONFIDENCE)} '
+        "finished repetitions.</p>"
     )
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvdlarge.study.analysis.cells import CellResults, edge_sentence, groups, level_of
 from hvdlarge.study.analysis.compare import (
+    edge_notes,
     group_name,
     missing_notes,
     repetitions_text,
@@ -32,12 +33,12 @@ from hvdlarge.study.analysis.differences import Judgement, difference, judge
 from hvdlarge.study.analysis.finding import (
     UNKNOWN,
     Finding,
-    between,
+    ends_text,
     listed,
+    mean_text,
     number,
     percent,
     rounded,
-    signed,
 )
 from hvdlarge.study.analysis.intervals import p_value, seeds_needed
 from hvdlarge.study.analysis.plots import Guide, Panel, Plot, Series
@@ -49,6 +50,7 @@ from hvdlarge.study.analysis.target_steps import (
     steps_text,
 )
 from hvdlarge.study.analysis.target_steps import table as steps_table
+from hvdlarge.study.analysis.verdicts import edges_text, failed_of
 from hvdlarge.study.results import Cell, Setup
 
 _POINTS = 33  # between two batches, where the limit is looked for
@@ -73,7 +75,10 @@ class Limit:
         estimate: where the mean gain falls to minus the tolerance; None if it does not, or the
             batches on either side cannot be compared.
         low: lower end of its interval; None if not known.
-        high: upper end; None if it is not below the largest batch.
+        high: upper end; None if it is not below `reach`, or not known.
+        known: whether the interval is known: there are enough seeds where its ends are.
+        reach: the largest batch up to which the limit was looked for: the last with results that is
+            not after one with failures.
         void: why the limit is void; empty if it is not.
     """
 
@@ -86,6 +91,8 @@ class Limit:
     estimate: float | None
     low: float | None
     high: float | None
+    known: bool
+    reach: float
     void: tuple[str, ...]
 
     @property
@@ -114,11 +121,11 @@ def batch_limit(section: BatchLimit, setup: Setup, cells: Cells) -> Finding:
     panels = [_panel(section, setup, limits)] if limits else []
     if any(each.reached for each in steps) and section.target is not None:
         panels += steps_panels(steps, setup, section.target)
-    verdict = "; ".join(_text(each, section) for each in limits) or "no arm has two batches"
+    verdict = _verdict(section, setup, limits)
     verdict += "".join(f"; {steps_text(each, setup)}" for each in steps)
     return Finding(
         "batch_limit",
-        f"Largest batch within {section.tolerance:g} of {setup.metric}",
+        f"Largest batch that loses at most {section.tolerance:g} of {setup.metric}",
         f"{verdict}.",
         _table(limits, steps),
         Plot(tuple(panels), _caption(section, bool(steps))) if panels else None,
@@ -193,9 +200,9 @@ def _limit(
         shown = batch if unbroken else shown
         if excluded is None and (each.beyond or each.difference.arm.failures):
             excluded = batch
-    estimate, low, high = _crossing(batches, judged, tolerance, 1 - section.confidence)
+    crossing = _crossing(batches, judged, tolerance, 1 - section.confidence)
     last = excluded if excluded is not None else batches[-1]
-    void = tuple(
+    void = (
         text
         for batch, each in zip(batches, cells, strict=True)
         if batch <= last and (text := edge_sentence(each))
@@ -207,33 +214,31 @@ def _limit(
         tuple(judged),
         shown,
         excluded,
-        estimate,
-        low,
-        high,
-        void,
+        *crossing,
+        tuple(dict.fromkeys(void)),
     )
+
+
+class _Crossing(NamedTuple):
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    known: bool = False
+    reach: float = 0.0
 
 
 def _crossing(
     batches: Sequence[float], judged: Sequence[Judgement], tolerance: float, level: float
-) -> tuple[float | None, float | None, float | None]:
+) -> _Crossing:
     """Where the mean gain first falls to minus the tolerance, with the ends of its interval.
 
-    Batches without results are skipped; the first with failures ends the search.
+    Batches without results are skipped; the first with failures ends the search. An end is known
+    only if there are enough seeds at all batches before it.
     """
-    known: list[tuple[float, dict[int, float]]] = []
-    base_seeds = judged[0].difference.base.values
-    if judged[0].difference.base.failures or not base_seeds:
-        return None, None, None
-    known.append((batches[0], dict.fromkeys(base_seeds, 0.0)))
-    for batch, each in zip(batches[1:], judged, strict=True):
-        if each.difference.arm.failures:
-            break
-        seeds = [seed for seed in each.difference.arm.values if seed in base_seeds]
-        if seeds:
-            known.append((batch, dict(zip(seeds, each.difference.gains, strict=True))))
     estimate = low = high = None
-    for (first, before), (second, after) in itertools.pairwise(known):
+    gap = False  # in the p-values, so far
+    gains_of = _known_gains(batches, judged)
+    for (first, before), (second, after) in itertools.pairwise(gains_of):
         seeds = [seed for seed in before if seed in after]
         ends = np.array([[before[seed] for seed in seeds], [after[seed] for seed in seeds]])
         for share in np.linspace(0, 1, _POINTS)[1:]:
@@ -243,7 +248,8 @@ def _crossing(
             if (above and low is not None) or high is not None:
                 continue  # nothing that could be found is left
             p = p_value([*gains], -tolerance, precise=False)
-            if p is None:
+            gap = gap or p is None
+            if gap or p is None:
                 continue
             if low is None and not (above and p <= level):
                 low = batch
@@ -253,64 +259,139 @@ def _crossing(
             start, end = ends[0].mean(), ends[1].mean()
             share = min(1.0, max(0.0, (start + tolerance) / (start - end)))
             estimate = float(first * (second / first) ** share)
-    return estimate, low, high
+    if estimate is not None:  # it lies between the points at which p-values are taken
+        low = min(low, estimate) if low is not None else None
+        high = max(high, estimate) if high is not None else None
+    known = low is not None and (high is not None or not gap)
+    return _Crossing(estimate, low, high, known, gains_of[-1][0] if gains_of else batches[0])
 
 
-def _text(limit: Limit, section: BatchLimit | NoiseScale) -> str:
-    """The limit of an arm in words."""
-    of_arm = f"{limit.name}: " if limit.name else ""
-    base, largest = number(limit.batches[0]), number(limit.batches[-1])
-    tolerance = f"within {section.tolerance:g} of batch {base}"
-    if limit.void:
-        return f"{of_arm}void, as {listed(limit.void)}"
-    reference = limit.cells[0]
-    if not reference.values:
-        state = (
-            f"all {reference.failures} repetitions failed"
-            if reference.repetitions
-            else "no repetition yet"
-        )
-        return f"{of_arm}no limit, as batch {base}, the baseline, has {state}"
+def _known_gains(
+    batches: Sequence[float], judged: Sequence[Judgement]
+) -> list[tuple[float, dict[int, float]]]:
+    """The gains of each seed at the batches that have any, up to the first with failures."""
+    base = judged[0].difference.base
+    if base.failures or not base.values:
+        return []
+    known = [(batches[0], dict.fromkeys(base.values, 0.0))]
+    for batch, each in zip(batches[1:], judged, strict=True):
+        if each.difference.arm.failures:
+            break
+        seeds = [seed for seed in each.difference.arm.values if seed in base.values]
+        if seeds:
+            known.append((batch, dict(zip(seeds, each.difference.gains, strict=True))))
+    return known
+
+
+def limit_text(limit: Limit) -> str:
+    """The estimated limit with its interval, or what it is above; empty if nothing is known."""
+    if limit.estimate is not None:
+        if not limit.known:
+            return f"{rounded(limit.estimate)} (no interval)"
+        high = f"> {number(limit.reach)}" if limit.high is None else rounded(limit.high)
+        return f"{rounded(limit.estimate)} [{rounded(limit.low)}, {high}]"
     if limit.all_within:
-        return f"{of_arm}all batches up to {largest} are {tolerance}: the limit is beyond {largest}"
+        return f"above {number(limit.batches[-1])}"
+    above = max(limit.shown or 0.0, limit.low or 0.0)
+    return f"above {rounded(above)}" if above > limit.batches[0] else ""
+
+
+def _verdict(section: BatchLimit | NoiseScale, setup: Setup, limits: Sequence[Limit]) -> str:
+    """The limits of all arms in words; void ones once, at the end."""
+    if not limits:
+        return "no arm has two batches"
+    sound = [each for each in limits if not each.void]
+    base = number(limits[0].batches[0])
+    same = len({each.batches[0] for each in limits}) == 1
+    of_batch = f"batch {base}" if same else "the smallest batch"
+    head = f"Limit within {section.tolerance:g} of {of_batch} ({percent(section.confidence)})"
+    if len(limits) == 1 and sound:
+        return f"{head}: {_single_text(sound[0], section)}"
+    texts = []
+    beyond = [each for each in sound if each.all_within and not each.cells[0].failures]
+    for largest in dict.fromkeys(each.batches[-1] for each in beyond):
+        names = [each.name for each in beyond if each.batches[-1] == largest]
+        texts.append(f"above {number(largest)} for {listed(names, len(names))}")
+    hindered: dict[str, list[str]] = {}
+    for each in sound:
+        hindrance = _hindrance(each, section)
+        if hindrance:
+            hindered.setdefault(hindrance, []).append(each.name)
+        elif each not in beyond:
+            texts.append(_arm_text(each))
+    texts += [f"{listed(names, len(names))}: {why}" for why, names in hindered.items()]
+    if void := [each for each in limits if each.void]:
+        cells = [cell for each in void for cell in _void_cells(each)]
+        texts.append(f"void: {edges_text(setup, cells)}")
+        failed = [cell for each in void for cell in each.cells if cell.failures]
+        if failed:
+            names = [f"{cell.label} ({failed_of(cell)})" for cell in failed]
+            texts.append(f"failed: {listed(names, len(names))}")
+    return f"{head}: {'; '.join(texts)}"
+
+
+def _void_cells(limit: Limit) -> list[CellResults]:
+    return [cell for cell in limit.cells if edge_sentence(cell) in limit.void]
+
+
+def _hindrance(limit: Limit, section: BatchLimit | NoiseScale) -> str:
+    """Why an arm has no limit, if it is because of its baseline; else empty."""
+    reference, base = limit.cells[0], number(limit.batches[0])
+    ended = len(reference.repetitions)
+    if not ended:
+        return f"no repetition of batch {base}, the baseline, yet"
+    if not reference.values:
+        return f"all {ended} repetitions of batch {base}, the baseline, failed"
+    failed = ""
     if reference.failures:
-        return (
-            f"{of_arm}no limit, as {reference.failures} of {len(reference.repetitions)} "
-            f"repetitions of batch {base}, the baseline, failed"
+        failed = (
+            f"{reference.failures} of {ended} repetitions of batch {base}, the baseline, failed"
         )
+    if limit.all_within:
+        return f"above {number(limit.batches[-1])}, but {failed}" if failed else ""
+    if failed:
+        return failed
     if limit.shown is None:
         needed = seeds_needed(section.confidence)
-        guess = f"; estimated at {rounded(limit.estimate)}" if limit.estimate is not None else ""
-        seeds = f"{len(reference.values)} of {needed} seeds"
-        return f"{of_arm}undecided{guess}, as batch {base} has {seeds} that are needed"
-    return of_arm + _shown_text(limit, section, tolerance)
+        guess = f"{limit_text(limit)}, " if limit.estimate is not None else ""
+        return f"{guess}undecided, as batch {base} has {len(reference.values)} of {needed} seeds"
+    return ""
 
 
-def _shown_text(limit: Limit, section: BatchLimit | NoiseScale, tolerance: str) -> str:
-    base = number(limit.batches[0])
+def _arm_text(limit: Limit) -> str:
+    """The limit of one arm of several, with its name before it."""
+    failed = _failed_text(limit)
+    none = f"not shown to be above {number(limit.batches[0])}" if failed else "undecided"
+    text = limit_text(limit) or none
+    return f"{limit.name} {text}{f', {failed}' if failed else ''}"
+
+
+def _failed_text(limit: Limit) -> str:
+    """The failed repetitions of batches after the baseline."""
+    return ", ".join(
+        f"{cell.failures} of {len(cell.repetitions)} failed at {number(batch)}"
+        for batch, cell in zip(limit.batches[1:], limit.cells[1:], strict=True)
+        if cell.failures
+    )
+
+
+def _single_text(limit: Limit, section: BatchLimit | NoiseScale) -> str:
+    """The limit of the only arm, with the batches that are shown to be within and beyond."""
+    if hindrance := _hindrance(limit, section):
+        return hindrance
+    if limit.all_within:
+        return f"all batches are within it, up to {number(limit.batches[-1])}"
     if limit.shown == limit.batches[0]:
-        text = f"no larger batch is shown to be {tolerance}"
+        text = "no larger batch is shown to be within it"
     else:
-        text = f"batches up to {number(limit.shown)} are {tolerance}"
-    if limit.excluded is not None:
-        cell = limit.cells[limit.batches.index(limit.excluded)]
-        text += f", {number(limit.excluded)} is not"
-        if cell.failures:
-            text += f" ({cell.failures} of {len(cell.repetitions)} repetitions failed)"
-    else:
+        text = f"batches up to {number(limit.shown)} are shown to be within it"
+    if limit.excluded is None:
         text += f", none up to {number(limit.batches[-1])} is shown not to be"
-    if limit.estimate is not None:
-        low = rounded(limit.low) if limit.low is not None else base
-        high = (
-            rounded(limit.high) if limit.high is not None else f"beyond {number(limit.batches[-1])}"
-        )
-        text += (
-            f"; limit estimated at {rounded(limit.estimate)}, {percent(section.confidence)} "
-            f"interval {low} to {high}"
-        )
-    elif limit.low is not None and limit.low > limit.batches[0]:
-        text += f"; limit above {rounded(limit.low)} ({percent(section.confidence)})"
-    return text
+    else:
+        text += f", {number(limit.excluded)} is not"
+    failed = _failed_text(limit)
+    estimate = f"{limit_text(limit)}; " if limit.estimate is not None else ""
+    return f"{estimate}{text}{f' ({failed})' if failed else ''}"
 
 
 def _table(limits: Sequence[Limit], steps: Sequence[StepsToTarget]) -> list[tuple[str, ...]]:
@@ -330,7 +411,7 @@ def _table(limits: Sequence[Limit], steps: Sequence[StepsToTarget]) -> list[tupl
             else:
                 judged = limit.judged[place - 1]
                 gain = judged.difference.gain
-                row += (signed(gain.mean), between(gain.low, gain.high, True), judged.outcome)
+                row += (mean_text(gain, True), ends_text(gain, True), judged.outcome)
             rows.append((*row, *extra.get(batch, ())))
     if not rows:
         return []
@@ -386,7 +467,8 @@ def _caption(section: BatchLimit, with_steps: bool) -> str:
 def _notes(section: BatchLimit, setup: Setup, cells: Cells, limits: Sequence[Limit]) -> list[str]:
     notes = [
         "Batches are tested upwards from the baseline until one cannot be shown to be within "
-        "tolerance; in this order no correction for several comparisons is needed."
+        "tolerance; in this order no correction for several comparisons of an arm is needed. "
+        "There is none for several arms: each limit has its own confidence."
     ]
     for limit in limits:
         of_arm = f"{limit.name}: " if limit.name else ""
@@ -411,9 +493,16 @@ def _notes(section: BatchLimit, setup: Setup, cells: Cells, limits: Sequence[Lim
                 f"{of_arm}the runs do not have the same number of epochs, but "
                 f"{min(epochs):.4g} to {max(epochs):.4g}: this is no limit at fixed epochs."
             )
-    left_out = len(groups(setup, [section.batch])) - len(limits)
+    names = {each.name for each in limits}
+    left_out = [
+        each.name or setup.name
+        for each in _all_batches(section, setup, cells)
+        if each.name not in names
+    ]
     if left_out:
-        notes.append(f"Arms without the baseline or a batch above it: {left_out}.")
+        named = listed(left_out, len(left_out))
+        notes.append(f"Without the baseline or a batch above it: {named}.")
+    notes += edge_notes(cells.values())
     if section.target is not None:
         notes.append(
             "Settings are those tuned for the result at the end, not for the fewest steps to the "
@@ -432,6 +521,7 @@ def _facts(limit: Limit) -> dict[str, Any]:
         "estimate": limit.estimate,
         "low": limit.low,
         "high": limit.high,
+        "known": limit.known,
         "void": list(limit.void),
         "comparisons": [each.facts() for each in limit.judged],
     }

@@ -37,6 +37,8 @@ class CellResults:
         label: as tables name it.
         trials: of the tuning of this cell, that have ended.
         repetitions: that have ended.
+        tuned_at: the cell whose tuning the settings come from; mostly itself.
+        searched: its label.
         settings: the tuned keys of the repetitions, or of the best trial while there are none.
         edges: of these settings.
         values: the metric of each finished repetition, by its number.
@@ -47,6 +49,8 @@ class CellResults:
     label: str
     trials: tuple[RunResult, ...]
     repetitions: tuple[RunResult, ...]
+    tuned_at: Cell
+    searched: str
     settings: Mapping[str, Any]
     edges: tuple[Edge, ...]
     values: Mapping[int, float]
@@ -155,6 +159,8 @@ def _of_cell(
         label_of(setup, cell),
         tuple(runs[cell][TRIAL]),
         tuple(repetitions),
+        tuned_at if tuned_at is not None else cell,
+        label_of(setup, tuned_at if tuned_at is not None else cell),
         settings,
         tuple(edge for edge in edges if edge is not None),
         values,
@@ -178,8 +184,11 @@ def edge_sentence(results: CellResults) -> str:
     """What is wrong with the search of a cell; empty if nothing is."""
     if not results.edges:
         return ""
-    parts = [
-        f"{edge.key} {edge.value:.4g} at the {edge.end} end, {edge.at:.4g}, of its range"
-        for edge in results.edges
-    ]
-    return f"{results.label} has its best {' and '.join(parts)}"
+    return f"{results.searched} has {' and '.join(map(_edge_text, results.edges))}"
+
+
+def _edge_text(edge: Edge) -> str:
+    value, at = f"{edge.value:.4g}", f"{edge.at:.4g}"
+    if value == at:
+        return f"{edge.key} {value}, the {edge.end} end of its range"
+    return f"{edge.key} {value}, near the {edge.end} end of its range, {at}"

@@ -4,7 +4,9 @@ differences between arms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from hvdlarge.study.analysis.cells import (
     CellResults,
@@ -13,25 +15,24 @@ from hvdlarge.study.analysis.cells import (
     groups,
     label_of,
 )
-from hvdlarge.study.analysis.differences import Difference, Judgement, difference, judge
+from hvdlarge.study.analysis.differences import Judgement, difference, judge
 from hvdlarge.study.analysis.finding import (
     UNKNOWN,
     Finding,
-    between,
     counted,
+    ends_text,
     interval_facts,
     listed,
     mean_and_ends,
-    number,
+    mean_text,
     percent,
-    signed,
 )
-from hvdlarge.study.analysis.intervals import Interval, interval, seeds_needed
+from hvdlarge.study.analysis.intervals import Interval, interval, many_comparisons, seeds_needed
 from hvdlarge.study.analysis.plots import Panel, Plot, Series
 from hvdlarge.study.analysis.sections import Compare, is_level
+from hvdlarge.study.analysis.verdicts import Compared, comparison_verdict, short_names
 from hvdlarge.study.results import Cell, Setup
 
-_MANY_CELLS = 12  # whose p-values are corrected by large factors
 _MOST_IN_VERDICT = 4
 _MOST_SETTINGS = 80  # characters
 
@@ -47,32 +48,35 @@ def compare(section: Compare, setup: Setup, cells: Cells) -> Finding:
         cells: its results.
     """
     arms = _factors_of_arms(section, setup)
-    found = [
-        _differences(section, setup, cells, group, arms) for group in groups(setup, arms).values()
-    ]
-    differences = [each for in_group, _ in found for each in in_group]
-    comparisons = sum(count for _, count in found)
-    judged = judge(differences, section.confidence, comparisons)
+    found = [_group(section, setup, cells, group, arms) for group in groups(setup, arms).values()]
+    comparisons = sum(each.comparisons for each in found)
+    compared = _judged(section, setup, found, comparisons)
+    judged = [each for group in compared for each in group.judged]
     means = {
         cell: interval([*each.values.values()], section.confidence) for cell, each in cells.items()
     }
     return Finding(
         "compare",
-        f"Comparison of {listed(arms)}" if arms else "Results",
-        _verdict(section, setup, cells, means, judged),
+        _title(section, setup, arms),
+        _verdict(section, setup, cells, means, compared),
         _table(cells, means, judged),
         _plot(section, setup, cells, means),
-        _notes(section, setup, cells, judged, comparisons),
+        _notes(section, setup, cells, judged, found),
         {
-            "cells": {
-                label: _cell_facts(each, means[cell])
-                for cell, each in cells.items()
-                for label in [each.label]
-            },
+            "cells": {each.label: _cell_facts(each, means[cell]) for cell, each in cells.items()},
             "comparisons": [each.facts() for each in judged],
             "compared": comparisons,
         },
     )
+
+
+class _Group(NamedTuple):
+    """Arms that are compared with each other, before any comparison."""
+
+    name: str
+    reference: CellResults | None  # None: the baseline is not there, or nothing has ended
+    others: list[CellResults]
+    comparisons: int  # that count
 
 
 def settings_text(results: CellResults) -> str:
@@ -98,34 +102,65 @@ def _factors_of_arms(section: Compare, setup: Setup) -> list[str]:
     return [factor for factor in setup.factors if factor not in section.within]
 
 
-def _differences(
+def _group(
     section: Compare, setup: Setup, cells: Cells, group: Sequence[Cell], arms: Sequence[str]
-) -> tuple[list[Difference], int]:
-    """The differences of a group's arms from its reference, and the comparisons that count."""
+) -> _Group:
+    """A group's reference and its other arms, with the comparisons that count."""
     candidates = [cells[cell] for cell in group]
     if section.baseline is not None:
-        reference = next(
-            (each for each in candidates if _is_baseline(section.baseline, setup, each.cell)), None
-        )
+        baseline = section.baseline
+        reference = next((c for c in candidates if _is_baseline(baseline, setup, c.cell)), None)
         count = len(candidates) - 1
     else:
         reference = _best(setup, candidates)
         count = len(candidates) * (len(candidates) - 1) // 2  # the best was chosen by its result
-    if reference is None:
-        return [], 0
     others = [each for each in candidates if each is not reference]
-    found = [
-        difference(
-            setup,
-            each,
-            reference,
-            section.confidence,
-            section.tolerance,
-            len(setup.cells) > _MANY_CELLS,
-        )
-        for each in others
+    return _Group(
+        group_name(setup, group, arms), reference, others, count if reference is not None else 0
+    )
+
+
+def _judged(
+    section: Compare, setup: Setup, found: Sequence[_Group], comparisons: int
+) -> list[Compared]:
+    """The groups that have comparisons, all of them judged together."""
+    precise = many_comparisons(comparisons, section.confidence)
+    options = section.confidence, section.tolerance, precise
+    compared = [(each, each.reference) for each in found if each.others and each.reference]
+    pairs = [
+        difference(setup, arm, reference, *options)
+        for group, reference in compared
+        for arm in group.others
     ]
-    return found, count
+    judged = iter(judge(pairs, section.confidence, comparisons))
+    return [
+        Compared(
+            group.name if len(found) > 1 else "",
+            reference,
+            tuple(itertools.islice(judged, len(group.others))),
+            short_names(setup, [reference.cell, *(arm.cell for arm in group.others)]),
+        )
+        for group, reference in compared
+    ]
+
+
+def _title(section: Compare, setup: Setup, arms: Sequence[str]) -> str:
+    if not arms:
+        return "Results"
+    reference = "the best mean"
+    if section.baseline is not None:
+        reference = _baseline_name(section.baseline, setup)
+    rest = [factor for factor in setup.factors if factor not in arms]
+    at_each = f", at each {listed(rest)}" if rest else ""
+    return f"{listed(arms)} against {reference}{at_each}"
+
+
+def _baseline_name(baseline: Mapping[str, str | int | float], setup: Setup) -> str:
+    without = [factor for factor in setup.factors if factor not in baseline]
+    cell = next((cell for cell in setup.cells if _is_baseline(baseline, setup, cell)), None)
+    if cell is None:
+        return ", ".join(f"{level}" for level in baseline.values())
+    return label_of(setup, cell, without)
 
 
 def _is_baseline(baseline: Mapping[str, str | int | float], setup: Setup, cell: Cell) -> bool:
@@ -151,65 +186,27 @@ def _verdict(
     setup: Setup,
     cells: Cells,
     means: Mapping[Cell, Interval],
-    judged: Sequence[Judgement],
+    compared: Sequence[Compared],
 ) -> str:
     if not any(each.repetitions for each in cells.values()):
         return "No repetition has ended yet: nothing to compare."
     if not any(each.values for each in cells.values()):
         ended = sum(len(each.repetitions) for each in cells.values())
         return f"All {ended} repetitions failed: nothing to compare."
-    if not judged:
+    confidence = percent(section.confidence)
+    if not compared:
         parts = [
-            f"{each.label}: {setup.metric} {mean_and_ends(means[cell])}"
+            f"{each.label} {mean_and_ends(means[cell])}"
             for cell, each in cells.items()
             if each.values
         ]
         alone = "" if len(cells) == 1 else "; no two arms to compare"
-        return f"{listed(parts, _MOST_IN_VERDICT)}{alone}{_failed(cells)}."
-    if len(judged) <= _MOST_IN_VERDICT:
-        return "; ".join(map(comparison_text, judged)) + "."
-    return _summary(judged)
-
-
-def comparison_text(judged: Judgement) -> str:
-    """A difference with its interval and outcome, in words."""
-    found = judged.difference
-    names = f"{found.arm.label} against {found.base.label}"
-    if found.gain.mean is None:
-        return f"{names}: {judged.outcome}"
-    p = "" if judged.p is None or found.void else f", p = {judged.p:.2g}"
-    return f"{names}: gain {mean_and_ends(found.gain, with_sign=True)}{p}, {judged.outcome}"
-
-
-def _summary(judged: Sequence[Judgement]) -> str:
-    """Many comparisons: counts, with the names and numbers of the clear ones."""
-    parts = []
-    kinds = (
-        ("better", [each for each in judged if each.better]),
-        ("worse", [each for each in judged if each.worse]),
-        (
-            "void (best settings at the edge of the search)",
-            [e for e in judged if e.difference.void],
-        ),
-    )
-    for word, members in kinds:
-        if members:
-            names = [
-                f"{each.difference.arm.label} ({mean_and_ends(each.difference.gain, True)})"
-                for each in members
-            ]
-            parts.append(f"{len(members)} {word}: {listed(names, _MOST_IN_VERDICT)}")
-    within = [each.difference.arm.label for each in judged if each.within]
-    if within:
-        parts.append(f"{len(within)} within tolerance: {listed(within)}")
-    open_ones = sum(not (e.better or e.worse or e.within or e.difference.void) for e in judged)
-    if open_ones:
-        parts.append(f"{open_ones} without a difference that could be shown")
-    failed = [each.difference.arm for each in judged if each.difference.arm.failures]
-    if failed:
-        names = [f"{e.label} ({e.failures} of {len(e.repetitions)})" for e in failed]
-        parts.append(f"failed repetitions: {listed(names)}")
-    return f"Of {counted(len(judged), 'comparison')}, {'; '.join(parts)}."
+        means_text = listed(parts, _MOST_IN_VERDICT)
+        return f"Mean {setup.metric} ({confidence}): {means_text}{alone}{_failed(cells)}."
+    reference = ""
+    if section.baseline is not None:
+        reference = _baseline_name(section.baseline, setup)
+    return comparison_verdict(setup, compared, reference, confidence)
 
 
 def _failed(cells: Cells) -> str:
@@ -233,7 +230,7 @@ def _table(
     for cell, each in cells.items():
         found = means[cell]
         row: tuple[str, ...] = (each.label, settings_text(each) or UNKNOWN, repetitions_text(each))
-        row += (number(found.mean), between(found.low, found.high))
+        row += (mean_text(found), ends_text(found))
         of_arm = by_arm.get(cell)
         if of_arm is None:
             note = "reference" if cell in references else UNKNOWN
@@ -242,8 +239,8 @@ def _table(
             continue
         gain = of_arm.difference.gain
         p = UNKNOWN if of_arm.p is None else f"{of_arm.p:.2g}"
-        ends = between(gain.low, gain.high, with_sign=True)
-        rows.append((*row, signed(gain.mean), ends, p, of_arm.outcome))
+        ends = ends_text(gain, with_sign=True)
+        rows.append((*row, mean_text(gain, with_sign=True), ends, p, of_arm.outcome))
     return rows
 
 
@@ -287,9 +284,14 @@ def _plot(
 
 
 def _notes(
-    section: Compare, setup: Setup, cells: Cells, judged: Sequence[Judgement], comparisons: int
+    section: Compare,
+    setup: Setup,
+    cells: Cells,
+    judged: Sequence[Judgement],
+    found: Sequence[_Group],
 ) -> list[str]:
     notes = []
+    comparisons = sum(each.comparisons for each in found)
     if judged:
         notes.append(
             f"A gain is the difference of {setup.metric}, paired by seed, positive where the arm "
@@ -301,33 +303,57 @@ def _notes(
                 "The reference is the arm with the best mean. It was chosen by its results, so all "
                 "pairs of arms count as comparisons."
             )
-        fewest = min(len(each.difference.gains) for each in judged)
-        needed = seeds_needed(section.confidence, comparisons)
-        if 0 < fewest < needed:
-            notes.append(
-                f"With {counted(fewest, 'seed')}, no difference among "
-                f"{counted(comparisons, 'comparison')} can be shown, however large: at least "
-                f"{needed} seeds are needed."
-            )
+        notes += _seeds_notes(section, judged, comparisons)
+    gone = [each.name for each in found if each.reference is None]
+    if gone and section.baseline is not None:
+        notes.append(f"Not compared, as the baseline is not there: {listed(gone, len(gone))}.")
     if section.tolerance > 0:
         notes.append(
-            f"Tolerance {section.tolerance:g}: an arm is within it if a larger loss is excluded."
+            f"Tolerance {section.tolerance:g}: an arm is within it if its loss is shown to be "
+            "smaller, beyond it if larger. These p-values are a family of their own in the "
+            "correction."
         )
-    notes += [
-        f"{text}: a wider search may find better ones."
-        for each in cells.values()
-        if (text := edge_sentence(each))
+    return notes + edge_notes(cells.values()) + missing_notes(setup, cells)
+
+
+def _seeds_notes(section: Compare, judged: Sequence[Judgement], comparisons: int) -> list[str]:
+    """Which differences have too few seeds for any p-value that would count."""
+    needed = seeds_needed(section.confidence, comparisons)
+    seeds = {each.difference.arm.label: len(each.difference.gains) for each in judged}
+    short = [f"{name} ({count})" for name, count in seeds.items() if 0 < count < needed]
+    most = max(seeds.values())
+    if not short:
+        return []
+    if most < needed:
+        return [
+            f"With {counted(most, 'seed')}, no difference among "
+            f"{counted(comparisons, 'comparison')} can be shown, however large: at least "
+            f"{needed} seeds are needed."
+        ]
+    return [
+        f"With fewer than {needed} seeds no difference among "
+        f"{counted(comparisons, 'comparison')} can be shown, however large: {listed(short)}."
     ]
-    return notes + missing_notes(setup, cells)
+
+
+def edge_notes(cells: Iterable[CellResults]) -> list[str]:
+    """The best settings at the edge of their search, a sentence each."""
+    texts = dict.fromkeys(text for each in cells if (text := edge_sentence(each)))
+    return [f"{text}: a wider search may find better ones." for text in texts]
+
+
+def not_ended_notes(setup: Setup, cells: Cells) -> list[str]:
+    """The repetitions of a study that have not ended yet, in a sentence."""
+    short = [each for each in cells.values() if len(each.repetitions) < setup.repetitions]
+    if not short:
+        return []
+    names = listed([f"{e.label} ({len(e.repetitions)} of {setup.repetitions})" for e in short])
+    return [f"Repetitions that have not ended yet: {names}."]
 
 
 def missing_notes(setup: Setup, cells: Cells) -> list[str]:
     """What of a study has not ended yet or failed, a sentence each."""
-    notes = []
-    short = [each for each in cells.values() if len(each.repetitions) < setup.repetitions]
-    if short:
-        names = listed([f"{e.label} ({len(e.repetitions)} of {setup.repetitions})" for e in short])
-        notes.append(f"Repetitions that have not ended yet: {names}.")
+    notes = not_ended_notes(setup, cells)
     failed = [each for each in cells.values() if each.failures]
     for each in failed:
         states = [run.state for run in each.repetitions if run.number not in each.values]

@@ -43,7 +43,8 @@ class Difference:
     @property
     def void(self) -> list[str]:
         """Why the comparison is void: best settings at the edge of their searched range."""
-        return [text for each in (self.arm, self.base) if (text := edge_sentence(each))]
+        texts = [text for each in (self.arm, self.base) if (text := edge_sentence(each))]
+        return list(dict.fromkeys(texts))
 
 
 @dataclass(frozen=True)

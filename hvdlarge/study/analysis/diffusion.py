@@ -21,25 +21,30 @@ import numpy as np
 
 from hvdlarge.reporting.fits import MIN_POINTS, fit_log, fit_power
 from hvdlarge.study.analysis.cells import CellResults
+from hvdlarge.study.analysis.compare import not_ended_notes
 from hvdlarge.study.analysis.finding import (
     UNKNOWN,
     Finding,
-    between,
     counted,
+    ends_text,
     interval_facts,
     listed,
     mean_and_ends,
-    number,
+    mean_text,
+    percent,
+    rounded,
 )
 from hvdlarge.study.analysis.intervals import Interval, holm, interval, p_value, seeds_needed
 from hvdlarge.study.analysis.plots import Panel, Plot, Series
 from hvdlarge.study.analysis.sections import Diffusion
+from hvdlarge.study.analysis.verdicts import short_names
 from hvdlarge.study.results import Cell, Point, Setup
 
 _SAME_RATE = 1e-9
 _HELD_OUT = 1 / 3  # of the span of ln t
 _MIN_HELD_OUT = 3  # points
 _MOST_DRAWN = 7  # cells: as many as there are colours
+_MOST_NAMED = 2  # cells of one outcome
 _LOG, _POWER = "a · ln t + b", "a · t^p"
 
 Cells = Mapping[Cell, CellResults]
@@ -111,16 +116,16 @@ def diffusion(section: Diffusion, setup: Setup, cells: Cells) -> Finding:
         notes.insert(
             0,
             "The better description is the one with the smaller error on the last third of ln t, "
-            "fitted to the first two thirds. p = 0.5 is ordinary diffusion. Distances of one run "
+            "fitted to the first two thirds. Power 0.5 is ordinary diffusion. Distances of one run "
             "are not independent: intervals are over seeds.",
         )
     return Finding(
         "diffusion",
         "Distance of the weights from their start",
-        _verdict(section, grown),
+        _verdict(section, setup, grown),
         _table(grown),
         _plot(grown),
-        notes,
+        notes + not_ended_notes(setup, cells),
         {"cells": [_facts(each) for each in grown]},
     )
 
@@ -243,29 +248,51 @@ def _judged(
     return grown
 
 
-def _verdict(section: Diffusion, grown: Sequence[CellGrowth]) -> str:
+def _verdict(section: Diffusion, setup: Setup, grown: Sequence[CellGrowth]) -> str:
     if not grown:
         return "No repetition has enough distances at a constant rate: no fit."
-    parts = []
-    for better, form in (("log", _LOG), ("power", _POWER)):
-        members = [each for each in grown if each.better == better]
-        if members:
-            names = [f"{each.cell.label} ({_numbers(each)})" for each in members]
-            parts.append(f"{form} describes {listed(names, 4)} better")
-    open_ones = [f"{e.cell.label} ({_numbers(e)})" for e in grown if not e.better]
-    if open_ones:
-        parts.append(f"undecided for {listed(open_ones, 4)}")
-    few = [each for each in grown if len(each.runs) < seeds_needed(section.confidence)]
-    if few:
-        parts.append(f"{counted(len(few), 'cell')} with too few seeds to decide")
-    return "; ".join(parts) + "."
+    names = short_names(setup, [each.cell.cell for each in grown])
+    enough = seeds_needed(section.confidence)
+    kinds = {
+        f"{_LOG} is better": [each for each in grown if each.better == "log"],
+        f"{_POWER} is better": [each for each in grown if each.better == "power"],
+        "undecided": [e for e in grown if not e.better and len(e.runs) >= enough],
+        "too few seeds to decide": [e for e in grown if not e.better and len(e.runs) < enough],
+    }
+    parts = [
+        _kind_text(words, members, names, len(grown)) for words, members in kinds.items() if members
+    ]
+    return f"{'; '.join(parts)} (intervals {percent(section.confidence)})."
 
 
-def _numbers(grown: CellGrowth) -> str:
+def _kind_text(
+    words: str, members: Sequence[CellGrowth], names: Mapping[Cell, str], total: int
+) -> str:
+    """The cells of one outcome, from the smallest parameter to the largest."""
+    parameter = "slope" if members[0].better == "log" else "power"
+
+    def numbers(grown: CellGrowth) -> str:
+        return mean_and_ends(grown.slope if parameter == "slope" else grown.power)
+
+    ordered = sorted(
+        members, key=lambda each: (each.slope if parameter == "slope" else each.power).mean or 0.0
+    )
+    if total == 1:
+        ratio = _ratio_text(members[0])
+        return f"{words}{f' ({ratio})' if ratio else ''}, {parameter} {numbers(members[0])}"
+    if len(members) <= _MOST_NAMED:
+        named = [f"{names[each.cell.cell]} ({parameter} {numbers(each)})" for each in ordered]
+        return f"{words} in {listed(named)}"
+    count = "all " if len(members) == total else ""
+    first, last = (f"{numbers(e)} ({names[e.cell.cell]})" for e in (ordered[0], ordered[-1]))
+    return f"{words} in {count}{len(members)} cells, {parameter} from {first} to {last}"
+
+
+def _ratio_text(grown: CellGrowth) -> str:
+    """How much larger the held-out error of the worse description is; empty if they are equal."""
     ratio = math.exp(abs(grown.gap.mean or 0.0))
-    which = "log" if (grown.gap.mean or 0.0) > 0 else "power"
-    error = f"error of the {which} {ratio:.2g} times as large" if ratio >= 1.005 else "equal errors"
-    return f"p = {mean_and_ends(grown.power)}, {error}"
+    which = _LOG if (grown.gap.mean or 0.0) > 0 else _POWER
+    return f"error of {which} {rounded(ratio)} times as large" if ratio >= 1.005 else ""
 
 
 def _error_ratio(gap: Interval) -> str:
@@ -281,7 +308,15 @@ def _table(grown: Sequence[CellGrowth]) -> list[tuple[str, ...]]:
     if not grown:
         return []
     rows: list[tuple[str, ...]] = [
-        ("cell", "seeds", "updates", "a of a · ln t + b", "interval", "p of a · t^p", "interval")
+        (
+            "cell",
+            "seeds",
+            "updates",
+            "a of a · ln t + b",
+            "interval",
+            "power p of a · t^p",
+            "interval",
+        )
         + ("held-out error, log / power", "p-value", "better description")
     ]
     words = {"log": _LOG, "power": _POWER, "": "undecided"}
@@ -290,8 +325,8 @@ def _table(grown: Sequence[CellGrowth]) -> list[tuple[str, ...]]:
         last = max(run.times[-1] for run in each.runs)
         rows.append(
             (each.cell.label, f"{len(each.runs)}", f"{first:.0f} to {last:.0f}")
-            + (number(each.slope.mean), between(each.slope.low, each.slope.high))
-            + (number(each.power.mean), between(each.power.low, each.power.high))
+            + (mean_text(each.slope), ends_text(each.slope))
+            + (mean_text(each.power), ends_text(each.power))
             + (_error_ratio(each.gap), UNKNOWN if each.p is None else f"{each.p:.2g}")
             + (words[each.better],)
         )
@@ -317,7 +352,7 @@ def _plot(grown: Sequence[CellGrowth]) -> Plot | None:
                 curve = tuple(float(value) for value in fit.at(run.times))
                 series.append(Series(label, x, curve, look="line", style=-1 - style))
     rows = Series(
-        "p over seeds",
+        "power over seeds",
         tuple(float(each.power.mean or 0.0) for each in grown),
         tuple(float(place) for place in range(len(grown))),
         tuple(each.power.low for each in grown),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from hvdlarge.study.analysis.batch_limit import batch_limit
@@ -48,4 +49,15 @@ def analyse(
             findings.append(diffusion(section, setup, cells))
         else:
             findings.append(noise_scale(section, setup, cells))
-    return findings
+    return _distinct(findings)
+
+
+def _distinct(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, with a number in each title that another before it has."""
+    seen: dict[str, int] = {}
+    result = []
+    for each in findings:
+        seen[each.title] = count = seen.get(each.title, 0) + 1
+        title = each.title if count == 1 else f"{each.title} ({count})"
+        result.append(dataclasses.replace(each, title=title))
+    return result

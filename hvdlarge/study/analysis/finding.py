@@ -4,6 +4,7 @@ written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,26 +70,57 @@ def signed(value: float | None) -> str:
     return f"+{text}" if value is not None and value > 0 else text
 
 
-def between(low: float | None, high: float | None, with_sign: bool = False) -> str:
-    """The ends of an interval.
+def mean_text(found: Interval, with_sign: bool = False) -> str:
+    """A mean, as exact as its interval is: two digits of the interval's width.
 
-    >>> between(0.1, 0.25)
-    '[0.1, 0.25]'
+    >>> mean_text(Interval(0.00123, -0.00612, 0.00891, 8), with_sign=True)
+    '+0.001'
     """
-    if low is None or high is None:
+    if found.mean is None:
         return UNKNOWN
-    write = signed if with_sign else number
-    return f"[{write(low)}, {write(high)}]"
+    mean = found.mean if found.known or not with_sign else float(f"{found.mean:.3g}")
+    return _to_places(mean, _places(found), with_sign)
+
+
+def ends_text(found: Interval, with_sign: bool = False) -> str:
+    """The ends of an interval, to two digits of its width.
+
+    >>> ends_text(Interval(0.00123, -0.00612, 0.00891, 8), with_sign=True)
+    '[-0.006, +0.009]'
+    """
+    if found.low is None or found.high is None:
+        return UNKNOWN
+    places = _places(found)
+    return f"[{', '.join(_to_places(end, places, with_sign) for end in (found.low, found.high))}]"
 
 
 def mean_and_ends(found: Interval, with_sign: bool = False) -> str:
     """A mean with the ends of its interval, or with the number of seeds, too few for one."""
+    mean = mean_text(found, with_sign)
     if found.mean is None:
-        return UNKNOWN
-    mean = signed(found.mean) if with_sign else number(found.mean)
+        return mean
     if found.known:
-        return f"{mean} {between(found.low, found.high, with_sign)}"
+        return f"{mean} {ends_text(found, with_sign)}"
     return f"{mean} (no interval: {counted(found.seeds, 'seed')})"
+
+
+def _places(found: Interval) -> int | None:
+    """Decimal places of the second digit of an interval's width; None if it has none."""
+    if found.low is None or found.high is None:
+        return None
+    width = found.high - found.low
+    if width <= 1e-9 * max(abs(found.low), abs(found.high)):
+        return None
+    return 1 - math.floor(math.log10(width))
+
+
+def _to_places(value: float, places: int | None, with_sign: bool) -> str:
+    if places is None:
+        return signed(value) if with_sign else number(value)
+    value = round(value, places)
+    if value == 0:
+        return "0"
+    return f"{value:{'+' if with_sign else ''}.{max(places, 0)}f}"
 
 
 def percent(confidence: float) -> str:

@@ -26,6 +26,7 @@ _MOST_ENUMERATED = 5  # seeds: 3 · 6^4 draws, all there are
 _DRAWS = 4_999  # with more seeds
 _MORE_DRAWS = 29_999  # of p-values below _SMALL: corrections for many comparisons multiply them
 _SMALL = 0.002
+_COARSE = 0.1  # share of 1 - confidence that the smallest corrected p-value may be
 _SEED = 20_230  # of the draws: the same results give the same report
 _DOUBLINGS, _HALVINGS = 30, 13  # of the search for an end
 
@@ -70,6 +71,16 @@ def seeds_needed(confidence: float, comparisons: int = 1) -> int:
     while 6.0 ** (1 - seeds) > (1 - confidence) / comparisons:
         seeds += 1
     return max(3, seeds)
+
+
+def many_comparisons(comparisons: int, confidence: float) -> bool:
+    """Whether the correction for so many comparisons needs more draws: their number times the
+    smallest p-value, 1/5,000, is more than a tenth of 1 - confidence.
+
+    >>> many_comparisons(25, 0.95), many_comparisons(26, 0.95)
+    (False, True)
+    """
+    return comparisons / (_DRAWS + 1) > _COARSE * (1 - confidence) + 1e-12
 
 
 def p_value(values: Sequence[float], mean: float = 0.0, precise: bool = True) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from hvdlarge.study.analysis.cells import CellResults, groups, level_of
 from hvdlarge.study.analysis.compare import (
+    edge_notes,
     group_name,
     missing_notes,
     repetitions_text,
@@ -21,21 +22,26 @@ from hvdlarge.study.analysis.differences import Judgement, difference, judge
 from hvdlarge.study.analysis.finding import (
     UNKNOWN,
     Finding,
-    between,
     counted,
+    ends_text,
     interval_facts,
     mean_and_ends,
-    number,
+    mean_text,
     percent,
-    signed,
 )
-from hvdlarge.study.analysis.intervals import Interval, interval
+from hvdlarge.study.analysis.intervals import Interval, interval, many_comparisons
 from hvdlarge.study.analysis.plots import Panel, Plot, Series
 from hvdlarge.study.analysis.sections import Ladder, is_level
+from hvdlarge.study.analysis.verdicts import (
+    causes_text,
+    edges_text,
+    failures_text,
+    gain_text,
+    void_cells,
+)
 from hvdlarge.study.results import Cell, Setup
 
 Cells = Mapping[Cell, CellResults]
-_MOST_WHOLE = 2  # ladders; of more the verdict has the clear steps only
 _Ladder = tuple[str, list[CellResults]]  # its name and its rungs
 
 
@@ -48,34 +54,28 @@ def ladder(section: Ladder, setup: Setup, cells: Cells) -> Finding:
         cells: its results.
     """
     ladders = _ladders(section, setup, cells)
-    pairs = [
-        difference(setup, upper, lower, section.confidence)
-        for _, rungs in ladders
-        for lower, upper in itertools.pairwise(rungs)
-    ]
-    judged = {each.difference.arm.cell: each for each in judge(pairs, section.confidence)}
-    whole = judge(
-        [difference(setup, rungs[-1], rungs[0], section.confidence) for _, rungs in ladders],
-        section.confidence,
-    )
+    steps = [pair for _, rungs in ladders for pair in itertools.pairwise(rungs)]
+    judged = {each.difference.arm.cell: each for each in _judged(section, setup, steps)}
+    whole = _judged(section, setup, [(rungs[0], rungs[-1]) for _, rungs in ladders])
     means = {
         cell.cell: interval([*cell.values.values()], section.confidence)
         for _, rungs in ladders
         for cell in rungs
     }
     rung = {cell: level_of(setup, cell, section.factor).label for cell in setup.cells}
+    on_it = {cell.cell: cell for _, rungs in ladders for cell in rungs}
     notes = [
         f"Each rung is compared with the one before it, paired by seed; p-values are corrected for "
-        f"{counted(len(pairs), 'comparison')} by Holm's method, those of whole ladders apart.",
+        f"{counted(len(steps), 'comparison')} by Holm's method, those of whole ladders apart.",
         "What a technique adds depends on those that were added before it.",
     ]
     return Finding(
         "ladder",
-        f"Ladder of {section.factor}",
-        _verdict(ladders, judged, whole, rung),
+        f"What each {section.factor} adds to the one before",
+        _verdict(section, setup, ladders, judged, whole, rung),
         _table(ladders, means, judged, rung),
         _plot(section, setup, ladders, means, rung),
-        notes + missing_notes(setup, {c.cell: c for _, rungs in ladders for c in rungs}),
+        notes + edge_notes(on_it.values()) + missing_notes(setup, on_it),
         {
             "rungs": [each.facts() for each in judged.values()],
             "whole": [each.facts() for each in whole],
@@ -107,7 +107,21 @@ def _ladders(section: Ladder, setup: Setup, cells: Cells) -> list[_Ladder]:
     return found
 
 
+def _judged(
+    section: Ladder, setup: Setup, pairs: Sequence[tuple[CellResults, CellResults]]
+) -> list[Judgement]:
+    """What each second cell gains over the first, corrected for the number of all pairs."""
+    precise = many_comparisons(len(pairs), section.confidence)
+    found = [
+        difference(setup, upper, lower, section.confidence, precise=precise)
+        for lower, upper in pairs
+    ]
+    return judge(found, section.confidence, len(pairs))
+
+
 def _verdict(
+    section: Ladder,
+    setup: Setup,
     ladders: Sequence[_Ladder],
     judged: Mapping[Cell, Judgement],
     whole: Sequence[Judgement],
@@ -115,36 +129,47 @@ def _verdict(
 ) -> str:
     if not ladders:
         return "No ladder: no two levels are left to compare."
-    texts = []
-    short = len(ladders) > _MOST_WHOLE
-    for (name, rungs), total in zip(ladders, whole, strict=True):
-        shown = [c for c in rungs[1:] if not short or _is_clear(judged[c.cell])]
-        steps = [f"{rung[c.cell]} {_step_text(judged[c.cell])}" for c in shown]
-        steps = steps or ["no rung adds anything that could be shown"]
-        text = f"{name}: " if name else ""
-        text += f"from {rung[rungs[0].cell]}, {'; '.join(steps)}"
-        gain = total.difference.gain
-        if len(rungs) > 2 and gain.mean is not None:
-            text += f"; all together {mean_and_ends(gain, True)} ({total.outcome})"
-        texts.append(text)
-    return (
-        ". ".join(
-            text[0].upper() + text[1:] if not n else text
-            for text, (n, _) in zip(texts, ladders, strict=True)
-        )
-        + "."
-    )
+    texts = [
+        f"{f'At {name}: ' if name else ''}{_ladder_text(section, rungs, judged, total, rung)}"
+        for (name, rungs), total in zip(ladders, whole, strict=True)
+    ]
+    everything = [*judged.values(), *whole]
+    void = edges_text(setup, void_cells(everything))
+    texts += [f"Void: {void}"] if void else []
+    names = rung if len(ladders) == 1 else {}
+    failed = failures_text(everything, names)
+    texts += [f"Failed: {failed}"] if failed else []
+    return ". ".join(texts) + "."
 
 
-def _is_clear(judged: Judgement) -> bool:
-    return judged.better or judged.worse or judged.outcome.startswith(("void", "all", "no rep"))
-
-
-def _step_text(judged: Judgement) -> str:
-    gain = judged.difference.gain
-    if gain.mean is None:
-        return f"({judged.outcome})"
-    return f"adds {mean_and_ends(gain, True)} ({judged.outcome})"
+def _ladder_text(
+    section: Ladder,
+    rungs: Sequence[CellResults],
+    judged: Mapping[Cell, Judgement],
+    total: Judgement,
+    rung: Mapping[Cell, str],
+) -> str:
+    """What the steps of one ladder add: clear ones with numbers, the others counted."""
+    steps = [judged[cell.cell] for cell in rungs[1:]]
+    adds, loses = [e for e in steps if e.better], [e for e in steps if e.worse]
+    if adds:
+        text = f"{len(adds)} of {counted(len(steps), 'step')} "
+        text += f"{'adds' if len(adds) == 1 else 'add'} something ({percent(section.confidence)}): "
+        text += ", ".join(gain_text(each, rung) for each in adds)
+    else:
+        text = "no step is shown to add anything"
+    if loses:
+        text += f"; {', '.join(gain_text(each, rung) for each in loses)} worse"
+    void = sum(bool(each.difference.void) for each in steps)
+    if void:
+        text += f"; {counted(void, 'step')} void"
+    missing = [each for each in steps if not each.difference.void and each.p is None]
+    if missing:
+        text += f"; not comparable: {causes_text(missing, rung)}"
+    if len(rungs) > 2 and not total.difference.void and total.p is not None:
+        text += f"; all together {mean_and_ends(total.difference.gain, with_sign=True)}"
+        text += "" if total.better or total.worse else ", no difference shown"
+    return text
 
 
 def _table(
@@ -165,14 +190,14 @@ def _table(
                 rung[cell.cell],
                 settings_text(cell) or UNKNOWN,
             )
-            row += (repetitions_text(cell), number(mean.mean), between(mean.low, mean.high))
+            row += (repetitions_text(cell), mean_text(mean), ends_text(mean))
             if place == 0:
                 rows.append((*row, UNKNOWN, UNKNOWN, UNKNOWN, "start"))
                 continue
             of_rung = judged[cell.cell]
             gain, p = of_rung.difference.gain, of_rung.p
             rows.append(
-                (*row, signed(gain.mean), between(gain.low, gain.high, True))
+                (*row, mean_text(gain, True), ends_text(gain, True))
                 + (UNKNOWN if p is None else f"{p:.2g}", of_rung.outcome)
             )
     return rows if len(rows) > 1 else []

@@ -1,9 +1,11 @@
 """The analysis `lr_range`: the range of a tuned key, mostly the learning rate, within which trials
 come close to the best one of their cell.
 
-The trials are where the search put them. The range between the lowest and the highest good trial is
-certain (the least width); the next bad trials on either side bound it (the most). Beyond the last
-trial of a side nothing is known, and the range is open there.
+The trials are where the search put them. The range is the unbroken stretch of good trials around
+the best one. Between its lowest and highest trial it is certain (the least width); the next bad
+trials on either side bound it (the most). Beyond the last trial of a side nothing is known, and the
+range is open there. Ranges are compared only where the best trials are about as good: an arm that
+stays at chance at any rate has a wide range of equally bad ones.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvdlarge.study.analysis.cells import CellResults, value_of
+from hvdlarge.study.analysis.cells import CellResults, groups, label_of, value_of
 from hvdlarge.study.analysis.finding import UNKNOWN, Finding, counted, listed, number
 from hvdlarge.study.analysis.plots import Panel, Plot, Scale, Series
 from hvdlarge.study.analysis.sections import LrRange
+from hvdlarge.study.analysis.verdicts import group_places
 from hvdlarge.study.results import Cell, RunResult, Setup
 
 _MIN_TRIALS = 3
+_MOST_WORSE = 2  # arms that are named
+_MOST_NAMED = 4  # ranges; of more the verdict has the widest
 
 Cells = Mapping[Cell, CellResults]
 
@@ -32,12 +37,12 @@ class GoodRange:
         label: of the cell.
         cell: of the study.
         best: value of the metric of the best trial.
-        low: the lowest good value of the key.
+        low: the lowest value of the key in the unbroken stretch of good trials around the best.
         high: the highest.
         below: the nearest value with a bad trial below `low`; None: open.
         above: the nearest above `high`; None: open.
-        good: number of good trials.
-        bad_inside: bad trials between `low` and `high`.
+        good: number of good trials in the stretch.
+        apart: good trials outside of it, with a bad one between.
         failed: trials without a result, also those stopped early as hopeless; they count as bad.
         trials: that have ended.
         log: whether the key is searched on a log scale.
@@ -51,7 +56,7 @@ class GoodRange:
     below: float | None
     above: float | None
     good: int
-    bad_inside: int
+    apart: int
     failed: int
     trials: int
     log: bool
@@ -94,8 +99,9 @@ def lr_range(section: LrRange, setup: Setup, cells: Cells) -> Finding:
     ranges = [found for each in tuned.values() if (found := _range(section, setup, each))]
     notes = [
         f"A trial is good if its {setup.metric} is within {section.within:g} of the best one of "
-        "its cell. The least width is that between good trials; the most that between the next "
-        "bad ones. All trials have the same seed: there is no interval over seeds.",
+        "its cell. A range is the unbroken stretch of good trials around the best: its least width "
+        "is that between good trials, the most that between the next bad ones. All trials have the "
+        "same seed: there is no interval over seeds.",
     ]
     if any(len(setup.ranges[cell]) > 1 for cell in tuned):
         notes.append(
@@ -108,10 +114,14 @@ def lr_range(section: LrRange, setup: Setup, cells: Cells) -> Finding:
     others = [each.label for cell, each in cells.items() if cell not in tuned]
     if others:
         notes.append(f"Not tuned over {section.key} themselves: {listed(others)}.")
+    short = [each for each in tuned.values() if len(each.trials) < setup.trials]
+    if short:
+        names = listed([f"{e.label} ({len(e.trials)} of {setup.trials})" for e in short])
+        notes.append(f"Trials that have not ended yet: {names}.")
     return Finding(
         "lr_range",
         f"Range of {section.key} within {section.within:g} of the best {setup.metric}",
-        _verdict(section, ranges),
+        _verdict(section, setup, ranges),
         _table(section, ranges),
         _plot(section, setup, tuned, ranges),
         notes,
@@ -152,43 +162,97 @@ def _range(section: LrRange, setup: Setup, cell: CellResults) -> GoodRange | Non
         for where, value in trials
         if value is not None and sign * (best - value) <= section.within + slack
     ]
-    bad = [where for where, _ in trials if where not in set(good)]
-    low, high = good[0], good[-1]
+    all_good = set(good)
+    # A value with a bad trial too, as of another key, is good if any trial with it is
+    places = sorted({where for where, _ in trials})
+    start = end = places.index(next(where for where, value in trials if value == best))
+    while start > 0 and places[start - 1] in all_good:
+        start -= 1
+    while end < len(places) - 1 and places[end + 1] in all_good:
+        end += 1
+    low, high = places[start], places[end]
+    inside = sum(low <= where <= high for where in good)
     return GoodRange(
         cell.label,
         cell.cell,
         best,
         low,
         high,
-        max((where for where in bad if where < low), default=None),
-        min((where for where in bad if where > high), default=None),
-        len(good),
-        sum(low < where < high for where in bad),
+        places[start - 1] if start > 0 else None,
+        places[end + 1] if end < len(places) - 1 else None,
+        inside,
+        len(good) - inside,
         sum(value is None for _, value in trials),
         len(trials),
         log,
     )
 
 
-def _verdict(section: LrRange, ranges: Sequence[GoodRange]) -> str:
+def _verdict(section: LrRange, setup: Setup, ranges: Sequence[GoodRange]) -> str:
     if not ranges:
         return f"No cell has {_MIN_TRIALS} trials with a result: no range."
-    texts = [
-        f"{each.label}: {section.key} {number(each.low)} to {number(each.high)} "
-        f"({each.width_text()})"
-        for each in ranges
+    separately = section.separately
+    if separately is None:
+        separately = [
+            factor
+            for factor, levels in setup.factors.items()
+            if all(level.value is not None for level in levels)
+        ]
+    by = [factor for factor in setup.factors if factor not in separately]
+    found = {each.cell: each for each in ranges}
+    groups_of_ranges = [
+        (label_of(setup, group[0], by), inside)
+        for group in groups(setup, by).values()
+        if (inside := [found[cell] for cell in group if cell in found])
     ]
-    text = "; ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
-    if len(ranges) < 2 or len({each.log for each in ranges}) > 1:
-        return f"{text}."
-    widest = max(ranges, key=lambda each: each.least)
-    others = [each for each in ranges if each is not widest]
-    surely = [each.label for each in others if each.most is not None and each.most < widest.least]
-    if len(surely) == len(others):
-        return f"{text}; {widest.label} has the widest range, beyond the gaps between trials."
-    if surely:
-        return f"{text}; the range of {widest.label} is wider than that of {listed(surely)}."
-    return f"{text}; which range is the widest is undecided between the trials' gaps."
+    single, all_named = len(groups_of_ranges) == 1, len(ranges) <= _MOST_NAMED
+    texts = []
+    places = group_places([name for name, _ in groups_of_ranges])
+    for place, (_, inside) in zip(places, groups_of_ranges, strict=True):
+        names = {e.cell: label_of(setup, e.cell, separately if by else ()) for e in inside}
+        of_group = f"At {place}: " if by and not single else ""
+        texts.append(of_group + _group_text(section, setup, inside, names, all_named))
+    joined = (". " if by else "; ").join(texts)
+    return f"Range of {section.key} (one seed){': ' if single or not by else '. '}{joined}."
+
+
+def _group_text(
+    section: LrRange,
+    setup: Setup,
+    ranges: Sequence[GoodRange],
+    names: Mapping[Cell, str],
+    all_named: bool,
+) -> str:
+    """The ranges of one group in words, with the widest of those that are about as good."""
+    sign = -1.0 if setup.lower_is_better else 1.0
+    best = max(sign * each.best for each in ranges)
+    slack = 1e-9 * max(1.0, abs(best))
+    equal = [each for each in ranges if best - sign * each.best <= section.within + slack]
+    widest = max(equal, key=lambda each: each.least)
+    parts = [_range_text(each, names) for each in ranges] if all_named else []
+    others = [each for each in equal if each is not widest]
+    surely = [each for each in others if each.most is not None and each.most < widest.least]
+    name = names[widest.cell] if all_named else _range_text(widest, names)
+    if len({each.log for each in ranges}) > 1:
+        parts.append("not compared, as not all are on a log scale")
+    elif others and len(surely) == len(others):
+        parts.append(f"{name} widest" + ("" if len(others) == 1 else f" of {len(equal)}"))
+    elif surely:
+        parts.append(f"{name} wider than {listed([names[each.cell] for each in surely], 3)}")
+    elif others:
+        parts.append(f"widest undecided: {listed([names[each.cell] for each in equal], 3)}")
+    elif not all_named:
+        parts.append(name)
+    worse = [f"{names[e.cell]} ({number(e.best)})" for e in ranges if e not in equal]
+    if worse:
+        few = listed(worse) if len(worse) <= _MOST_WORSE else f"{len(worse)} arms"
+        parts.append(f"not compared, worse at best: {few}")
+    return "; ".join(parts)
+
+
+def _range_text(found: GoodRange, names: Mapping[Cell, str]) -> str:
+    ends = f"{number(found.low)} to {number(found.high)}"
+    return f"{names[found.cell]} {ends} ({found.width_text()}, best {number(found.best)})"
 
 
 def _table(section: LrRange, ranges: Sequence[GoodRange]) -> list[tuple[str, ...]]:
@@ -196,7 +260,7 @@ def _table(section: LrRange, ranges: Sequence[GoodRange]) -> list[tuple[str, ...
         return []
     rows: list[tuple[str, ...]] = [
         ("cell", "best trial", f"lowest good {section.key}", "highest good", "next bad below")
-        + ("next bad above", "width", "good trials", "bad between", "without a result")
+        + ("next bad above", "width", "good trials", "good apart", "without a result")
     ]
     for each in ranges:
         rows.append(
@@ -204,7 +268,7 @@ def _table(section: LrRange, ranges: Sequence[GoodRange]) -> list[tuple[str, ...
             + ("open" if each.below is None else number(each.below),)
             + ("open" if each.above is None else number(each.above),)
             + (each.width_text(), f"{each.good} of {each.trials}")
-            + (f"{each.bad_inside}" if each.bad_inside else UNKNOWN,)
+            + (f"{each.apart}" if each.apart else UNKNOWN,)
             + (f"{each.failed}" if each.failed else UNKNOWN,)
         )
     return rows
@@ -240,7 +304,7 @@ def _plot(section: LrRange, setup: Setup, tuned: Cells, ranges: Sequence[GoodRan
         Panel(unit, "", tuple(rows), x_scale=scale, names=tuple(each.label for each in ranges)),
     )
     caption = (
-        "The finished trials of each cell, and the range between its lowest and highest good one "
+        "The finished trials of each cell, and the stretch of good ones around its best "
         f"({counted(sum(each.failed for each in ranges), 'trial')} without a result not drawn)."
     )
     return Plot(panels, caption)
@@ -249,7 +313,7 @@ def _plot(section: LrRange, setup: Setup, tuned: Cells, ranges: Sequence[GoodRan
 def _facts(found: GoodRange) -> dict[str, Any]:
     facts: dict[str, Any] = {
         name: getattr(found, name)
-        for name in ("best", "low", "high", "below", "above", "good", "bad_inside", "failed")
+        for name in ("best", "low", "high", "below", "above", "good", "apart", "failed")
     }
     return facts | {
         "cell": list(found.cell),

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvdlarge.study.analysis.batch_limit import Limit, find_limits
+from hvdlarge.study.analysis.batch_limit import Limit, find_limits, limit_text
 from hvdlarge.study.analysis.cells import CellResults
 from hvdlarge.study.analysis.compare import missing_notes
 from hvdlarge.study.analysis.finding import (
@@ -65,8 +65,9 @@ class ArmNoise:
         limit = self.limit
         if limit.void:
             return Interval(None, None, None, 0)
+        ends = (limit.low, limit.high) if limit.known else (None, None)
         seeds = len(limit.cells[0].values)
-        return _ratio(Interval(limit.estimate, limit.low, limit.high, seeds), self.measured)
+        return _ratio(Interval(limit.estimate, *ends, seeds), self.measured)
 
     @property
     def critical_ratio(self) -> Interval:
@@ -85,7 +86,7 @@ def noise_scale(section: NoiseScale, setup: Setup, cells: Cells) -> Finding:
         cells: its results.
     """
     arms = [_arm(section, setup, limit) for limit in find_limits(section, setup, cells)]
-    verdict = "; ".join(_text(each, section) for each in arms) or "no arm has two batches"
+    verdict = "; ".join(_text(each) for each in arms) or "no arm has two batches"
     notes = [
         "The noise scale grows during training: its mean over the whole run is compared, at the "
         "smallest batch that has one. It foretells the order of magnitude of the critical batch.",
@@ -100,7 +101,7 @@ def noise_scale(section: NoiseScale, setup: Setup, cells: Cells) -> Finding:
     return Finding(
         "noise_scale",
         "Gradient noise scale and batch limit",
-        f"{verdict}.",
+        f"Noise scale ({percent(section.confidence)}): {verdict}.",
         _table(arms),
         _plot(section, arms),
         notes + missing_notes(setup, cells),
@@ -171,24 +172,18 @@ def _ratio_text(found: Interval) -> str:
     return f"{found.mean:.2g} [{found.low:.2g}, {found.high:.2g}]"
 
 
-def _text(arm: ArmNoise, section: NoiseScale) -> str:
+def _text(arm: ArmNoise) -> str:
     of_arm = f"{arm.limit.name}: " if arm.limit.name else ""
     if arm.at is None:
-        return f"{of_arm}no noise scale was measured"
-    text = f"{of_arm}noise scale {_samples(arm.measured)} samples at batch {number(arm.at)}"
+        return f"{of_arm}none was measured"
+    text = f"{of_arm}{_samples(arm.measured)} samples at batch {number(arm.at)}"
     limit = arm.limit
     if limit.void:
-        text += f", batch limit void, as {listed(limit.void)}"
-    elif limit.estimate is not None:
-        high = f"beyond {number(limit.batches[-1])}" if limit.high is None else rounded(limit.high)
-        text += f", batch limit {rounded(limit.estimate)} [{rounded(limit.low)}, {high}], "
-        text += f"{_ratio_text(arm.limit_ratio)} times the noise scale"
-    elif limit.all_within:
-        text += f", batch limit beyond {number(limit.batches[-1])}"
-    elif limit.low is not None and limit.low > limit.batches[0]:
-        text += f", batch limit above {rounded(limit.low)}"
+        text += f", batch limit void: {listed(limit.void)}"
     else:
-        text += ", batch limit not determined"
+        text += f", batch limit {limit_text(limit) or 'not determined'}"
+        if limit.estimate is not None:
+            text += f", {_ratio_text(arm.limit_ratio)} times the noise scale"
     if arm.steps is not None and arm.steps.critical.mean is not None:
         text += f", critical batch of the steps to the target {critical_text(arm.steps)}"
         if arm.critical_ratio.mean is not None:

@@ -104,6 +104,10 @@ class LrRange(Section):
     within: Tolerance
     """How far from the best trial of the cell a good one may be, in the unit of the metric."""
 
+    separately: list[str] | None = None
+    """Factors at each of whose levels ranges are compared separately. Default: those whose levels
+    are numbers, as batches."""
+
 
 class Diffusion(Section):
     """The distance of the weights from their start, fitted by a · ln t + b and by a · t^p."""
@@ -187,6 +191,9 @@ def _problems(section: AnalysisSection, setup: Setup) -> Iterator[tuple[str, str
             yield "key", "no key is searched over a range of numbers, so there are no rates"
         elif section.key not in tuned:
             yield "key", f"{section.key!r} is not tuned; {nearest(section.key, tuned, 'tuned:')}"
+        for name in section.separately or []:
+            if problem := _factor(name, setup):
+                yield "separately", problem
     elif section.until_epoch is not None and section.until_epoch <= section.from_epoch:
         yield (
             "until_epoch",

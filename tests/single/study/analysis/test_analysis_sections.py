@@ -26,6 +26,8 @@ def problems(*sections, setup=SETUP):
         {"kind": "batch_limit", "batch": "batch.base", "tolerance": 0, "baseline": 32, "target": 1},
         {"kind": "ladder", "factor": "arm", "baseline": "sgd"},
         {"kind": "lr_range", "within": 0.01},
+        {"kind": "lr_range", "within": 0.01, "separately": ["batch.base"]},
+        {"kind": "lr_range", "within": 0.01, "separately": []},
         {"kind": "diffusion", "from_epoch": 5, "until_epoch": 20, "min_points": 20},
         {"kind": "noise_scale", "batch": "batch.base", "tolerance": 0.01},
     ],
@@ -80,6 +82,7 @@ def test_refused(section):
         ({"kind": "ladder", "factor": "arm", "baseline": "adamw"}, "did you mean 'adam'?"),
         ({"kind": "ladder", "factor": "arm", "baseline": "adam"}, "is the last level: nothing is added to it"),
         ({"kind": "lr_range", "within": 0.1, "key": "lr.bas"}, "'lr.bas' is not tuned; did you mean 'lr.base'?"),
+        ({"kind": "lr_range", "within": 0.1, "separately": ["batch"]}, "analysis.0.separately (lr_range): 'batch' is no factor of the study; did you mean 'batch.base'?"),
         ({"kind": "diffusion", "from_epoch": 5, "until_epoch": 5}, "5 is not after from_epoch, 5"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from support.simulated_studies import noisy, points, repetitions, setup_of
 
 from hvdlarge.study.analysis.batch_limit import batch_limit, find_limits
 from hvdlarge.study.analysis.cells import by_cell
+from hvdlarge.study.analysis.finding import rounded
 from hvdlarge.study.analysis.sections import BatchLimit
 
 BATCHES = [32, 64, 128, 256, 512, 1024, 2048]
@@ -19,6 +20,10 @@ def curve(limit, lower=False):
     """A result that falls by 0.02 for each doubling from half a doubling before the limit on."""
     sign = 1 if lower else -1
     return [0.5 + sign * 0.02 * max(0.0, np.log2(batch / limit) + 0.5) for batch in BATCHES]
+
+
+def limit_of(facts):
+    return f"{rounded(facts['estimate'])} [{rounded(facts['low'])}, {rounded(facts['high'])}]"
 
 
 def found(setup, runs, section=SECTION):
@@ -63,7 +68,9 @@ def test_all_batches_are_fine():
     finding = found(setup, noisy(setup, [0.5] * 7, noise=0.001))
     facts = finding.facts["limits"][0]
     assert (facts["all_within"], facts["estimate"], facts["excluded"]) == (True, None, None)
-    assert "all batches up to 2048 are within 0.01 of batch 32" in finding.verdict
+    assert finding.verdict == (
+        "Limit within 0.01 of batch 32 (95 %): all batches are within it, up to 2048."
+    )
 
 
 def test_no_batch_is_fine():
@@ -72,7 +79,8 @@ def test_no_batch_is_fine():
     facts = finding.facts["limits"][0]
     assert (facts["shown"], facts["excluded"]) == (32, 64)
     assert 32 < facts["estimate"] < 64
-    assert "no larger batch is shown to be within 0.01 of batch 32, 64 is not" in finding.verdict
+    assert "; no larger batch is shown to be within it, 64 is not." in finding.verdict
+    assert facts["low"] <= facts["estimate"] <= facts["high"]
 
 
 def test_the_limit_of_each_arm_and_another_baseline():
@@ -80,7 +88,10 @@ def test_the_limit_of_each_arm_and_another_baseline():
     runs = noisy(setup, curve(200) + curve(800), noise=0.0005)
     finding = found(setup, runs)
     assert [each["shown"] for each in finding.facts["limits"]] == [128, 512]
-    assert finding.verdict.startswith("a: batches up to 128")
+    first, second = finding.facts["limits"]
+    assert finding.verdict == (
+        f"Limit within 0.01 of batch 32 (95 %): a {limit_of(first)}; b {limit_of(second)}."
+    )
     section = BatchLimit(batch="batch.base", tolerance=0.01, baseline=128)
     limits = found(setup, runs, section).facts["limits"]
     assert [each["batches"][0] for each in limits] == [128, 128]
@@ -93,7 +104,7 @@ def test_a_batch_with_failures_is_not_within():
     runs += repetitions(("128",), [0.5, 0.5001, 0.4999, 0.5, 0.5, 0.5002, 0.5, None])
     finding = found(setup, runs)
     assert finding.facts["limits"][0]["shown"] == 64
-    assert "128 is not (1 of 8 repetitions failed)" in finding.verdict
+    assert "128 is not (1 of 8 failed at 128)" in finding.verdict
 
 
 def test_edges_make_the_limit_void_unless_they_are_beyond_it():
@@ -106,13 +117,15 @@ def test_edges_make_the_limit_void_unless_they_are_beyond_it():
             for r in runs
         ]
 
-    assert (
-        "void, as batch.base 128 has its best lr.base" in found(setup, with_edge(("128",))).verdict
-    )
-    assert (
-        "void, as batch.base 256 has its best lr.base" in found(setup, with_edge(("256",))).verdict
-    )
+    for batch in ("128", "256"):
+        assert found(setup, with_edge((batch,))).verdict == (
+            "Limit within 0.01 of batch 32 (95 %): void: "
+            f"batch.base {batch} has lr.base 10, the upper end of its range."
+        )
     assert "void" not in found(setup, with_edge(("2048",))).verdict
+    runs = [run for run in runs if run.cell != ("64",)] + repetitions(("64",), [0.5, None])
+    verdict = found(setup, with_edge(("32",))).verdict
+    assert verdict.endswith("the upper end of its range; failed: batch.base 64 (1 of 2).")
 
 
 def test_other_epochs_are_said():
@@ -135,9 +148,10 @@ def test_a_larger_batch_that_is_fine_again_is_said():
 )
 def test_unfinished_studies(section):
     setup = setup_of({"batch.base": [32, 64, 128]})
-    assert "no repetition yet" in found(setup, [], section).verdict
+    assert "no repetition of batch 32, the baseline, yet" in found(setup, [], section).verdict
     everything = [r for c in setup.cells for r in repetitions(c, [None] * 8)]
-    assert "all 8 repetitions failed" in found(setup, everything, section).verdict
+    words = "all 8 repetitions of batch 32, the baseline, failed"
+    assert words in found(setup, everything, section).verdict
     assert "1 of 3 seeds" in found(setup, repetitions(("32",), [0.5]), section).verdict
     assert found(setup, repetitions(("64",), [0.5] * 8), section).verdict
     assert found(setup, repetitions(("32",), [0.5] * 8), section).facts["limits"][0]["shown"] == 32
@@ -163,3 +177,69 @@ def test_steps_to_a_target_are_part_of_it():
     assert "perfect scaling up to 128" in finding.verdict
     assert finding.table[0][-3:] == ("steps to the target", "per doubling", "region")
     assert len(finding.plot.panels) == 2
+
+
+def test_intervals_that_are_not_known_are_not_shown():
+    """Batches with two seeds so far have an estimate, but no interval."""
+    setup = setup_of({"batch.base": [32, 64, 128]})
+    runs = noisy(setup, [0.5, 0.5, 0.4], noise=0.001)
+    two = [run for run in runs if run.number < 2]
+    finding = found(setup, two)
+    facts = finding.facts["limits"][0]
+    assert (facts["known"], facts["low"], facts["high"]) == (False, None, None)
+    assert f"{rounded(facts['estimate'])} (no interval), undecided" in finding.verdict
+    later = [run for run in runs if run.number < 2 or run.cell != ("128",)]
+    finding = found(setup, later)
+    assert finding.facts["limits"][0]["known"] is False
+    assert "(no interval); batches up to 64 are shown to be within it" in finding.verdict
+
+
+def test_an_interval_goes_no_further_than_the_results():
+    """Nothing is known of batch 1024 yet: the limit is not beyond it, but beyond 256."""
+    setup = setup_of({"batch.base": [64, 256, 1024]})
+    runs = noisy(setup, [0.5, 0.488, 0.4], noise=0.006, seed=4)
+    finding = found(setup, [run for run in runs if run.cell != ("1024",)])
+    facts = finding.facts["limits"][0]
+    assert (facts["high"], facts["known"]) == (None, True)
+    assert ", > 256]" in finding.verdict
+
+
+def test_failures_of_the_baseline_are_said_where_all_is_within():
+    setup = setup_of({"batch.base": [32, 64]})
+    runs = repetitions(("32",), [*(0.5 + 0.001 * np.arange(7)), None])
+    runs += repetitions(("64",), 0.5 + 0.001 * np.arange(8))
+    assert found(setup, runs).verdict == (
+        "Limit within 0.01 of batch 32 (95 %): above 64, but 1 of 8 repetitions of batch 32, the "
+        "baseline, failed."
+    )
+
+
+def test_several_arms_have_a_clause_each():
+    setup = setup_of({"batch.base": [64, 256, 1437], "arm": [*"abcdef"]})
+    means = [*[0.9] * 6, *[0.9] * 5, 0.8, *[0.9] * 2, 0.8, *[0.9] * 3]
+    runs = noisy(setup, means, noise=0.001)
+    failed = ("1437", "d")
+    runs = [run for run in runs if run.cell != failed] + repetitions(failed, [None] * 8)
+    runs = [
+        dataclasses.replace(run, settings={"lr.base": 10.0}) if run.cell == ("64", "e") else run
+        for run in runs
+    ]
+    runs = [run for run in runs if run.cell != ("64", "f")]
+    finding = found(setup, runs)
+    limit = limit_of(next(each for each in finding.facts["limits"] if each["arm"] == "c"))
+    assert finding.verdict == (
+        "Limit within 0.01 of batch 64 (95 %): above 1437 for a and b; "
+        f"c {limit}; d above 256, 8 of 8 failed at 1437; "
+        "f: no repetition of batch 64, the baseline, yet; "
+        "void: batch.base 64, e has lr.base 10, the upper end of its range."
+    )
+    assert finding.title == "Largest batch that loses at most 0.01 of accuracy"
+
+
+def test_arms_without_the_baseline_are_named():
+    setup = setup_of({"batch.base": [32, 64], "arm": ["a", "b"]})
+    cells = tuple(cell for cell in setup.cells if cell != ("32", "b"))
+    setup = dataclasses.replace(setup, cells=cells)
+    runs = noisy(setup, [0.5] * 3, noise=0.001)
+    section = BatchLimit(batch="batch.base", tolerance=0.01, baseline=32)
+    assert "Without the baseline or a batch above it: b." in found(setup, runs, section).notes

@@ -45,8 +45,10 @@ def test_cells_that_use_settings_tuned_elsewhere_have_their_edges():
     cells = by_cell(setup, trials(first, [(9.9, 0.9), (1.0, 0.8)]))
     assert cells[second].settings == {"lr.base": 9.9}
     assert edge_sentence(cells[second]) == (
-        "batch.base 64 has its best lr.base 9.9 at the upper end, 10, of its range"
+        "batch.base 32 has lr.base 9.9, near the upper end of its range, 10"
     )
+    at_end = by_cell(setup, trials(first, [(10.0, 0.9)]))[first]
+    assert edge_sentence(at_end) == "batch.base 32 has lr.base 10, the upper end of its range"
 
 
 def test_best_settings_are_those_of_the_repetitions_or_else_of_the_best_trial():

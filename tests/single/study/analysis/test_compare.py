@@ -1,16 +1,21 @@
 """The analysis `compare`: rates of false positives, power, edges, failures, unfinished studies."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
-from support.simulated_studies import NOISES, noisy, repetitions, setup_of
+from support.simulated_studies import LR, NOISES, noisy, repetitions, setup_of
 
 from hvdlarge.study.analysis.cells import by_cell
 from hvdlarge.study.analysis.compare import compare
 from hvdlarge.study.analysis.differences import difference, judge
+from hvdlarge.study.analysis.finding import mean_and_ends
+from hvdlarge.study.analysis.intervals import Interval
 from hvdlarge.study.analysis.sections import Compare
+from hvdlarge.study.analysis.verdicts import group_places
 
+SPREAD = 0.01 * np.random.default_rng(3).normal(size=8)
 BASELINE = Compare(baseline={"arm": "a"})
 
 
@@ -55,7 +60,8 @@ def test_pairing_removes_what_seeds_share():
     finding = found(BASELINE, setup, noisy(setup, [0.9, 0.91], noise=1e-4, shared=0.1))
     assert outcomes(finding) == {"b": "better"}
     assert finding.facts["comparisons"][0]["gain"]["mean"] == pytest.approx(0.01, abs=2e-4)
-    assert finding.verdict.startswith("b against a: gain +0.0")
+    assert finding.verdict.startswith("Against a (gain, 95 %): b +0.0")
+    assert finding.verdict.endswith("], better.")
 
 
 def test_non_inferiority_within_a_tolerance():
@@ -81,7 +87,9 @@ def test_non_inferiority_is_seldom_claimed_at_the_tolerance():
     assert false / 300 < 0.05
 
 
-@pytest.mark.parametrize(("rate", "end"), [(9.9, "upper end, 10"), (0.0101, "lower end, 0.01")])
+@pytest.mark.parametrize(
+    ("rate", "end"), [(9.9, "upper end of its range, 10"), (0.0101, "lower end of its range, 0.01")]
+)
 def test_best_rates_at_the_edge_make_a_comparison_void(rate, end):
     setup = setup_of({"arm": ["a", "b", "c"]})
     values = {arm: 0.9 + 0.01 * np.arange(8) + 0.1 * k for k, arm in enumerate("abc")}
@@ -91,9 +99,10 @@ def test_best_rates_at_the_edge_make_a_comparison_void(rate, end):
         for run in repetitions((arm,), values[arm], lr=rate if arm == "b" else 0.5)
     ]
     finding = found(BASELINE, setup, runs)
-    assert outcomes(finding)["b"].startswith("void: b has its best lr.base")
-    assert end in finding.verdict
-    assert "void" in finding.verdict
+    assert outcomes(finding)["b"].startswith("void: b has lr.base")
+    assert finding.verdict.count(end) == 1
+    assert f"void: b has lr.base {rate:.4g}, near the {end}" in finding.verdict
+    assert "b +" not in finding.verdict  # no gain
     assert outcomes(finding)["c"] == "better"
     void = finding.facts["comparisons"][0]
     assert [void[key] for key in ("better", "worse", "within")] == [False, False, None]
@@ -103,8 +112,10 @@ def test_best_rates_at_the_edge_make_a_comparison_void(rate, end):
         for arm in "abc"
         for run in repetitions((arm,), values[arm], lr=rate if arm == "a" else 0.5)
     ]
-    assert all(
-        text.startswith("void: a has") for text in outcomes(found(BASELINE, setup, runs)).values()
+    finding = found(BASELINE, setup, runs)
+    assert all(text.startswith("void: a has") for text in outcomes(finding).values())
+    assert finding.verdict == (
+        f"Against a (gain, 95 %): all 2 void: a has lr.base {rate:.4g}, near the {end}."
     )
 
 
@@ -115,7 +126,7 @@ def test_a_cell_with_failures_is_neither_better_nor_within_tolerance():
     finding = found(Compare(baseline={"arm": "a"}, tolerance=0.1), setup, runs)
     fact = finding.facts["comparisons"][0]
     assert (fact["better"], fact["within"]) == (False, False)
-    assert "1 of 8 of b failed" in finding.verdict
+    assert finding.verdict.endswith("; failed: b (1 of 8).")
     assert any("7, 1 failed" in row for row in finding.table)
     assert any("1 diverged of 8" in note for note in finding.notes)
 
@@ -161,9 +172,9 @@ def test_many_comparisons_are_summed_up():
     setup = setup_of({"arm": [*"abcdefgh"]})
     means = [0.9, 0.95, 0.85, *[0.9] * 5]
     verdict = found(BASELINE, setup, noisy(setup, means, noise=0.003, seed=1)).verdict
-    assert verdict.startswith("Of 7 comparisons, 1 better: b (+0.0")
-    assert "1 worse: c (-0.0" in verdict
-    assert "5 without a difference" in verdict
+    assert verdict.startswith("Against a (gain, 95 %): 1 better: b +0.0")
+    assert "; 1 worse: c -0.0" in verdict
+    assert verdict.endswith("; 5 no difference shown.")
 
 
 def test_pairs_are_those_that_finished_in_both():
@@ -176,7 +187,8 @@ def test_pairs_are_those_that_finished_in_both():
 def test_too_few_seeds_have_no_interval():
     setup = setup_of({"arm": ["a", "b"]}, seeds=2)
     finding = found(BASELINE, setup, noisy(setup, [0.5, 0.9], noise=0.001))
-    assert "too few seeds: 2 seeds in both, 3 needed" in finding.verdict
+    assert finding.verdict.endswith("not comparable: b (too few seeds, 2).")
+    assert outcomes(finding)["b"] == "too few seeds: 2 seeds in both, 3 needed"
     assert finding.facts["comparisons"][0]["p"] is None
     assert finding.facts["comparisons"][0]["gain"]["low"] is None
 
@@ -213,14 +225,156 @@ def test_unfinished_studies(section):
         ).verdict
     )
     finding = found(section, setup, repetitions(("a",), [0.1, 0.2, 0.4]))
-    assert "no repetition of b yet" in finding.verdict
+    assert "not comparable: b (no repetition yet)" in finding.verdict
     assert any("a (3 of 8) and b (0 of 8)" in note for note in finding.notes)
     half = repetitions(("a",), [0.1, 0.2, 0.4]) + repetitions(("b",), [None] * 3)
-    assert "all 3 repetitions of b failed" in found(section, setup, half).verdict
+    assert "not comparable: b (3 of 3 failed)" in found(section, setup, half).verdict
 
 
 def test_a_single_cell():
     setup = setup_of({})
     finding = found(Compare(), setup, repetitions((), [0.1, 0.2, 0.3, 0.5]))
-    assert finding.verdict.startswith("simulated: accuracy 0.275 [")
+    assert finding.verdict.startswith("Mean accuracy (95 %): simulated 0.28 [")
     assert finding.facts["comparisons"] == []
+
+
+def test_arms_that_cannot_be_compared_are_not_equal():
+    """The baseline failed at one batch, and an arm has not begun: neither is a small difference."""
+    setup = setup_of({"batch.base": [32, 64], "arm": [*"abcdef"]})
+    runs = [
+        run
+        for cell in setup.cells
+        if cell != ("32", "f")
+        for run in repetitions(cell, [None] * 8 if cell == ("64", "a") else 0.5 + 0.01 * SPREAD)
+    ]
+    verdict = found(BASELINE, setup, runs).verdict
+    assert "At batch.base 32: 4 no difference shown; 1 not comparable: f (no repetition" in verdict
+    assert verdict.endswith("At 64: all 5 not comparable: a (8 of 8 failed).")
+
+
+def test_failures_of_arms_and_references_are_named_once():
+    setup = setup_of({"arm": [*"abcdefg"]})
+    values = dict.fromkeys("abcdefg", 0.5 + 0.01 * SPREAD)
+    values |= {"a": [*values["a"][:7], None], "c": [None] * 8}
+    runs = [run for arm, each in values.items() for run in repetitions((arm,), each)]
+    verdict = found(BASELINE, setup, runs).verdict
+    assert verdict.endswith("1 not comparable: c (8 of 8 failed); failed: a (1 of 8).")
+
+
+def test_an_edge_that_several_cells_share_is_named_once():
+    setup = setup_of({"batch.base": [32, 64], "arm": [*"abcdef"]})
+    first = ("32", "a")
+    setup = dataclasses.replace(
+        setup, ranges={first: {"lr.base": LR}}, tuned_at=dict.fromkeys(setup.cells, first)
+    )
+    runs = [run for cell in setup.cells for run in repetitions(cell, 0.5 + SPREAD, lr=10)]
+    finding = found(BASELINE, setup, runs)
+    edge = "batch.base 32, a has lr.base 10, the upper end of its range"
+    assert finding.verdict == (
+        f"Against a (gain, 95 %). At batch.base 32: all 5 void. At 64: all 5 void. Void: {edge}."
+    )
+    assert [note for note in finding.notes if edge in note] == [
+        f"{edge}: a wider search may find better ones."
+    ]
+
+
+def test_edges_of_several_cells_have_the_levels_they_share_once():
+    setup = setup_of({"batch.base": [32, 64], "arm": ["a", "b", "c"]})
+    runs = [
+        run
+        for cell in setup.cells
+        for run in repetitions(cell, 0.5 + SPREAD, lr=10 if cell[0] == "32" else 1)
+    ]
+    assert "Void: lr.base at the upper end of its range at batch.base 32: a (10), b (10) and c (10)." in found(BASELINE, setup, runs).verdict  # fmt: skip
+
+
+def test_all_are_better_has_the_smallest_and_the_largest():
+    setup = setup_of({"arm": [*"abcdef"]})
+    means = [0.5, 0.62, 0.61, 0.63, 0.65, 0.64]
+    verdict = found(BASELINE, setup, noisy(setup, means, noise=0.001)).verdict
+    assert verdict.startswith("Against a (gain, 95 %): all 5 better, from c +0.1")
+    assert " to e +0.1" in verdict
+
+
+def test_the_verdict_of_the_study_of_limits_is_short():
+    """Seven optimizers at three batches, without failures: a clause for each batch."""
+    arms = ["momentum", "lars", "lamb", "adagrad", "rmsprop", "adam", "adamw"]
+    setup = setup_of({"batch.base": [64, 256, 1437], "arm": arms})
+    means = [0.98, 0.98, 0.98, 0.96, 0.97, 0.98, 0.98, *[0.97] * 6, 0.99, *[0.9], *[0.95] * 6]
+    section = Compare(baseline={"arm": "momentum"}, within=["batch.base"], tolerance=0.01)
+    verdict = found(section, setup, noisy(setup, means, noise=0.002)).verdict
+    assert len(verdict) <= 320
+    assert "; 2 worse (1 beyond 0.01): rmsprop, most adagrad -0.0" in verdict
+    assert "At 1437: all 6 better, most " in verdict
+    assert [verdict.count(f"At {place}: ") for place in ("batch.base 64", "256", "1437")] == [1] * 3
+
+
+def test_titles_name_the_reference():
+    setup = setup_of({"batch.base": [32, 64], "arm": ["a", "b"]})
+    sections = [
+        (BASELINE, "arm against a, at each batch.base"),
+        (Compare(baseline={"arm": "b"}), "arm against b, at each batch.base"),
+        (Compare(baseline={"arm": "a", "batch.base": 32}), "batch.base and arm against batch.base 32, a"),
+        (Compare(by="batch.base"), "batch.base against the best mean, at each arm"),
+    ]  # fmt: skip
+    assert [found(section, setup, []).title for section, _ in sections] == [t for _, t in sections]
+
+
+def test_outcomes_with_a_tolerance_in_words():
+    setup = setup_of({"arm": ["a", "near", "far", "up", "wide"]})
+    runs = noisy(setup, [0.9, 0.895, 0.85, 0.95, 0.9], noise=0.001, seed=2)
+    runs = [run for run in runs if run.cell != ("wide",)]
+    runs += repetitions(("wide",), 0.9 + 0.03 * np.array([-1, 1, -1, 1, -1, 1, -1, 1.1]))
+    verdict = found(Compare(baseline={"arm": "a"}, tolerance=0.01), setup, runs).verdict
+    words = [part.rpartition("], ")[2] for part in verdict[:-1].split("; ")]
+    assert words == ["worse, within 0.01", "worse, beyond 0.01", "better", "undecided"]
+
+
+def test_the_only_group_that_has_begun_is_named():
+    setup = setup_of({"batch.base": [32, 64], "arm": ["a", "b"]})
+    runs = [r for r in noisy(setup, [0.9, 0.95, 0.9, 0.9], noise=0.001) if r.cell[0] == "32"]
+    verdict = found(Compare(within=["batch.base"]), setup, runs).verdict
+    assert verdict.startswith("Against the best mean (gain, 95 %). At batch.base 32 against b: a -")
+
+
+def test_names_of_groups_are_shortened_to_numbers_only():
+    assert group_places(["batch.base 64", "batch.base 256"]) == ["batch.base 64", "256"]
+    for names in (["warm up", "warm down"], ["a 1", "b 2"], ["x, a 1", "x, a 2"], ["a", "b"], []):
+        assert group_places(names) == names
+
+
+def test_groups_without_the_baseline_are_said():
+    setup = setup_of({"batch.base": [32, 64], "arm": ["a", "b"]})
+    cells = tuple(cell for cell in setup.cells if cell != ("64", "a"))
+    setup = dataclasses.replace(setup, cells=cells)
+    finding = found(BASELINE, setup, noisy(setup, [0.9, 0.9, 0.9], noise=0.01))
+    assert "Not compared, as the baseline is not there: batch.base 64." in finding.notes
+    assert finding.facts["compared"] == 1
+
+
+def test_few_seeds_of_one_arm_do_not_hide_the_others():
+    setup = setup_of({"arm": [*"abcdefgh"]})
+    runs = noisy(setup, [0.1] + [0.9] * 7, noise=0.001)
+    finding = found(BASELINE, setup, [r for r in runs if r.cell != ("c",) or r.number < 3])
+    (note,) = [note for note in finding.notes if "however large" in note]
+    assert note == (
+        "With fewer than 4 seeds no difference among 7 comparisons can be shown, however large: "
+        "c (3)."
+    )
+    assert outcomes(finding)["b"] == "better"
+
+
+def test_many_comparisons_have_more_draws():
+    """With 5,000 draws the smallest p-value, times 435 pairs of 30 arms, is 0.087."""
+    setup = setup_of({"arm": [f"{place:02}" for place in range(30)]})
+    finding = found(Compare(), setup, noisy(setup, [0.9] * 29 + [0.99], noise=0.001))
+    assert finding.facts["compared"] == 435
+    assert {each["worse"] for each in finding.facts["comparisons"]} == {True}
+
+
+def test_numbers_are_as_exact_as_their_intervals():
+    assert mean_and_ends(Interval(0.00123, -0.00612, 0.00891, 8), True) == "+0.001 [-0.006, +0.009]"
+    assert mean_and_ends(Interval(12345.0, 11620.0, 13090.0, 8)) == "12300 [11600, 13100]"
+    assert mean_and_ends(Interval(0.5, 0.5, 0.5, 8)) == "0.5 [0.5, 0.5]"
+    assert mean_and_ends(Interval(0.123456, None, None, 2), True) == "+0.123 (no interval: 2 seeds)"
+    assert mean_and_ends(Interval(None, None, None, 0)) == "—"

@@ -70,8 +70,10 @@ def test_each_cell_has_its_description():
     runs += repetitions(("1024",), [0.9] * 8, distance=noisy(TIMES**0.5))
     finding = found(setup, runs)
     assert [each["better"] for each in finding.facts["cells"]] == ["log", "power"]
-    assert "a · ln t + b describes batch.base 32 (p = " in finding.verdict
-    assert "a · t^p describes batch.base 1024 (p = 0.5" in finding.verdict
+    assert "a · ln t + b is better in batch.base 32 (slope 1.99" in finding.verdict
+    assert "; a · t^p is better in batch.base 1024 (power 0.5" in finding.verdict
+    assert finding.verdict.endswith("]) (intervals 95 %).")
+    assert "p = " not in finding.verdict  # p is a p-value elsewhere
 
 
 def test_neither_is_better_by_chance():
@@ -143,5 +145,34 @@ def test_unfinished_studies():
     assert found(setup, []).verdict.endswith("no fit.")
     assert found(setup, repetitions(("a",), [None] * 8)).plot is None
     two = found(setup, simulated(lambda more: TIMES**0.5, 0.0, 0, seeds=2))
-    assert "1 cell with too few seeds to decide" in two.verdict
+    assert two.verdict.startswith("too few seeds to decide (error of a · ln t + b ")
+    assert ", power 0.5" in two.verdict
+    assert "Repetitions that have not ended yet: a (2 of 8)." in two.notes
     assert two.facts["cells"][0]["power"]["mean"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_many_cells_are_counted_with_the_smallest_and_the_largest_power():
+    setup = setup_of({"model": ["mlp", "convnet"], "batch.base": [16, 64, 1437], "epochs": [60]})
+    rng = np.random.default_rng(0)
+    runs = []
+    for place, cell in enumerate(setup.cells):
+        seeds = 2 if cell[0] == "convnet" else 8
+        curves = [
+            points(TIMES, TIMES ** (0.25 + 0.1 * place) * (1 + 0.01 * rng.normal(size=len(TIMES))))
+            for _ in range(seeds)
+        ]
+        runs += repetitions(cell, [0.9] * seeds, distance=curves)
+    verdict = found(setup, runs).verdict
+    better, few = verdict.split("; ")
+    assert better.startswith("a · t^p is better in 3 cells, power from 0.2")
+    assert "(mlp at batch.base 16) to 0.4" in better
+    assert better.endswith("(mlp at batch.base 1437)")
+    assert few.startswith("too few seeds to decide in 3 cells, power from 0.5")
+    assert "undecided" not in verdict
+
+
+def test_large_ratios_of_errors_are_numbers():
+    setup = setup_of({"arm": ["a"]})
+    verdict = found(setup, simulated(lambda more: TIMES ** (0.8 + more), 0.0, 0)).verdict
+    assert "e+0" not in verdict
+    assert "times as large), power 0.8" in verdict

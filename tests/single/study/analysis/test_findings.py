@@ -187,6 +187,33 @@ def test_the_page_is_one_file_with_every_verdict(pictures):
     assert ARMS[1] in reader.text
 
 
+def test_titles_are_distinct():
+    assert len({finding.title for finding in FINDINGS}) == len(FINDINGS)
+    twice = analyse([Compare(tolerance=0.01), Compare(tolerance=0.02)], SETUP, RUNS)
+    assert [finding.title[-4:] for finding in twice] == ["mean", " (2)"]
+
+
+def test_the_page_says_nothing_of_a_tuning_that_was_not():
+    untuned = setup_of({"arm": ["a"]}, tuned=False)
+    runs = repetitions(("a",), [0.5, None])
+    assert "best settings of the tuning" not in study_page(untuned, runs, [], [])
+    assert "best settings of the tuning" in study_page(SETUP, RUNS, [], [])
+    assert any("mean of the 1 that finished" in line for line in in_words(untuned, runs, []))
+    failed = in_words(untuned, repetitions(("a",), [None]), [])
+    assert any("none finished" in line for line in failed)
+
+
+def test_intervals_beyond_what_a_metric_can_be_are_no_error():
+    """Three seeds near an accuracy of 1 have an interval beyond it."""
+    setup = setup_of({"batch.base": [32, 64], "arm": ["a", "b"]}, seeds=3)
+    runs = [r for c in setup.cells for r in repetitions(c, [0.99, 1.0, 0.96])]
+    findings = analyse([Compare(), BatchLimit(batch="batch.base", tolerance=0.01)], setup, runs)
+    cells = findings[0].facts["cells"].values()
+    assert all(cell["mean"]["high"] > 1 for cell in cells)
+    assert len(drawing.draw(findings)) == 2
+    read(study_page(setup, runs, findings, []))
+
+
 def test_the_report_in_words():
     lines = in_words(SETUP, RUNS, FINDINGS)
     assert all("\n" not in line for line in lines)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from support.simulated_studies import NOISES
 
-from hvdlarge.study.analysis.intervals import holm, interval, p_value, seeds_needed
+from hvdlarge.study.analysis.intervals import (
+    holm,
+    interval,
+    many_comparisons,
+    p_value,
+    seeds_needed,
+)
 
 WEIGHTS = [sign * size**0.5 for sign in (1, -1) for size in (0.5, 1, 1.5)]
 
@@ -95,6 +101,12 @@ def test_false_positives_of_paired_differences(kind, seeds):
     pairs = (NOISES[kind](rng, (2, seeds)) for _ in range(600))
     false = sum(p_value([*(one - other)]) <= 0.05 for one, other in pairs)
     assert false / 600 < 0.08
+
+
+def test_many_comparisons_need_more_draws():
+    """Where the smallest p-value, 1/5,000, times their number is above a tenth of 1 - confidence."""
+    assert [many_comparisons(n, 0.95) for n in (1, 25, 26, 435)] == [False, False, True, True]
+    assert [many_comparisons(n, 0.99) for n in (5, 6)] == [False, True]
 
 
 def test_holm_against_its_definition():

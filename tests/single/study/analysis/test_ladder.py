@@ -7,6 +7,7 @@ import pytest
 from support.simulated_studies import noisy, repetitions, setup_of
 
 from hvdlarge.study.analysis.cells import by_cell
+from hvdlarge.study.analysis.intervals import p_value
 from hvdlarge.study.analysis.ladder import ladder
 from hvdlarge.study.analysis.sections import Ladder
 
@@ -30,8 +31,10 @@ def test_what_each_rung_adds():
     assert [each["base"] for each in finding.facts["rungs"]] == [[rung] for rung in RUNGS[:-1]]
     whole = finding.facts["whole"][0]
     assert (whole["base"], whole["better"]) == (["plain"], True)
-    assert finding.verdict.startswith("From plain, warmup adds +0.")
-    assert "all together +0.2" in finding.verdict
+    assert finding.verdict.startswith("2 of 3 steps add something (95 %): warmup +0.1")
+    assert ", lars +0.2" in finding.verdict or ", lars +0.1" in finding.verdict
+    assert "; smoothing -0.0" in finding.verdict
+    assert "worse; all together +0.2" in finding.verdict
 
 
 def test_equal_rungs_add_nothing():
@@ -49,15 +52,15 @@ def test_a_ladder_of_each_batch_from_a_baseline_on():
     runs = noisy(setup, [0.5, 0.6, 0.7, 0.8] * 2, noise=0.001)
     finding = found(setup, runs, Ladder(factor="recipe", baseline="warmup"))
     assert len(finding.facts["rungs"]) == 4
-    assert "batch.base 512: from warmup, lars adds" in finding.verdict
+    assert "At batch.base 512: 2 of 2 steps add something (95 %): lars +0." in finding.verdict
     assert len(finding.plot.panels[0].series) == 2
 
 
 def test_more_ladders_have_shorter_verdicts():
     setup = setup_of({"batch.base": [1, 2, 4], "recipe": ["a", "b", "c"]})
     verdict = found(setup, noisy(setup, [0.5, 0.5, 0.9] * 3, noise=0.01, seed=1)).verdict
-    assert "b adds" not in verdict
-    assert verdict.count("c adds") == 3
+    assert "b +" not in verdict
+    assert verdict.count("1 of 2 steps adds something (95 %): c +0.") == 3
 
 
 def test_a_rung_that_fails():
@@ -66,9 +69,9 @@ def test_a_rung_that_fails():
     runs = repetitions(("plain",), 0.5 + spread) + repetitions(("warmup",), [None] * 8)
     runs += repetitions(("lars",), [*(0.8 + spread[:7]), None])
     finding = found(setup, runs)
-    assert "warmup (all 8 repetitions of warmup failed)" in finding.verdict
+    assert "not comparable: warmup (8 of 8 failed)" in finding.verdict
     assert not finding.facts["whole"][0]["better"]
-    assert "1 of 8 of lars failed" in finding.verdict
+    assert finding.verdict.endswith("Failed: lars (1 of 8).")
 
 
 def test_an_edge_makes_its_steps_void():
@@ -78,12 +81,28 @@ def test_an_edge_makes_its_steps_void():
     )
     finding = found(setup, [*runs, *repetitions(("lars",), [0.4, 0.6, 0.7])])
     assert [each["outcome"][:4] for each in finding.facts["rungs"]] == ["void", "void"]
+    assert finding.verdict.count("upper end of its range") == 1
+    assert "; 2 steps void" in finding.verdict
 
 
 def test_unfinished_studies():
     setup = setup_of({"recipe": RUNGS})
-    assert "no repetition of warmup yet" in found(setup, repetitions(("lars",), [0.5] * 8)).verdict
+    finding = found(setup, repetitions(("lars",), [0.5] * 8))
+    assert finding.verdict.endswith("not comparable: no repetition yet.")
+    assert "no repetition of warmup yet" in {row[-1] for row in finding.table}
     finding = found(setup, [])
     assert finding.plot is None
     assert "no repetition" in finding.verdict
     assert found(setup, [run for c in setup.cells for run in repetitions(c, [None] * 2)]).verdict
+
+
+def test_p_values_are_corrected_for_all_steps_those_that_have_not_ended_too():
+    setup = setup_of({"recipe": RUNGS})
+    runs = noisy(setup, [0.5, 0.502, 0.504, 0.5], noise=0.002)
+    of_all = found(setup, runs).facts["rungs"][0]["p"]
+    first = found(setup, [r for r in runs if r.cell[0] in ("plain", "warmup")]).facts["rungs"][0]
+    alone = p_value(
+        [b.value - a.value for a, b in zip(runs[:8], runs[8:16], strict=True)], precise=False
+    )
+    assert first["p"] == pytest.approx(3 * alone)
+    assert of_all <= first["p"]

@@ -37,27 +37,73 @@ def test_the_width_of_a_bowl_is_bracketed(width, lower):
     assert fact["least_width"] <= width + 1e-9
     assert width <= fact["most_width"] + 1e-9
     assert fact["most_width"] - fact["least_width"] <= 2 * 3 / 39 + 1e-9  # two gaps of the grid
-    assert fact["bad_inside"] == 0
+    assert fact["apart"] == 0
 
 
 def test_a_wider_range_is_told_beyond_the_gaps():
     setup = setup_of({"arm": ["momentum", "lars"]})
     rates = np.geomspace(0.01, 10, 24)
     runs = trials(("momentum",), bowl(rates, 0.3, 0.6)) + trials(("lars",), bowl(rates, 0.5, 1.5))
-    assert "lars has the widest range" in found(setup, runs).verdict
+    verdict = found(setup, runs).verdict
+    assert verdict.startswith("Range of lr.base (one seed): momentum 0.2")
+    assert verdict.endswith("; lars widest.")
     close = trials(("momentum",), bowl(rates, 0.3, 1.4)) + trials(("lars",), bowl(rates, 0.5, 1.5))
-    assert "undecided" in found(setup, close).verdict
+    assert found(setup, close).verdict.endswith("; widest undecided: momentum and lars.")
 
 
 def test_diverged_trials_bound_the_range_and_are_counted():
     setup = setup_of({"arm": ["a"]})
     runs = trials(
-        ("a",), [(0.1, 0.5), (0.2, 0.9), (0.4, None), (0.5, 0.9), (1.0, None), (2.0, None)]
+        ("a",), [(0.1, 0.5), (0.2, 0.9), (0.4, 0.9), (0.5, 0.89), (1.0, None), (2.0, None)]
     )
     finding = found(setup, runs)
     fact = finding.facts["ranges"][0]
     assert (fact["below"], fact["low"], fact["high"], fact["above"]) == (0.1, 0.2, 0.5, 1.0)
-    assert (fact["bad_inside"], fact["failed"], fact["good"], fact["trials"]) == (1, 3, 2, 6)
+    assert (fact["apart"], fact["failed"], fact["good"], fact["trials"]) == (0, 2, 3, 6)
+
+
+def test_the_range_is_the_unbroken_stretch_around_the_best():
+    setup = setup_of({"arm": ["a"]})
+    values = [(0.1, 0.89), (0.2, None), (0.4, 0.89), (0.5, 0.9), (1.0, 0.5), (2.0, 0.89)]
+    fact = found(setup, trials(("a",), values)).facts["ranges"][0]
+    assert (fact["below"], fact["low"], fact["high"], fact["above"]) == (0.2, 0.4, 0.5, 1.0)
+    assert (fact["apart"], fact["good"]) == (2, 2)
+    assert fact["most_width"] == pytest.approx(np.log10(1.0 / 0.2))
+
+
+def test_an_arm_that_is_bad_at_any_rate_is_not_compared():
+    """At chance all rates are as good as the best: a wide range that means nothing."""
+    setup = setup_of({"arm": ["chance", "lars", "sgd"]})
+    rates = np.geomspace(0.01, 10, 24)
+    runs = trials(("chance",), [(rate, 0.1) for rate in rates])
+    runs += trials(("lars",), bowl(rates, 0.5, 1.5)) + trials(("sgd",), bowl(rates, 0.3, 0.6))
+    verdict = found(setup, runs).verdict
+    assert "lars widest; not compared, worse at best: chance (0.1)." in verdict
+    assert "chance 0.01 to 10 (at least 3.00 decades, open below and above, best 0.1)" in verdict
+
+
+def test_batches_are_compared_separately_unless_the_section_says_otherwise():
+    setup = setup_of({"batch.base": [32, 64, 128], "arm": ["lars", "sgd"]})
+    rates = np.geomspace(0.01, 10, 24)
+    runs = []
+    for batch, arm in setup.cells:
+        width = 1.7 if arm == "lars" else 0.6 + (batch == "128")
+        runs += trials((batch, arm), bowl(rates, 0.3, width))
+    verdict = found(setup, runs).verdict
+    assert verdict.startswith("Range of lr.base (one seed). At batch.base 32: lars 0.0")
+    assert " widest. At 64: lars 0.0" in verdict
+    assert verdict.endswith(" widest. At 128: widest undecided: lars and sgd.")
+    together = LrRange(within=0.02, separately=[])
+    assert found(setup, runs, together).verdict.count("At ") == 0
+    by_arm = LrRange(within=0.02, separately=["arm"])
+    assert "At lars: widest undecided: batch.base 32," in found(setup, runs, by_arm).verdict
+
+
+def test_trials_that_have_not_ended_are_said():
+    setup = setup_of({"arm": ["a", "b"]}, trials=4)
+    runs = trials(("a",), [(0.1, 0.5), (0.2, 0.9), (0.4, 0.9)])
+    runs += trials(("b",), [(0.1, 0.5), (0.2, 0.9), (0.4, 0.9), (0.5, 0.9)])
+    assert "Trials that have not ended yet: a (3 of 4)." in found(setup, runs).notes
 
 
 def test_a_range_without_bad_trials_beside_it_is_open():

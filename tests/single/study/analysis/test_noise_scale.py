@@ -73,10 +73,13 @@ def test_limits_that_are_not_found():
     values = 0.5 + 0.0001 * np.arange(8)
     runs = [run for b in BATCHES for run in repetitions((str(b),), values, noise=noise)]
     finding = found(setup, runs)
-    assert "batch limit beyond 1024" in finding.verdict
+    assert "batch limit above 1024" in finding.verdict
     assert finding.facts["arms"][0]["limit_ratio"]["mean"] is None
     edge = [run for b in BATCHES for run in repetitions((str(b),), values, lr=10.0, noise=noise)]
-    assert "batch limit void" in found(setup, edge).verdict
+    assert (
+        "batch limit void: batch.base 32 has lr.base 10, the upper end"
+        in found(setup, edge).verdict
+    )
 
 
 def test_the_smallest_batch_with_a_noise_scale_is_compared():
@@ -90,7 +93,15 @@ def test_the_smallest_batch_with_a_noise_scale_is_compared():
 
 def test_unfinished_studies():
     setup = setup_of({"batch.base": BATCHES})
-    assert "no noise scale was measured" in found(setup, []).verdict
+    assert "Noise scale (95 %): none was measured." in found(setup, []).verdict
     runs = repetitions(("32",), [0.5], noise=[points([10], [300.0])])
-    assert "noise scale 300 (no interval) samples at batch 32" in found(setup, runs).verdict
+    assert "300 (no interval) samples at batch 32" in found(setup, runs).verdict
     assert found(setup, [r for c in setup.cells for r in repetitions(c, [None] * 3)]).plot is None
+
+
+def test_ratios_of_limits_without_an_interval_have_none():
+    setup, runs = simulated(limit=400, noise=200)
+    finding = found(setup, [run for run in runs if run.number < 2])
+    ratio = finding.facts["arms"][0]["limit_ratio"]
+    assert (ratio["low"], ratio["high"]) == (None, None)
+    assert finding.verdict.count("(no interval)") == 3
