@@ -162,6 +162,8 @@ def setup_of(study: Study, plans: Sequence[CellPlan]) -> Setup:
     }
     job = plans[0].job.resolved()
     direction = study.direction
+    by = None if study.tune is None else study.tune.metric
+    tuned_by = by if by is not None and by != study.metric else ""
     lower = direction == "minimize" if direction else Target(study.metric, 0.0).is_lower(job)
     return Setup(
         name=study.name,
@@ -181,6 +183,8 @@ def setup_of(study: Study, plans: Sequence[CellPlan]) -> Setup:
         tuned_at={plan.cell: plan.tuned_at for plan in plans},
         trials=0 if study.tune is None else study.tune.trials,
         repetitions=len(study.seed_list),
+        tuned_by=tuned_by,
+        score_lower_is_better=bool(tuned_by) and Target(tuned_by, 0.0).is_lower(job),
     )
 
 
@@ -268,7 +272,9 @@ def _plan(
             "tune: nothing is searched here; tune.search, or `tune` of a level, is missing"
         )
     job = source.read(settings)
-    _check_metric(study, job)
+    _check_metric("metric", study.metric, job)
+    if study.tune is not None and study.tune.metric is not None:
+        _check_metric("tune.metric", study.tune.metric, job)
     if job.stop_after_minutes is not None:
         raise JobError(f"{_LIMIT} cannot be set: budget.minutes is the limit of a study")
     resolved = job.resolved()
@@ -316,13 +322,11 @@ def _tuned_at(study: Study, cell: Cell, cells: Sequence[Cell]) -> Cell | None:
     raise JobError("tune.at: no cell with those levels is like this one in the others")
 
 
-def _check_metric(study: Study, job: Job) -> None:
+def _check_metric(key: str, metric: str, job: Job) -> None:
     known = ["loss", "test_loss", *job.evaluate.named]
     known += [AVERAGED + name for name in known[1:]] if job.ema is not None else []
-    if study.metric not in known:
-        raise JobError(
-            f"metric: no run writes {study.metric!r} to its summary; {nearest(study.metric, known)}"
-        )
+    if metric not in known:
+        raise JobError(f"{key}: no run writes {metric!r} to its summary; {nearest(metric, known)}")
 
 
 def _check_space(key: str, space: Space, base: Any) -> None:

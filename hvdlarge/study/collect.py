@@ -29,6 +29,7 @@ def result_of_run(
     folder: Path,
     how: Mapping[str, Any],
     metric: str,
+    tuned_by: str,
     end: tuple[State, str],
 ) -> RunResult:
     """The result of a run.
@@ -37,6 +38,7 @@ def result_of_run(
         folder: of the run.
         how: `cell`, `kind`, `number`, `seed` and `settings` of the result.
         metric: of the study.
+        tuned_by: the metric of the tuning, if it is another one; else empty.
         end: the state, `finished` if the run says so, and the reason.
 
     Raises:
@@ -48,17 +50,19 @@ def result_of_run(
     run = RunRecords(folder, folder.name, [])
     run.update()
     summary: Mapping[str, Any] = run.summary
-    value = None
+    value = score = None
     if state == "finished":
-        if metric not in summary:
+        if missing := next((key for key in (metric, tuned_by) if key and key not in summary), ""):
             numbers = [key for key, each in summary.items() if isinstance(each, (int, float))]
             raise MissingMetricError(
-                f"the run in {folder} has finished, but its summary has no {metric!r}; it has "
+                f"the run in {folder} has finished, but its summary has no {missing!r}; it has "
                 f"{', '.join(numbers)}"
             )
         value = _finite(summary[metric])
         if value is None:
             state, reason = "diverged", f"{metric} is {summary[metric]}"
+        elif tuned_by:
+            score = _finite(summary[tuned_by])
     log = run.metrics
     rates = log.steps["lr"].rows()
     results = log.results.get(metric)
@@ -68,6 +72,7 @@ def result_of_run(
         state=state,
         reason=reason,
         value=value,
+        score=score,
         batch=_first_batch(run.job, batches),
         steps=_whole(summary.get("steps")) or round(log.position[0]),
         epochs=_finite(summary.get("epochs")) or log.position[1],

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hvdlarge.reporting.describe import columns
 from hvdlarge.reporting.html import document, escaped, picture, section, table
-from hvdlarge.study.analysis.cells import CellResults, by_cell, edge_sentence, value_of
+from hvdlarge.study.analysis.cells import CellResults, best_trial, by_cell, edge_sentence, value_of
 from hvdlarge.study.analysis.compare import settings_text
 from hvdlarge.study.analysis.finding import UNKNOWN, Finding, counted, ends_text, mean_text, number
 from hvdlarge.study.analysis.intervals import interval, seeds_needed
@@ -116,10 +116,8 @@ def _trials(setup: Setup, cell: CellResults) -> str:
 
 
 def _best_trial(setup: Setup, cell: CellResults) -> str:
-    values = [value for run in cell.trials if (value := value_of(run)) is not None]
-    if not values:
-        return UNKNOWN
-    return number(min(values) if setup.lower_is_better else max(values))
+    best = best_trial(setup, cell.trials)
+    return UNKNOWN if best is None else number(value_of(best))
 
 
 def _remark(cell: CellResults) -> str:

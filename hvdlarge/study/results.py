@@ -6,6 +6,7 @@ seed that the tuning never saw.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -66,6 +67,7 @@ class RunResult:
             `failed` (any other end with an error); `pruned` (stopped by the tuning as hopeless).
         reason: why it did not finish; empty if it did.
         value: of the study's metric at the end; None unless finished.
+        score: of the metric of the tuning at the end, if that is another one (`Setup.tuned_by`).
         batch: global batch at the start, in samples.
         steps: number of updates.
         epochs: passes over the training set.
@@ -83,6 +85,7 @@ class RunResult:
     state: Literal["finished", "diverged", "failed", "pruned"]
     reason: str = ""
     value: float | None = None
+    score: float | None = None
     batch: int | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -108,6 +111,8 @@ class Setup:
             nothing is tuned.
         trials: of the tuning of each cell.
         repetitions: of each cell.
+        tuned_by: the result by which trials are compared, if it is not the metric; else empty.
+        score_lower_is_better: whether smaller values of that are better.
     """
 
     name: str
@@ -119,3 +124,13 @@ class Setup:
     tuned_at: Mapping[Cell, Cell | None]
     trials: int
     repetitions: int
+    tuned_by: str = ""
+    score_lower_is_better: bool = False
+
+    def loss(self, run: RunResult) -> float:
+        """By which trials are compared: the smaller the better, infinite for one without result."""
+        score = run.score if self.tuned_by else run.value
+        lower = self.score_lower_is_better if self.tuned_by else self.lower_is_better
+        if run.state != "finished" or score is None or not math.isfinite(score):
+            return math.inf
+        return score if lower else -score

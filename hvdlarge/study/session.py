@@ -90,7 +90,11 @@ class Session:
             self._journal = (
                 None
                 if study.tune is None
-                else Journal(folder.path / JOURNAL, study.tune, setup.lower_is_better)
+                else Journal(
+                    folder.path / JOURNAL,
+                    study.tune,
+                    setup.score_lower_is_better if setup.tuned_by else setup.lower_is_better,
+                )
             )
 
     def run(self) -> int:
@@ -346,17 +350,12 @@ class Session:
             return plan.base
         first = number - number % tune.round
         tried = [
-            Tried(settings, self._loss(records[RunName(plan.slug, TRIAL, at)]))
+            Tried(settings, self._setup.loss(records[RunName(plan.slug, TRIAL, at)]))
             if at < first
             else Tried(settings, None)
             for at, settings in enumerate(suggested)
         ]
         return suggest(tune, plan.search, plan.slug, tried)
-
-    def _loss(self, result: RunResult) -> float:
-        if result.value is None:
-            return float("inf")
-        return result.value if self._setup.lower_is_better else -result.value
 
     def _repetition(
         self, plan: CellPlan, number: int, records: Records
@@ -364,7 +363,7 @@ class Session:
         def how() -> Mapping[str, Any]:
             settings: Mapping[str, Any] = {}
             if plan.tuned_at is not None:
-                settings = best_settings(records, self._plans[plan.tuned_at].slug, self._loss)
+                settings = best_settings(records, self._plans[plan.tuned_at].slug, self._setup.loss)
             return _how(plan, REPETITION, number, self._study.seed_list[number], settings)
 
         return how
@@ -375,8 +374,8 @@ class Session:
         for number in range(len(self._journal.settings(plan.slug))):
             result = records.get(RunName(plan.slug, TRIAL, number))
             if result is not None:
-                pruned = result.state == "pruned"
-                self._journal.finish(plan.slug, number, result.value, pruned)
+                score = result.score if self._setup.tuned_by else result.value
+                self._journal.finish(plan.slug, number, score, result.state == "pruned")
 
     # --- what has ended
 
@@ -419,7 +418,11 @@ class Session:
                     f"{self._folder.output_path(each.name)}",
                 )
         result = result_of_run(
-            self._folder.run_folder(each.name), each.how, self._study.metric, end
+            self._folder.run_folder(each.name),
+            each.how,
+            self._study.metric,
+            self._setup.tuned_by,
+            end,
         )
         self._seconds.append(time.monotonic() - each.child.begun)
         self._record(each.name, result)
@@ -476,7 +479,7 @@ class Session:
             each.evaluations, each.values = JsonLines(each.evaluations.path), []
         count = len(each.values)
         for record in each.evaluations.read():
-            value = finite(record.get(self._study.metric))
+            value = finite(record.get(self._setup.tuned_by or self._study.metric))
             if value is not None:
                 each.values.append(value)
         if len(each.values) == count:

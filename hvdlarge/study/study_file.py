@@ -102,6 +102,9 @@ class Tune(_Section):
     run at the same time. Suggestions do not depend on how many do."""
     seed: Seed = 0
     """The job's seed in all trials, and the sampler's."""
+    metric: str | None = None
+    """The result by which trials are compared; default: the study's. Where many trials share the
+    best accuracy, the smoother `test_loss` chooses better."""
     at: Mapping[str, Any] | tuple[Mapping[str, Any], ...] | None = None
     """Levels by their factors: only cells with these levels are tuned; with a list, cells that have
     those of any of its mappings. Another cell takes the settings of the tuned cell that has these

@@ -170,14 +170,14 @@ def _of_cell(
 
 def best_settings(setup: Setup, trials: Sequence[RunResult]) -> Mapping[str, Any]:
     """The settings of the best trial; none if no trial finished."""
-    best: RunResult | None = None
-    for trial in trials:
-        value = value_of(trial)
-        if value is None:
-            continue
-        if best is None or better(setup, value, float(best.value or 0.0)):
-            best = trial
+    best = best_trial(setup, trials)
     return best.settings if best is not None else {}
+
+
+def best_trial(setup: Setup, trials: Sequence[RunResult]) -> RunResult | None:
+    """The trial by which the settings of repetitions are chosen; None if no trial finished."""
+    best = min(trials, key=lambda run: (setup.loss(run), run.number), default=None)
+    return None if best is None or math.isinf(setup.loss(best)) else best
 
 
 def edge_sentence(results: CellResults) -> str:

@@ -7,7 +7,7 @@ from support.study_files import planned
 
 from hvdlarge.exits import JobError
 from hvdlarge.study.cells import overrides, signature
-from hvdlarge.study.results import Level, Range
+from hvdlarge.study.results import Level, Range, RunResult
 from hvdlarge.study.study_file import Numbers, WholeNumbers
 
 
@@ -180,3 +180,20 @@ def test_a_grid_need_not_hold_the_settings_of_the_job(tmp_path):
     changes = {"tune/search": search, "tune/sampler": "grid", "factors": None}
     _, (plan,), _ = planned(tmp_path, **changes)
     assert plan.base == {"lr.base": 4.0}
+
+
+def test_trials_may_be_compared_by_another_result_than_the_metric(tmp_path):
+    setup = planned(tmp_path, **{"tune/metric": "test_loss"})[2]
+    assert (setup.tuned_by, setup.score_lower_is_better) == ("test_loss", True)
+    assert not setup.lower_is_better
+    one, other = (
+        RunResult(("32", "lars"), "trial", number, 0, {}, "finished", value=1.0, score=score)
+        for number, score in enumerate((0.3, 0.2))
+    )
+    diverged = RunResult(("32", "lars"), "trial", 2, 0, {}, "diverged", value=None)
+    assert min([one, other, diverged], key=setup.loss) is other
+    assert min([one, other], key=planned(tmp_path)[2].loss) is one
+    assert planned(tmp_path, **{"tune/metric": "accuracy"})[2].tuned_by == ""
+    assert "tune.metric: no run writes 'tset_loss'" in refused(
+        tmp_path, **{"tune/metric": "tset_loss"}
+    )

@@ -26,7 +26,7 @@ def test_the_result_of_a_run_is_what_it_logged(tmp_path):
     run = tmp_path / "run"
     write_report_run(run)
     finished(run)
-    result = result_of_run(run, HOW, "accuracy", ("finished", ""))
+    result = result_of_run(run, HOW, "accuracy", "", ("finished", ""))
     assert (result.state, result.value, result.steps, result.seconds) == (
         "finished",
         0.97,
@@ -47,7 +47,7 @@ def test_long_series_are_thinned_and_keep_their_end(tmp_path):
     run = tmp_path / "run"
     write_report_run(run, steps=6000)
     finished(run)
-    result = result_of_run(run, HOW, "accuracy", ("finished", ""))
+    result = result_of_run(run, HOW, "accuracy", "", ("finished", ""))
     assert 100 < len(result.distance) <= 400
     assert result.distance[-1].step == 6000
 
@@ -56,7 +56,7 @@ def test_a_metric_that_is_not_finite_is_a_divergence(tmp_path):
     run = tmp_path / "run"
     write_report_run(run)
     finished(run, accuracy="nan")
-    result = result_of_run(run, HOW, "accuracy", ("finished", ""))
+    result = result_of_run(run, HOW, "accuracy", "", ("finished", ""))
     assert (result.state, result.value, result.reason) == ("diverged", None, "accuracy is nan")
 
 
@@ -65,11 +65,11 @@ def test_a_run_without_the_metric_is_an_error_that_names_its_results(tmp_path):
     write_report_run(run)
     finished(run)
     with pytest.raises(MissingMetricError, match=r"no 'perplexity'; it has accuracy, steps"):
-        result_of_run(run, HOW, "perplexity", ("finished", ""))
+        result_of_run(run, HOW, "perplexity", "", ("finished", ""))
 
 
 def test_a_run_that_ended_before_its_first_line_has_no_numbers(tmp_path):
-    result = result_of_run(tmp_path / "run", HOW, "accuracy", ("failed", "no model"))
+    result = result_of_run(tmp_path / "run", HOW, "accuracy", "", ("failed", "no model"))
     assert (result.state, result.reason, result.steps) == ("failed", "no model", None)
 
 
@@ -160,3 +160,13 @@ def test_a_source_of_keys_is_read_beside_the_study_file(tmp_path):
     text = "name: x\nepochs: 1\ndata: {name: digits}\nmodel: {name: 'parts:net'}\nbatch: {base: 8, micro: 8}\nlr: {base: 1}\n"
     source = JobSource(tmp_path / "elsewhere/job.yaml", text, tmp_path / "study.yaml")
     assert source.read({"lr.base": 0.5}).lr.base == 0.5
+
+
+def test_trials_may_be_compared_by_another_result(tmp_path):
+    run = tmp_path / "run"
+    write_report_run(run)
+    finished(run, test_loss=0.25)
+    result = result_of_run(run, HOW, "accuracy", "test_loss", ("finished", ""))
+    assert (result.value, result.score) == (0.97, 0.25)
+    with pytest.raises(MissingMetricError, match="no 'perplexity'"):
+        result_of_run(run, HOW, "accuracy", "perplexity", ("finished", ""))
