@@ -152,11 +152,17 @@ class Smooth(torch.nn.Module):
 
 @pytest.mark.parametrize(
     "changes",
-    [["model={name: 'test_run:Smooth'}"], ["model={name: row_lstm}", "lr.base=2"], ["epochs=2"]],
+    [
+        ["model={name: 'test_run:Smooth'}", "epochs=3"],
+        ["model={name: row_lstm}", "lr.base=2"],
+        ["epochs=2"],
+    ],
     ids=str,
 )
 def test_the_world_law_in_float32(control, tensors, changes):
-    """Where a ReLU or a maximum of the convnet changes sides, float32's rounding becomes a jump: it is judged over fewer steps."""
+    """Where a ReLU or a maximum of the convnet changes sides, float32's rounding becomes a jump: it is judged over fewer steps.
+    Rounding also grows with the steps: after 5.3 epochs the smooth model had 1.009e-5 on a processor without AVX-512.
+    """
     job = parse_job(JOB, "law", ["precision=fp32", *changes])
     weights, _ = run(job, control, tensors)
     solo, _ = alone(job, control)
