@@ -138,7 +138,8 @@ class Smooth(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.body = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 6, 3),
+            # The exact gradient of a bias before batch norm is 0: rounding alone would move it
+            torch.nn.Conv2d(1, 6, 3, bias=False),
             torch.nn.BatchNorm2d(6),
             torch.nn.Tanh(),
             torch.nn.Dropout(0.3),
@@ -153,16 +154,14 @@ class Smooth(torch.nn.Module):
 @pytest.mark.parametrize(
     "changes",
     [
-        ["model={name: 'test_run:Smooth'}", "epochs=3"],
+        ["model={name: 'test_run:Smooth'}"],
         ["model={name: row_lstm}", "lr.base=2"],
         ["epochs=2"],
     ],
     ids=str,
 )
 def test_the_world_law_in_float32(control, tensors, changes):
-    """Where a ReLU or a maximum of the convnet changes sides, float32's rounding becomes a jump: it is judged over fewer steps.
-    Rounding also grows with the steps: after 5.3 epochs the smooth model had 1.009e-5 on a processor without AVX-512.
-    """
+    """Where a ReLU or a maximum of the convnet changes sides, float32's rounding becomes a jump: it is judged over fewer steps."""
     job = parse_job(JOB, "law", ["precision=fp32", *changes])
     weights, _ = run(job, control, tensors)
     solo, _ = alone(job, control)
