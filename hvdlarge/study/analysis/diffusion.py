@@ -121,7 +121,8 @@ def diffusion(section: Diffusion, setup: Setup, cells: Cells) -> Finding:
         )
     return Finding(
         "diffusion",
-        "Distance of the weights from their start",
+        "Distance of the weights from their start"
+        + (f", up to update {section.until_update:,}" if section.until_update else ""),
         _verdict(section, setup, grown),
         _table(grown),
         _plot(grown),
@@ -131,7 +132,10 @@ def diffusion(section: Diffusion, setup: Setup, cells: Cells) -> Finding:
 
 
 def constant_stretch(
-    points: Sequence[Point], from_epoch: float, until_epoch: float | None
+    points: Sequence[Point],
+    from_epoch: float,
+    until_epoch: float | None,
+    until_update: int | None = None,
 ) -> list[Point]:
     """The longest stretch of points with one learning rate, in updates.
 
@@ -139,6 +143,7 @@ def constant_stretch(
         points: in the order of the run.
         from_epoch: points before it are left out.
         until_epoch: points after it are left out; None: none is.
+        until_update: points after it are left out; None: none is.
 
     Returns:
         All points if no learning rate is known.
@@ -149,6 +154,7 @@ def constant_stretch(
         if point.step >= 1
         and point.epoch >= from_epoch
         and (until_epoch is None or point.epoch <= until_epoch)
+        and (until_update is None or point.step <= until_update)
         and math.isfinite(point.value)
     ]
     if all(point.lr is None for point in inside):
@@ -216,7 +222,9 @@ def _fit_cell(section: Diffusion, cell: CellResults) -> tuple[list[Growth], list
         if not run.distance:
             problems.append("Without distances (log.distances of the job)")
             continue
-        points = constant_stretch(run.distance, section.from_epoch, section.until_epoch)
+        points = constant_stretch(
+            run.distance, section.from_epoch, section.until_epoch, section.until_update
+        )
         if all(point.lr is None for point in points):
             problems.append("The learning rate is not known, so all points are fitted")
         if len(points) < section.min_points:

@@ -87,21 +87,18 @@ def ladder(section: Ladder, setup: Setup, cells: Cells) -> Finding:
 
 
 def _ladders(section: Ladder, setup: Setup, cells: Cells) -> list[_Ladder]:
-    """The rungs of each combination of the other factors' levels, from the baseline on."""
+    """The rungs of each combination of the other factors' levels."""
     levels = setup.factors[section.factor]
-    start = 0
-    if section.baseline is not None:
-        start = next(
-            (place for place, each in enumerate(levels) if is_level(section.baseline, each)), 0
-        )
-    order = {level.label: place for place, level in enumerate(levels)}
+    labels = [level.label for level in levels]
+    if section.rungs is not None:
+        labels = [each.label for name in section.rungs for each in levels if is_level(name, each)]
+    order = {label: place for place, label in enumerate(labels)}
     found = []
     for group in groups(setup, [section.factor]).values():
         name = group_name(setup, group, [section.factor])
-        places = {cell: order[level_of(setup, cell, section.factor).label] for cell in group}
-        rungs = [
-            cells[cell] for cell in sorted(group, key=places.__getitem__) if places[cell] >= start
-        ]
+        of_cell = {cell: level_of(setup, cell, section.factor).label for cell in group}
+        on_it = [cell for cell in group if of_cell[cell] in order]
+        rungs = [cells[cell] for cell in sorted(on_it, key=lambda cell: order[of_cell[cell]])]
         if len(rungs) > 1:
             found.append((name, rungs))
     return found

@@ -82,10 +82,11 @@ class Ladder(Section):
     """`ladder`."""
 
     factor: str
-    """The factor whose levels are the rungs, in their order in the file."""
+    """The factor whose levels are the rungs."""
 
-    baseline: LevelName | None = None
-    """The level at which the ladder starts; those before it are left out. Default: the first."""
+    rungs: list[LevelName] | None = None
+    """The levels that are the rungs, the first one first. Default: all, in the order of the
+    file."""
 
     confidence: Confidence = 0.95
     """Confidence level of the intervals; 1 minus it is the rate of false positives of the whole
@@ -120,6 +121,9 @@ class Diffusion(Section):
 
     until_epoch: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Points after it are left out. Default: the end of the stretch of constant rate."""
+
+    until_update: Annotated[int, Field(gt=0)] | None = None
+    """Points after it are left out: the same updates for all batches. Default: none is."""
 
     min_points: Annotated[int, Field(ge=8)] = 12
     """Points that the stretch of a run must have."""
@@ -272,8 +276,11 @@ def _ladder(section: Ladder, setup: Setup) -> Iterator[tuple[str, str]]:
     levels = setup.factors[section.factor]
     if len(levels) < 2:
         yield "factor", f"{section.factor} has one level: a ladder has at least two"
-    elif section.baseline is not None:
-        if problem := _level(section.baseline, section.factor, setup):
-            yield "baseline", problem
-        elif is_level(section.baseline, levels[-1]):
-            yield "baseline", f"{section.baseline!r} is the last level: nothing is added to it"
+    elif section.rungs is not None:
+        unknown = [_level(name, section.factor, setup) for name in section.rungs]
+        yield from (("rungs", problem) for problem in unknown if problem)
+        named = [each.label for name in section.rungs for each in levels if is_level(name, each)]
+        for label in sorted({label for label in named if named.count(label) > 1}):
+            yield "rungs", f"{label!r} is named twice"
+        if len(section.rungs) < 2:
+            yield "rungs", "a ladder has at least two rungs"

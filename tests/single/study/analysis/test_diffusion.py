@@ -125,6 +125,8 @@ def test_the_stretch_is_within_the_epochs_of_the_section():
     steps = np.arange(100, 1001, 100)
     stretch = constant_stretch(points(steps, steps), 3.0, 7.0)
     assert [point.step for point in stretch] == [300, 400, 500, 600, 700]
+    stretch = constant_stretch(points(steps, steps), 3.0, None, 550)
+    assert [point.step for point in stretch] == [300, 400, 500]
 
 
 def test_what_is_left_out_is_said():

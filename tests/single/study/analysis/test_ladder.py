@@ -47,13 +47,26 @@ def test_equal_rungs_add_nothing():
     assert false <= 7  # of 60; 5 % are 3
 
 
-def test_a_ladder_of_each_batch_from_a_baseline_on():
+def test_a_ladder_of_each_batch_from_a_rung_on():
     setup = setup_of({"batch.base": [512, 4096], "recipe": RUNGS})
     runs = noisy(setup, [0.5, 0.6, 0.7, 0.8] * 2, noise=0.001)
-    finding = found(setup, runs, Ladder(factor="recipe", baseline="warmup"))
+    finding = found(setup, runs, Ladder(factor="recipe", rungs=RUNGS[1:]))
     assert len(finding.facts["rungs"]) == 4
     assert "At batch.base 512: 2 of 2 steps add something (95 %): lars +0." in finding.verdict
     assert len(finding.plot.panels[0].series) == 2
+
+
+def test_the_rungs_are_those_that_are_named_in_their_order():
+    setup = setup_of({"recipe": [*RUNGS, "control"]})
+    runs = noisy(setup, [0.5, 0.6, 0.8, 0.75, 0.9], noise=0.004)
+    finding = found(setup, runs, Ladder(factor="recipe", rungs=["lars", "plain", "warmup"]))
+    facts = finding.facts["rungs"]
+    assert [(each["base"], each["arm"]) for each in facts] == [
+        (["lars"], ["plain"]),
+        (["plain"], ["warmup"]),
+    ]
+    assert [each["outcome"] for each in facts] == ["worse", "better"]
+    assert [row[1] for row in finding.table[1:]] == ["lars", "plain", "warmup"]
 
 
 def test_more_ladders_have_shorter_verdicts():
