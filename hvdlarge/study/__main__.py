@@ -8,6 +8,7 @@ share the work.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from hvdlarge.study.cells import (
     setup_of,
     signature,
 )
-from hvdlarge.study.child import mpirun_command
+from hvdlarge.study.child import mpirun_command, visible_gpus
 from hvdlarge.study.folder import StudyFolder, write_setup
 from hvdlarge.study.results import Setup
 from hvdlarge.study.search import check_available, grid
@@ -75,9 +76,10 @@ def _run(options: argparse.Namespace) -> int:
         count = folder.forget_failed(_repeated(plans))
         print_status(f"{count:,} {'run is' if count == 1 else 'runs are'} trained again")
     mpirun = "" if study.workers == 1 else mpirun_command(options.mpirun or "mpirun")
-    for note in _notes(study, options):
+    gpus = [] if options.mpirun else visible_gpus(os.environ)  # those of other hosts: not known
+    for note in _notes(study, options, gpus):
         print_status(f"note     {note}")
-    session = Session(study, plans, setup, source, folder, options.jobs, mpirun)
+    session = Session(study, plans, setup, source, folder, options.jobs, mpirun, gpus)
     done, total = len(folder.records()), session.total()
     print_status(f"{study.name}: {total:,} runs in {path}, {done:,} of them ended before")
     code = session.run()
@@ -119,7 +121,7 @@ def _repeated(plans: Sequence[CellPlan]) -> dict[str, list[str]]:
     }
 
 
-def _notes(study: Study, options: argparse.Namespace) -> list[str]:
+def _notes(study: Study, options: argparse.Namespace, gpus: Sequence[str]) -> list[str]:
     jobs = options.jobs
     cores, threads = len(bound_cores()), jobs * study.workers * study.threads
     notes = []
@@ -130,6 +132,11 @@ def _notes(study: Study, options: argparse.Namespace) -> list[str]:
             f"{threads} threads on {cores} cores: {jobs} {'run' if jobs == 1 else 'runs'} × "
             f"{study.workers} workers × {study.threads} threads; they slow one another down"
         )
+    if gpus and jobs > 1:
+        at_once = max(len(gpus) // study.workers, 1)
+        sees = study.workers if at_once > 1 else len(gpus)
+        shared = ", shared with others" if jobs > at_once else ""
+        notes.append(f"{jobs} runs at once: each sees {sees} of {len(gpus)} GPUs{shared}")
     return notes
 
 

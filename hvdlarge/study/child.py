@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ _LAUNCHERS = (
     *("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_", "HOROVOD_CROSS_"),
 )
 _KEPT = ("OMPI_MCA_", "OMPI_ALLOW_RUN_AS_ROOT")
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LAST_BYTES = 20_000  # of its output, in which the reason of an end is looked for
 _ERROR = "hvdlarge: error: "
 
@@ -36,6 +37,7 @@ class Child:
         threads: of each.
         mpirun: the command and its options, for several workers, as `mpirun_command` gives it.
         output: the file that gets what it prints; a run that goes on adds to it.
+        gpus: CUDA_VISIBLE_DEVICES of the run; None: that of the study.
         claim: the lock of the run, which the process (that of the launcher, for several workers)
             inherits: a run is free again only when both this process and that have ended.
     """
@@ -47,6 +49,7 @@ class Child:
         workers: int,
         threads: int,
         mpirun: str,
+        gpus: str | None,
         output: Path,
         claim: IO[str],
     ) -> None:
@@ -59,6 +62,8 @@ class Child:
         self._output, self._claim, self.begun = output, claim, time.monotonic()
         self._alone, self._sent = workers == 1, 0
         environment = child_environment(os.environ, threads, source.place.parent)
+        if gpus is not None:
+            environment[_VISIBLE] = gpus
         # A launcher stops its ranks with a checkpoint; a single run needs no time for that, since
         # the next start goes on from its last one
         parent_ends = signal.SIGKILL if workers == 1 else signal.SIGTERM
@@ -144,6 +149,41 @@ def child_environment(environ: Mapping[str, str], threads: int, beside: Path) ->
         "OPENBLAS_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(path),
     }
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """The GPUs that runs of this process can see, as CUDA_VISIBLE_DEVICES names them.
+
+    >>> visible_gpus({"CUDA_VISIBLE_DEVICES": "3, 5"}), visible_gpus({"CUDA_VISIBLE_DEVICES": ""})
+    (['3', '5'], [])
+    """
+    given = environ.get(_VISIBLE)
+    if given is None:
+        import torch  # seconds
+
+        return [str(number) for number in range(torch.cuda.device_count())]
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def gpus_of_slot(gpus: Sequence[str], slot: int, workers: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of one of several runs at once: to each its own GPUs, in turn.
+
+    Args:
+        gpus: that are visible.
+        slot: number of the run among those of the process, from 0.
+        workers: of the run, each with a GPU.
+
+    Returns:
+        None if there are too few GPUs for more than one run.
+
+    >>> [gpus_of_slot(["0", "1", "2", "3"], slot, workers=2) for slot in range(3)]
+    ['0,1', '2,3', '0,1']
+    """
+    groups = len(gpus) // workers
+    if groups < 2:
+        return None
+    first = slot % groups * workers
+    return ",".join(gpus[first : first + workers])
 
 
 def mpirun_command(text: str) -> str:

@@ -15,7 +15,7 @@ from hvdlarge import exits
 from hvdlarge.reporting.jsonl import JsonLines, finite
 from hvdlarge.reporting.run_reader import printable
 from hvdlarge.study.cells import CellPlan, JobSource, in_words
-from hvdlarge.study.child import Child
+from hvdlarge.study.child import Child, gpus_of_slot
 from hvdlarge.study.collect import State, end_of, remove_large_files, result_of_run
 from hvdlarge.study.folder import (
     JOURNAL,
@@ -46,6 +46,7 @@ class _Running:
     name: RunName
     plan: CellPlan
     how: Mapping[str, Any]
+    slot: int
     child: Child
     evaluations: JsonLines
     values: list[float] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Session:
         folder: of the study, opened.
         jobs: runs at the same time.
         mpirun: the command and its options, for runs on several workers.
+        gpus: to share among the runs, as CUDA_VISIBLE_DEVICES names them; empty: not shared here.
     """
 
     def __init__(
@@ -75,10 +77,11 @@ class Session:
         folder: StudyFolder,
         jobs: int,
         mpirun: str,
+        gpus: Sequence[str] = (),
     ) -> None:
         self._study, self._setup, self._source, self._folder = study, setup, source, folder
         self._plans = {plan.cell: plan for plan in plans}
-        self._jobs, self._mpirun = jobs, mpirun
+        self._jobs, self._mpirun, self._gpus = jobs, mpirun, gpus
         self._running: list[_Running] = []
         self._signals, self._signal_name = 0, ""
         self._began = time.monotonic()
@@ -239,17 +242,20 @@ class Session:
             self._record(name, RunResult(**how, state="failed", reason=reason))
             claim.close()
             return
+        taken = {each.slot for each in self._running}
+        slot = next(slot for slot in range(self._jobs) if slot not in taken)
         child = Child(
             self._source,
             settings,
             self._study.workers,
             self._study.threads,
             self._mpirun,
+            gpus_of_slot(self._gpus, slot, self._study.workers),
             self._folder.output_path(name),
             claim,
         )
         evaluations = JsonLines(run_dir / "metrics.jsonl")
-        self._running.append(_Running(name, plan, how, child, evaluations))
+        self._running.append(_Running(name, plan, how, slot, child, evaluations))
 
     def _check_unchanged(self, plan: CellPlan) -> None:
         """See that the file of the job is what it was when the study was checked.

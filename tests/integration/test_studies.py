@@ -135,6 +135,32 @@ def test_two_processes_share_a_study_of_which_one_is_killed(study, start, tmp_pa
     assert not LINE.findall(text_of(again))
 
 
+SEEN = """\
+import os
+import pathlib
+import torch
+
+def model():
+    seen = pathlib.Path(__file__).parent / "seen"
+    seen.mkdir(exist_ok=True)
+    (seen / str(os.getpid())).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+"""
+
+
+@pytest.mark.long
+def test_runs_at_the_same_time_see_gpus_of_their_own(study, start, tmp_path):
+    """There are no such GPUs: all train on the CPU."""
+    (tmp_path / "parts.py").write_text(SEEN)
+    study[1](**{"{name: mlp}": "{name: parts:model}"})
+    done = start("--jobs", "2", CUDA_VISIBLE_DEVICES="5,7")
+    assert done.returncode == 0, text_of(done)
+    seen = [path.read_text() for path in (tmp_path / "seen").iterdir()]
+    assert len(seen) == 8
+    assert set(seen) == {"5", "7"}
+    assert "2 runs at once: each sees 1 of 2 GPUs" in text_of(done)
+
+
 @pytest.mark.long
 def test_a_study_killed_goes_on_and_ends_as_one_that_was_not(study, start, tmp_path):
     whole = start("--folder", "whole", "--jobs", "2", wait=False)

@@ -18,7 +18,7 @@ def same(first, second):
     )
 
 
-@pytest.mark.parametrize("file", ["train.sbatch", "launch.sbatch", "array.sbatch"])
+@pytest.mark.parametrize("file", ["train.sbatch", "launch.sbatch", "array.sbatch", "study.sbatch"])
 def test_slurm_takes_the_batch_files_as_they_are(bench, file):
     """With their own options: two nodes of four tasks and four GPUs each."""
     tried = bench.cluster.run("sbatch", "--test-only", ROOT / "docker/slurm" / file, "job.yaml")
@@ -133,10 +133,7 @@ seeds: 2
 @pytest.mark.long
 def test_the_elements_of_an_array_share_a_study(bench):
     (bench.folder / "study.yaml").write_text(STUDY)
-    script = bench.folder / "study.sbatch"
-    script.write_text('#!/bin/bash\nexec "$HVDLARGE_PYTHON" -m hvdlarge.study study.yaml\n')
-    options = ("--array=1-3", "--job-name=study", "--output=%x-%A-%a.log")
-    number = bench.submit(*options, file=script, arguments=())
+    number = bench.submit("--array=1-3", file="study.sbatch", arguments=("study.yaml",))
     for element in (1, 2, 3):
         job = bench.cluster.wait_for_job(f"{number}_{element}")
         assert job["JobState"] == "COMPLETED", bench.logs()
@@ -145,6 +142,22 @@ def test_the_elements_of_an_array_share_a_study(bench):
     assert all(json.loads(path.read_text())["state"] == "finished" for path in records)
     for path in (bench.folder / "runs/shared").glob("runs/*/*/starts.jsonl"):
         assert len(path.read_text().splitlines()) == 1  # none was trained twice
+
+
+@pytest.mark.long
+def test_an_element_that_is_stopped_goes_back_into_the_queue_and_goes_on(bench):
+    (bench.folder / "study.yaml").write_text(STUDY)
+    number = bench.submit("--array=1-1", file="study.sbatch", arguments=("study.yaml",))
+    folder = bench.folder / "runs/shared"
+    bench.cluster.wait_until(
+        lambda: any(folder.glob("runs/*/*.json")), 120, "the first run has ended"
+    )
+    assert bench.cluster.run("scancel", "--signal=USR1", f"{number}_1").returncode == 0
+    wait_for_requeue(bench, f"{number}_1")
+    job = bench.cluster.wait_for_job(f"{number}_1", 400)
+    assert job["JobState"] == "COMPLETED", bench.logs()
+    assert "stopped; the same command goes on" in bench.logs()
+    assert len(list(folder.glob("runs/*/*.json"))) == 8
 
 
 @pytest.mark.long
