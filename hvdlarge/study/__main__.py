@@ -76,7 +76,8 @@ def _run(options: argparse.Namespace) -> int:
         count = folder.forget_failed(_repeated(plans))
         print_status(f"{count:,} {'run is' if count == 1 else 'runs are'} trained again")
     mpirun = "" if study.workers == 1 else mpirun_command(options.mpirun or "mpirun")
-    gpus = [] if options.mpirun else visible_gpus(os.environ)  # those of other hosts: not known
+    far = bool(mpirun and options.mpirun)  # the GPUs of other hosts are not known
+    gpus = [] if far or options.jobs == 1 else visible_gpus(os.environ)
     for note in _notes(study, options, gpus):
         print_status(f"note     {note}")
     session = Session(study, plans, setup, source, folder, options.jobs, mpirun, gpus)
