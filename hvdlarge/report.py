@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "Exit codes: 0, 2 for a wrong command line, for what is not a run, or for a report "
-            "that cannot be written, 130 after Ctrl-C."
+            "that cannot be written (74 for that of a study), 130 after Ctrl-C."
         ),
     )
     parser.add_argument(

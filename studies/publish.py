@@ -4,14 +4,16 @@
     python studies/publish.py runs/adabatch --check    does this study reproduce the published one?
 
 All trials go to docs/studies/NAME.jsonl, a line each, and the figures beside it. The page keeps
-what lies outside its two marks.
+what lies outside its two marks. Nothing is written unless the page has both, and all repetitions of
+the study have ended (exit code 2).
 
-`--check` compares the repetitions of each cell with the published ones of the same number, and so
-of the same seed. A cell is not reproduced if the mean of these differences is shown to differ from
-0 (at 5 %, corrected for the number of cells by Holm's method), or if fewer of its repetitions
-finished. Exit code 1 if there is such a cell: a faithful repetition has one by chance in about 5 %
-of cases. Beside it is printed whether each new mean lies in the published interval (95 %, over the
-seeds); as both means have an error, about one cell in seven lies outside by chance.
+`--check` compares the repetitions of each cell with the published ones of the same seed. A cell is
+not reproduced if the mean of these differences is shown to differ from 0 (at 5 %, corrected for the
+number of cells by Holm's method), or if the repetition of a published seed is missing or failed.
+Exit code 1 if there is such a cell: a faithful repetition has one by chance in about 5 % of cases.
+A study may repeat some of the cells: the others are listed as not repeated; exit code 1 if all are.
+Beside it is printed whether each new mean lies in the published interval (95 %, over the seeds); as
+both means have an error, about one cell in seven lies outside by chance.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hvdlarge.exits import JobError, RunExit
 from hvdlarge.study.analysis.cells import by_cell, value_of
 from hvdlarge.study.analysis.drawing import draw
-from hvdlarge.study.analysis.finding import Finding, mean_and_ends, number
+from hvdlarge.study.analysis.finding import Finding, counted, listed, mean_and_ends, number
 from hvdlarge.study.analysis.intervals import Interval, holm, interval, p_value
-from hvdlarge.study.folder import read_setup, record_json, result_of
+from hvdlarge.study.folder import read_results, read_setup, record_json, result_of
 from hvdlarge.study.page import cells_table
 from hvdlarge.study.report import study_findings
 from hvdlarge.study.results import Cell, Point, RunResult
@@ -48,16 +51,34 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="of a study")
     parser.add_argument("--check", action="store_true", help="compare with the published results")
     options = parser.parse_args()
-    if options.check:
-        return check(options.folder)
-    publish(options.folder)
+    try:
+        if options.check:
+            return check(options.folder)
+        publish(options.folder)
+    except RunExit as problem:
+        print(problem, file=sys.stderr)
+        return problem.code
     return 0
 
 
 def publish(folder: Path) -> None:
-    """Write page, figures and trials of a study."""
+    """Write page, figures and trials of a study.
+
+    Raises:
+        JobError: if it has not ended or its page lacks the marks; nothing is written.
+    """
     setup, results, findings = study_findings(folder)
     name = setup.name
+    cells = by_cell(setup, results)
+    short = [
+        f"{each.label} ({len(each.repetitions)} of {setup.repetitions})"
+        for each in cells.values()
+        if len(each.repetitions) < setup.repetitions
+    ]
+    if short:
+        raise JobError(f"{folder}: repetitions have not ended yet: {listed(short)}; go on with it")
+    page = PAGES / f"{name}.md"
+    before, after = _around_marks(page)
     lines = [record_json(_thinned(each)) for each in sorted(results, key=_order)]
     (PAGES / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     for old in PAGES.glob(f"{name}-*.png"):
@@ -66,39 +87,53 @@ def publish(folder: Path) -> None:
     for picture in draw(findings):
         figures[picture.finding] = f"{name}-{picture.file_name}"
         (PAGES / figures[picture.finding]).write_bytes(_small(picture.png))
-    parts = [_table(cells_table(setup, by_cell(setup, results)))]
+    parts = [_table(cells_table(setup, cells))]
     for place, finding in enumerate(findings):
         parts += _section(finding, figures.get(place))
-    page = PAGES / f"{name}.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
     page.write_text("\n\n".join([f"{before}{BEGIN}", *parts, f"{END}{after}"]), encoding="utf-8")
     print(f"{page}: {len(results):,} runs, {len(findings)} analyses")
 
 
+def _around_marks(page: Path) -> tuple[str, str]:
+    """What a page has before and after its marks.
+
+    Raises:
+        JobError: if it is not there or lacks a mark.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(f"{page}: no such page; write it first, with {BEGIN} and {END}") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise JobError(f"{page}: it must have {BEGIN} and, after it, {END}")
+    return before, after
+
+
 def check(folder: Path) -> int:
-    """Compare the repetitions of a repeated study with the published ones.
+    """Compare the repetitions of a repeated study with the published ones of the same seeds.
 
     Args:
-        folder: of the repeated study.
+        folder: of the repeated study, which may have some of the published cells.
 
     Returns:
-        1 if a cell is not reproduced, or there is none to compare; of faithful repetitions in about
-        5 % of cases. Else 0.
+        1 if a cell is not reproduced, or none is repeated; of faithful repetitions in about 5 % of
+        cases. Else 0.
     """
     setup, _ = read_setup(folder)
     trials = PAGES / f"{setup.name}.jsonl"
     if not trials.exists():
         print(f"{trials}: not there; nothing of {setup.name} is published")
         return 1
-    text = trials.read_text(encoding="utf-8")
-    published = _values([result_of(json.loads(line)) for line in text.splitlines()])
-    repeated = _values(study_findings(folder)[1])
+    lines = trials.read_text(encoding="utf-8").splitlines()
+    runs = [result_of(json.loads(line)) for line in lines]
+    published, repeated = _values(runs), _values(read_results(folder))
     pairs = {
         cell: [
-            value - published[cell][run]
-            for run, value in repeated[cell].items()
-            if run in published[cell]
+            value - published[cell][seed]
+            for seed, value in repeated[cell].items()
+            if seed in published[cell]
         ]
         for cell in setup.cells
         if published[cell]
@@ -108,26 +143,32 @@ def check(folder: Path) -> int:
     for cell, differences in pairs.items():
         old, new = published[cell], repeated[cell]
         found = interval([*old.values()], 0.95)
-        problem = _difference(differences, len(old), len(new), p_values[cell])
+        problem = _difference(differences, len(old), p_values[cell])
         place, within = _place(found, [*new.values()])
         different, inside = different + bool(problem), inside + within
         print(f"{', '.join(cell) or setup.name}: {place}{f': {problem}' if problem else ''}")
+    known = dict.fromkeys(run.cell for run in runs)
     for cell in setup.cells:
         if cell not in pairs:
-            print(f"{', '.join(cell) or setup.name}: no published repetition finished")
+            why = "no published repetition finished" if cell in known else "new, not published"
+            print(f"{', '.join(cell) or setup.name}: {why}")
+    left_out = [cell for cell in known if cell not in setup.cells]
+    for cell in left_out:
+        print(f"{', '.join(cell)}: published, not repeated")
     print(
-        f"{len(pairs)} cells compared, {different} not reproduced; {inside} new means in the "
-        "published interval"
+        f"{counted(len(pairs), 'cell')} compared, {different} not reproduced, {len(left_out)} not "
+        f"repeated; {inside} new means in the published interval"
     )
     return 1 if different or not pairs else 0
 
 
-def _difference(
-    differences: Sequence[float], published: int, repeated: int, p: float | None
-) -> str:
+def _difference(differences: Sequence[float], published: int, p: float | None) -> str:
     """Why a cell is not reproduced; empty if it is."""
-    if repeated < published:
-        return f"NOT REPRODUCED, {repeated} of {published} repetitions finished"
+    if len(differences) < published:
+        return (
+            f"NOT REPRODUCED, {len(differences)} of {published} repetitions finished with the "
+            "published seeds"
+        )
     if all(abs(each) <= _SLACK for each in differences):
         return ""
     if p is None:
@@ -148,11 +189,11 @@ def _place(found: Interval, values: Sequence[float]) -> tuple[str, bool]:
 
 
 def _values(results: Iterable[RunResult]) -> dict[Cell, dict[int, float]]:
-    """The metric of the finished repetitions of each cell, by their number."""
+    """The metric of the finished repetitions of each cell, by their seed."""
     values: dict[Cell, dict[int, float]] = defaultdict(dict)
     for each in results:
         if each.kind == "repetition" and (value := value_of(each)) is not None:
-            values[each.cell][each.number] = value
+            values[each.cell][each.seed] = value
     return values
 
 

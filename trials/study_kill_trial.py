@@ -5,8 +5,8 @@ with that of one that was left alone.
 
 After every third kill of one the other goes on for a while. No run that has ended may be lost or
 trained again, no run may be started more often than processes were killed, and the results must be
-the same but for their times. Exit code 0 if that is so. Ten kills take three to five minutes on two
-cores.
+the same but for their times. Exit code 0 if that is so, and if a process was killed at all.
+Ten kills take three to five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def _trial(folder: Path, kills: int, rng: random.Random) -> list[str]:
         ]
         seen |= records
         print(f"kill {number + 1}: {len(seen)} of {RUNS} runs have ended", flush=True)
+    if not killed:
+        problems.append("no process was killed: all had ended before")
     problems += _to_the_end(folder, "killed")
     after, whole = _records(folder / "runs-killed"), _records(folder / "runs-whole")
     problems += [f"{name} was trained again" for name in seen if after.get(name) != seen[name]]

@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         plans = plan_cells(study, source)
         setup = setup_of(study, plans)
-        _check_analyses(study, setup)
+        _check_analyses(study, plans, setup)
         if study.tune is not None:
             check_available(study.tune)
             if study.tune.sampler == "grid":
@@ -91,10 +91,11 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
-def _check_analyses(study: Study, setup: Setup) -> None:
-    from hvdlarge.study.analysis.sections import check
+def _check_analyses(study: Study, plans: Sequence[CellPlan], setup: Setup) -> None:
+    from hvdlarge.study.analysis.sections import check, unlogged
 
-    if problems := check(study.analysis, setup):
+    logs = {in_words(study, plan.cell): plan.job.log for plan in plans}
+    if problems := [*check(study.analysis, setup), *unlogged(study.analysis, logs)]:
         raise exits.JobError("\n".join(problems))
 
 

@@ -12,20 +12,22 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from hvdlarge.exits import JobError
+from hvdlarge.exits import CheckpointWriteError, JobError
 from hvdlarge.study.analysis.dispatch import analyse
 from hvdlarge.study.analysis.finding import Finding
 from hvdlarge.study.analysis.sections import Analysis
 from hvdlarge.study.folder import read_results, read_setup
 from hvdlarge.study.page import in_words, study_page
 from hvdlarge.study.results import RunResult, Setup
+from hvdlarge.telemetry.console import print_status
 
 _SECTIONS: TypeAdapter[list[Analysis]] = TypeAdapter(list[Analysis])
 _PICTURES = re.compile(r"\d+-[a-z_]+\.png")
 
 
 def write_study_report(folder: Path, out: Path | None) -> list[str]:
-    """Write the report of a study as far as it has come; returns the verdicts in words.
+    """Print the verdicts of a study as far as it has come, and write its report; returns what was
+    written, in words.
 
     Without matplotlib nothing is written, and the words say so.
 
@@ -35,22 +37,20 @@ def write_study_report(folder: Path, out: Path | None) -> list[str]:
             same name without .html.
 
     Raises:
-        JobError: if the folder cannot be read, or the report cannot be written.
+        JobError: if the folder cannot be read.
+        CheckpointWriteError: if the report cannot be written.
     """
     setup, results, findings = study_findings(folder)
-    words = in_words(setup, results, findings)
+    print_status("\n".join(in_words(setup, results, findings)))
     if importlib.util.find_spec("matplotlib") is None:
-        return [
-            *words,
-            "note     a report in HTML needs matplotlib (pip install 'hvdlarge[plot]')",
-        ]
+        return ["note     a report in HTML needs matplotlib (pip install 'hvdlarge[plot]')"]
     from hvdlarge.study.analysis.drawing import draw
 
     out = folder / "report.html" if out is None else out
     pictures = draw(findings)
     page = study_page(setup, results, findings, pictures)
-    _write(out, page, {picture.file_name: picture.png for picture in pictures})
-    return [*words, f"report   {out}"]
+    _write(folder, out, page, {picture.file_name: picture.png for picture in pictures})
+    return [f"report   {out}"]
 
 
 def study_in_words(folder: Path) -> list[str]:
@@ -94,7 +94,7 @@ def study_json(folder: Path) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, page: str, pictures: dict[str, bytes]) -> None:
+def _write(study: Path, out: Path, page: str, pictures: dict[str, bytes]) -> None:
     folder = out.with_suffix("")
     try:
         if pictures:
@@ -103,9 +103,12 @@ def _write(out: Path, page: str, pictures: dict[str, bytes]) -> None:
             _replace(folder / name, png)
         _replace(out, page.encode("utf-8"))
     except OSError as error:
-        raise JobError(
-            f"{error.filename or out}: cannot be written: {error.strerror}; --out FILE names "
-            "another place"
+        raise CheckpointWriteError.of(
+            f"the report {out}",
+            out.parent,
+            error,
+            f"the results are in {study}, and `hvdlarge report {study} --out FILE` writes their "
+            "report elsewhere",
         ) from None
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

@@ -55,6 +55,7 @@ from hvdlarge.study.results import Cell, Setup
 
 _POINTS = 33  # between two batches, where the limit is looked for
 _SAME_EPOCHS = 0.02
+_OF_STEPS = ("steps to the target", "per doubling from the batch before", "its region")
 
 Cells = Mapping[Cell, CellResults]
 
@@ -119,7 +120,7 @@ def batch_limit(section: BatchLimit, setup: Setup, cells: Cells) -> Finding:
             for each in _all_batches(section, setup, cells)
         ]
     panels = [_panel(section, setup, limits)] if limits else []
-    if any(each.reached for each in steps) and section.target is not None:
+    if any(each.measured for each in steps) and section.target is not None:
         panels += steps_panels(steps, setup, section.target)
     verdict = _verdict(section, setup, limits)
     verdict += "".join(f"; {steps_text(each, setup)}" for each in steps)
@@ -417,7 +418,7 @@ def _table(limits: Sequence[Limit], steps: Sequence[StepsToTarget]) -> list[tupl
         return []
     heading: tuple[str, ...] = ("arm", "batch", "best settings", "repetitions", "mean")
     heading += ("gain", "interval of the gain", "outcome")
-    heading += ("steps to the target", "per doubling", "region") if steps else ()
+    heading += _OF_STEPS if steps else ()
     return [heading, *(row + (UNKNOWN,) * (len(heading) - len(row)) for row in rows)]
 
 

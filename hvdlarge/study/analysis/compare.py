@@ -234,7 +234,7 @@ def _table(
         of_arm = by_arm.get(cell)
         if of_arm is None:
             note = "reference" if cell in references else UNKNOWN
-            note += f"; {edge_sentence(each)}" if each.edges else ""
+            note += "; best settings at an edge" if each.edges else ""
             rows.append((*row, UNKNOWN, UNKNOWN, UNKNOWN, note))
             continue
         gain = of_arm.difference.gain

@@ -181,7 +181,8 @@ def _judge(
 def _hindrance(difference: Difference, needed: int) -> str:
     """Why a difference cannot be judged; empty if it can."""
     if difference.void:
-        return "void: " + "; ".join(difference.void)
+        at_edge = [each.searched for each in (difference.arm, difference.base) if each.edges]
+        return f"void: best settings of {' and '.join(dict.fromkeys(at_edge))} at an edge"
     for each in (difference.arm, difference.base):
         if not each.repetitions:
             return f"no repetition of {each.label} yet"

@@ -4,7 +4,7 @@ of updates t at a constant rate: as a · ln t + b, ultra-slow, or as a · t^p.
 Formula:  both are fitted to each repetition. For the comparison they are fitted to the points of
           the first two thirds of ln t only; of the last third the held-out error is the root of the
           mean squared residual. A cell's gap is the mean over seeds of ln(error of the logarithm /
-          error of the power): below 0, the logarithm foretells the distance better.
+          error of the power): below 0, the logarithm predicts the distance better.
 Source:   Hoffer, Hubara, Soudry, Train longer, generalize better, arXiv:1705.08741: ln t; p = 1/2
           is ordinary diffusion. You et al., The Limit of the Batch Size, arXiv:2006.08517, contest
           ln t for huge batches.

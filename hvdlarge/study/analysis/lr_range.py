@@ -2,10 +2,10 @@
 come close to the best one of their cell.
 
 The trials are where the search put them. The range is the unbroken stretch of good trials around
-the best one. Between its lowest and highest trial it is certain (the least width); the next bad
-trials on either side bound it (the most). Beyond the last trial of a side nothing is known, and the
-range is open there. Ranges are compared only where the best trials are about as good: an arm that
-stays at chance at any rate has a wide range of equally bad ones.
+the best one. Between its lowest and highest trial it is certain (the minimum width); the next bad
+trials on either side bound it (the maximum width). Beyond the last trial of a side nothing is
+known, and the range is unbounded there. Ranges are compared only where the best trials are about as
+good: an arm that stays at chance at any rate has a wide range of equally bad ones.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class GoodRange:
         best: value of the metric of the best trial.
         low: the lowest value of the key in the unbroken stretch of good trials around the best.
         high: the highest.
-        below: the nearest value with a bad trial below `low`; None: open.
-        above: the nearest above `high`; None: open.
+        below: the nearest value with a bad trial below `low`; None: unbounded.
+        above: the nearest above `high`; None: unbounded.
         good: number of good trials in the stretch.
-        apart: good trials outside of it, with a bad one between.
+        isolated: good trials outside of it, with a bad one between.
         failed: trials without a result, also those stopped early as hopeless; they count as bad.
         trials: that have ended.
         log: whether the key is searched on a log scale.
@@ -56,19 +56,19 @@ class GoodRange:
     below: float | None
     above: float | None
     good: int
-    apart: int
+    isolated: int
     failed: int
     trials: int
     log: bool
 
     @property
-    def least(self) -> float:
+    def minimum_width(self) -> float:
         """Width between the good trials: in decades on a log scale, else in the key's unit."""
         return self._width(self.low, self.high)
 
     @property
-    def most(self) -> float | None:
-        """Width between the next bad trials; None if it is open."""
+    def maximum_width(self) -> float | None:
+        """Width between the next bad trials; None if it is unbounded."""
         if self.below is None or self.above is None:
             return None
         return self._width(self.below, self.above)
@@ -77,14 +77,14 @@ class GoodRange:
         return math.log10(high / low) if self.log else high - low
 
     def width_text(self) -> str:
-        """The least and the most width, with the unit."""
+        """The minimum and the maximum width, with the unit."""
         unit = " decades" if self.log else ""
-        if self.most is None:
+        if self.maximum_width is None:
             ends = [
                 name for name, at in (("below", self.below), ("above", self.above)) if at is None
             ]
-            return f"at least {self.least:.2f}{unit}, open {' and '.join(ends)}"
-        return f"{self.least:.2f} to {self.most:.2f}{unit}"
+            return f"at least {self.minimum_width:.2f}{unit}, unbounded {' and '.join(ends)}"
+        return f"{self.minimum_width:.2f} to {self.maximum_width:.2f}{unit}"
 
 
 def lr_range(section: LrRange, setup: Setup, cells: Cells) -> Finding:
@@ -99,9 +99,9 @@ def lr_range(section: LrRange, setup: Setup, cells: Cells) -> Finding:
     ranges = [found for each in tuned.values() if (found := _range(section, setup, each))]
     notes = [
         f"A trial is good if its {setup.metric} is within {section.within:g} of the best one of "
-        "its cell. A range is the unbroken stretch of good trials around the best: its least width "
-        "is that between good trials, the most that between the next bad ones. All trials have the "
-        "same seed: there is no interval over seeds.",
+        "its cell. A range is the unbroken stretch of good trials around the best: its minimum "
+        "width is that between good trials, its maximum width that between the next bad ones. All "
+        "trials have the same seed: there is no interval over seeds.",
     ]
     if any(len(setup.ranges[cell]) > 1 for cell in tuned):
         notes.append(
@@ -228,10 +228,14 @@ def _group_text(
     best = max(sign * each.best for each in ranges)
     slack = 1e-9 * max(1.0, abs(best))
     equal = [each for each in ranges if best - sign * each.best <= section.within + slack]
-    widest = max(equal, key=lambda each: each.least)
+    widest = max(equal, key=lambda each: each.minimum_width)
     parts = [_range_text(each, names) for each in ranges] if all_named else []
     others = [each for each in equal if each is not widest]
-    surely = [each for each in others if each.most is not None and each.most < widest.least]
+    surely = [
+        each
+        for each in others
+        if each.maximum_width is not None and each.maximum_width < widest.minimum_width
+    ]
     name = names[widest.cell] if all_named else _range_text(widest, names)
     if len({each.log for each in ranges}) > 1:
         parts.append("not compared, as not all are on a log scale")
@@ -260,15 +264,15 @@ def _table(section: LrRange, ranges: Sequence[GoodRange]) -> list[tuple[str, ...
         return []
     rows: list[tuple[str, ...]] = [
         ("cell", "best trial", f"lowest good {section.key}", "highest good", "next bad below")
-        + ("next bad above", "width", "good trials", "good apart", "without a result")
+        + ("next bad above", "width", "good trials", "isolated good trials", "without a result")
     ]
     for each in ranges:
         rows.append(
             (each.label, number(each.best), number(each.low), number(each.high))
-            + ("open" if each.below is None else number(each.below),)
-            + ("open" if each.above is None else number(each.above),)
+            + ("unbounded" if each.below is None else number(each.below),)
+            + ("unbounded" if each.above is None else number(each.above),)
             + (each.width_text(), f"{each.good} of {each.trials}")
-            + (f"{each.apart}" if each.apart else UNKNOWN,)
+            + (f"{each.isolated}" if each.isolated else UNKNOWN,)
             + (f"{each.failed}" if each.failed else UNKNOWN,)
         )
     return rows
@@ -313,12 +317,12 @@ def _plot(section: LrRange, setup: Setup, tuned: Cells, ranges: Sequence[GoodRan
 def _facts(found: GoodRange) -> dict[str, Any]:
     facts: dict[str, Any] = {
         name: getattr(found, name)
-        for name in ("best", "low", "high", "below", "above", "good", "apart", "failed")
+        for name in ("best", "low", "high", "below", "above", "good", "isolated", "failed")
     }
     return facts | {
         "cell": list(found.cell),
         "trials": found.trials,
         "log": found.log,
-        "least_width": found.least,
-        "most_width": found.most,
+        "minimum_width": found.minimum_width,
+        "maximum_width": found.maximum_width,
     }

@@ -5,7 +5,7 @@ Formula:  the noise scale of a repetition is the geometric mean of its measureme
           by the updates since the one before. A ratio's interval goes from lower / upper to
           upper / lower end: it is wider than its confidence level asks for.
 Source:   McCandlish et al., An Empirical Model of Large-Batch Training, arXiv:1812.06162: the noise
-          scale foretells the critical batch, to within a factor that the model and task determine.
+          scale predicts the critical batch, to within a factor that the model and task determine.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class ArmNoise:
     @property
     def critical_ratio(self) -> Interval:
         """Critical batch of the steps to the target over noise scale."""
-        if self.steps is None or self.steps.bound:
+        if self.steps is None:
             return Interval(None, None, None, 0)
-        return _ratio(self.steps.critical, self.measured)
+        return _ratio(self.steps.critical.batch, self.measured)
 
 
 def noise_scale(section: NoiseScale, setup: Setup, cells: Cells) -> Finding:
@@ -89,7 +89,7 @@ def noise_scale(section: NoiseScale, setup: Setup, cells: Cells) -> Finding:
     verdict = "; ".join(_text(each) for each in arms) or "no arm has two batches"
     notes = [
         "The noise scale grows during training: its mean over the whole run is compared, at the "
-        "smallest batch that has one. It foretells the order of magnitude of the critical batch.",
+        "smallest batch that has one. It predicts the order of magnitude of the critical batch.",
         "The batch limit depends on the tolerance and on the number of epochs; the noise scale on "
         "neither.",
     ]
@@ -184,8 +184,8 @@ def _text(arm: ArmNoise) -> str:
         text += f", batch limit {limit_text(limit) or 'not determined'}"
         if limit.estimate is not None:
             text += f", {_ratio_text(arm.limit_ratio)} times the noise scale"
-    if arm.steps is not None and arm.steps.critical.mean is not None:
-        text += f", critical batch of the steps to the target {critical_text(arm.steps)}"
+    if arm.steps is not None and (critical := critical_text(arm.steps)):
+        text += f", critical batch of the steps to the target {critical}"
         if arm.critical_ratio.mean is not None:
             text += f", {_ratio_text(arm.critical_ratio)} times the noise scale"
     return text
@@ -210,8 +210,7 @@ def _table(arms: Sequence[ArmNoise]) -> list[tuple[str, ...]]:
             text = UNKNOWN if limit.estimate is None or limit.void else rounded(limit.estimate)
             row += ("void" if limit.void else text, _ratio_text(arm.limit_ratio))
             if with_steps:
-                known = arm.steps is not None and arm.steps.critical.mean is not None
-                row += (critical_text(arm.steps) if known and arm.steps else UNKNOWN,)
+                row += ((critical_text(arm.steps) if arm.steps else "") or UNKNOWN,)
                 row += (_ratio_text(arm.critical_ratio),)
             rows.append(row)
     if not rows:
@@ -246,8 +245,8 @@ def _plot(section: NoiseScale, arms: Sequence[ArmNoise]) -> Plot | None:
         of_arm = f" of {arm.limit.name}" if arm.limit.name else ""
         if arm.limit.estimate is not None and not arm.limit.void:
             guides.append(Guide(f"batch limit{of_arm}", "y", arm.limit.estimate))
-        if arm.steps is not None and arm.steps.critical.mean and not arm.steps.bound:
-            guides.append(Guide(f"critical batch{of_arm}", "y", arm.steps.critical.mean))
+        if arm.steps is not None and arm.steps.critical.batch.mean is not None:
+            guides.append(Guide(f"critical batch{of_arm}", "y", arm.steps.critical.batch.mean))
     if not series:
         return None
     panel = Panel(
@@ -276,6 +275,6 @@ def _facts(arm: ArmNoise) -> dict[str, Any]:
         "measured": interval_facts(arm.measured),
         "limit": arm.limit.estimate,
         "limit_ratio": interval_facts(arm.limit_ratio),
-        "critical_batch": None if arm.steps is None else interval_facts(arm.steps.critical),
+        "critical_batch": None if arm.steps is None else interval_facts(arm.steps.critical.batch),
         "critical_ratio": interval_facts(arm.critical_ratio),
     }

@@ -4,13 +4,16 @@ study's factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hvdlarge.config.nearest import nearest
 from hvdlarge.study.results import Level, Setup
+
+if TYPE_CHECKING:
+    from hvdlarge.config.job import Log
 
 LevelName = str | int | float  # a level as a study file has it
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -82,10 +85,10 @@ class Ladder(Section):
     """`ladder`."""
 
     factor: str
-    """The factor whose levels are the rungs."""
+    """The factor whose levels are the steps."""
 
-    rungs: list[LevelName] | None = None
-    """The levels that are the rungs, the first one first. Default: all, in the order of the
+    steps: list[LevelName] | None = None
+    """The levels that are the steps, the first one first. Default: all, in the order of the
     file."""
 
     confidence: Confidence = 0.95
@@ -172,6 +175,31 @@ def check(sections: Sequence[AnalysisSection], setup: Setup) -> list[str]:
     for number, section in enumerate(sections):
         for key, problem in _problems(section, setup):
             problems.append(f"analysis.{number}.{key} ({section.kind}): {problem}")
+    return problems
+
+
+def unlogged(sections: Sequence[AnalysisSection], logs: Mapping[str, Log]) -> list[str]:
+    """The analyses whose measurements no cell logs: a sentence each; mostly none.
+
+    Args:
+        sections: the `analysis` list.
+        logs: what the job of each cell logs, by the cell's name.
+    """
+    problems = []
+    for number, section in enumerate(sections):
+        if isinstance(section, Diffusion):
+            there = any(log.distances for log in logs.values())
+            setting = "log.distances: true"
+        elif isinstance(section, NoiseScale):
+            there = any(log.noise_every_steps is not None for log in logs.values())
+            setting = "log.noise_every_steps, for example 20"
+        else:
+            continue
+        if not there:
+            problems.append(
+                f"analysis.{number} ({section.kind}): no cell logs what it reads, neither the "
+                f"first, {next(iter(logs))}, nor another; set {setting}"
+            )
     return problems
 
 
@@ -276,11 +304,11 @@ def _ladder(section: Ladder, setup: Setup) -> Iterator[tuple[str, str]]:
     levels = setup.factors[section.factor]
     if len(levels) < 2:
         yield "factor", f"{section.factor} has one level: a ladder has at least two"
-    elif section.rungs is not None:
-        unknown = [_level(name, section.factor, setup) for name in section.rungs]
-        yield from (("rungs", problem) for problem in unknown if problem)
-        named = [each.label for name in section.rungs for each in levels if is_level(name, each)]
+    elif section.steps is not None:
+        unknown = [_level(name, section.factor, setup) for name in section.steps]
+        yield from (("steps", problem) for problem in unknown if problem)
+        named = [each.label for name in section.steps for each in levels if is_level(name, each)]
         for label in sorted({label for label in named if named.count(label) > 1}):
-            yield "rungs", f"{label!r} is named twice"
-        if len(section.rungs) < 2:
-            yield "rungs", "a ladder has at least two rungs"
+            yield "steps", f"{label!r} is named twice"
+        if len(section.steps) < 2:
+            yield "steps", "a ladder has at least two steps"

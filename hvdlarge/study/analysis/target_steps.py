@@ -1,11 +1,13 @@
 """The steps to a value of the metric against the batch, with the regions of Shallue et al.
 
 Formulas: steps to the target: where the straight line between the two evaluations around it reaches
-          it. The fall per doubling between neighbouring batches is the mean over seeds of
+          it; of a run whose first evaluation has reached it they are not known. The fall per
+          doubling between neighbouring batches is the mean over seeds of
           (S(B1) / S(B2))^(1 / log2(B2 / B1)), as a geometric mean: 2 is perfect scaling, 1 is no
           gain. Regions: perfect scaling from 2^0.8 = 1.74 on, maximum below 2^0.2 = 1.15, else
-          diminishing returns. S = S_min · (1 + B_crit / B), fitted to the logarithms for each seed,
-          has the slope B_crit / (B + B_crit): 0.8 at B_crit / 4, 0.2 at 4 · B_crit.
+          diminishing returns; undecided unless the whole interval of the fall lies in one.
+          S = S_min · (1 + B_crit / B), fitted to the logarithms for each seed, has the slope
+          B_crit / (B + B_crit): 0.8 at B_crit / 4, 0.2 at 4 · B_crit.
 Source:   Shallue et al., Measuring the Effects of Data Parallelism on Neural Network Training,
           arXiv:1811.03600, section 4.1: the three regions; the two bounds are ours. McCandlish et
           al., An Empirical Model of Large-Batch Training, arXiv:1812.06162, equation 2.11.
@@ -13,10 +15,11 @@ Source:   Shallue et al., Measuring the Effects of Data Parallelism on Neural Ne
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,10 +36,26 @@ from hvdlarge.study.analysis.plots import Area, Guide, Panel, Series
 from hvdlarge.study.results import RunResult, Setup
 
 REGIONS = ("perfect scaling", "diminishing returns", "maximum")
+UNDECIDED = "undecided"
 PERFECT, MAXIMUM = 0.8, 0.2  # slopes of -log2(steps) against log2(batch)
-_BEYOND = 64.0  # times the measured batches: a critical batch beyond it is not determined
+EARLY = 0.0  # updates to a target that the first evaluation has reached
+_BEYOND = 64.0  # times the measured batches: where a fit looks for the critical batch
 _MOST_PANELS = 4  # arms with axes of their own
 _MIN_BATCHES = 3  # for a fit of two parameters
+
+
+class Critical(NamedTuple):
+    """The critical batch over the seeds that reached the target at three batches or more.
+
+    Attributes:
+        batch: in samples (geometric mean); no number if the fit of any seed is at a bound.
+        below: the smallest batch of each seed whose fit is at the lower bound.
+        above: the largest batch of each seed whose fit is at the upper bound.
+    """
+
+    batch: Interval
+    below: tuple[float, ...]
+    above: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -46,25 +65,29 @@ class StepsToTarget:
     Attributes:
         name: of the arm; empty if there is one.
         batches: of its cells, ascending, in samples.
-        steps: mean over the seeds that reached it (geometric), of each batch, in updates.
-        reached: the batches at which at least one repetition reached it.
+        steps: mean over the seeds that reached it between two evaluations (geometric), of each
+            batch, in updates.
         missed: repetitions of each batch that did not reach it, failed ones among them.
+        early: repetitions of each batch that reached it before their first evaluation.
         falls: how much each batch divides the steps of the one before, per doubling; the first is
             without seeds.
-        regions: of each batch: that of the step towards it; empty if unknown.
-        critical: the critical batch of the fit, in samples (geometric mean).
-        bound: `low` or `high` if the fits of all seeds lie at a bound: nothing bends.
+        regions: of each batch: that of the doubling towards it; empty if there is none.
+        critical: the critical batch of the fit.
     """
 
     name: str
     batches: tuple[float, ...]
     steps: tuple[Interval, ...]
-    reached: tuple[float, ...]
     missed: tuple[int, ...]
+    early: tuple[int, ...]
     falls: tuple[Interval, ...]
     regions: tuple[str, ...]
-    critical: Interval
-    bound: str
+    critical: Critical
+
+    @property
+    def measured(self) -> bool:
+        """Whether the steps of any repetition are known."""
+        return any(each.seeds for each in self.steps)
 
     def facts(self) -> dict[str, Any]:
         """The numbers, as JSON has them."""
@@ -73,10 +96,12 @@ class StepsToTarget:
             "batches": list(self.batches),
             "steps": [interval_facts(each) for each in self.steps],
             "missed": list(self.missed),
+            "early": list(self.early),
             "falls_per_doubling": [interval_facts(each) for each in self.falls],
             "regions": list(self.regions),
-            "critical_batch": interval_facts(self.critical),
-            "bound": self.bound,
+            "critical_batch": interval_facts(self.critical.batch),
+            "far_below": list(self.critical.below),
+            "far_above": list(self.critical.above),
         }
 
 
@@ -89,10 +114,12 @@ def steps_to(run: RunResult, target: float, lower_is_better: bool) -> float | No
         lower_is_better: whether at most that value is meant.
 
     Returns:
-        None if it did not reach it. If the first evaluation has, its step: an upper bound.
+        None if it did not reach it, `EARLY` if the first evaluation has. After an evaluation that
+        is not finite, the step of the next one: an upper bound.
     """
     sign = -1.0 if lower_is_better else 1.0
     before: tuple[float, float] | None = None
+    short = False  # of the target, at an evaluation so far
     for point in run.curve:
         if not math.isfinite(point.value):
             before = None
@@ -100,10 +127,10 @@ def steps_to(run: RunResult, target: float, lower_is_better: bool) -> float | No
         missing = sign * (target - point.value)
         if missing <= 0:
             if before is None:
-                return float(point.step)
+                return float(point.step) if short else EARLY
             share = before[1] / (before[1] - missing)
             return before[0] + share * (point.step - before[0])
-        before = (float(point.step), missing)
+        before, short = (float(point.step), missing), True
     return None
 
 
@@ -126,39 +153,37 @@ def measure_steps(
         confidence: level of the intervals.
     """
     logs: list[dict[int, float]] = []
-    missed = []
+    missed, early = [], []
     for cell in cells:
         found = {
-            run.number: math.log(steps)
+            run.number: steps
             for run in cell.repetitions
             if run.number in cell.values
             and (steps := steps_to(run, target, setup.lower_is_better)) is not None
         }
-        logs.append(found)
+        logs.append({seed: math.log(steps) for seed, steps in found.items() if steps != EARLY})
         missed.append(len(cell.repetitions) - len(found))
+        early.append(len(found) - len(logs[-1]))
     falls, regions = [Interval(None, None, None, 0)], [""]
     for place in range(1, len(batches)):
         doublings = math.log2(batches[place] / batches[place - 1])
         before, after = logs[place - 1], logs[place]
         slopes = [(before[seed] - after[seed]) / doublings for seed in after if seed in before]
         falls.append(interval(slopes, confidence).exponential())
-        slope = float(np.mean(slopes)) / math.log(2) if slopes else None
-        regions.append("" if slope is None else _region(slope))
-    critical, bound = _critical(batches, logs, confidence)
+        regions.append(_region(falls[-1]))
     return StepsToTarget(
         name,
         tuple(batches),
         tuple(interval([*each.values()], confidence).exponential() for each in logs),
-        tuple(batch for batch, each in zip(batches, logs, strict=True) if each),
         tuple(missed),
+        tuple(early),
         tuple(falls),
         tuple(regions),
-        critical,
-        bound,
+        _critical(batches, logs, confidence),
     )
 
 
-def fit_critical_batch(batches: Sequence[float], steps: Sequence[float]) -> float:
+def fit_critical_batch(batches: Sequence[float], steps: Sequence[float]) -> tuple[float, str]:
     """The critical batch of S = S_min · (1 + B_crit / B), by least squares in ln S.
 
     Args:
@@ -166,111 +191,131 @@ def fit_critical_batch(batches: Sequence[float], steps: Sequence[float]) -> floa
         steps: S, in updates.
 
     Returns:
-        B_crit in samples, between the smallest batch / 64 and the largest · 64.
+        B_crit in samples, between the smallest batch / 64 and the largest · 64, and the bound at
+        which it lies: `low`, `high`, or empty for none.
     """
     sizes, logs = np.asarray(batches, dtype=np.float64), np.log(steps)
-
-    low, high = math.log(sizes.min() / _BEYOND), math.log(sizes.max() * _BEYOND)
+    first, last = math.log(sizes.min() / _BEYOND), math.log(sizes.max() * _BEYOND)
+    low, high = first, last
     while high - low > 1e-9:
         grid = np.linspace(low, high, 41)
         residuals = logs - np.log1p(np.exp(grid)[:, None] / sizes)
         best = int(np.argmin(np.var(residuals, axis=1)))  # ln S_min is the mean residual
         low, high = float(grid[max(0, best - 1)]), float(grid[min(40, best + 1)])
-    return math.exp((low + high) / 2)
+    bound = "low" if low - first < 1e-6 else "high" if last - high < 1e-6 else ""
+    return math.exp((low + high) / 2), bound
 
 
 def _critical(
     batches: Sequence[float], logs: Sequence[dict[int, float]], confidence: float
-) -> tuple[Interval, str]:
-    """The critical batch over the seeds that reached the target at three batches or more."""
-    found = []
+) -> Critical:
+    """The critical batch over the seeds with the steps of three batches or more."""
+    found: list[float] = []
+    below: list[float] = []
+    above: list[float] = []
     for seed in sorted({seed for each in logs for seed in each}):
         known = [
             (batch, math.exp(each[seed]))
             for batch, each in zip(batches, logs, strict=True)
             if seed in each
         ]
-        if len(known) >= _MIN_BATCHES:
-            sizes, steps = zip(*known, strict=True)
-            found.append(math.log(fit_critical_batch(sizes, steps)))
+        if len(known) < _MIN_BATCHES:
+            continue
+        sizes, steps = zip(*known, strict=True)
+        batch, bound = fit_critical_batch(sizes, steps)
+        found.append(math.log(batch))
+        if bound:
+            (below if bound == "low" else above).append(sizes[0 if bound == "low" else -1])
     result = interval(found, confidence).exponential()
-    if result.mean is None:
-        return result, ""
-    if result.mean > batches[-1] * _BEYOND / 2:
-        return result, "high"
-    return result, "low" if result.mean < batches[0] / _BEYOND * 2 else ""
+    if below or above:
+        result = Interval(None, None, None, len(found))
+    return Critical(result, tuple(below), tuple(above))
 
 
-def _region(slope: float) -> str:
-    if slope >= PERFECT:
+def _region(fall: Interval) -> str:
+    """The region that holds the whole interval of a fall; empty if there is no fall."""
+    if fall.mean is None:
+        return ""
+    if fall.low is None or fall.high is None:
+        return UNDECIDED
+    low, high = math.log2(fall.low), math.log2(fall.high)
+    if low >= PERFECT:
         return "perfect scaling"
-    return "maximum" if slope < MAXIMUM else "diminishing returns"
+    if high < MAXIMUM:
+        return "maximum"
+    return "diminishing returns" if low >= MAXIMUM and high < PERFECT else UNDECIDED
 
 
 def steps_text(steps: StepsToTarget, setup: Setup) -> str:
     """The steps to the target of an arm in words."""
     of_arm = f"{steps.name}: " if steps.name else ""
-    if not steps.reached:
+    if not (steps.measured or any(steps.early)):
         return f"{of_arm}no repetition reached the target of {setup.metric}"
-    parts = []
-    for region in REGIONS:
-        inside = [
-            b for b, found in zip(steps.batches, steps.regions, strict=True) if found == region
-        ]
-        if region == "perfect scaling" and inside:
-            parts.append(f"perfect scaling up to {number(_last_unbroken(steps))}")
-        elif inside:
-            parts.append(f"{region} at {_span(inside)}")
-    text = f"{of_arm}steps to the target: {', '.join(parts) or 'one batch only'}"
-    if steps.critical.mean is not None:
-        text += f", critical batch {critical_text(steps)}"
-    missed = [
-        f"{number(batch)} ({count})"
-        for batch, count in zip(steps.batches, steps.missed, strict=True)
-        if count
+    parts = [
+        f"{region} from {number(first)} to {number(last)}"
+        for region, first, last in _stretches(steps)
     ]
-    return text + (f"; repetitions that did not reach it at {', '.join(missed)}" if missed else "")
+    none = "no two neighbouring batches with the steps of the same seed"
+    text = f"{of_arm}steps to the target: {', '.join(parts) or none}"
+    if critical := critical_text(steps):
+        text += f", critical batch {critical}"
+    for words, counts in (
+        ("reached before the first evaluation", steps.early),
+        ("repetitions that did not reach it", steps.missed),
+    ):
+        at = [
+            f"{number(batch)} ({count})"
+            for batch, count in zip(steps.batches, counts, strict=True)
+            if count
+        ]
+        text += f"; {words} at {', '.join(at)}" if at else ""
+    return text
 
 
 def critical_text(steps: StepsToTarget) -> str:
-    """The critical batch with its interval, or the bound beyond which it lies."""
-    found = steps.critical
-    if steps.bound == "high":
-        return f"far above {number(steps.batches[-1])}"
-    if steps.bound == "low":
-        return f"far below {number(steps.batches[0])}"
+    """The critical batch with its interval, or the side on which it lies; empty if unknown."""
+    found, below, above = steps.critical
+    sides = []
+    for side, batches in (
+        (f"far below {number(max(below, default=0.0))}", below),
+        (f"far above {number(min(above, default=0.0))}", above),
+    ):
+        of_seeds = (
+            "" if len(batches) == found.seeds else f" in {len(batches)} of {found.seeds} seeds"
+        )
+        sides += [f"{side}{of_seeds}"] if batches else []
+    if sides or found.mean is None:
+        return " and ".join(sides)
     if not found.known:
         return f"{rounded(found.mean)} (no interval: {counted(found.seeds, 'seed')})"
     return f"{rounded(found.mean)} [{rounded(found.low)}, {rounded(found.high)}]"
 
 
-def _last_unbroken(steps: StepsToTarget) -> float:
-    """The last batch towards which the scaling is perfect, from the smallest on."""
-    last = next(
-        b for b, r in zip(steps.batches, steps.regions, strict=True) if r == "perfect scaling"
-    )
-    started = False
-    for batch, region in zip(steps.batches, steps.regions, strict=True):
-        if region == "perfect scaling":
-            last, started = batch, True
-        elif started:
-            break
-    return last
-
-
-def _span(batches: Sequence[float]) -> str:
-    first, last = number(batches[0]), number(batches[-1])
-    return first if first == last else f"{first} to {last}"
+def _stretches(steps: StepsToTarget) -> list[tuple[str, float, float]]:
+    """The region, first and last batch of each unbroken stretch of one region, in order."""
+    found: list[tuple[str, float, float]] = []
+    for (first, last), region in zip(
+        itertools.pairwise(steps.batches), steps.regions[1:], strict=True
+    ):
+        if found and found[-1][0] == region and found[-1][2] == first:
+            found[-1] = (region, found[-1][1], last)
+        elif region:
+            found.append((region, first, last))
+    return found
 
 
 def table(steps: StepsToTarget) -> dict[float, tuple[str, ...]]:
-    """Cells of a table for each batch: steps with interval, fall per doubling, region."""
+    """Cells of a table for each batch: steps with interval, then fall per doubling and region from
+    the batch before.
+    """
     rows: dict[float, tuple[str, ...]] = {}
     for place, batch in enumerate(steps.batches):
         found, fall = steps.steps[place], steps.falls[place]
         text = rounded(found.mean)
         if found.known:
             text += f" [{rounded(found.low)}, {rounded(found.high)}]"
+        if steps.early[place]:
+            text += f", {steps.early[place]} reached it before the first evaluation"
         if steps.missed[place]:
             text += f", {steps.missed[place]} did not reach it"
         ratio = UNKNOWN if fall.mean is None else f"÷ {fall.mean:.3g}"
@@ -289,7 +334,7 @@ def steps_panels(steps: Sequence[StepsToTarget], setup: Setup, target: float) ->
         setup: of the study.
         target: value of the metric.
     """
-    known = [each for each in steps if each.reached]
+    known = [each for each in steps if each.measured]
     if len(known) > _MOST_PANELS:
         return [_panel(known, setup, target)]
     return [_panel([each], setup, target) for each in known]
@@ -319,8 +364,8 @@ def _panel(arms: Sequence[StepsToTarget], setup: Setup, target: float) -> Panel:
         label = "perfect scaling" if place == 0 else ""
         series.append(Series(label, x, tuple(first * x[0] / b for b in x), look="line", style=-1))
         of_arm = f" of {arm.name}" if arm.name and len(arms) > 1 else ""
-        if arm.critical.mean is not None and not arm.bound:
-            guides.append(Guide(f"critical batch{of_arm}", "x", arm.critical.mean))
+        if arm.critical.batch.mean is not None:
+            guides.append(Guide(f"critical batch{of_arm}", "x", arm.critical.batch.mean))
     sign = "≤" if setup.lower_is_better else "≥"
     return Panel(
         "global batch (samples, log scale)",
@@ -334,14 +379,9 @@ def _panel(arms: Sequence[StepsToTarget], setup: Setup, target: float) -> Panel:
 
 
 def _areas(steps: StepsToTarget) -> tuple[Area, ...]:
-    """The stretches between batches, by region; neighbours of one region are one stretch."""
-    areas: list[Area] = []
-    for place in range(1, len(steps.batches)):
-        low, high, region = steps.batches[place - 1], steps.batches[place], steps.regions[place]
-        if not region:
-            continue
-        if areas and areas[-1].label == region and areas[-1].high == low:
-            areas[-1] = areas[-1]._replace(high=high)
-        else:
-            areas.append(Area(region, low, high, REGIONS.index(region)))
-    return tuple(areas)
+    """The stretches of batches whose region is known."""
+    return tuple(
+        Area(region, first, last, REGIONS.index(region))
+        for region, first, last in _stretches(steps)
+        if region != UNDECIDED
+    )

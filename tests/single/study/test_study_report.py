@@ -70,6 +70,23 @@ def test_what_a_study_has_not_is_refused(study, more, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_report_that_cannot_be_written_hides_no_verdict(study, capsys):
+    """As on a full disk: exit code 74, with the words for `hvdlarge study` too, which has no --out."""
+    (study / "report.html").mkdir()
+    assert main([str(study)]) == 74
+    printed = capsys.readouterr()
+    assert "Against one, the best mean" in printed.out
+    assert f"the report {study}/report.html could not be written (Is a directory)" in printed.err
+    assert "bytes are free there; the results are in" in printed.err
+    assert f"`hvdlarge report {study} --out FILE`" in printed.err
+    out = study.parent / "elsewhere.html"
+    assert main([str(study), "--out", str(out)]) == 0
+    assert out.exists()
+    out.with_suffix("").rename(study.parent / "moved")
+    out.with_suffix("").write_text("a file where the figures would go")
+    assert main([str(study), "--out", str(out)]) == 74
+
+
 def test_a_damaged_setup_is_named(study, capsys):
     (study / "setup.json").write_text('{"setup": {}, "analysis": []}')
     assert main([str(study)]) == 2

@@ -174,8 +174,12 @@ def test_steps_to_a_target_are_part_of_it():
         curves = [points(steps, steps * batch / 3200 * (1 + 0.01 * seed)) for seed in range(8)]
         runs += repetitions((str(batch),), [0.9] * 8, curve=curves)
     finding = found(setup, runs, BatchLimit(batch="batch.base", tolerance=0.01, target=1.0))
-    assert "perfect scaling up to 128" in finding.verdict
-    assert finding.table[0][-3:] == ("steps to the target", "per doubling", "region")
+    assert "perfect scaling from 32 to 128" in finding.verdict
+    assert finding.table[0][-3:] == (
+        "steps to the target",
+        "per doubling from the batch before",
+        "its region",
+    )
     assert len(finding.plot.panels) == 2
 
 

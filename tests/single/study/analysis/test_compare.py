@@ -99,7 +99,9 @@ def test_best_rates_at_the_edge_make_a_comparison_void(rate, end):
         for run in repetitions((arm,), values[arm], lr=rate if arm == "b" else 0.5)
     ]
     finding = found(BASELINE, setup, runs)
-    assert outcomes(finding)["b"].startswith("void: b has lr.base")
+    assert outcomes(finding)["b"] == "void: best settings of b at an edge"
+    (note,) = [note for note in finding.notes if "b has lr.base" in note]
+    assert end in note
     assert finding.verdict.count(end) == 1
     assert f"void: b has lr.base {rate:.4g}, near the {end}" in finding.verdict
     assert "b +" not in finding.verdict  # no gain
@@ -113,7 +115,9 @@ def test_best_rates_at_the_edge_make_a_comparison_void(rate, end):
         for run in repetitions((arm,), values[arm], lr=rate if arm == "a" else 0.5)
     ]
     finding = found(BASELINE, setup, runs)
-    assert all(text.startswith("void: a has") for text in outcomes(finding).values())
+    assert set(outcomes(finding).values()) == {"void: best settings of a at an edge"}
+    assert finding.table[1][-1] == "reference; best settings at an edge"
+    assert sum("a has lr.base" in note for note in finding.notes) == 1
     assert finding.verdict == (
         f"Against a (gain, 95 %): all 2 void: a has lr.base {rate:.4g}, near the {end}."
     )

@@ -1,13 +1,19 @@
 """The analysis `diffusion`: known exponents and slopes are recovered within their intervals."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 from support.simulated_studies import points, repetitions, setup_of
 
 from hvdlarge.study.analysis.cells import by_cell
-from hvdlarge.study.analysis.diffusion import constant_stretch, diffusion, fit_growth
+from hvdlarge.study.analysis.diffusion import (
+    _judged,
+    constant_stretch,
+    diffusion,
+    fit_growth,
+)
 from hvdlarge.study.analysis.sections import Diffusion
 
 TIMES = np.unique(np.geomspace(10, 3000, 40).astype(int))
@@ -77,18 +83,22 @@ def test_each_cell_has_its_description():
 
 
 def test_neither_is_better_by_chance():
-    """Curves half-way between both, of which each seed follows one at random."""
-    setup = setup_of({"arm": ["a"]})
+    """Of 200 studies with 8 runs each: log errors with mean 0, of runs that follow either curve."""
+    rng = np.random.default_rng(0)
+    noise = 1 + 0.01 * rng.normal(size=(100, len(TIMES)))
+    curves = [3 * np.log(TIMES) + 1, TIMES**0.5]
+    runs = [fit_growth(TIMES, curves[k % 2] * noise[k]) for k in range(100)]
+    centre = np.mean([run.gap for run in runs])
+    runs = [run._replace(gap=run.gap - centre) for run in runs]
+    cell = by_cell(setup_of({"arm": ["a"]}), [])[("a",)]
     decided = 0
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        curves = [
-            points(TIMES, 3 * np.log(TIMES) + 1 if rng.random() < 0.5 else TIMES**0.5)
-            for _ in range(8)
-        ]
-        runs = repetitions(("a",), [0.9] * 8, distance=curves)
-        decided += found(setup, runs).facts["cells"][0]["better"] != ""
-    assert decided <= 4
+    for _ in range(200):
+        drawn = [runs[k] for k in rng.integers(100, size=8)]
+        decided += _judged(Diffusion(), [(cell, drawn)])[0].better != ""
+    # At the nominal 5 %, as many or fewer with a probability of 99.9 %
+    shares = [math.comb(200, k) * 0.05**k * 0.95 ** (200 - k) for k in range(201)]
+    most = int(np.searchsorted(np.cumsum(shares), 0.999))
+    assert (most, decided <= most) == (21, True)
 
 
 def test_exact_curves_are_no_division_by_zero():

@@ -1,4 +1,4 @@
-"""The analysis `lr_range`: known ranges lie between the least and the most width."""
+"""The analysis `lr_range`: known ranges lie between the minimum and the maximum width."""
 
 import dataclasses
 import json
@@ -34,10 +34,12 @@ def test_the_width_of_a_bowl_is_bracketed(width, lower):
     setup = setup_of({"arm": ["a"]}, lower=lower)
     rates = np.geomspace(0.01, 10, 40)
     fact = found(setup, trials(("a",), bowl(rates, rates[20], width, lower))).facts["ranges"][0]
-    assert fact["least_width"] <= width + 1e-9
-    assert width <= fact["most_width"] + 1e-9
-    assert fact["most_width"] - fact["least_width"] <= 2 * 3 / 39 + 1e-9  # two gaps of the grid
-    assert fact["apart"] == 0
+    assert fact["minimum_width"] <= width + 1e-9
+    assert width <= fact["maximum_width"] + 1e-9
+    assert (
+        fact["maximum_width"] - fact["minimum_width"] <= 2 * 3 / 39 + 1e-9
+    )  # two gaps of the grid
+    assert fact["isolated"] == 0
 
 
 def test_a_wider_range_is_told_beyond_the_gaps():
@@ -59,7 +61,7 @@ def test_diverged_trials_bound_the_range_and_are_counted():
     finding = found(setup, runs)
     fact = finding.facts["ranges"][0]
     assert (fact["below"], fact["low"], fact["high"], fact["above"]) == (0.1, 0.2, 0.5, 1.0)
-    assert (fact["apart"], fact["failed"], fact["good"], fact["trials"]) == (0, 2, 3, 6)
+    assert (fact["isolated"], fact["failed"], fact["good"], fact["trials"]) == (0, 2, 3, 6)
 
 
 def test_the_range_is_the_unbroken_stretch_around_the_best():
@@ -67,8 +69,8 @@ def test_the_range_is_the_unbroken_stretch_around_the_best():
     values = [(0.1, 0.89), (0.2, None), (0.4, 0.89), (0.5, 0.9), (1.0, 0.5), (2.0, 0.89)]
     fact = found(setup, trials(("a",), values)).facts["ranges"][0]
     assert (fact["below"], fact["low"], fact["high"], fact["above"]) == (0.2, 0.4, 0.5, 1.0)
-    assert (fact["apart"], fact["good"]) == (2, 2)
-    assert fact["most_width"] == pytest.approx(np.log10(1.0 / 0.2))
+    assert (fact["isolated"], fact["good"]) == (2, 2)
+    assert fact["maximum_width"] == pytest.approx(np.log10(1.0 / 0.2))
 
 
 def test_an_arm_that_is_bad_at_any_rate_is_not_compared():
@@ -79,7 +81,9 @@ def test_an_arm_that_is_bad_at_any_rate_is_not_compared():
     runs += trials(("lars",), bowl(rates, 0.5, 1.5)) + trials(("sgd",), bowl(rates, 0.3, 0.6))
     verdict = found(setup, runs).verdict
     assert "lars widest; not compared, worse at best: chance (0.1)." in verdict
-    assert "chance 0.01 to 10 (at least 3.00 decades, open below and above, best 0.1)" in verdict
+    assert (
+        "chance 0.01 to 10 (at least 3.00 decades, unbounded below and above, best 0.1)" in verdict
+    )
 
 
 def test_batches_are_compared_separately_unless_the_section_says_otherwise():
@@ -106,18 +110,18 @@ def test_trials_that_have_not_ended_are_said():
     assert "Trials that have not ended yet: a (3 of 4)." in found(setup, runs).notes
 
 
-def test_a_range_without_bad_trials_beside_it_is_open():
+def test_a_range_without_bad_trials_beside_it_is_unbounded():
     setup = setup_of({"arm": ["a"]})
     finding = found(setup, trials(("a",), [(0.1, 0.9), (1.0, 0.9), (2.0, 0.1)]))
-    assert "at least 1.00 decades, open below" in finding.verdict
-    assert finding.facts["ranges"][0]["most_width"] is None
+    assert "at least 1.00 decades, unbounded below" in finding.verdict
+    assert finding.facts["ranges"][0]["maximum_width"] is None
 
 
 def test_ranges_on_a_linear_scale_have_the_unit_of_the_key():
     setup = setup_of({"arm": ["a"]})
     setup = dataclasses.replace(setup, ranges={("a",): {"lr.base": Range(0.0, 3.0, False)}})
     fact = found(setup, trials(("a",), [(0.0, 0.1), (1.0, 0.9), (2.0, 0.9), (3.0, 0.1)])).facts
-    assert (fact["ranges"][0]["least_width"], fact["ranges"][0]["most_width"]) == (1.0, 3.0)
+    assert (fact["ranges"][0]["minimum_width"], fact["ranges"][0]["maximum_width"]) == (1.0, 3.0)
 
 
 def test_a_trial_exactly_within_is_good():
@@ -135,4 +139,4 @@ def test_unfinished_studies():
     untuned = setup_of({"arm": ["a"]}, tuned=False)
     assert "Not tuned over lr.base themselves: a." in found(untuned, []).notes
     same = found(setup, trials(("a",), [(0.1, 0.5)] * 4))
-    assert same.facts["ranges"][0]["least_width"] == 0
+    assert same.facts["ranges"][0]["minimum_width"] == 0

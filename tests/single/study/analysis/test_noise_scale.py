@@ -1,5 +1,6 @@
 """The analysis `noise_scale`: ratios of known limits and known noise scales."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -58,6 +59,18 @@ def test_the_critical_batch_of_a_target():
     assert fact["critical_batch"]["mean"] == pytest.approx(400, rel=0.1)
     assert fact["critical_ratio"]["low"] < 2 < fact["critical_ratio"]["high"]
     assert "critical batch of the steps to the target" in finding.verdict
+
+
+def test_a_critical_batch_beyond_the_measured_ones_has_no_ratio():
+    setup, runs = simulated(limit=400, noise=200)
+    at = np.arange(1, 1000)
+    runs = [
+        dataclasses.replace(r, curve=points(at, at * int(r.cell[0]) / 20000, lr=0.1)) for r in runs
+    ]
+    finding = found(setup, runs, NoiseScale(batch="batch.base", tolerance=0.01, target=1.0))
+    assert finding.verdict.endswith(", critical batch of the steps to the target far above 1024.")
+    assert [row[-2:] for row in finding.table[1:2]] == [("far above 1024", "—")]
+    assert finding.facts["arms"][0]["critical_ratio"]["mean"] is None
 
 
 def test_measurements_count_by_their_updates():
