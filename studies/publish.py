@@ -83,10 +83,13 @@ def publish(folder: Path) -> None:
     (PAGES / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     for old in PAGES.glob(f"{name}-*.png"):
         old.unlink()
-    figures = {}
+    figures: dict[int, str] = {}
+    drawn: set[bytes] = set()  # comparisons with several baselines have one figure
     for picture in draw(findings):
-        figures[picture.finding] = f"{name}-{picture.file_name}"
-        (PAGES / figures[picture.finding]).write_bytes(_small(picture.png))
+        if picture.png not in drawn:
+            figures[picture.finding] = f"{name}-{picture.file_name}"
+            (PAGES / figures[picture.finding]).write_bytes(_small(picture.png))
+            drawn.add(picture.png)
     parts = [_table(cells_table(setup, cells))]
     for place, finding in enumerate(findings):
         parts += _section(finding, figures.get(place))
