@@ -29,7 +29,7 @@ from hvdlarge.study.child import mpirun_command, visible_gpus
 from hvdlarge.study.folder import StudyFolder, write_setup
 from hvdlarge.study.results import Setup
 from hvdlarge.study.search import check_available, grid
-from hvdlarge.study.session import Session, folder_of
+from hvdlarge.study.session import Session, folder_of, tell
 from hvdlarge.study.study_file import Study, read_study
 from hvdlarge.telemetry.console import print_error, print_status
 
@@ -68,26 +68,29 @@ def _run(options: argparse.Namespace) -> int:
     if options.plan:
         print_status("\n".join(_plan_in_words(study, plans, setup, path)))
         return exits.FINISHED
+    mpirun = "mpirun" if options.mpirun is None else options.mpirun
+    mpirun = mpirun_command(mpirun) if study.workers > 1 else ""
     for note in folder.open(_document(study, plans, setup), options.extend):
-        print_status(f"note     {note}")
+        tell(f"note     {note}")
     analyses = study.analysis or (Compare(),)
     write_setup(path, setup, [each.model_dump(mode="json") for each in analyses])
     if options.retry_failed:
-        count = folder.forget_failed(_repeated(plans))
-        print_status(f"{count:,} {'run is' if count == 1 else 'runs are'} trained again")
-    mpirun = "" if study.workers == 1 else mpirun_command(options.mpirun or "mpirun")
+        count = folder.forget_failed()
+        tell(f"{count:,} {'run is' if count == 1 else 'runs are'} trained again")
     far = bool(mpirun and options.mpirun)  # the GPUs of other hosts are not known
     gpus = [] if far or options.jobs == 1 else visible_gpus(os.environ)
     for note in _notes(study, options, gpus):
-        print_status(f"note     {note}")
+        tell(f"note     {note}")
     session = Session(study, plans, setup, source, folder, options.jobs, mpirun, gpus)
-    done, total = len(folder.records()), session.total()
-    print_status(f"{study.name}: {total:,} runs in {path}, {done:,} of them ended before")
+    tell(
+        f"{study.name}: {session.total():,} runs in {path}, {session.ended():,} of them ended "
+        "before"
+    )
     code = session.run()
     if code == exits.FINISHED:
         from hvdlarge.study.report import write_study_report
 
-        print_status("\n".join(["", *write_study_report(path, None)]))
+        tell("\n".join(["", *write_study_report(path, None)]))
     return code
 
 
@@ -116,18 +119,11 @@ def _document(study: Study, plans: Sequence[CellPlan], setup: Setup) -> dict[str
     }
 
 
-def _repeated(plans: Sequence[CellPlan]) -> dict[str, list[str]]:
-    """For each tuned cell, by name, the cells whose repetitions have its settings."""
-    return {
-        plan.slug: [other.slug for other in plans if other.tuned_at == plan.cell] for plan in plans
-    }
-
-
 def _notes(study: Study, options: argparse.Namespace, gpus: Sequence[str]) -> list[str]:
     jobs = options.jobs
     cores, threads = len(bound_cores()), jobs * study.workers * study.threads
     notes = []
-    if options.mpirun and study.workers == 1:
+    if options.mpirun is not None and study.workers == 1:
         notes.append("--mpirun has no effect: each run has one worker (`workers` of the study)")
     if threads > cores:
         notes.append(
@@ -210,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--retry-failed",
         action="store_true",
-        help="train failed runs again (not diverged ones), with repetitions that depend on them",
+        help="train failed runs again (not diverged ones), and repetitions whose settings change "
+        "with them",
     )
     parser.add_argument(
         "--mpirun",

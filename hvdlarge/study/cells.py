@@ -6,9 +6,11 @@ of each searched range.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,11 +125,12 @@ def plan_cells(study: Study, source: JobSource) -> list[CellPlan]:
     Raises:
         JobError: if a cell's job is invalid, or its search space; each problem with its cell.
     """
+    if (count := math.prod(map(len, study.factors.values()))) > MOST_RUNS:
+        sizes = " × ".join(f"{len(levels):,}" for levels in study.factors.values())
+        raise JobError(f"factors: {sizes} = {count:,} combinations: more than {MOST_RUNS:,}")
     combinations = list(_combinations(study))
     if not combinations:
         raise JobError("exclude leaves no cell")
-    if len(combinations) > MOST_RUNS:
-        raise JobError(f"{len(combinations):,} cells: more than {MOST_RUNS:,}")
     source.read({})  # its own mistakes first, without a cell's name
     cells = {tuple(label for label, _ in levels): dict(levels) for levels in combinations}
     if len(cells) < len(combinations):
@@ -144,7 +147,21 @@ def plan_cells(study: Study, source: JobSource) -> list[CellPlan]:
         plans.append(plan)
     if problems:
         raise JobError("\n".join(dict.fromkeys(problems)))
+    _check_number(study, plans)
     return plans
+
+
+def _check_number(study: Study, plans: Sequence[CellPlan]) -> None:
+    tuned, trials = 0, 0
+    if study.tune is not None:
+        tuned, trials = sum(bool(plan.search) for plan in plans), study.tune.trials
+    seeds = len(study.seed_list)
+    total = tuned * trials + len(plans) * seeds
+    if total > MOST_RUNS:
+        raise JobError(
+            f"{tuned:,} tuned cells × {trials:,} trials + {len(plans):,} cells × {seeds:,} seeds = "
+            f"{total:,} runs: more than {MOST_RUNS:,}"
+        )
 
 
 def in_words(study: Study, cell: Cell) -> str:
@@ -265,6 +282,9 @@ def _plan(
     for key in _OURS:
         if key in settings:
             raise JobError(f"{key} cannot be set: the study sets it for each run")
+    for key in search:
+        if isinstance(study.factors.get(key), list):
+            raise JobError(f"tune: {key} is a factor: its values are given, not searched")
     tuned_at = _tuned_at(study, cell, cells)
     searched_here = tuned_at == cell
     if study.tune is not None and searched_here and not search:
@@ -278,6 +298,7 @@ def _plan(
     if job.stop_after_minutes is not None:
         raise JobError(f"{_LIMIT} cannot be set: budget.minutes is the limit of a study")
     resolved = job.resolved()
+    _check_levels(study, levels, resolved)
     base = {key: _value_at(resolved, key) for key in (search if searched_here else ())}
     search = {key: _typed(key, search[key], value) for key, value in base.items()}
     for key, space in search.items():
@@ -322,6 +343,38 @@ def _tuned_at(study: Study, cell: Cell, cells: Sequence[Cell]) -> Cell | None:
     raise JobError("tune.at: no cell with those levels is like this one in the others")
 
 
+def _check_levels(
+    study: Study, levels: Sequence[Mapping[str, Any]], resolved: Mapping[str, Any]
+) -> None:
+    """See that no factor overwrites the value of another one."""
+    for name, keys in zip(study.factors, levels, strict=True):
+        if not isinstance(study.factors[name], list):
+            continue
+        others = {key for other in levels if other is not keys for key in other}
+        if not any(_overlap(name, key) for key in others):
+            continue
+        value, found = keys[name], None
+        with contextlib.suppress(JobError):  # another section has no such key
+            found = _value_at(resolved, name)
+        if not _holds(found, value):
+            raise JobError(
+                f"factors: {name} is {json.dumps(found)} in this cell, not {json.dumps(value)}: "
+                "another factor sets it too"
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one key is the other, or in its section."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _holds(found: Any, value: Any) -> bool:
+    """Whether a resolved value, with all defaults, has what was given."""
+    if isinstance(found, Mapping) and isinstance(value, Mapping):
+        return all(key in found and _holds(found[key], each) for key, each in value.items())
+    return bool(found == value)
+
+
 def _check_metric(key: str, metric: str, job: Job) -> None:
     known = ["loss", "test_loss", *job.evaluate.named]
     known += [AVERAGED + name for name in known[1:]] if job.ema is not None else []
@@ -350,13 +403,13 @@ def _check_end(source: JobSource, settings: Mapping[str, Any], key: str, value: 
 
 
 def _typed(key: str, space: Space, base: Any) -> Space:
-    """A range of whole numbers, if the job has one for the key."""
+    """The range of the whole numbers in it, if the job has one for the key."""
     if not isinstance(space, Numbers) or not isinstance(base, int) or isinstance(base, bool):
         return space
-    whole = WholeNumbers(low=space.low, high=space.high, log=space.log)
-    if whole.first >= whole.last:
+    first, last = math.ceil(space.low), math.floor(space.high)
+    if first >= last:
         raise JobError(f"tune: {key} is a whole number, and its range has fewer than two")
-    return whole
+    return WholeNumbers(low=first, high=last, log=space.log)
 
 
 def _ends(space: Space) -> Sequence[Any]:

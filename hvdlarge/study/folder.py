@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,23 +21,17 @@ from typing import IO, Any, NamedTuple
 
 from hvdlarge import __version__
 from hvdlarge.exits import CheckpointWriteError, JobError
-from hvdlarge.study.results import (
-    REPETITION,
-    TRIAL,
-    Level,
-    Point,
-    Range,
-    RunResult,
-    Setup,
-)
+from hvdlarge.study.results import Level, Point, Range, RunResult, Setup
 
 DOCUMENT = "study.json"
 SETUP = "setup.json"
 JOURNAL = "optuna.journal"
 _CHOOSE = "choose"  # the lock under which runs are chosen
+_WORKERS = "workers"  # the lock that all processes that work on the study share
 _POINTS = ("curve", "distance", "noise")
 _INTACT = "what the study has recorded is kept; run the same command again once it can be written"
 _MOST_NAMED = 8  # keys in a message
+_State = tuple[int, int, int]  # of a file
 
 
 class RunName(NamedTuple):
@@ -61,7 +56,8 @@ class StudyFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records: dict[RunName, RunResult] = {}
+        self._records: dict[RunName, tuple[_State, RunResult]] = {}
+        self._opened: Mapping[str, Any] = {}
 
     # --- what it is a study of
 
@@ -86,19 +82,35 @@ class StudyFolder:
                 if earlier is None or (earlier != written and self._has_not_begun()):
                     self._clear()
                     write_atomically(self.path / DOCUMENT, _as_json(written))
+                    self._opened = written
                     return []
                 notes = _compare(self.path, earlier, written, extend)
                 kept = {**written, "hvdlarge": earlier.get("hvdlarge")}  # which has begun it
                 if kept != earlier:
                     write_atomically(self.path / DOCUMENT, _as_json(kept))
+                self._opened = kept
                 return notes
+
+    def check_unchanged(self) -> None:
+        """See that the folder is still of the study that was opened, which another process may have
+        extended. Before the first end of a run it may have begun another version here.
+
+        Raises:
+            JobError: if it is another one.
+        """
+        changed, _ = _changes(self._opened, self._document() or {})
+        if changed:
+            raise JobError(
+                f"{self.path} has been opened with another version of the study file since this "
+                f"process began: {_listed(changed)}"
+            )
 
     def _has_not_begun(self) -> bool:
         """Whether no run has ended, or is trained by another process."""
         if self.records():
             return False
         for path in (self.path / "locks").iterdir():
-            if path.name != _CHOOSE:
+            if path.name not in (_CHOOSE, _WORKERS):
                 with _open_lock(path) as file:
                     if not _lock(file, wait=False):
                         return False
@@ -142,9 +154,14 @@ class StudyFolder:
             kind, _, number = path.stem.rpartition("-")
             if kind and number.isdecimal():
                 name = RunName(path.parent.name, kind, int(number))
-                found[name] = self._records.get(name) or _read_record(path)
+                with contextlib.suppress(FileNotFoundError):  # another process has discarded it
+                    state = _state_of(path)
+                    known = self._records.get(name)
+                    if known is None or known[0] != state:
+                        known = state, _read_record(path)
+                    found[name] = known
         self._records = found
-        return found
+        return {name: result for name, (_, result) in found.items()}
 
     def write_record(self, name: RunName, result: RunResult) -> None:
         """Record the end of a run.
@@ -156,25 +173,23 @@ class StudyFolder:
         with writing(self.path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, record_json(result))
-        self._records[name] = result
 
-    def forget_failed(self, repeated: Mapping[str, Sequence[str]]) -> int:
-        """Remove the records of failed runs, so that they are trained again, and of repetitions
-        whose settings may change with them; how many.
-
-        Args:
-            repeated: for each tuned cell, by name, the cells whose repetitions have its settings.
-        """
+    def forget_failed(self) -> int:
+        """Discard failed runs, so that they are trained again; how many."""
         with writing(self.path), self.exclusive():
-            records = self.records()
-            again = {name for name, each in records.items() if each.state == "failed"}
-            tuned = {name.slug for name in again if name.kind == TRIAL}
-            others = {other for slug in tuned for other in repeated.get(slug, ())}
-            again |= {name for name in records if name.kind == REPETITION and name.slug in others}
-            for name in again:
-                shutil.rmtree(self.run_folder(name), ignore_errors=True)
-                self.record_path(name).unlink(missing_ok=True)
-        return len(again)
+            failed = [name for name, each in self.records().items() if each.state == "failed"]
+            return sum(self.discard(name) for name in failed)
+
+    def discard(self, name: RunName) -> bool:
+        """Remove the record and the folder of a run, so that it is trained again; whether it is
+        done: not while a process has its claim. The caller holds the lock of all processes.
+        """
+        with _open_lock(self._claim_path(name)) as file:
+            if not _lock(file, wait=False):
+                return False
+            shutil.rmtree(self.run_folder(name), ignore_errors=True)
+            self.record_path(name).unlink(missing_ok=True)
+            return True
 
     def record_path(self, name: RunName) -> Path:
         """The file of a record."""
@@ -201,11 +216,31 @@ class StudyFolder:
         """The lock of a run, held until the file is closed here and in processes that inherit it;
         None if another process has it, or has just recorded its end.
         """
-        file = _open_lock(self.path / "locks" / f"{name.slug}.{name.text}")
+        file = _open_lock(self._claim_path(name))
         if _lock(file, wait=False) and not self.record_path(name).exists():
             return file
         file.close()
         return None
+
+    def _claim_path(self, name: RunName) -> Path:
+        return self.path / "locks" / f"{name.slug}.{name.text}"
+
+    def join(self) -> IO[str]:
+        """Be one of the processes that work on the study, until the file is closed."""
+        file = _open_lock(self.path / "locks" / _WORKERS)
+        _lock(file, wait=True, kind=fcntl.LOCK_SH)
+        return file
+
+    def is_shared(self, joined: IO[str]) -> bool:
+        """Whether other processes work on the study.
+
+        Args:
+            joined: what `join` has returned.
+        """
+        with self.exclusive():  # who fails to lock a file for itself loses it for a moment
+            alone = _lock(joined, wait=False)
+            _lock(joined, wait=True, kind=fcntl.LOCK_SH)
+        return not alone
 
 
 def read_results(folder: Path) -> list[RunResult]:
@@ -302,10 +337,18 @@ def result_of(values: Mapping[str, Any]) -> RunResult:
 def _read_record(path: Path) -> RunResult:
     try:
         return result_of(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, LookupError, AttributeError):
         raise JobError(f"{path} is damaged; remove it, and its run is trained again") from None
+
+
+def _state_of(path: Path) -> _State:
+    """What changes when a file is written anew."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 @contextlib.contextmanager
@@ -319,9 +362,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Processes on other hosts may have the same number
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -337,17 +381,17 @@ def _as_json(document: Mapping[str, Any]) -> str:
 
 
 def _open_lock(path: Path) -> IO[str]:
-    return path.open("a", encoding="utf-8")
+    return path.open("a+", encoding="utf-8")  # NFS shares locks only of files that can be read
 
 
-def _lock(file: IO[str], wait: bool) -> bool:
-    """Lock a file; whether it is.
+def _lock(file: IO[str], wait: bool, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock a file, for one process or shared; whether it is.
 
     Raises:
         JobError: if the file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -379,37 +423,44 @@ def _compare(
         notes.append(
             f"the study was begun with hvdlarge {earlier.get('hvdlarge')}; this is {__version__}"
         )
+    changed, added = _changes(earlier, new)
+    if changed:
+        raise JobError(
+            f"the study file has changed since {folder} was begun: {_listed(changed)}; undo that, "
+            "or name another --folder"
+        )
+    if added and not extend:
+        raise JobError(
+            f"the study file has more than {folder} was begun with: {_listed(added)}; --extend "
+            "adds it, or name another --folder"
+        )
+    return notes
+
+
+def _changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What decides the results and is not as before, and the cells and seeds that were added."""
+    apart = ("cells", "seeds", "hvdlarge")
     changed = differing_keys(
-        {key: value for key, value in earlier.items() if key not in ("cells", "seeds", "hvdlarge")},
-        {key: value for key, value in new.items() if key not in ("cells", "seeds", "hvdlarge")},
+        {key: value for key, value in earlier.items() if key not in apart},
+        {key: value for key, value in new.items() if key not in apart},
     )
-    before, after = earlier.get("cells", {}), new["cells"]
+    before, after = earlier.get("cells", {}), new.get("cells", {})
     for cell in before:
         if cell not in after:
             changed.append(f"cell {cell} is gone")
         elif before[cell] != after[cell]:
             keys = differing_keys(before[cell], after[cell])
             changed += [f"{key} of cell {cell}" for key in keys]
-    seeds_before, seeds = list(earlier.get("seeds", [])), list(new["seeds"])
+    seeds_before, seeds = list(earlier.get("seeds", [])), list(new.get("seeds", []))
     if seeds[: len(seeds_before)] != seeds_before:
         changed.append("seeds")
-    if changed:
-        named = ", ".join(changed[:_MOST_NAMED])
-        more = len(changed) - _MOST_NAMED
-        raise JobError(
-            f"the study file has changed since {folder} was begun: {named}"
-            f"{f' and {more} more' if more > 0 else ''}; undo that, or name another --folder"
-        )
     added = [cell for cell in after if cell not in before]
-    added += [f"seed {each}" for each in seeds[len(seeds_before) :]]
-    if added and not extend:
-        named = ", ".join(added[:_MOST_NAMED])
-        rest = f" and {len(added) - _MOST_NAMED} more" if len(added) > _MOST_NAMED else ""
-        raise JobError(
-            f"the study file has more than {folder} was begun with: {named}{rest}; --extend adds "
-            "it, or name another --folder"
-        )
-    return notes
+    return changed, added + [f"seed {each}" for each in seeds[len(seeds_before) :]]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return f"{', '.join(names[:_MOST_NAMED])}{f' and {more} more' if more > 0 else ''}"
 
 
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ Runs that failed rank last. Trials of the same round count as the worst, so that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hvdlarge.exits import InvalidEnvironmentError, JobError
 from hvdlarge.study.study_file import Choices, Numbers, Search, Tune, WholeNumbers
+from hvdlarge.telemetry.console import print_status
 
 if TYPE_CHECKING:
     import optuna
@@ -138,7 +140,7 @@ def _axis(space: Numbers | Choices, points: int) -> list[Any]:
         values = [space.low + (space.high - space.low) * share for share in shares]
     rounded = [space.low, *(float(f"{value:.12g}") for value in values[1:-1]), space.high]
     if isinstance(space, WholeNumbers):
-        return [min(max(round(value), space.first), space.last) for value in rounded]
+        return [round(value) for value in rounded]
     return rounded
 
 
@@ -201,8 +203,9 @@ class Journal:
     """Optuna's journal of a study: one of its studies for each tuned cell. It holds what was
     suggested, and for pruning the evaluations of trials.
 
-    The caller holds a lock of all processes while it calls a method. What is damaged or was removed
-    is made again from the records of the runs.
+    The caller holds a lock of all processes while it calls a method. The records of the runs are
+    the truth: a journal that is damaged, was removed or contradicts them is begun anew, and filled
+    from them by the caller. Any process may do so at any time.
 
     Args:
         path: of the file; it is created if it is missing.
@@ -211,21 +214,19 @@ class Journal:
     """
 
     def __init__(self, path: Path, tune: Tune, lower_is_better: bool) -> None:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-
         _quieten()
         self._path = path
-        _cut_off_half_line(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # still marked as experimental
-            backend = JournalFileBackend(str(path), lock_obj=_NoLock())  # type: ignore[arg-type]
-            self._storage = optuna.storages.JournalStorage(backend)
         self._tune = tune
         self._direction: Literal["minimize", "maximize"] = (
             "minimize" if lower_is_better else "maximize"
         )
+        self._storage: optuna.storages.JournalStorage | None = None
         self._studies: dict[str, optuna.Study] = {}
+        self._first_line = b""
+
+    def begin_anew(self) -> None:
+        """Set the journal aside as `optuna.journal.old`; all processes go on with an empty one."""
+        self._path.replace(self._path.with_name(f"{self._path.name}.old"))
 
     def settings(self, slug: str) -> list[dict[str, Any]]:
         """What was suggested for a cell, in order."""
@@ -244,13 +245,18 @@ class Journal:
         )
         self._study(slug).add_trial(trial)
 
+    def has_finished(self, slug: str, number: int) -> bool:
+        """Whether the end of a trial is recorded."""
+        trials = self._study(slug).get_trials(deepcopy=False)
+        return number < len(trials) and trials[number].state.is_finished()
+
     def finish(self, slug: str, number: int, value: float | None, pruned: bool) -> None:
         """Record the end of a trial, unless it is recorded."""
         from optuna.trial import TrialState
 
-        study = self._study(slug)
-        if study.get_trials(deepcopy=False)[number].state.is_finished():
+        if self.has_finished(slug, number):
             return
+        study = self._study(slug)
         if pruned:
             study.tell(number, state=TrialState.PRUNED)
         elif value is None:
@@ -260,21 +266,40 @@ class Journal:
 
     def prune(self, slug: str, number: int, evaluations: Sequence[float]) -> bool:
         """Whether the pruner ends a trial after these evaluations, of which the journal gets those
-        that it has not.
+        that it has not. One that it has not, since another process has begun it anew, goes on.
         """
         import optuna
 
         study = self._study(slug)
-        frozen = study.get_trials(deepcopy=False)[number]
+        trials = study.get_trials(deepcopy=False)
+        if number >= len(trials):
+            return False
+        frozen = trials[number]
         trial = optuna.trial.Trial(study, frozen._trial_id)
         for place in range(len(frozen.intermediate_values), len(evaluations)):
             trial.report(evaluations[place], place)
         return bool(trial.should_prune())
 
     def _study(self, slug: str) -> optuna.Study:
+        """The study of a cell, up to date."""
+        _cut_off_half_line(self._path)  # another process may have been killed within a line
+        try:
+            return self._read(slug)
+        except (ValueError, LookupError, TypeError, AssertionError):  # at a line of no process
+            self.begin_anew()
+            with contextlib.suppress(OSError):
+                print_status(
+                    f"note     {self._path} was damaged; it is made again from the records, and "
+                    f"the old one is kept as {self._path.name}.old"
+                )
+            return self._read(slug)
+
+    def _read(self, slug: str) -> optuna.Study:
         import optuna
 
-        _cut_off_half_line(self._path)  # another process may have been killed within a line
+        if self._storage is None or _first_line(self._path) != self._first_line:
+            self._open()
+        assert self._storage is not None
         if slug not in self._studies:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -286,7 +311,32 @@ class Journal:
                     sampler=optuna.samplers.RandomSampler(),
                     pruner=_pruner(self._tune),
                 )
+        self._first_line = self._first_line or _first_line(self._path)
+        self._studies[slug].get_trials(deepcopy=False)  # reads what is new
         return self._studies[slug]
+
+    def _open(self) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        self._storage, self._studies = None, {}
+        self._first_line = _first_line(self._path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # still marked as experimental
+            backend = JournalFileBackend(
+                str(self._path),
+                lock_obj=_NoLock(),  # type: ignore[arg-type]
+            )
+            self._storage = optuna.storages.JournalStorage(backend)
+
+
+def _first_line(path: Path) -> bytes:
+    """The line that tells a journal from one that was begun anew: the name of its writer is in it;
+    empty if there is none.
+    """
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        return file.readline()
+    return b""
 
 
 class _NoLock:

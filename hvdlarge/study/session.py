@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import shutil
 import signal
 import statistics
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from hvdlarge import exits
+from hvdlarge.config.job import Job
+from hvdlarge.config.job_file import parse_job
 from hvdlarge.reporting.jsonl import JsonLines, finite
 from hvdlarge.reporting.run_reader import printable
 from hvdlarge.study.cells import CellPlan, JobSource, in_words
@@ -25,18 +29,21 @@ from hvdlarge.study.folder import (
     write_atomically,
     writing,
 )
-from hvdlarge.study.results import REPETITION, TRIAL, RunResult, Setup
+from hvdlarge.study.results import REPETITION, TRIAL, Cell, RunResult, Setup
 from hvdlarge.study.search import Journal, Tried, suggest
 from hvdlarge.study.study_file import Study
 from hvdlarge.telemetry.console import print_error, print_status
 
-Records = Mapping[RunName, RunResult]
+Records = dict[RunName, RunResult]
+Best = Mapping[Cell | None, Mapping[str, Any]]  # settings, of each cell whose tuning has ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
-_WAIT_SECONDS = 0.5  # for runs of other processes
+_WAIT_SECONDS = 0.5  # for runs of other processes, at first
+_LONGEST_WAIT_SECONDS = 5.0
 _PRUNE_SECONDS = 1.0
+_MOST_FAILURES = 3  # of a process beside others
 # Ends that say nothing of the settings: the study ends with them
-_NOT_RESULTS = (exits.WRONG_JOB, exits.WRONG_ENVIRONMENT, exits.CHECKPOINT_WRITE_FAILED)
+_NOT_RESULTS = (exits.WRONG_ENVIRONMENT, exits.CHECKPOINT_WRITE_FAILED)
 
 
 @dataclass
@@ -81,24 +88,30 @@ class Session:
     ) -> None:
         self._study, self._setup, self._source, self._folder = study, setup, source, folder
         self._plans = {plan.cell: plan for plan in plans}
+        self._plan_of = {plan.slug: plan for plan in plans}
         self._jobs, self._mpirun, self._gpus = jobs, mpirun, gpus
         self._running: list[_Running] = []
         self._signals, self._signal_name = 0, ""
         self._began = time.monotonic()
         self._seconds: list[float] = []  # of runs of this process
         self._waits = False
+        self._ended = False  # all runs of the study have
+        self._works = False  # a run of this process has ended as it should, or by its settings
+        self._failures: list[RunName] = []  # of this process before that, not recorded
         self._budget = ""  # why nothing more is started
         self._failure: exits.RunExit | None = None
-        with writing(folder.path), folder.exclusive():
-            self._journal = (
-                None
-                if study.tune is None
-                else Journal(
-                    folder.path / JOURNAL,
-                    study.tune,
-                    setup.score_lower_is_better if setup.tuned_by else setup.lower_is_better,
-                )
-            )
+        self._journal = None
+        if study.tune is not None:
+            lower = setup.score_lower_is_better if setup.tuned_by else setup.lower_is_better
+            self._journal = Journal(folder.path / JOURNAL, study.tune, lower)
+        kinds = ((TRIAL, setup.trials), (REPETITION, setup.repetitions))
+        self._names = [
+            RunName(plan.slug, kind, number)
+            for kind, count in kinds
+            for number in range(count)
+            for plan in plans
+            if plan.search or kind == REPETITION
+        ]
 
     def run(self) -> int:
         """Work; returns the exit code.
@@ -110,72 +123,78 @@ class Session:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # as SIGHUP under nohup
                 signal.signal(number, self._on_signal)
+        with writing(self._folder.path):
+            self._joined = self._folder.join()
         try:
-            self._remove_remains()
             self._work()
+            self._remove_remains()
             self._tell_all()
         finally:
             for each in self._running:
                 each.child.kill()
                 each.child.close()
+            self._joined.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._failure is not None:
             raise self._failure
         if self._signals:
-            print_status("stopped; the same command goes on")
+            tell("stopped; the same command goes on")
             return exits.STOPPED
         if self._budget:
-            left = self.total() - len(self._folder.records())
-            print_status(f"{self._budget}; {left:,} runs are left")
+            tell(f"{self._budget}; {self.total() - self.ended():,} runs are left")
         return exits.FINISHED
 
     def _remove_remains(self) -> None:
         """Of runs that ended, if a process was killed between their record and that."""
-        for name in self._folder.records():
-            if (self._folder.run_folder(name) / "checkpoints").exists():
-                remove_large_files(self._folder.run_folder(name))
+        with writing(self._folder.path), self._folder.exclusive():
+            for name in self._folder.records():
+                if (self._folder.run_folder(name) / "checkpoints").exists():
+                    remove_large_files(self._folder.run_folder(name))
 
     def _tell_all(self) -> None:
         """Leave a journal that has all results, for Optuna's tools."""
         if self._journal is None:
             return
         with writing(self._folder.path), self._folder.exclusive():
+            records = self._folder.records()
             for plan in self._plans.values():
                 if plan.search:
-                    self._tell_ended(plan, self._folder.records())
+                    # Not beyond the first that is open: its settings depend on results to come
+                    trials = (RunName(plan.slug, TRIAL, at) for at in range(self._setup.trials))
+                    ended = list(itertools.takewhile(records.__contains__, trials))
+                    self._suggested(plan, len(ended), records)
+                    self._tell_ended(plan, records)
 
     def total(self) -> int:
         """Runs of the whole study."""
-        trials = sum(self._setup.trials for plan in self._plans.values() if plan.search)
-        return trials + len(self._plans) * self._setup.repetitions
+        return len(self._names)
+
+    def ended(self) -> int:
+        """Those that have ended. Other processes may have runs of an extended study."""
+        records = self._folder.records()
+        return sum(name in records for name in self._names)
 
     # --- the loop
 
     def _work(self) -> None:
-        next_try = 0.0
-        while True:
+        next_try, wait = 0.0, _WAIT_SECONDS
+        while self._running or not (self._ended or self._stops()):
             self._pass_on_signals()
-            try:
-                while (
-                    not self._stops()
-                    and len(self._running) < self._jobs
-                    and time.monotonic() >= next_try
-                ):
-                    if not self._start_next():
-                        next_try = time.monotonic() + _WAIT_SECONDS
-            except exits.RunExit as error:
-                self._fail(error)
+            if self._may_start() and time.monotonic() >= next_try:
+                if self._start_next():
+                    continue
+                next_try, wait = time.monotonic() + wait, min(1.5 * wait, _LONGEST_WAIT_SECONDS)
             for each in list(self._running):
                 if self._look_at(each):
-                    next_try = 0.0
-            if not self._running:
-                if self._stops() or len(self._folder.records()) >= self.total():
-                    return
-                if next_try and not self._waits:
-                    self._waits = True
-                    print_status("waiting for runs of other processes")
+                    next_try, wait = 0.0, _WAIT_SECONDS
+            if next_try and not (self._running or self._ended or self._stops() or self._waits):
+                self._waits = True
+                tell("waiting for runs of other processes")
             time.sleep(_POLL_SECONDS)
+
+    def _may_start(self) -> bool:
+        return not self._stops() and len(self._running) < self._jobs
 
     def _stops(self) -> bool:
         """Whether no further run is started."""
@@ -191,11 +210,10 @@ class Session:
         if self._signals and self._signal_name:
             name, self._signal_name = self._signal_name, ""
             count = len(self._running)
-            with contextlib.suppress(OSError):  # a terminal that is gone
-                print_status(
-                    f"{name}: stopping {count} {'run' if count == 1 else 'runs'} with a "
-                    "checkpoint; again: at once"
-                )
+            tell(
+                f"{name}: stopping {count} {'run' if count == 1 else 'runs'} with a checkpoint; "
+                "again: at once"
+            )
         for each in self._running:
             if self._signals > 1:
                 each.child.kill()
@@ -208,23 +226,26 @@ class Session:
         if self._study.budget.minutes is not None and minutes >= self._study.budget.minutes:
             self._budget = f"budget.minutes: {self._study.budget.minutes:g} are over"
             return False
-        with writing(self._folder.path), self._folder.exclusive():
-            chosen = self._choose()
-            if chosen is None:
-                return False
-            name, plan, how, claim = chosen
-            try:
-                self._begin(name, plan, how, claim)
-            except BaseException:
-                claim.close()
-                raise
+        try:
+            with writing(self._folder.path), self._folder.exclusive():
+                self._folder.check_unchanged()
+                chosen = self._choose()
+                if chosen is None:
+                    return False
+                try:
+                    self._begin(*chosen)
+                except BaseException:
+                    chosen[-1].close()
+                    raise
+        except exits.RunExit as error:
+            self._fail(error)
+            return False
         return True
 
     def _begin(self, name: RunName, plan: CellPlan, how: Mapping[str, Any], claim: IO[str]) -> None:
         self._waits = False
         self._check_unchanged(plan)
         run_dir = self._folder.run_folder(name)
-        run_dir.mkdir(parents=True, exist_ok=True)
         settings = {
             **self._study.set,
             **plan.settings,
@@ -236,12 +257,15 @@ class Session:
         if self._source.text is not None:
             write_atomically(self._source.path, self._source.text)
         try:
-            self._source.read(settings)
+            job = self._source.read(settings)
         except exits.JobError as error:  # these values in combination
             reason = " ".join(str(error).split())
             self._record(name, RunResult(**how, state="failed", reason=reason))
             claim.close()
             return
+        if _holds_another_job(run_dir, job, self._source):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         taken = {each.slot for each in self._running}
         slot = next(slot for slot in range(self._jobs) if slot not in taken)
         child = Child(
@@ -274,77 +298,110 @@ class Session:
 
     def _choose(self) -> tuple[RunName, CellPlan, Mapping[str, Any], IO[str]] | None:
         records = self._folder.records()
-        most = self._study.budget.trials
-        claimed = 0
-        chosen = None
-        for name, plan, how_of in self._open_runs(records):
-            if self._signals:
+        best = self._best(records)
+        self._discard_outdated(best, records)
+        self._ended = all(name in records for name in self._names)
+        most, begun, chosen = self._most_begun(records), len(records), None
+        for name in self._open_runs(best, records):
+            if self._signals or (most is not None and begun >= most):
                 break
             claim = self._folder.claim(name)
             if claim is None:
-                claimed += 1
+                begun += 1
             elif chosen is None:
-                chosen = (name, plan, how_of, claim)
+                chosen = (name, claim)
                 if most is None:
                     break
             else:
                 claim.close()
+        if most is not None and begun >= most:
+            self._budget = f"budget.trials: {most:,} runs have been started"
         if chosen is None:
             return None
-        if self._signals:
-            chosen[3].close()
+        name, claim = chosen
+        if self._signals or self._budget:
+            claim.close()
             return None
-        if most is not None and len(records) + claimed >= most:
-            chosen[3].close()
-            self._budget = f"budget.trials: {most:,} runs have been started"
-            return None
-        name, plan, how_of, claim = chosen
-        return name, plan, how_of(), claim
+        plan = self._plan_of[name.slug]
+        how = self._trial if name.kind == TRIAL else self._repetition
+        return name, plan, how(plan, name.number, best, records), claim
 
-    def _open_runs(
-        self, records: Records
-    ) -> list[tuple[RunName, CellPlan, Callable[[], Mapping[str, Any]]]]:
+    def _most_begun(self, records: Records) -> int | None:
+        """The limit of runs that all processes begin, if it is less than all of them."""
+        most = self._study.budget.trials
+        if most is None:
+            return None
+        others = len(records.keys() - set(self._names))  # of an extended study
+        return most if most < self.total() + others else None
+
+    def _best(self, records: Records) -> Best:
+        """The settings of repetitions, by the cells that they are tuned at."""
+        best: dict[Cell | None, Mapping[str, Any]] = {None: {}}
+        for plan in self._plans.values():
+            names = [RunName(plan.slug, TRIAL, number) for number in range(self._setup.trials)]
+            if plan.search and all(name in records for name in names):
+                best[plan.cell] = best_settings([records[name] for name in names], self._setup.loss)
+        return best
+
+    def _discard_outdated(self, best: Best, records: Records) -> None:
+        """Discard repetitions of settings that are no longer the best ones, after failed trials
+        were trained again; also those that another process trained meanwhile.
+        """
+        for name in self._names:
+            plan = self._plan_of[name.slug]
+            if name.kind == TRIAL or name not in records or plan.tuned_at not in best:
+                continue
+            if records[name].settings != best[plan.tuned_at]:
+                del records[name]  # if it cannot be discarded now, it is waited for
+                if self._folder.discard(name):
+                    tell(f"{self._title(plan, name)} is trained again, with the new best settings")
+
+    def _open_runs(self, best: Best, records: Records) -> list[RunName]:
         """Runs without a record whose settings can be decided, in the order of the work."""
         found = []
-        for number in range(self._setup.trials):
-            for plan in self._plans.values():
-                name = RunName(plan.slug, TRIAL, number)
-                if plan.search and name not in records and self._may_begin(plan, number, records):
-                    found.append((name, plan, self._trial(plan, number, records)))
-        for number in range(self._setup.repetitions):
-            for plan in self._plans.values():
-                name = RunName(plan.slug, REPETITION, number)
-                if name not in records and self._is_tuned(plan, records):
-                    found.append((name, plan, self._repetition(plan, number, records)))
-        return found
+        for name in self._names:
+            if name not in records:
+                plan = self._plan_of[name.slug]
+                is_trial = name.kind == TRIAL
+                if self._may_begin(name, records) if is_trial else plan.tuned_at in best:
+                    found.append(name)
+        return sorted(found, key=self._failures.__contains__)  # those that failed here last
 
-    def _may_begin(self, plan: CellPlan, number: int, records: Records) -> bool:
+    def _may_begin(self, name: RunName, records: Records) -> bool:
         """Whether the trials of earlier rounds have ended."""
         assert self._study.tune is not None
-        first = number - number % self._study.tune.round
-        return all(RunName(plan.slug, TRIAL, each) in records for each in range(first))
+        first = name.number - name.number % self._study.tune.round
+        return all(name._replace(number=number) in records for number in range(first))
 
-    def _is_tuned(self, plan: CellPlan, records: Records) -> bool:
-        if plan.tuned_at is None:
-            return True
-        slug = self._plans[plan.tuned_at].slug
-        return all(RunName(slug, TRIAL, each) in records for each in range(self._setup.trials))
+    def _trial(self, plan: CellPlan, number: int, _: Best, records: Records) -> Mapping[str, Any]:
+        assert self._journal is not None
+        assert self._study.tune is not None
+        if self._journal.has_finished(plan.slug, number):  # its record was discarded
+            self._journal.begin_anew()
+        suggested = self._suggested(plan, number + 1, records)
+        self._tell_ended(plan, records)
+        return _how(plan, TRIAL, number, self._study.tune.seed, suggested[number])
 
-    def _trial(
-        self, plan: CellPlan, number: int, records: Records
-    ) -> Callable[[], Mapping[str, Any]]:
-        def how() -> Mapping[str, Any]:
-            assert self._journal is not None
-            assert self._study.tune is not None
-            self._tell_ended(plan, records)
-            suggested = self._journal.settings(plan.slug)
-            while len(suggested) <= number:
-                settings = self._suggestion(plan, suggested, records)
-                self._journal.add(plan.slug, settings, plan.search)
-                suggested = self._journal.settings(plan.slug)
-            return _how(plan, TRIAL, number, self._study.tune.seed, suggested[number])
-
-        return how
+    def _suggested(
+        self, plan: CellPlan, count: int, records: Records
+    ) -> Sequence[Mapping[str, Any]]:
+        """The settings of the first trials. Of those that the journal has not, it gets the recorded
+        ones, else what the records of earlier rounds suggest.
+        """
+        assert self._journal is not None
+        journaled = self._journal.settings(plan.slug)
+        found: list[Mapping[str, Any]] = []
+        for number in range(count):
+            result = records.get(RunName(plan.slug, TRIAL, number))
+            if result is not None:
+                found.append(result.settings)
+            elif number < len(journaled):
+                found.append(journaled[number])
+            else:
+                found.append(self._suggestion(plan, found, records))
+            if number >= len(journaled):
+                self._journal.add(plan.slug, found[number], plan.search)
+        return found
 
     def _suggestion(
         self, plan: CellPlan, suggested: Sequence[Mapping[str, Any]], records: Records
@@ -363,16 +420,8 @@ class Session:
         ]
         return suggest(tune, plan.search, plan.slug, tried)
 
-    def _repetition(
-        self, plan: CellPlan, number: int, records: Records
-    ) -> Callable[[], Mapping[str, Any]]:
-        def how() -> Mapping[str, Any]:
-            settings: Mapping[str, Any] = {}
-            if plan.tuned_at is not None:
-                settings = best_settings(records, self._plans[plan.tuned_at].slug, self._setup.loss)
-            return _how(plan, REPETITION, number, self._study.seed_list[number], settings)
-
-        return how
+    def _repetition(self, plan: CellPlan, number: int, best: Best, _: Records) -> Mapping[str, Any]:
+        return _how(plan, REPETITION, number, self._study.seed_list[number], best[plan.tuned_at])
 
     def _tell_ended(self, plan: CellPlan, records: Records) -> None:
         """Tell the journal of the trials that have ended."""
@@ -389,12 +438,16 @@ class Session:
         """See how a run stands; whether it has ended."""
         code = each.child.code()
         if code is None:
-            self._maybe_prune(each)
+            try:
+                self._maybe_prune(each)
+            except exits.RunExit as error:
+                self._fail(error)
             return False
         self._running.remove(each)
         reason = printable(each.child.reason()) if code else ""
         try:
-            self._finish(each, code, reason)
+            with writing(self._folder.path):
+                self._finish(each, code, reason)
         except exits.RunExit as error:
             self._fail(error)
         finally:
@@ -402,27 +455,9 @@ class Session:
         return True
 
     def _finish(self, each: _Running, code: int, reason: str) -> None:
-        if each.pruned and code != exits.FINISHED:
-            end: tuple[State, str] = ("pruned", f"after {len(each.values)} evaluations")
-        elif code == exits.STOPPED or ((self._signals or self._failure) and code < 0):
-            if not self._signals and self._failure is None:
-                self._fail(
-                    exits.Stopped(f"{each.name.slug} {each.name.text} was stopped: {reason}")
-                )
+        end = self._end(each, code, reason)
+        if end is None:
             return
-        elif code in _NOT_RESULTS:
-            raise exits.run_exit(code, f"{self._title(each.plan, each.name)}: {reason}")
-        else:
-            end = end_of(code, reason)
-            if end[0] == "failed" and not any(
-                result.state == "finished" for result in self._folder.records().values()
-            ):
-                raise exits.run_exit(
-                    code if code > 0 else exits.INTERNAL_ERROR,
-                    f"{self._title(each.plan, each.name)} failed, and no run of the study has "
-                    f"finished yet: {reason}; its output is in "
-                    f"{self._folder.output_path(each.name)}",
-                )
         result = result_of_run(
             self._folder.run_folder(each.name),
             each.how,
@@ -434,22 +469,78 @@ class Session:
         self._record(each.name, result)
         remove_large_files(self._folder.run_folder(each.name))
         if result.state == "finished":
-            self._folder.output_path(each.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._folder.output_path(each.name).unlink(missing_ok=True)
+
+    def _end(self, each: _Running, code: int, reason: str) -> tuple[State, str] | None:
+        """How a run ended; None if it is to go on, here or elsewhere.
+
+        Raises:
+            RunExit: if the reason concerns the other runs of this process too.
+        """
+        stopping = bool(self._signals or self._failure)
+        if each.pruned and code != exits.FINISHED:
+            return "pruned", f"after {len(each.values)} evaluations"
+        if code in _NOT_RESULTS:
+            raise exits.run_exit(code, f"{self._title(each.plan, each.name)}: {reason}")
+        if code == exits.STOPPED or -code in _SIGNALS:
+            if not stopping:
+                self._fail(
+                    exits.Stopped(f"{each.name.slug} {each.name.text} was stopped: {reason}")
+                )
+            return None
+        # A launcher that ends its ranks, after the grace time or a second signal, has mpirun's code
+        if stopping and code not in (exits.FINISHED, exits.DIVERGED):
+            return None
+        end = end_of(code, reason)
+        if end[0] == "failed":
+            return end if self._is_result(each, code, end[1]) else None
+        self._works, self._failures = True, []
+        return end
+
+    def _is_result(self, each: _Running, code: int, reason: str) -> bool:
+        """Whether a failure is one of the run. It may be one of this process: of its host, say.
+
+        Where others share the study, this process must have shown that it can train, or they would
+        lose all runs to it. What fails before is not recorded: any process tries it again, this one
+        after all other runs. A process alone records it: with nothing left but runs that do fail,
+        a study could not end otherwise, and --retry-failed repeats them.
+
+        Raises:
+            RunExit: if this process is to end.
+        """
+        where = f"{reason}; its output is in {self._folder.output_path(each.name)}"
+        title, code = self._title(each.plan, each.name), code if code > 0 else exits.INTERNAL_ERROR
+        if not any(result.state == "finished" for result in self._folder.records().values()):
+            raise exits.run_exit(
+                code, f"{title} failed, and no run of the study has finished yet: {where}"
+            )
+        if self._works or not self._folder.is_shared(self._joined):
+            return True
+        self._failures.append(each.name)
+        if len(self._failures) == _MOST_FAILURES:
+            raise exits.run_exit(
+                code,
+                f"{_MOST_FAILURES} runs in a row failed, and none of this process has finished: "
+                f"they are left to the other processes. The last, {title}: {where}",
+            )
+        tell(printable(f"{title} failed and is not recorded yet: {where}"))
+        return False
 
     def _record(self, name: RunName, result: RunResult) -> None:
         self._folder.write_record(name, result)
-        records = self._folder.records()
+        ended = self.ended()
         settings = ", ".join(f"{key} {_short(value)}" for key, value in result.settings.items())
         outcome = (
             f"{self._setup.metric} {result.value:.6g}" if result.value is not None else result.state
         )
         reason = f" ({result.reason[:120]})" if result.reason else ""
-        plan = self._plans[result.cell]
-        print_status(
+        title = self._title(self._plans[result.cell], name)
+        tell(
             printable(
-                f"{len(records):>{len(str(self.total()))}}/{self.total()} | "
-                f"{self._title(plan, name)}{f' | {settings}' if settings else ''} | "
-                f"{outcome}{reason} | {self._time_left(len(records))}"
+                f"{ended:>{len(str(self.total()))}}/{self.total()} | "
+                f"{title}{f' | {settings}' if settings else ''} | "
+                f"{outcome}{reason} | {self._time_left(ended)}"
             )
         )
 
@@ -470,7 +561,8 @@ class Session:
         if self._failure is None:
             self._failure = error
         else:
-            print_error(str(error))
+            with contextlib.suppress(OSError):
+                print_error(str(error))
 
     # --- pruning
 
@@ -481,13 +573,9 @@ class Session:
         if now < each.next_look:
             return
         each.next_look = now + _PRUNE_SECONDS
-        if not each.evaluations.continues():  # it has resumed
-            each.evaluations, each.values = JsonLines(each.evaluations.path), []
         count = len(each.values)
-        for record in each.evaluations.read():
-            value = finite(record.get(self._setup.tuned_by or self._study.metric))
-            if value is not None:
-                each.values.append(value)
+        with contextlib.suppress(OSError):  # it is read again the next time
+            self._read_evaluations(each)
         if len(each.values) == count:
             return
         assert self._journal is not None
@@ -496,17 +584,36 @@ class Session:
                 each.pruned = True
                 each.child.kill()
 
+    def _read_evaluations(self, each: _Running) -> None:
+        if not each.evaluations.continues():  # it has resumed
+            each.evaluations, each.values = JsonLines(each.evaluations.path), []
+        for record in each.evaluations.read():
+            value = finite(record.get(self._setup.tuned_by or self._study.metric))
+            if value is not None:
+                each.values.append(value)
+
+
+def tell(text: str) -> None:
+    """Print a line for the user; a terminal that is gone, or a full disk, ends no run."""
+    with contextlib.suppress(OSError):
+        print_status(text)
+
+
+def _holds_another_job(folder: Path, job: Job, source: JobSource) -> bool:
+    """Whether a folder was left by a run of other settings, which this one could not go on with."""
+    try:
+        text = (folder / "job.resolved.yaml").read_text(encoding="utf-8")
+        return parse_job(text, str(source.place)).resume_signature() != job.resume_signature()
+    except (OSError, ValueError, exits.JobError):  # the run says what is wrong with it
+        return False
+
 
 def best_settings(
-    records: Records, slug: str, loss: Callable[[RunResult], float]
+    trials: Sequence[RunResult], loss: Callable[[RunResult], float]
 ) -> Mapping[str, Any]:
     """The settings of the best trial of a cell; of equal ones the first. If all have failed, those
     of the first.
     """
-    trials = sorted(
-        (each for name, each in records.items() if name.slug == slug and name.kind == TRIAL),
-        key=lambda each: each.number,
-    )
     return min(trials, key=loss).settings
 
 

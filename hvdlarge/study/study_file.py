@@ -55,17 +55,19 @@ class Numbers(_Section):
 
 
 class WholeNumbers(Numbers):
-    """A range for a key whose values are whole numbers; made of `Numbers`, not written so."""
+    """A range for a key whose values are whole numbers, as both ends are; made of `Numbers`, not
+    written so.
+    """
 
     @property
     def first(self) -> int:
-        """The smallest whole number in the range."""
-        return math.ceil(self.low)
+        """The smallest value."""
+        return int(self.low)
 
     @property
     def last(self) -> int:
-        """The largest whole number in the range."""
-        return math.floor(self.high)
+        """The largest value."""
+        return int(self.high)
 
 
 class Choices(_Section):

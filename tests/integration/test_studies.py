@@ -244,16 +244,48 @@ def test_a_stop_is_orderly_and_the_study_goes_on(study, start, tmp_path, how):
     assert len(records(folder)) == 8
 
 
+# A model that trains in the first run, and in the next one waits for minutes in its first training step: until then no
+# request to stop is seen
+BLOCKS = """\
+import pathlib
+import time
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.all = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        self.folder = pathlib.Path(__file__).parent
+        self.first = not list(self.folder.glob("runs/small/runs/*/*.json"))
+
+    def forward(self, x):
+        started = list(self.folder.glob("runs/small/runs/*/trial-000/starts.jsonl"))
+        if not self.first and self.training and len(started) > 1:
+            (self.folder / "blocked").touch()
+            time.sleep(300)
+        return self.all(x)
+"""
+
+
 @pytest.mark.long
-def test_a_second_interrupt_ends_at_once(study, start, tmp_path):
-    study[1](**{"epochs: 1": "epochs: 60"})
-    process = start(wait=False)
-    while not list((tmp_path / "runs/small").glob("runs/*/*/metrics.jsonl")):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_interrupt_ends_at_once(study, start, tmp_path, workers):
+    """A run that does not come to a stop. The launcher of several workers, which then ends them, has mpirun's exit code."""
+    (tmp_path / "parts.py").write_text(BLOCKS)
+    study[1](**{"{name: mlp}": '{name: "parts:Net"}', "micro: 64": "micro: 32", "seeds: 2": f"seeds: 2\nworkers: {workers}"})  # fmt: skip
+    mpirun = ["--mpirun", " ".join(MPIRUN)] if workers > 1 else []
+    process = start(*mpirun, wait=False)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "blocked").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.02)
+    time.sleep(2)
+    assert process.poll() is None, text_of(process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 75
+    assert process.wait(30) == 75, text_of(process)
+    assert "SIGINT: stopping 1 run with a checkpoint; again: at once" in text_of(process)
+    assert list(records(tmp_path / "runs/small")) == ["64/trial-000"]
+    assert (tmp_path / "runs/small/runs/256/trial-000/starts.jsonl").exists()
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from support.study_files import planned
 from hvdlarge.exits import JobError
 from hvdlarge.study.cells import overrides, signature
 from hvdlarge.study.results import Level, Range, RunResult
+from hvdlarge.study.search import grid
 from hvdlarge.study.study_file import Numbers, WholeNumbers
 
 
@@ -105,6 +106,12 @@ def test_of_several_tuned_levels_a_cell_takes_its_own_or_the_first(tmp_path):
         ({"tune/search": {}, "factors": None}, "nothing is searched here"),
         ({"factors": {"arm": {"one": {"tune": {"lr.base": {"low": 3, "high": 2}}}}}}, "tune: lr.base: low 3 must be less"),
         ({"factors": {"arm": {"one": {"tune": 3}}}}, "tune of a level is a mapping"),
+        ({"factors": {"batch.base": list(range(8, 408)), "epochs": list(range(1, 401))}}, "factors: 400 × 400 = 160,000 combinations: more than 100,000"),
+        ({"factors": {"lr.base": [1, 2]}}, "lr.base 1: tune: lr.base is a factor: its values are given, not searched"),
+        ({"factors": {"lr.base": [1, 2], "arm": {"one": {"tune": {"lr.base": {"low": 1, "high": 2}}}}}, "tune/search": None}, "tune: lr.base is a factor"),
+        ({"factors": {"batch.base": [32, 64], "arm": {"one": {"batch.base": 64}}}}, "batch.base 32, arm one: factors: batch.base is 64 in this cell, not 32: another factor sets it too"),
+        ({"factors": {"optimizer.momentum": [0.5, 0.9], "arm": {"one": {"optimizer": {"name": "adam"}}}}}, "factors: optimizer.momentum is null in this cell, not 0.5"),
+        ({"factors": {"optimizer": [{"name": "sgd", "momentum": 0.5}], "optimizer.momentum": [0.9]}}, 'in this cell, not {"name": "sgd", "momentum": 0.5}: another factor sets it too'),
         ({"job": "digit"}, "digit"),
         ({"job": {"name": "x"}}, "is missing"),
     ],
@@ -170,9 +177,31 @@ def test_keys_with_whole_numbers_are_searched_over_those(tmp_path):
     assert isinstance(whole, WholeNumbers)
     assert (whole.first, whole.last) == (16, 64)
     assert not isinstance(plan.search["lr.base"], WholeNumbers)
-    assert setup.ranges[()]["batch.base"] == Range(15.5, 64.5, False)
+    assert setup.ranges[()]["batch.base"] == Range(16, 64, False)
     search = {"batch.base": {"low": 31.5, "high": 32.5}}
     assert "fewer than two" in refused(tmp_path, factors=None, **{"tune/search": search})
+
+
+def test_searched_whole_numbers_end_where_the_range_says(tmp_path):
+    search = {"batch.base": {"low": 31.5, "high": 39.5}}
+    _, (plan,), setup = planned(tmp_path, factors=None, **{"tune/search": search})
+    assert setup.ranges[()]["batch.base"] == Range(32, 39, False)
+    assert grid(plan.search, 2) == [{"batch.base": 32}, {"batch.base": 39}]
+
+
+def test_a_grid_that_is_far_too_large_is_refused_at_once(tmp_path):
+    factors = {f"arm{number}": {str(level): {} for level in range(1000)} for number in range(5)}
+    assert "1,000,000,000,000,000 combinations" in refused(tmp_path, factors=factors)
+
+
+def test_factors_may_set_parts_of_the_same_section(tmp_path):
+    factors = {
+        "optimizer": [{"name": "sgd"}, {"name": "sgd", "nesterov": True}],
+        "optimizer.momentum": [0.5, 0.9],
+        "arm": {"one": {"optimizer.weight_decay": 0.01}},
+    }
+    plans = planned(tmp_path, factors=factors)[1]
+    assert [plan.job.optimizer.momentum for plan in plans] == [0.5, 0.9, 0.5, 0.9]
 
 
 def test_a_grid_need_not_hold_the_settings_of_the_job(tmp_path):

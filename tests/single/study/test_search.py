@@ -159,6 +159,25 @@ def test_a_journal_cut_off_at_any_byte_goes_on(tmp_path):
         assert settings[-1] == {"lr.base": 0.25}
 
 
+@pytest.mark.parametrize("line", [b'{"op_code": 4, "wo', b"{}", b"3", b"null", b"\xff\xfe", b'{"op_code": 99}'])  # fmt: skip
+def test_a_damaged_journal_is_set_aside_by_all_processes(tmp_path, line, capsys):
+    path = tmp_path / "journal"
+    alive = Journal(path, tune_of(), lower_is_better=True)
+    alive.add("cell", {"lr.base": 0.5}, LR)
+    content = path.read_bytes()
+    path.write_bytes(content + line + b"\n" + content)
+    one = Journal(path, tune_of(), lower_is_better=True)
+    assert one.settings("cell") == []
+    assert "journal was damaged" in capsys.readouterr().out
+    one.add("cell", {"lr.base": 0.25}, LR)
+    assert alive.settings("cell") == [{"lr.base": 0.25}]
+    assert not alive.prune("cell", 3, [0.5])
+    alive.add("cell", {"lr.base": 0.75}, LR)
+    assert one.settings("cell") == [{"lr.base": 0.25}, {"lr.base": 0.75}]
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "journal.old").read_bytes().startswith(content + line)
+
+
 def test_pruners_end_a_trial_that_is_worse_than_the_others(tmp_path):
     journal = Journal(tmp_path / "journal", tune_of(pruner="median"), lower_is_better=False)
     for number in range(5):

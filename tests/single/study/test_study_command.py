@@ -17,6 +17,7 @@ from hvdlarge.study.__main__ import main
         ({"analysis": [{"kind": "batch_limit", "batch": "arm", "tolerance": 0.01}]}, "analysis.0.batch"),
         ({"tune/sampler": "grid", "tune/trials": 1}, "a grid of this search has"),
         ({"seed": 3}, "unknown key 'seed'"),
+        ({"tune/trials": 30_000}, "4 tuned cells × 30,000 trials + 4 cells × 3 seeds = 120,012 runs: more than 100,000"),
     ],
 )  # fmt: skip
 def test_a_wrong_study_is_refused_with_code_2_and_leaves_nothing(
@@ -46,3 +47,10 @@ def test_a_wrong_number_of_jobs_is_refused(tmp_path, jobs, capsys):
         main([str(written(tmp_path)), "--jobs", jobs])
     assert ended.value.code == 2
     assert "is not a number from 1 to 1000" in capsys.readouterr().err
+
+
+def test_an_empty_launcher_is_refused(tmp_path, capsys):
+    path = written(tmp_path, workers=2)
+    assert main([str(path), "--mpirun", "", "--folder", str(tmp_path / "runs")]) == 2
+    assert "--mpirun is empty" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.study_files import planned
@@ -21,6 +22,7 @@ from hvdlarge.study.folder import (
     read_setup,
     record_json,
     result_of,
+    write_atomically,
     write_setup,
 )
 from hvdlarge.study.results import Point, RunResult
@@ -228,16 +230,90 @@ def test_failed_runs_are_forgotten_on_request(tmp_path):
     for number, state in enumerate(("failed", "diverged", "pruned"), start=4):
         folder.write_record(RunName("64_lars", "trial", number), result(number=number, state=state, value=None))  # fmt: skip
     folder.run_folder(RunName("64_lars", "trial", 4)).mkdir()
-    for slug in ("64_lars", "64_sgd", "32_lars"):
-        name = RunName(slug, "repetition", 0)
-        folder.write_record(name, result(kind="repetition", number=0))
+    for number, state in enumerate(("failed", "finished")):
+        name = RunName("64_lars", "repetition", number)
+        folder.write_record(name, result(kind="repetition", number=number, state=state))
     other = StudyFolder(folder.path)
-    assert len(other.records()) == 7
-    assert folder.forget_failed({"64_lars": ["64_lars", "32_lars"]}) == 3
-    left = [("64_lars", "trial", 3), ("64_lars", "trial", 5), ("64_lars", "trial", 6), ("64_sgd", "repetition", 0)]  # fmt: skip
+    assert len(other.records()) == 6
+    assert folder.forget_failed() == 2
+    left = [("64_lars", "repetition", 1), ("64_lars", "trial", 3), ("64_lars", "trial", 5), ("64_lars", "trial", 6)]  # fmt: skip
     assert [tuple(name) for name in folder.records()] == left
     assert [tuple(name) for name in other.records()] == left
     assert not folder.run_folder(RunName("64_lars", "trial", 4)).exists()
+
+
+def test_a_run_that_a_process_has_is_not_discarded(tmp_path):
+    folder = begun(tmp_path / "study")
+    name = RunName("64_lars", "trial", 4)
+    claim = folder.claim(name)
+    folder.write_record(name, result(number=4, state="failed"))  # it cleans up behind that
+    other = StudyFolder(folder.path)
+    assert not other.discard(name)
+    assert other.forget_failed() == 0
+    claim.close()
+    assert other.forget_failed() == 1
+
+
+def test_a_record_that_another_process_wrote_anew_is_read_anew(tmp_path):
+    folder = begun(tmp_path / "study")
+    other = StudyFolder(folder.path)
+    assert other.records()[NAME].value == 0.5
+    assert folder.discard(NAME)
+    folder.write_record(NAME, result(value=0.7))  # a file of the same size
+    assert other.records()[NAME].value == 0.7
+
+
+def test_a_record_that_disappears_while_all_are_read_is_none(tmp_path, monkeypatch):
+    folder = begun(tmp_path / "study")
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: path.unlink() or read_bytes(path))
+    assert folder.records() == {}
+
+
+def test_processes_see_whether_others_work_on_the_study(tmp_path):
+    one, _ = opened(tmp_path / "study")
+    other = StudyFolder(one.path)
+    joined = one.join()
+    assert not one.is_shared(joined)
+    for _ in range(2):
+        also = other.join()
+        assert one.is_shared(joined)
+        assert other.is_shared(also)
+        also.close()
+        assert not one.is_shared(joined)
+    joined.close()
+    joined = other.join()
+    opened(tmp_path / "study", set={"epochs": 3})  # nothing is trained: another version may begin
+    joined.close()
+
+
+def test_a_version_that_another_process_began_is_named(tmp_path):
+    folder, _ = opened(tmp_path / "study")
+    folder.check_unchanged()
+    begun(tmp_path / "study")
+    opened(tmp_path / "study", extend=True, seeds=5, **{"factors/batch.base": [32, 64, 128]})
+    folder.check_unchanged()
+    other, _ = opened(tmp_path / "another")
+    opened(tmp_path / "another", **{"tune/trials": 5, "factors/batch.base": [32]})
+    with pytest.raises(
+        JobError, match=r"another version.*tune.trials, cell batch.base 64, arm lars is gone"
+    ):
+        other.check_unchanged()
+
+
+def test_processes_of_the_same_number_write_a_file_at_once_or_not_at_all(tmp_path, monkeypatch):
+    """On two hosts, or in two containers."""
+    path, sync = tmp_path / "file", os.fsync
+
+    def another(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
+        write_atomically(path, "of another process\n" * 100)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", another)
+    write_atomically(path, "of this one\n")
+    assert path.read_text() == "of this one\n"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_setup_is_read_as_it_was_written(tmp_path):
