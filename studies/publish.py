@@ -34,7 +34,7 @@ from hvdlarge.study.analysis.intervals import Interval, holm, interval, p_value
 from hvdlarge.study.folder import read_results, read_setup, record_json, result_of
 from hvdlarge.study.page import cells_table
 from hvdlarge.study.report import study_findings
-from hvdlarge.study.results import Cell, Point, RunResult
+from hvdlarge.study.results import FINALIST, REPETITION, TRIAL, Cell, Point, RunResult
 
 PAGES = Path(__file__).parents[1] / "docs" / "studies"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -195,13 +195,13 @@ def _values(results: Iterable[RunResult]) -> dict[Cell, dict[int, float]]:
     """The metric of the finished repetitions of each cell, by their seed."""
     values: dict[Cell, dict[int, float]] = defaultdict(dict)
     for each in results:
-        if each.kind == "repetition" and (value := value_of(each)) is not None:
+        if each.kind == REPETITION and (value := value_of(each)) is not None:
             values[each.cell][each.seed] = value
     return values
 
 
-def _order(result: RunResult) -> tuple[Cell, bool, int]:
-    return result.cell, result.kind == "repetition", result.number
+def _order(result: RunResult) -> tuple[Cell, int, int]:
+    return result.cell, (TRIAL, FINALIST, REPETITION).index(result.kind), result.number
 
 
 def _thinned(result: RunResult) -> RunResult:

@@ -104,9 +104,12 @@ def _check_analyses(study: Study, plans: Sequence[CellPlan], setup: Setup) -> No
 
 def _document(study: Study, plans: Sequence[CellPlan], setup: Setup) -> dict[str, Any]:
     """What decides the results, and what the analyses need, as plain values."""
-    tune = (
-        None if study.tune is None else study.tune.model_dump(mode="json", exclude={"search", "at"})
-    )
+    tune = None
+    if study.tune is not None:
+        without = {"search", "at"}
+        if study.tune.finalists == 1:  # as in the folders of versions that had none
+            without |= {"finalists", "finalist_seeds"}
+        tune = study.tune.model_dump(mode="json", exclude=without)
     return {
         "name": study.name,
         "metric": study.metric,
@@ -155,12 +158,15 @@ def _plan_in_words(study: Study, plans: Sequence[CellPlan], setup: Setup, path: 
                 searched or where or "nothing",
             )
         )
-    tuned = sum(bool(plan.search) for plan in plans) * setup.trials
-    repeated = len(plans) * setup.repetitions
+    cells = sum(bool(plan.search) for plan in plans)
+    tuned, repeated = cells * setup.trials, len(plans) * setup.repetitions
+    finalists = 0 if study.tune is None else cells * study.tune.finalist_runs
+    of_finalists = f" + {finalists:,} of finalists" if finalists else ""
     better = "smaller" if setup.lower_is_better else "larger"
     return [
         *columns(rows),
-        f"{tuned + repeated:,} runs = {tuned:,} trials + {repeated:,} repetitions, into {path}",
+        f"{tuned + finalists + repeated:,} runs = {tuned:,} trials{of_finalists} + {repeated:,} "
+        f"repetitions, into {path}",
         f"metric   {setup.metric}, {better} is better",
     ]
 

@@ -154,7 +154,8 @@ def plan_cells(study: Study, source: JobSource) -> list[CellPlan]:
 def _check_number(study: Study, plans: Sequence[CellPlan]) -> None:
     tuned, trials = 0, 0
     if study.tune is not None:
-        tuned, trials = sum(bool(plan.search) for plan in plans), study.tune.trials
+        tuned = sum(bool(plan.search) for plan in plans)
+        trials = study.tune.trials + study.tune.finalist_runs
     seeds = len(study.seed_list)
     total = tuned * trials + len(plans) * seeds
     if total > MOST_RUNS:

@@ -1,7 +1,8 @@
 """What the analyses of a study read: its setup, and the results of its runs.
 
-A run is either a trial of the tuning of a cell, or a repetition of the cell's best settings with a
-seed that the tuning never saw.
+A run is a trial of the tuning of a cell; or one of its finalists, its best trials with further
+seeds, of which the best settings are chosen; or a repetition of these with a seed that the tuning
+never saw.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-TRIAL, REPETITION = "trial", "repetition"
+TRIAL, FINALIST, REPETITION = "trial", "finalist", "repetition"
 
 Cell = tuple[str, ...]  # the label of the level of each factor, in the order of the factors
 
@@ -58,7 +59,7 @@ class RunResult:
 
     Attributes:
         cell: its cell.
-        kind: `trial` or `repetition`.
+        kind: `trial`, `finalist` (a good trial again, with another seed) or `repetition`.
         number: within the cell and kind, from 0. Repetitions of the same number have the same seed
             in all cells: they are paired.
         seed: of the job.
@@ -78,7 +79,7 @@ class RunResult:
     """
 
     cell: Cell
-    kind: Literal["trial", "repetition"]
+    kind: Literal["trial", "finalist", "repetition"]
     number: int
     seed: int
     settings: Mapping[str, Any]

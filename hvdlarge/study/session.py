@@ -29,13 +29,14 @@ from hvdlarge.study.folder import (
     write_atomically,
     writing,
 )
-from hvdlarge.study.results import REPETITION, TRIAL, Cell, RunResult, Setup
+from hvdlarge.study.results import FINALIST, REPETITION, TRIAL, Cell, RunResult, Setup
 from hvdlarge.study.search import Journal, Tried, suggest
 from hvdlarge.study.study_file import Study
 from hvdlarge.telemetry.console import print_error, print_status
 
 Records = dict[RunName, RunResult]
 Best = Mapping[Cell | None, Mapping[str, Any]]  # settings, of each cell whose tuning has ended
+Ranked = Mapping[Cell, Sequence[RunResult]]  # trials, of each cell whose trials have ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
 _WAIT_SECONDS = 0.5  # for runs of other processes, at first
@@ -104,7 +105,8 @@ class Session:
         if study.tune is not None:
             lower = setup.score_lower_is_better if setup.tuned_by else setup.lower_is_better
             self._journal = Journal(folder.path / JOURNAL, study.tune, lower)
-        kinds = ((TRIAL, setup.trials), (REPETITION, setup.repetitions))
+        finalists = 0 if study.tune is None else study.tune.finalist_runs
+        kinds = ((TRIAL, setup.trials), (FINALIST, finalists), (REPETITION, setup.repetitions))
         self._names = [
             RunName(plan.slug, kind, number)
             for kind, count in kinds
@@ -298,11 +300,13 @@ class Session:
 
     def _choose(self) -> tuple[RunName, CellPlan, Mapping[str, Any], IO[str]] | None:
         records = self._folder.records()
-        best = self._best(records)
-        self._discard_outdated(best, records)
+        ranked = self._ranked(records)
+        self._discard_outdated(lambda name: self._finalist(name, ranked), records)
+        best = self._best(ranked, records)
+        self._discard_outdated(lambda name: self._repeated(name, best), records)
         self._ended = all(name in records for name in self._names)
         most, begun, chosen = self._most_begun(records), len(records), None
-        for name in self._open_runs(best, records):
+        for name in self._open_runs(ranked, best, records):
             if self._signals or (most is not None and begun >= most):
                 break
             claim = self._folder.claim(name)
@@ -323,8 +327,7 @@ class Session:
             claim.close()
             return None
         plan = self._plan_of[name.slug]
-        how = self._trial if name.kind == TRIAL else self._repetition
-        return name, plan, how(plan, name.number, best, records), claim
+        return name, plan, self._details(name, plan, ranked, best, records), claim
 
     def _most_begun(self, records: Records) -> int | None:
         """The limit of runs that all processes begin, if it is less than all of them."""
@@ -334,38 +337,84 @@ class Session:
         others = len(records.keys() - set(self._names))  # of an extended study
         return most if most < self.total() + others else None
 
-    def _best(self, records: Records) -> Best:
-        """The settings of repetitions, by the cells that they are tuned at."""
-        best: dict[Cell | None, Mapping[str, Any]] = {None: {}}
+    def _ranked(self, records: Records) -> Ranked:
+        """The trials of each cell whose trials have all ended, the best one first."""
+        found = {}
         for plan in self._plans.values():
             names = [RunName(plan.slug, TRIAL, number) for number in range(self._setup.trials)]
             if plan.search and all(name in records for name in names):
-                best[plan.cell] = best_settings([records[name] for name in names], self._setup.loss)
+                found[plan.cell] = sorted(  # stable: of equal ones the first
+                    (records[name] for name in names), key=self._setup.loss
+                )
+        return found
+
+    def _best(self, ranked: Ranked, records: Records) -> Best:
+        """The settings of repetitions, by the cells that they are tuned at."""
+        best: dict[Cell | None, Mapping[str, Any]] = {None: {}}
+        for cell, trials in ranked.items():
+            assert self._study.tune is not None
+            count, seeds = self._study.tune.finalist_runs, self._study.tune.finalist_seeds
+            names = [RunName(self._plans[cell].slug, FINALIST, at) for at in range(count)]
+            if all(name in records for name in names):
+                losses = [self._setup.loss(records[name]) for name in names]
+                best[cell] = best_settings(trials, losses, seeds, self._setup.loss)
         return best
 
-    def _discard_outdated(self, best: Best, records: Records) -> None:
-        """Discard repetitions of settings that are no longer the best ones, after failed trials
-        were trained again; also those that another process trained meanwhile.
+    def _finalist(self, name: RunName, ranked: Ranked) -> Mapping[str, Any] | None:
+        """The settings of a finalist; None if it is none, or they are not known yet."""
+        trials = ranked.get(self._plan_of[name.slug].cell)
+        if name.kind != FINALIST or trials is None:
+            return None
+        assert self._study.tune is not None
+        return trials[name.number // self._study.tune.finalist_seeds].settings
+
+    def _repeated(self, name: RunName, best: Best) -> Mapping[str, Any] | None:
+        """The settings of a repetition; None if it is none, or they are not known yet."""
+        return best.get(self._plan_of[name.slug].tuned_at) if name.kind == REPETITION else None
+
+    def _discard_outdated(
+        self, settings_of: Callable[[RunName], Mapping[str, Any] | None], records: Records
+    ) -> None:
+        """Discard runs of settings that are no longer the best ones, after failed trials were
+        trained again; also those that another process trained meanwhile.
         """
         for name in self._names:
-            plan = self._plan_of[name.slug]
-            if name.kind == TRIAL or name not in records or plan.tuned_at not in best:
+            settings = settings_of(name)
+            if settings is None or name not in records or records[name].settings == settings:
                 continue
-            if records[name].settings != best[plan.tuned_at]:
-                del records[name]  # if it cannot be discarded now, it is waited for
-                if self._folder.discard(name):
-                    tell(f"{self._title(plan, name)} is trained again, with the new best settings")
+            del records[name]  # if it cannot be discarded now, it is waited for
+            if self._folder.discard(name):
+                title = self._title(self._plan_of[name.slug], name)
+                tell(f"{title} is trained again, with the new best settings")
 
-    def _open_runs(self, best: Best, records: Records) -> list[RunName]:
+    def _open_runs(self, ranked: Ranked, best: Best, records: Records) -> list[RunName]:
         """Runs without a record whose settings can be decided, in the order of the work."""
-        found = []
-        for name in self._names:
-            if name not in records:
-                plan = self._plan_of[name.slug]
-                is_trial = name.kind == TRIAL
-                if self._may_begin(name, records) if is_trial else plan.tuned_at in best:
-                    found.append(name)
+        found = [
+            name
+            for name in self._names
+            if name not in records
+            and (
+                self._may_begin(name, records)
+                if name.kind == TRIAL
+                else self._finalist(name, ranked) is not None
+                or self._repeated(name, best) is not None
+            )
+        ]
         return sorted(found, key=self._failures.__contains__)  # those that failed here last
+
+    def _details(
+        self, name: RunName, plan: CellPlan, ranked: Ranked, best: Best, records: Records
+    ) -> Mapping[str, Any]:
+        """What a run trains."""
+        if name.kind == TRIAL:
+            return self._trial(plan, name.number, records)
+        finalist = self._finalist(name, ranked)
+        if finalist is not None:
+            assert self._study.tune is not None
+            seed = self._study.tune.seed_of_finalist(name.number)
+            return _how(plan, FINALIST, name.number, seed, finalist)
+        seed = self._study.seed_list[name.number]
+        return _how(plan, REPETITION, name.number, seed, best[plan.tuned_at])
 
     def _may_begin(self, name: RunName, records: Records) -> bool:
         """Whether the trials of earlier rounds have ended."""
@@ -373,7 +422,7 @@ class Session:
         first = name.number - name.number % self._study.tune.round
         return all(name._replace(number=number) in records for number in range(first))
 
-    def _trial(self, plan: CellPlan, number: int, _: Best, records: Records) -> Mapping[str, Any]:
+    def _trial(self, plan: CellPlan, number: int, records: Records) -> Mapping[str, Any]:
         assert self._journal is not None
         assert self._study.tune is not None
         if self._journal.has_finished(plan.slug, number):  # its record was discarded
@@ -419,9 +468,6 @@ class Session:
             for at, settings in enumerate(suggested)
         ]
         return suggest(tune, plan.search, plan.slug, tried)
-
-    def _repetition(self, plan: CellPlan, number: int, best: Best, _: Records) -> Mapping[str, Any]:
-        return _how(plan, REPETITION, number, self._study.seed_list[number], best[plan.tuned_at])
 
     def _tell_ended(self, plan: CellPlan, records: Records) -> None:
         """Tell the journal of the trials that have ended."""
@@ -609,12 +655,26 @@ def _holds_another_job(folder: Path, job: Job, source: JobSource) -> bool:
 
 
 def best_settings(
-    trials: Sequence[RunResult], loss: Callable[[RunResult], float]
+    trials: Sequence[RunResult],
+    losses: Sequence[float],
+    seeds: int,
+    loss: Callable[[RunResult], float],
 ) -> Mapping[str, Any]:
-    """The settings of the best trial of a cell; of equal ones the first. If all have failed, those
-    of the first.
+    """The settings of a cell's repetitions: of the finalist with the best mean over all its seeds,
+    of equal ones the first; without finalists of the best trial.
+
+    Args:
+        trials: of the cell, the best one first.
+        losses: of the finalists' runs with further seeds: those of the first, then of the second…
+        seeds: how many a finalist has.
+        loss: by which runs are compared.
     """
-    return min(trials, key=loss).settings
+    finalists = range(max(1, len(losses) // seeds))
+    means = [
+        statistics.fmean([loss(trials[at]), *losses[at * seeds : (at + 1) * seeds]])
+        for at in finalists
+    ]
+    return trials[means.index(min(means))].settings
 
 
 def _how(

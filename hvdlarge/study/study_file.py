@@ -81,6 +81,8 @@ class Choices(_Section):
         return any(value == choice and type(value) is type(choice) for choice in self.choices)
 
 
+_FINALIST_SEEDS = 1_000_000  # of a finalist, beyond `tune.seed`: far from those of repetitions
+
 Space = Numbers | Choices
 Search = dict[str, Space]
 
@@ -107,10 +109,35 @@ class Tune(_Section):
     metric: str | None = None
     """The result by which trials are compared; default: the study's. Where many trials share the
     best accuracy, the smoother `test_loss` chooses better."""
+    finalists: Count = 1
+    """The best trials of a cell that are trained again with `finalist_seeds` further seeds; the one
+    with the best mean gives the settings. 1: the best trial does. One seed may favour a rate that
+    is unstable with others."""
+    finalist_seeds: Count = 2
+    """Further seeds of each finalist; they serve for nothing else."""
     at: Mapping[str, Any] | tuple[Mapping[str, Any], ...] | None = None
     """Levels by their factors: only cells with these levels are tuned; with a list, cells that have
     those of any of its mappings. Another cell takes the settings of the tuned cell that has these
     levels and otherwise its own; of a list, by the first mapping for which there is such a cell."""
+
+    @model_validator(mode="after")
+    def _finalists_are_trials(self) -> Tune:
+        if self.finalists > self.trials:
+            raise ValueError(f"finalists: {self.finalists} of {self.trials} trials")
+        return self
+
+    @property
+    def finalist_runs(self) -> int:
+        """Runs of the finalists of a cell, beside their trials."""
+        return self.finalists * self.finalist_seeds if self.finalists > 1 else 0
+
+    def seed_of_finalist(self, number: int) -> int:
+        """The seed of a finalist's run: the same ones for each finalist.
+
+        Args:
+            number: of the run, in the cell.
+        """
+        return self.seed + _FINALIST_SEEDS + number % self.finalist_seeds
 
 
 class Budget(_Section):
@@ -166,6 +193,12 @@ class Study(_Section):
                     f"seeds: {self.tune.seed} is the seed of the tuning; a repetition shows "
                     "nothing with a seed for which its settings were chosen"
                 )
+            finalists = range(0 if self.tune is None else self.tune.finalist_runs)
+            for number in finalists:
+                if self.tune is not None and self.tune.seed_of_finalist(number) in self.seeds:
+                    raise ValueError(
+                        f"seeds: {self.tune.seed_of_finalist(number)} is a seed of the finalists"
+                    )
         return self
 
     @property

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from hvdlarge.study.results import REPETITION, TRIAL, Cell, Level, Range, RunResult, Setup
+from hvdlarge.study.results import (
+    FINALIST,
+    REPETITION,
+    TRIAL,
+    Cell,
+    Level,
+    Range,
+    RunResult,
+    Setup,
+)
 
 _EDGE = 0.02  # of the searched range, from either end
 
@@ -65,7 +74,7 @@ class CellResults:
 def by_cell(setup: Setup, results: Iterable[RunResult]) -> dict[Cell, CellResults]:
     """The results of each cell of a study, in its order; those of other cells are left out."""
     runs: dict[Cell, dict[str, list[RunResult]]] = {
-        cell: {TRIAL: [], REPETITION: []} for cell in setup.cells
+        cell: {TRIAL: [], FINALIST: [], REPETITION: []} for cell in setup.cells
     }
     for result in results:
         if result.cell in runs:

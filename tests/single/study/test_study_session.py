@@ -93,6 +93,65 @@ def test_all_runs_are_recorded_and_repetitions_have_the_best_settings(runs, tmp_
     assert found["32/repetition-001"].settings == found["64/repetition-000"].settings == best
 
 
+FINALISTS = {**GRID, "tune/finalists": 3, "tune/finalist_seeds": 2}
+
+
+def unstable(name, settings):
+    """The highest rate is the best with the seed of the tuning alone."""
+    rate = settings["lr.base"]
+    return -5.0 if rate == 20 and "trial" not in name else rate
+
+
+def test_repetitions_have_the_settings_of_the_finalist_with_the_best_mean(runs, tmp_path):
+    path = tmp_path / "study"
+    runs.value = unstable
+    session = session_of(path, jobs=3, **FINALISTS)
+    assert session.total() == 2 * (4 + 6 + 2)
+    assert session.run() == 0
+    found = records(path)
+    assert len(found) == 24
+    trials = sorted((found[f"32/trial-00{at}"] for at in range(4)), key=lambda each: -each.value)
+    finalists = [found[f"32/finalist-00{at}"] for at in range(6)]
+    for place, each in enumerate(finalists):
+        assert each.settings == trials[place // 2].settings
+        assert each.seed == 1_000_000 + place % 2
+    # (20 - 5 - 5) / 3 is less than the next rate
+    assert trials[1].settings["lr.base"] > 10 / 3
+    assert found["32/repetition-000"].settings == trials[1].settings
+    # They are the last before the repetitions
+    names = [name for name in runs.started if name.startswith("32/")]
+    assert [name.split("/")[1].split("-")[0] for name in names] == (
+        ["trial"] * 4 + ["finalist"] * 6 + ["repetition"] * 2
+    )
+
+
+def test_a_finalist_that_fails_with_a_seed_is_the_last(runs, tmp_path):
+    path = tmp_path / "study"
+    runs.ends = lambda name: exits.DIVERGED if name == "32/finalist-001" else 0
+    assert session_of(path, **FINALISTS).run() == 0
+    found = records(path)
+    assert found["32/finalist-001"].state == "diverged"
+    assert found["32/repetition-000"].settings == found["32/finalist-002"].settings
+    assert found["64/repetition-000"].settings == found["64/finalist-000"].settings
+
+
+def test_finalists_follow_trials_that_are_trained_again(runs, tmp_path):
+    path = tmp_path / "study"
+    runs.ends = lambda name: 1 if name == "32/trial-003" else 0
+    assert session_of(path, **FINALISTS).run() == 0
+    before = records(path)
+    runs.ends = lambda name: 0
+    assert StudyFolder(path).forget_failed() == 1
+    assert session_of(path, **FINALISTS).run() == 0
+    after = records(path)
+    assert (
+        after["32/finalist-000"].settings == {"lr.base": 20} != before["32/finalist-000"].settings
+    )
+    assert after["32/finalist-002"].settings == before["32/finalist-000"].settings
+    assert after["32/repetition-000"].settings == {"lr.base": 20}
+    assert after["64/finalist-000"] == before["64/finalist-000"]
+
+
 def test_what_a_process_left_that_was_killed_meanwhile_is_removed(runs, tmp_path):
     """Between the record of a run and the end of its files."""
     left = tmp_path / "study/runs/32/trial-000/checkpoints"
