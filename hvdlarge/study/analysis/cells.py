@@ -160,7 +160,8 @@ def _of_cell(
     values = {run.number: value for run in repetitions if (value := value_of(run)) is not None}
     tuned_at = setup.tuned_at.get(cell)
     source = runs[tuned_at][TRIAL] if tuned_at is not None and tuned_at in runs else []
-    settings = repetitions[0].settings if repetitions else best_settings(setup, source)
+    shown = repetitions[0] if repetitions else best_trial(setup, source)
+    settings = shown.settings if shown is not None else {}
     ranges = setup.ranges.get(tuned_at, {}) if tuned_at is not None else {}
     edges = (edge_of(key, settings[key], each) for key, each in ranges.items() if key in settings)
     return CellResults(
@@ -175,12 +176,6 @@ def _of_cell(
         values,
         len(repetitions) - len(values),
     )
-
-
-def best_settings(setup: Setup, trials: Sequence[RunResult]) -> Mapping[str, Any]:
-    """The settings of the best trial; none if no trial finished."""
-    best = best_trial(setup, trials)
-    return best.settings if best is not None else {}
 
 
 def best_trial(setup: Setup, trials: Sequence[RunResult]) -> RunResult | None:
