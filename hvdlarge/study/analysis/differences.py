@@ -161,12 +161,15 @@ def _judge(
     flattered, base_flattered = difference.arm.failures > 0, difference.base.failures > 0
     better = p <= level and gain > 0 and not flattered
     worse = p <= level and gain < 0 and not base_flattered
-    words = ["better"] if better else ["worse"] if worse else []
     within, beyond = None, False
     if difference.tolerance > 0:
         excluded = p_within is not None and p_within <= level
-        within = excluded and gain > -difference.tolerance and not flattered
+        # The corrections of the two families may disagree, the facts cannot
+        within = better or (excluded and gain > -difference.tolerance and not flattered)
         beyond = excluded and gain < -difference.tolerance and not base_flattered
+        worse = worse or beyond
+    words = ["better"] if better else ["worse"] if worse else []
+    if difference.tolerance > 0:
         words += ["within tolerance"] if within else []
         words += ["beyond tolerance"] if beyond else []
         words += [] if within or beyond else ["tolerance undecided"]

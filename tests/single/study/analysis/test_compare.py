@@ -76,6 +76,27 @@ def test_non_inferiority_within_a_tolerance():
     }
 
 
+@pytest.mark.parametrize(
+    ("others", "sign", "outcome"),
+    [(0.0, -1, "worse, beyond tolerance"), (-0.01, 1, "better, within tolerance")],
+)
+def test_what_the_correction_of_one_family_shows_holds_in_the_other(others, sign, outcome):
+    """The arm's own p-value is multiplied by 24 in one family; in the other those of all other arms
+    are smaller, which leaves it as it is.
+    """
+    names = [f"arm {number}" for number in range(23)]
+    setup = setup_of({"arm": ["a", "b", *names]})
+    gains = sign * np.array([0.097, 0.133, 0.128, 0.239, 0.197, 0.164, 0.081, 0.103])
+    around = 1e-4 * np.random.default_rng(1).normal(size=(23, 8))
+    runs = repetitions(("a",), 0.7 + SPREAD) + repetitions(("b",), 0.7 + SPREAD + gains)
+    for name, more in zip(names, around, strict=True):
+        runs += repetitions((name,), 0.7 + SPREAD + others + more)
+    finding = found(Compare(baseline={"arm": "a"}, tolerance=0.01), setup, runs)
+    (fact,) = [each for each in finding.facts["comparisons"] if each["arm"] == ["b"]]
+    assert max(fact["p"], fact["p_within"]) > 0.05 > min(fact["p"], fact["p_within"])
+    assert fact["outcome"] == outcome
+
+
 def test_non_inferiority_is_seldom_claimed_at_the_tolerance():
     """Half of the false positives of a p-value of two sides."""
     setup = setup_of({"arm": ["a", "b"]})
