@@ -55,6 +55,8 @@ from hvdlarge.study.results import Cell, Setup
 
 _POINTS = 33  # between two batches, where the limit is looked for
 _SAME_EPOCHS = 0.02
+_MOST_GUIDES = 3  # vertical lines of limits
+_BATCH_AXIS = "global batch (samples, log scale)"
 _OF_STEPS = ("steps to the target", "per doubling from the batch before", "its region")
 
 Cells = Mapping[Cell, CellResults]
@@ -119,7 +121,7 @@ def batch_limit(section: BatchLimit, setup: Setup, cells: Cells) -> Finding:
             )
             for each in _all_batches(section, setup, cells)
         ]
-    panels = [_panel(section, setup, limits)] if limits else []
+    panels = _panels(section, setup, limits) if limits else []
     if any(each.measured for each in steps) and section.target is not None:
         panels += steps_panels(steps, setup, section.target)
     verdict = _verdict(section, setup, limits)
@@ -129,7 +131,9 @@ def batch_limit(section: BatchLimit, setup: Setup, cells: Cells) -> Finding:
         f"Largest batch that loses at most {section.tolerance:g} of {setup.metric}",
         f"{verdict}.",
         _table(limits, steps),
-        Plot(tuple(panels), _caption(section, bool(steps))) if panels else None,
+        Plot(tuple(panels), _caption(section, any(panel.names for panel in panels), bool(steps)))
+        if panels
+        else None,
         _notes(section, setup, cells, limits),
         {
             "limits": [_facts(each) for each in limits],
@@ -422,7 +426,8 @@ def _table(limits: Sequence[Limit], steps: Sequence[StepsToTarget]) -> list[tupl
     return [heading, *(row + (UNKNOWN,) * (len(heading) - len(row)) for row in rows)]
 
 
-def _panel(section: BatchLimit, setup: Setup, limits: Sequence[Limit]) -> Panel:
+def _panels(section: BatchLimit, setup: Setup, limits: Sequence[Limit]) -> list[Panel]:
+    """The gains with the estimated limits; those of many arms in a panel of their own."""
     series, guides = [], [Guide("tolerance", "y", -section.tolerance)]
     for number_, limit in enumerate(limits):
         points: list[tuple[float, float, float | None, float | None]] = []
@@ -443,23 +448,42 @@ def _panel(section: BatchLimit, setup: Setup, limits: Sequence[Limit]) -> Panel:
                 style=number_,
             )
         )
-        if limit.estimate is not None and not limit.void:
+    estimated = {
+        look: limit
+        for look, limit in enumerate(limits)
+        if limit.estimate is not None and not limit.void
+    }
+    if len(estimated) <= _MOST_GUIDES:
+        for limit in estimated.values():
             of_arm = f" of {limit.name}" if limit.name else ""
-            guides.append(Guide(f"estimated limit{of_arm}", "x", limit.estimate))
-    return Panel(
-        "global batch (samples, log scale)",
+            guides.append(Guide(f"estimated limit{of_arm}", "x", limit.estimate or 0.0))
+    gains = Panel(
+        _BATCH_AXIS,
         f"gain in {setup.metric}\nover the baseline",
         tuple(series),
         x_scale="log2",
         guides=tuple(guides),
     )
+    return [gains] if len(estimated) <= _MOST_GUIDES else [gains, _limits_panel(estimated)]
 
 
-def _caption(section: BatchLimit, with_steps: bool) -> str:
+def _limits_panel(estimated: Mapping[int, Limit]) -> Panel:
+    """The limit of each arm with its interval, by the number of its look."""
+    series = tuple(
+        Series("", (limit.estimate or 0.0,), (float(row),), (limit.low,), (limit.high,), style=look)
+        for row, (look, limit) in enumerate(estimated.items())
+    )
+    names = tuple(limit.name for limit in estimated.values())
+    return Panel(f"estimated limit: {_BATCH_AXIS}", "", series, x_scale="log2", names=names)
+
+
+def _caption(section: BatchLimit, with_limits: bool, with_steps: bool) -> str:
     text = (
         f"Gains over the baseline, paired by seed, with {percent(section.confidence)} intervals; "
         "positive is better. A batch is within tolerance if its interval lies above the line."
     )
+    if with_limits:
+        text += " Then the estimated limits with their intervals."
     if with_steps:
         text += " Below, the steps to the target; dotted: half the steps for twice the batch."
     return text

@@ -26,6 +26,7 @@ from hvdlarge.study.analysis.finding import Finding
 from hvdlarge.study.analysis.plots import Panel, Picture, Plot, Series
 
 _WIDTH, _ROW, _HEIGHT = 9.5, 0.3, 3.4  # inches: of a figure, of a named row, of a panel
+_FEW, _LOW = 3, 2.5  # panels; inches of one where there are more
 _LABEL_WIDTH, _MOST_LINES = 34, 5  # characters of a line, lines of a label
 _SHADES = (("0.96", ""), ("0.9", "//"), ("0.84", ".."))  # colour and hatch of areas
 _REFERENCES = {-1: ("0.35", ":"), -2: ("0.55", "-.")}  # colour and dash of reference curves
@@ -45,7 +46,8 @@ def draw(findings: Sequence[Finding]) -> list[Picture]:
 
 
 def _draw(plot: Plot) -> bytes:
-    heights = [_height(panel) for panel in plot.panels]
+    least = _HEIGHT if len(plot.panels) <= _FEW else _LOW
+    heights = [_height(panel, least) for panel in plot.panels]
     figure, grid = new_figure(
         len(heights), 1, (_WIDTH, sum(heights)), gridspec_kw={"height_ratios": heights}
     )
@@ -54,13 +56,13 @@ def _draw(plot: Plot) -> bytes:
     return png_of(figure)
 
 
-def _height(panel: Panel) -> float:
+def _height(panel: Panel, least: float) -> float:
     if panel.names:
         lines = sum(_wrapped(name).count("\n") + 1 for name in panel.names)
         rows = len(panel.names) * max(1.0, 0.4 * sum(bool(series.label) for series in panel.series))
         return min(1.1 + _ROW * max(rows, 0.62 * lines), 60.0)
     entries = sum(_wrapped(each.label).count("\n") + 1 for each in panel.series if each.label)
-    return min(max(_HEIGHT, 0.9 + 0.17 * (entries + 2 * len(panel.guides))), 60.0)
+    return min(max(least, 0.9 + 0.17 * (entries + 2 * len(panel.guides))), 60.0)
 
 
 def _wrapped(text: str) -> str:

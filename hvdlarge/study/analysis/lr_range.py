@@ -24,6 +24,7 @@ from hvdlarge.study.results import Cell, RunResult, Setup
 
 _MIN_TRIALS = 3
 _MOST_WORSE = 2  # arms that are named
+_MOST_CURVES = 8  # in a panel; more have one for each group
 _MOST_NAMED = 4  # ranges; of more the verdict has the widest
 
 Cells = Mapping[Cell, CellResults]
@@ -188,9 +189,12 @@ def _range(section: LrRange, setup: Setup, cell: CellResults) -> GoodRange | Non
     )
 
 
-def _verdict(section: LrRange, setup: Setup, ranges: Sequence[GoodRange]) -> str:
-    if not ranges:
-        return f"No cell has {_MIN_TRIALS} trials with a result: no range."
+def _grouped(
+    section: LrRange, setup: Setup, ranges: Sequence[GoodRange]
+) -> tuple[list[tuple[str, list[GoodRange]]], list[str], list[str]]:
+    """The ranges that are compared with each other, under a name of what they have in common; the
+    factors whose levels are apart, and the others.
+    """
     separately = section.separately
     if separately is None:
         separately = [
@@ -200,11 +204,18 @@ def _verdict(section: LrRange, setup: Setup, ranges: Sequence[GoodRange]) -> str
         ]
     by = [factor for factor in setup.factors if factor not in separately]
     found = {each.cell: each for each in ranges}
-    groups_of_ranges = [
+    named = [
         (label_of(setup, group[0], by), inside)
         for group in groups(setup, by).values()
         if (inside := [found[cell] for cell in group if cell in found])
     ]
+    return named, separately, by
+
+
+def _verdict(section: LrRange, setup: Setup, ranges: Sequence[GoodRange]) -> str:
+    if not ranges:
+        return f"No cell has {_MIN_TRIALS} trials with a result: no range."
+    groups_of_ranges, separately, by = _grouped(section, setup, ranges)
     single, all_named = len(groups_of_ranges) == 1, len(ranges) <= _MOST_NAMED
     texts = []
     places = group_places([name for name, _ in groups_of_ranges])
@@ -279,39 +290,45 @@ def _table(section: LrRange, ranges: Sequence[GoodRange]) -> list[tuple[str, ...
 
 
 def _plot(section: LrRange, setup: Setup, tuned: Cells, ranges: Sequence[GoodRange]) -> Plot | None:
-    series, rows = [], []
-    for place, found in enumerate(ranges):
-        points = [
-            (where, value)
-            for where, value in _trials(section.key, tuned[found.cell])
-            if value is not None and (not found.log or where > 0)
-        ]
-        series.append(
-            Series(
-                found.label,
-                tuple(where for where, _ in points),
-                tuple(value for _, value in points),
-                look="both" if len(setup.ranges[found.cell]) == 1 else "points",
-                style=place,
-            )
-        )
-        centre = (found.low * found.high) ** 0.5 if found.log else (found.low + found.high) / 2
-        rows.append(
-            Series("", (centre,), (float(place),), (found.low,), (found.high,), style=place)
-        )
-    if not series:
+    if not ranges:
         return None
     scale: Scale = "log" if all(each.log for each in ranges) else "linear"
     unit = f"{section.key}{' (log scale)' if scale == 'log' else ''}"
-    panels = (
-        Panel(unit, setup.metric, tuple(series), x_scale=scale),
-        Panel(unit, "", tuple(rows), x_scale=scale, names=tuple(each.label for each in ranges)),
-    )
+    panels: list[Panel] = []
+    rows: list[Series] = []
+    names: list[str] = []
+    together, separately, by = _grouped(section, setup, ranges)
+    apart = len(ranges) > _MOST_CURVES and len(together) > 1 and bool(by)
+    for title, group in together if apart else [("", ranges)]:
+        curves = []
+        for look, found in enumerate(group):
+            label = label_of(setup, found.cell, separately if apart else ())
+            curves.append(_curve(section, setup, tuned, found)._replace(label=label, style=look))
+            centre = (found.low * found.high) ** 0.5 if found.log else (found.low + found.high) / 2
+            row = float(len(rows))
+            rows.append(Series("", (centre,), (row,), (found.low,), (found.high,), style=look))
+            names.append(found.label)
+        panels.append(Panel(unit, setup.metric, tuple(curves), x_scale=scale, title=title))
+    panels.append(Panel(unit, "", tuple(rows), x_scale=scale, names=tuple(names)))
     caption = (
         "The finished trials of each cell, and the stretch of good ones around its best "
         f"({counted(sum(each.failed for each in ranges), 'trial')} without a result not drawn)."
     )
-    return Plot(panels, caption)
+    return Plot(tuple(panels), caption)
+
+
+def _curve(section: LrRange, setup: Setup, tuned: Cells, found: GoodRange) -> Series:
+    points = [
+        (where, value)
+        for where, value in _trials(section.key, tuned[found.cell])
+        if value is not None and (not found.log or where > 0)
+    ]
+    return Series(
+        found.label,
+        tuple(where for where, _ in points),
+        tuple(value for _, value in points),
+        look="both" if len(setup.ranges[found.cell]) == 1 else "points",
+    )
 
 
 def _facts(found: GoodRange) -> dict[str, Any]:

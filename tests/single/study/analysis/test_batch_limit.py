@@ -247,3 +247,23 @@ def test_arms_without_the_baseline_are_named():
     runs = noisy(setup, [0.5] * 3, noise=0.001)
     section = BatchLimit(batch="batch.base", tolerance=0.01, baseline=32)
     assert "Without the baseline or a batch above it: b." in found(setup, runs, section).notes
+
+
+def test_limits_of_many_arms_have_a_panel_with_their_intervals():
+    arms = ["a", "b", "c", "d"]
+    for count in (3, 4):
+        setup = setup_of({"batch.base": BATCHES, "arm": arms[:count]})
+        means = [mean for mean in curve(300) for _ in range(count)]
+        finding = found(setup, noisy(setup, means, noise=0.001))
+        gains, *rest = finding.plot.panels
+        guides = [guide.label for guide in gains.guides if guide.axis == "x"]
+        if count == 3:
+            assert (len(guides), rest) == (3, [])
+            continue
+        (limits,) = rest
+        assert guides == []
+        assert "estimated limits" in finding.plot.caption
+        assert limits.names == ("a", "b", "c", "d")
+        for series, fact in zip(limits.series, finding.facts["limits"], strict=True):
+            ends = [fact[key] for key in ("estimate", "low", "high")]
+            assert [series.x[0], series.low[0], series.high[0]] == ends

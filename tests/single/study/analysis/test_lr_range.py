@@ -140,3 +140,17 @@ def test_unfinished_studies():
     assert "Not tuned over lr.base themselves: a." in found(untuned, []).notes
     same = found(setup, trials(("a",), [(0.1, 0.5)] * 4))
     assert same.facts["ranges"][0]["minimum_width"] == 0
+
+
+def test_many_cells_have_a_panel_for_each_group_and_one_of_all_ranges():
+    setup = setup_of({"batch.base": [32, 64, 128], "arm": ["momentum", "lars", "lamb"]})
+    rates = np.geomspace(0.01, 10, 12)
+    runs = [run for cell in setup.cells for run in trials(cell, bowl(rates, rates[6], 1.0))]
+    *groups, all_ranges = found(setup, runs).plot.panels
+    assert [panel.title for panel in groups] == [f"batch.base {b}" for b in (32, 64, 128)]
+    for panel in groups:
+        assert [series.label for series in panel.series] == ["momentum", "lars", "lamb"]
+    assert len(all_ranges.names) == len(all_ranges.series) == 9
+    assert [series.style for series in all_ranges.series] == [0, 1, 2] * 3  # as in the curves
+    few = [run for run in runs if run.cell[0] != "128"]
+    assert len(found(setup, few).plot.panels) == 2
