@@ -219,7 +219,7 @@ class WorkerLoader:
         self._ready: queue.SimpleQueue[LoadedMicroBatch | BaseException] = queue.SimpleQueue()
         self._has_processes = num_workers > 0
         self._processes: set[multiprocessing.process.BaseProcess] = set()
-        self._threads_before: set[threading.Thread] = set()
+        self._feeders: list[threading.Thread] = []  # of torch's queues to the processes
         self._closed = False
 
     def enqueue(self, micro_batches: Sequence[MicroBatch], is_last: bool) -> None:
@@ -266,22 +266,21 @@ class WorkerLoader:
                 self._thread.join()
         # torch stops its processes once the iterator has no reference left; the thread held one
         self._loaded = self._loader = None
-        if self._thread is not None:
-            # The threads that fed them hold semaphores, which must be gone before the program ends
-            for thread in set(threading.enumerate()) - self._threads_before:
-                if thread.name == "QueueFeederThread":
-                    thread.join(_JOIN_SECONDS)
+        for thread in self._feeders:  # they hold semaphores until they have ended
+            thread.join(_JOIN_SECONDS)
 
     def _start(self) -> None:
         assert self._loader is not None  # not closed
         before = set(multiprocessing.active_children())
-        self._threads_before = set(threading.enumerate())
+        threads = set(threading.enumerate())
         self._loaded = iter(self._loader)
         if self._has_processes:
             # At interpreter exit, stop the thread before multiprocessing joins the processes that
             # it keeps alive.
             atexit.register(self.close)
             self._processes = set(multiprocessing.active_children()) - before
+            started = set(threading.enumerate()) - threads
+            self._feeders = [each for each in started if each.name == "QueueFeederThread"]
             self._thread = threading.Thread(target=self._receive, name="loader", daemon=True)
             self._thread.start()
 

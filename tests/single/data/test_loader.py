@@ -260,6 +260,26 @@ def test_a_closed_loader_has_no_thread_and_no_process_left(tmp_path):
     assert threading.active_count() == threads, threading.enumerate()
 
 
+def test_the_end_of_a_loader_does_not_wait_for_another(monkeypatch):
+    """That of evaluations goes on after that of training has ended."""
+    loaders = [WorkerLoader(MicroBatchDataset(Numbers(), 3, True), 1, 2) for _ in range(2)]
+    for loader in loaders:
+        loader.enqueue(BatchLayout(16, 8, 1).of_rank(0, 0), is_last=True)
+        assert len(list(loader.fetch(2))) == 2
+    join, waited_for = threading.Thread.join, []
+
+    def recorded(thread, timeout=None):
+        waited_for.append(thread)
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", recorded)
+    for loader in loaders:
+        loader.close()
+        assert len(waited_for) >= 2  # its own thread, and the one that fed its process
+        assert not any(thread.is_alive() for thread in waited_for)
+        waited_for.clear()
+
+
 def test_no_more_is_loaded_ahead_than_was_asked_for(tmp_path):
     loader = WorkerLoader(
         MicroBatchDataset(Slow(tmp_path / "counts"), seed=3, shuffled=True),
