@@ -448,15 +448,15 @@ def _panels(section: BatchLimit, setup: Setup, limits: Sequence[Limit]) -> list[
                 style=number_,
             )
         )
-    estimated = {
-        look: limit
+    estimated = [
+        (look, limit, limit.estimate)
         for look, limit in enumerate(limits)
         if limit.estimate is not None and not limit.void
-    }
+    ]
     if len(estimated) <= _MOST_GUIDES:
-        for limit in estimated.values():
+        for _, limit, estimate in estimated:
             of_arm = f" of {limit.name}" if limit.name else ""
-            guides.append(Guide(f"estimated limit{of_arm}", "x", limit.estimate or 0.0))
+            guides.append(Guide(f"estimated limit{of_arm}", "x", estimate))
     gains = Panel(
         _BATCH_AXIS,
         f"gain in {setup.metric}\nover the baseline",
@@ -467,13 +467,13 @@ def _panels(section: BatchLimit, setup: Setup, limits: Sequence[Limit]) -> list[
     return [gains] if len(estimated) <= _MOST_GUIDES else [gains, _limits_panel(estimated)]
 
 
-def _limits_panel(estimated: Mapping[int, Limit]) -> Panel:
-    """The limit of each arm with its interval, by the number of its look."""
+def _limits_panel(estimated: Sequence[tuple[int, Limit, float]]) -> Panel:
+    """The limit of each arm, in samples, with its interval; drawn as the arm's gains are."""
     series = tuple(
-        Series("", (limit.estimate or 0.0,), (float(row),), (limit.low,), (limit.high,), style=look)
-        for row, (look, limit) in enumerate(estimated.items())
+        Series("", (estimate,), (float(row),), (limit.low,), (limit.high,), style=look)
+        for row, (look, limit, estimate) in enumerate(estimated)
     )
-    names = tuple(limit.name for limit in estimated.values())
+    names = tuple(limit.name for _, limit, _ in estimated)
     return Panel(f"estimated limit: {_BATCH_AXIS}", "", series, x_scale="log2", names=names)
 
 

@@ -168,13 +168,10 @@ def _judge(
         within = better or (excluded and gain > -difference.tolerance and not flattered)
         beyond = excluded and gain < -difference.tolerance and not base_flattered
         worse = worse or beyond
-    words = ["better"] if better else ["worse"] if worse else []
+    words = ["better" if better else "worse" if worse else "no difference shown"]
     if difference.tolerance > 0:
-        words += ["within tolerance"] if within else []
-        words += ["beyond tolerance"] if beyond else []
-        words += [] if within or beyond else ["tolerance undecided"]
-    if not (better or worse):
-        words.insert(0, "no difference shown")
+        place = "within tolerance" if within else "beyond tolerance" if beyond else ""
+        words.append(place or "tolerance undecided")
     for each in (difference.arm, difference.base):
         if each.failures:
             words.append(_failures(each))
